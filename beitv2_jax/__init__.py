@@ -1,0 +1,1 @@
+"""BEiT v2 in JAX/Flax: a visual tokenizer, masked image modelling on its codes, and their use."""

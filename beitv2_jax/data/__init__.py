@@ -1,0 +1,1 @@
+"""What flows in: sources, decoding, crops, masks, batches and the store of targets. Never imports jax."""

@@ -1,0 +1,17 @@
+"""The one exception shown to users instead of a traceback."""
+
+
+class UserError(Exception):
+    """Say what happened, what was probably meant and what to write instead.
+
+    `beitv2_jax.main` prints the three parts and exits with code 2; nothing else catches it.
+    """
+
+    def __init__(self, happened: str, meant: str, instead: str):
+        super().__init__(happened, meant, instead)
+        self.happened = happened
+        self.meant = meant
+        self.instead = instead
+
+    def __str__(self) -> str:
+        return f"{self.happened}\n  Probably: {self.meant}\n  Instead:  {self.instead}"

@@ -1,0 +1,1 @@
+"""What is computed: layers, transformer, quantizer, tokenizer, masked image model, classifier, teachers."""

@@ -1,0 +1,1 @@
+"""Pictures and tables people look at when a run has ended."""

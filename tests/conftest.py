@@ -1,0 +1,17 @@
+"""Eight virtual CPU devices for every test, and flags marked parsed for grain's workers."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices():
+    assert len(jax.devices()) == 8, "the suite needs 8 virtual CPU devices; jax was started before conftest.py"
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["pytest"])
