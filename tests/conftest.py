@@ -5,9 +5,23 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+from pathlib import Path  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-dir", default=str(Path(__file__).parent / "golden"), help="directory of the golden .npz files"
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request) -> Path:
+    """Return the directory of golden files; opening one that is missing fails the test."""
+    return Path(request.config.getoption("--golden-dir"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,98 @@
+"""Read what an earlier run left in its working directory: resolved config, weights and codebook.
+
+Used wherever one stage builds on another (tokenizer, teacher, backbone). Only the items 'params' and 'codebook' of the
+newest checkpoint are read, as NumPy arrays, so the optimizer state and the devices of that run do not matter.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run: `name` is directory@step, `config` the resolved config as plain dicts."""
+
+    name: str
+    config: dict
+    step: int
+    params: PyTree
+    codebook: PyTree
+
+    @property
+    def weights_hash(self) -> str:
+        """Sixteen hex digits that identify weights and codebook."""
+        return weights_hash({"params": self.params, "codebook": self.codebook})
+
+
+def read_run(workdir: str) -> Run:
+    """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
+
+    `codebook` is empty for runs that have none.
+
+    Raises:
+        UserError: no such directory, no config.json, or no complete checkpoint in it.
+    """
+    directory = Path(workdir).absolute()
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise _not_a_run(workdir, "has no config.json" if directory.is_dir() else "does not exist")
+    checkpoints = directory / "checkpoints"
+    steps = ocp.path.step.standard_name_format()
+    newest = (
+        max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
+    )
+    if newest is None:
+        raise _not_a_run(workdir, "holds no complete checkpoint")
+    return Run(
+        name=f"{directory.name}@{newest.step}",
+        config=json.loads(config_file.read_text()),
+        step=newest.step,
+        params=_read_item(Path(newest.path) / "params"),
+        codebook=_read_item(Path(newest.path) / "codebook"),
+    )
+
+
+def weights_hash(tree: PyTree) -> str:
+    """Return sixteen hex digits of SHA-256 over the path, dtype, shape and bytes of every array, sorted by path."""
+    leaves = [
+        (jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    digest = hashlib.sha256()
+    for name, array in sorted(leaves, key=lambda leaf: leaf[0]):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_item(path: Path) -> PyTree:
+    # Orbax cannot save an empty tree, so an item without arrays is absent
+    if not path.is_dir():
+        return {}
+    handler = ocp.PyTreeCheckpointHandler()
+    stored = handler.metadata(path).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+    tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    handler.close()
+    return _plain(tree)
+
+
+def _plain(tree: PyTree) -> PyTree:
+    return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _not_a_run(workdir: str, problem: str) -> UserError:
+    return UserError(
+        f"{workdir} {problem}.",
+        "the stage before this one has not run yet, or the path is another one.",
+        "the working directory (--workdir) of a run that has saved a checkpoint.",
+    )

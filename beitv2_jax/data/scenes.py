@@ -1,0 +1,177 @@
+"""Draw the natural-looking scenes of the embedded data set: one object in varied surroundings.
+
+`draw_scene` composes background, distractors behind, the object (`data.scene_objects`) and occluders in front, then adds
+light, shadow, texture and sensor noise. Background, distractors, colours, pose and light are drawn alike for all classes,
+so neither colour statistics nor single pixels tell the class. `data.embedded` turns scenes into a TFDS data set.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageFilter
+
+from beitv2_jax.data import drawing, scene_objects
+from beitv2_jax.data.drawing import Pen, darker, ellipses, lighter, mix, random_color
+
+IMAGE_SIZE = 96
+SUPERSAMPLE = 2
+CANVAS_SIZE = IMAGE_SIZE * SUPERSAMPLE
+CLASS_NAMES = tuple(scene_objects.OBJECTS)
+MIN_VISIBLE = 0.6
+_HUES = {"sky": 0.57, "grass": 0.27, "sand": 0.11, "water": 0.53, "earth": 0.06, "stone": 0.6}
+
+
+class Scene(NamedTuple):
+    """One picture (uint8 0..255) and the class index + 1 of every pixel, 0 for the surroundings."""
+
+    image: UInt8[np.ndarray, "96 96 3"]
+    segmentation_mask: UInt8[np.ndarray, "96 96"]
+
+
+def _surface(rng: np.random.Generator) -> Float[np.ndarray, "96 96 3"]:
+    """One ground or sky: two tones of one natural hue (or, at times, any) blended by fractal noise and a gradient."""
+    hue = rng.choice(list(_HUES.values())) if rng.random() < 0.6 else rng.random()
+    first, second = (np.array(random_color(rng, hue, luma=(0.4, 0.65), saturation=0.4), np.float32) for _ in range(2))
+    second = first + rng.uniform(0.3, 0.8) * (second - first)
+    share = 0.5 + rng.uniform(0.2, 0.6) * drawing.noise(rng, IMAGE_SIZE)
+    slope = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32) * rng.uniform(-0.8, 0.8)
+    share = np.clip(share + (slope[:, None] if rng.random() < 0.7 else slope[None, :]), 0, 1)[..., None]
+    return first + share * (second - first)
+
+
+def _background(rng: np.random.Generator) -> tuple[Image.Image, int]:
+    """A canvas of one surface or of two that meet at a horizon; also returns the horizon's row on the canvas."""
+    surface, horizon = _surface(rng), 0
+    if rng.random() < 0.7:
+        line = rng.uniform(0.25, 0.8) * IMAGE_SIZE
+        horizon = round(line * SUPERSAMPLE)
+        edge = line + rng.uniform(0, 12) * drawing.noise(rng, IMAGE_SIZE, grain=0)[0]
+        below = np.arange(IMAGE_SIZE)[:, None] > edge[None, :]
+        surface = np.where(below[..., None], _surface(rng), surface)
+    pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 4), np.uint8)
+    pixels[..., :3] = np.clip(surface, 0, 255)
+    canvas = Image.fromarray(pixels, "RGBA").resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.NEAREST)
+    return canvas, horizon
+
+
+def _flat_pen(canvas: Image.Image) -> Pen:
+    return Pen(canvas, np.eye(2), (0, 0), visible=0)
+
+
+def _draw_ground_cover(canvas: Image.Image, rng: np.random.Generator, horizon: int) -> None:
+    """Many small marks over the ground: blades, pebbles, ripples or specks."""
+    pen, count = _flat_pen(canvas), int(rng.integers(20, 70))
+    kind = rng.choice(["none", "blades", "pebbles", "ripples", "specks"])
+    if kind == "none":
+        return
+    at = rng.uniform([0, horizon], [CANVAS_SIZE, CANVAS_SIZE + 1], (count, 2))
+    at = at[np.argsort(at[:, 1])]
+    base = canvas.getpixel((CANVAS_SIZE // 2, CANVAS_SIZE - 20))[:3]
+    tones = [darker(base, 0.2), lighter(base, 0.15), mix(base, random_color(rng), 0.3)]
+    size = rng.uniform(4, 12) * (0.5 + 0.5 * at[:, 1:] / CANVAS_SIZE)
+    for index, tone in enumerate(tones):
+        here, scale = at[index::3], size[index::3]
+        if kind == "blades":
+            lean = rng.uniform(-0.5, 0.5, scale.shape)
+            tips = here + np.concatenate([lean * scale, -2.0 * scale], 1)
+            pen.fill(np.stack([here - [1.5, 0], tips, here + [1.5, 0]], 1), tone)
+        elif kind == "pebbles":
+            pen.fill(ellipses(here, np.concatenate([0.6 * scale, 0.4 * scale], 1), points=9), tone)
+        elif kind == "ripples":
+            pen.stroke(np.stack([here, here + [0, 2], here + np.concatenate([2 * scale, 0 * scale], 1)], 1), tone, 2)
+        else:
+            pen.fill(ellipses(here, 0.2 * np.repeat(scale, 2, 1), points=6), tone)
+
+
+def _draw_distractor(canvas: Image.Image, rng: np.random.Generator, reach: float) -> None:
+    """One thing that is no object: a stone, a stick, a bush-like blob or a patch of another texture, up to `reach` pixels."""
+    pen, color = _flat_pen(canvas), random_color(rng, luma=(0.35, 0.7), saturation=0.45)
+    x, y = rng.uniform(0, CANVAS_SIZE, 2)
+    rx, ry = rng.uniform(0.4, 1.0, 2) * reach
+    kind = rng.choice(["stone", "stick", "blob", "patch"])
+    if kind == "stick":
+        angle, length = rng.uniform(0, np.pi), 2.2 * reach
+        along = np.linspace(-0.5, 0.5, 5)[:, None] * length * [np.cos(angle), np.sin(angle)]
+        path = along + [x, y] + rng.normal(0, 0.06 * length, (5, 2))
+        width = rng.uniform(0.12, 0.3) * reach
+        pen.stroke(path, darker(color, 0.5), width)
+        pen.stroke(path - [0.15 * width, 0.2 * width], color, 0.5 * width)
+        return
+    outline = drawing.blob(rng, x, y, rx, ry, 0.25 if kind == "stone" else 0.15)
+    pen.fill(outline, darker(color, 0.3) if kind == "stone" else color)
+    middle = outline.mean(0)
+    if kind == "stone":
+        pen.pattern(outline, (middle + 0.75 * (outline - middle) - [0.12 * rx, 0.2 * ry])[None], color)
+        pen.pattern(outline, (middle + 0.35 * (outline - middle) - [0.2 * rx, 0.35 * ry])[None], lighter(color, 0.4), opacity=0.6)
+    elif kind == "patch":
+        box = (x - 1.5 * rx, y - 1.5 * ry, x + 1.5 * rx, y + 1.5 * ry)
+        lines = drawing.wavy_lines(rng, box, rng.uniform(5, 11), angle=rng.uniform(0, np.pi), wave=rng.uniform(0, 3))
+        pen.pattern(outline, lines, mix(color, random_color(rng), 0.6), width=rng.uniform(2, 5))
+    else:
+        dots = rng.uniform(middle - [rx, ry], middle + [rx, ry], (20, 2))
+        pen.pattern(outline, ellipses(dots, rng.uniform(2, 6, (20, 2)), points=8), darker(color, 0.3))
+
+
+def _object_pose(rng: np.random.Generator, tilt: float) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
+    """Draw the affine pose of the object: size, flip, tilt up to `tilt` degrees, shear, stretch and place, in canvas pixels."""
+    half = 0.5 * CANVAS_SIZE * rng.uniform(0.65, 0.9)
+    angle = np.radians(tilt) * rng.uniform(-1, 1)
+    stretch = np.exp(rng.uniform(-0.15, 0.15))
+    shear = np.array([[1.0, rng.uniform(-0.15, 0.15)], [rng.uniform(-0.08, 0.08), 1.0]])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = half * turn @ shear @ np.diag([rng.choice([-1, 1]) * stretch, 1 / stretch])
+    slack = max(0.0, CANVAS_SIZE / 2 - 0.8 * half)
+    return matrix, CANVAS_SIZE / 2 + rng.uniform(-slack, slack, 2)
+
+
+def _occlude(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Put blades, sticks or stones in front; take them away again where they would hide too much of the object."""
+    covered = canvas.copy()
+    if rng.random() < 0.4:
+        _draw_ground_cover(covered, rng, round(0.75 * CANVAS_SIZE))
+    if rng.random() < 0.6:
+        _draw_distractor(covered, rng, rng.uniform(12, 34))
+    whole, left = (image.getchannel("A").histogram()[255] for image in (canvas, covered))
+    return covered if left >= MIN_VISIBLE * whole else canvas
+
+
+def _shifted(field: Float[np.ndarray, "H W"], dx: int, dy: int) -> Float[np.ndarray, "H W"]:
+    padded = np.pad(field, 8, mode="edge")
+    return padded[8 + dy : 8 + dy + len(field), 8 + dx : 8 + dx + len(field)]
+
+
+def _light(canvas: Image.Image, rng: np.random.Generator) -> tuple[Float[np.ndarray, "96 96 3"], Float[np.ndarray, "96 96"]]:
+    """Bring the canvas to picture size and light it: rounded shading, a cast shadow, texture, dapple, tint and noise."""
+    wide = np.asarray(canvas, np.uint16)
+    pixels = (wide[::2, ::2] + wide[1::2, ::2] + wide[::2, 1::2] + wide[1::2, 1::2]).astype(np.float32) / 4
+    visible = pixels[..., 3] / 255
+    alpha = Image.fromarray(pixels[..., 3].astype(np.uint8))
+    soft = np.asarray(alpha.filter(ImageFilter.BoxBlur(5)), np.float32) / 255
+    angle = rng.uniform(0, 2 * np.pi)
+    dx, dy = round(5 * np.cos(angle)), round(5 * np.sin(angle))
+    relief = soft - _shifted(soft, dx, dy)
+    shade = 1 - rng.uniform(0.1, 0.45) * (1 - soft) + rng.uniform(0.1, 0.5) * relief
+    shade += rng.uniform(0.05, 0.2) * drawing.noise(rng, IMAGE_SIZE)
+    shadow = 1 - rng.uniform(0.0, 0.4) * _shifted(soft, -dx, -dy)
+    factor = visible * shade + (1 - visible) * shadow
+    factor *= 1 + rng.uniform(0.0, 0.2) * drawing.noise(rng, IMAGE_SIZE, grain=0)
+    tint = rng.uniform(0.85, 1.12, 3).astype(np.float32) * rng.uniform(0.85, 1.15)
+    image = pixels[..., :3] * factor[..., None] * tint
+    grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32) * rng.uniform(0.0, 5.0)
+    return image + grain, visible
+
+
+def draw_scene(rng: np.random.Generator, label: int) -> Scene:
+    """Draw one scene with an object of class `label`; every choice comes from `rng`."""
+    draw, tilt = scene_objects.OBJECTS[CLASS_NAMES[label]]
+    canvas, horizon = _background(rng)
+    _draw_ground_cover(canvas, rng, horizon)
+    for _ in range(int(rng.integers(1, 4))):
+        _draw_distractor(canvas, rng, rng.uniform(8, 30))
+    mean = tuple(np.asarray(canvas)[::8, ::8, :3].mean((0, 1)).tolist())
+    matrix, offset = _object_pose(rng, tilt)
+    draw(Pen(canvas, matrix, offset, visible=255), rng, drawing.random_palette(rng, mean))
+    image, visible = _light(_occlude(canvas, rng), rng)
+    segmentation_mask = np.where(visible >= 0.5, label + 1, 0).astype(np.uint8)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), segmentation_mask)

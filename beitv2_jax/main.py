@@ -1,0 +1,195 @@
+"""The command line: parse flags, start jax, hand over to the stage. No logic of its own.
+
+python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqkd --config.optim.peak_lr=1e-3
+"""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from logging import WARNING, Formatter
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+
+DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
+FLAG_NAMES = ("config", "workdir", "distributed", "compilation_cache")
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "numbers in brackets, inside quotes,",
+}
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define this program's flags in `values`; `argv` tells which config keys will be overridden."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file and its presets, such as configs/mim.py:large,300ep.", values, sys_argv=list(argv)
+    )
+    flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is continued.", values)
+    flags.DEFINE_boolean(
+        "distributed",
+        None,
+        "Connect to the other processes of the run. By default only under SLURM, Open MPI and TPU slices on GKE.",
+        values,
+    )
+    flags.DEFINE_string(
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_CACHE),
+        "Directory of compiled programs, kept between runs; '' for none.",
+        values,
+    )
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Define and parse the flags in `argv` and return what is left of it.
+
+    Raises:
+        UserError: config file, preset or key unknown, value of a wrong type, or a flag missing or unknown.
+    """
+    define_flags(values, argv)
+    if any(re.fullmatch(r"--?help\w*", arg) for arg in argv):
+        return values(list(argv))
+    defaults = _check_config(argv)
+    try:
+        rest = values(list(argv))
+    except (flags.Error, TypeError) as error:
+        raise _explain(error, argv, defaults) from error
+    if len(rest) > 1:
+        raise UserError(f"Unexpected argument '{rest[1]}'.", "a flag without its dashes or '='.", f"--{rest[1]}=VALUE")
+    if not values.workdir:
+        raise UserError("There is no --workdir.", "the run's directory was left out.", "--workdir=runs/NAME")
+    return rest
+
+
+def _overridden(arg: str) -> str | None:
+    """Return the config key that an argument overrides ('--config.seed=1' -> 'seed'), None for other arguments."""
+    match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+    return match[1] if match else None
+
+
+def _check_config(argv: Sequence[str]) -> dict[str, object]:
+    """Return {key: default} of the config in `argv`, after checking what the config flags report late or not at all.
+
+    Raises:
+        UserError: no config file, no such file or preset, no such key, or a key given before the file.
+    """
+    spec = None
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            spec = following if match[1] is None else match[1]
+        elif spec is None and _overridden(arg):
+            raise UserError(f"{arg} stands before --config.", "the file comes first.", f"--config=FILE {arg}")
+    if not spec:
+        raise UserError(
+            "There is no --config.", "the stage's config file was left out.", "--config=configs/quickstart.py"
+        )
+    name, colon, presets = spec.partition(":")
+    if Path(name).suffix != ".py":
+        raise UserError(
+            f"--config={spec} is not a Python file.",
+            "the name of a stage stands where the path of its file belongs.",
+            f"--config=configs/{Path(name).stem}.py{colon}{presets}",
+        )
+    defaults = config_lib.flatten(config_lib.load(spec))
+    for key in filter(None, map(_overridden, argv)):
+        if key not in defaults:
+            raise _unknown_key(key, defaults)
+    return defaults
+
+
+def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
+    """Return the error for an unknown config key; a section's own keys and keys of the same last name come first."""
+    inside = [name for name in defaults if name.startswith(key + ".")]
+    namesakes = [name for name in defaults if name.split(".")[-1] == key.split(".")[-1]]
+    guess = config_lib.nearest(key, inside or namesakes or defaults)
+    return UserError(
+        f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
+        f"'{guess}' was meant, which is {defaults[guess]!r} now.",
+        f"--config.{guess}={shlex.quote(str(defaults[guess]))}",
+    )
+
+
+def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, object]) -> UserError:
+    """Return the three-part form of what absl or the config flags say about `argv`."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        guess = config_lib.nearest(error.flagname, FLAG_NAMES)
+        return UserError(f"There is no flag --{error.flagname}.", f"--{guess} was meant.", f"--{guess}=VALUE")
+    for key in filter(None, map(_overridden, argv)):
+        if f"config.{key}" in str(error):
+            kind = TYPE_NAMES.get(type(defaults[key]), "a value of another type")
+            return UserError(
+                str(error),
+                f"{kind} was meant; the default is {defaults[key]!r}.",
+                f"--config.{key}={shlex.quote(str(defaults[key]))}",
+            )
+    return UserError(str(error), "a value of another type was meant.", "see --help")
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Tell whether `environment` is that of one of several processes of one run (SLURM step, Open MPI, TPU slice)."""
+    return (
+        int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
+    )
+
+
+def start_logging(verbosity_given: bool) -> None:
+    """Show this package's own messages and the warnings of libraries, unless --verbosity asks for something else."""
+    if verbosity_given:
+        return
+    package = str(Path(__file__).parent)
+    handler = logging.get_absl_handler()
+    handler.addFilter(lambda record: record.levelno >= WARNING or record.pathname.startswith(package))
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.set_verbosity(logging.INFO)
+
+
+def start_jax(distributed: bool | None, compilation_cache: str) -> None:
+    """Start jax: quiet, with its compilation cache, connected to the other processes of the run where there are any.
+
+    Args:
+        distributed: whether to connect; None decides by the environment.
+        compilation_cache: directory, '' for none.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    if compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+    if in_cluster(os.environ) if distributed is None else distributed:
+        jax.distributed.initialize()
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the stage that the parsed flags describe."""
+    del argv
+    values = flags.FLAGS
+    config_lib.validate(values.config)
+    start_logging(values["verbosity"].present)
+    start_jax(values.distributed, values.compilation_cache)
+    # imported here: jax must be started first, and a slip in a flag should show before the stack is loaded
+    from beitv2_jax.stages import run_stage
+
+    run_stage(values.config, os.path.abspath(values.workdir))
+
+
+def main() -> None:
+    """Run the program; a UserError is printed without a traceback and ends it with exit code 2."""
+    try:
+        app.run(run, flags_parser=parse_flags)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The masked image model: a transformer that predicts the code ids of hidden patches, twice.
+
+The main branch reads the last block; the patch-aggregation branch reads [CLS] of the last block with the patches of an
+earlier one, so that what the patches need has to pass through [CLS].
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Num
+
+from beitv2_jax.models.layers import LayerNorm, Linear, apply_block, drop_path_rates
+from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.typing import Images, Mask
+
+Patches = Float[Array, "b n d"]
+
+
+class MIMOutput(NamedTuple):
+    """Logits over the codebook for `m` patches of each image; the second is None without patch aggregation."""
+
+    logits: Float[Array, "b m k"]
+    aggregation_logits: Float[Array, "b m k"] | None
+
+
+def gather_masked(values: Num[Array, "b n *rest"], mask: Mask, num_masked: int) -> Num[Array, "b m *rest"]:
+    """Return the entries of the hidden patches in row-major order.
+
+    Every row of `mask` must hold exactly `num_masked` True; a traced mask cannot be checked here.
+    """
+    positions = jnp.argsort(~mask, axis=1, stable=True)[:, :num_masked]
+    return jnp.take_along_axis(values, positions.reshape(positions.shape + (1,) * (values.ndim - 2)), axis=1)
+
+
+class MaskedImageModel(nn.Module):
+    """Predict code ids of hidden patches with the main head and, if `patch_aggregation`, the aggregation head.
+
+    `early_layer` (from 1) gives the aggregation head its patches; `head_depth` blocks follow, sharing the backbone's
+    relative-position table, then the final norm and output layer, the main head's own when `shared_head`.
+
+    Raises:
+        ValueError: `early_layer` outside 1..depth or `head_depth` below 1.
+
+    Source: BEiT v2 sections 2.2 and 2.3; stochastic depth of the head and its untouched framework initialisation follow
+    the released code.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    codebook_size: int
+    position: str = "relative_shared"
+    layer_scale_init: float | None = 0.1
+    drop_path_rate: float = 0.0
+    patch_aggregation: bool = True
+    early_layer: int = 9
+    head_depth: int = 2
+    shared_head: bool = True
+    dtype: Any = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.patch_aggregation and not 1 <= self.early_layer <= self.depth:
+            raise ValueError(f"early_layer {self.early_layer} is not one of the {self.depth} blocks (counted from 1)")
+        if self.patch_aggregation and self.head_depth < 1:
+            raise ValueError(f"head_depth {self.head_depth} leaves the aggregation head without a block")
+        super().__post_init__()
+
+    def setup(self):
+        self.backbone = VisionTransformer(
+            self.image_size,
+            self.patch_size,
+            self.width,
+            self.depth,
+            self.num_heads,
+            self.mlp_dim,
+            position=self.position,
+            layer_scale_init=self.layer_scale_init,
+            drop_path_rate=self.drop_path_rate,
+            mask_token=True,
+            param_init="clipped",
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        self.norm = LayerNorm()
+        self.lm_head = self._output_layer()
+        if self.patch_aggregation:
+            head_end = self.early_layer + self.head_depth
+            rates = drop_path_rates(self.drop_path_rate, max(self.depth, head_end))
+            self.aggregation = [
+                self.backbone.block(index, rates[index], param_init="torch")
+                for index in range(self.early_layer, head_end)
+            ]
+            if not self.shared_head:
+                self.aggregation_norm = LayerNorm()
+                self.aggregation_lm_head = self._output_layer()
+
+    def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> MIMOutput:
+        """Return the logits of the hidden patches in row-major order; `num_masked` is the exact count per image."""
+        patches, aggregated = self._branches(images, mask, train=train)
+        patches = gather_masked(patches, mask, num_masked)
+        if aggregated is not None:
+            aggregated = gather_masked(aggregated, mask, num_masked)
+        return self._logits(patches, aggregated)
+
+    def logits_everywhere(self, images: Images, mask: Mask | None = None) -> MIMOutput:
+        """Return the logits of every patch, hidden or not."""
+        patches, aggregated = self._branches(images, mask, train=False)
+        return self._logits(patches, aggregated)
+
+    def _branches(self, images: Images, mask: Mask | None, *, train: bool) -> tuple[Patches, Patches | None]:
+        output = self.backbone(images, mask, train=train)
+        if not self.patch_aggregation:
+            return output.tokens[:, 1:], None
+        early = output.hidden[self.early_layer - 1]
+        aggregated = jnp.concatenate([output.tokens[:, :1], early[:, 1:]], axis=1)
+        for block in self.aggregation:
+            aggregated = apply_block(block, aggregated, output.bias, train=train, remat=self.remat)
+        return output.tokens[:, 1:], aggregated[:, 1:]
+
+    def _logits(self, patches: Patches, aggregated: Patches | None) -> MIMOutput:
+        logits = self.lm_head(self.norm(patches))
+        if aggregated is None:
+            return MIMOutput(logits, None)
+        if self.shared_head:
+            return MIMOutput(logits, self.lm_head(self.norm(aggregated)))
+        return MIMOutput(logits, self.aggregation_lm_head(self.aggregation_norm(aggregated)))
+
+    @nn.nowrap
+    def _output_layer(self) -> Linear:
+        return Linear(self.codebook_size, param_init="clipped", dtype=jnp.dtype(self.dtype), out_dtype=jnp.float32)

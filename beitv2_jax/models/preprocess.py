@@ -1,0 +1,51 @@
+"""Per-pixel work done on the device inside the step: uint8 images in, each network's input range out."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from beitv2_jax.typing import ByteImages, Images
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+NORMALIZATIONS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF)}
+"""Arguments (mean, std) of `normalize` by the name that configs use."""
+
+
+def normalize(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b H W 3"]:
+    """Return (images/255 − mean)/std in float32; images are 0..255, mean and std on the scale 0..1."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def to_unit_range(images: Images) -> Float[Array, "b H W 3"]:
+    """Return images/127.5 − 1, mapping 0..255 to the tokenizer's [−1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def color_jitter(images: ByteImages, factors: Float[Array, "b 3"], order: Int[Array, "b 3"]) -> Float[Array, "b H W 3"]:
+    """Change brightness, contrast and saturation of each image, in its own order; return whole levels 0..255, float32.
+
+    `factors` holds the three strengths (1 changes nothing) in that sequence; `order` is the permutation of 0, 1, 2 in
+    which they are applied. Each of them blends with a duller picture, out = dull + factor · (image − dull): black, the
+    mean grey level, or the grey picture. Every step ends in [0, 255] rounded down, as Pillow's 8-bit images do.
+
+    Source: torchvision's ColorJitter on Pillow images, here applied to the resized crop.
+    """
+    images = images.astype(jnp.float32)
+    for step in range(3):
+        operation = order[:, step]
+        factor = jnp.take_along_axis(factors, operation[:, None], axis=1)[:, :, None, None]
+        operation = operation[:, None, None, None]
+        gray = _gray(images)
+        mean_gray = jnp.floor(gray.mean(axis=(1, 2, 3), keepdims=True) + 0.5)
+        dull = jnp.where(operation == 0, 0.0, jnp.where(operation == 1, mean_gray, gray))
+        images = jnp.floor(jnp.clip(dull + factor * (images - dull), 0.0, 255.0))
+    return images
+
+
+def _gray(images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 1"]:
+    """Return the grey level of 8-bit pixels by Pillow's 16-bit integer weights (ITU-R 601)."""
+    red, green, blue = (images[..., channel, None].astype(jnp.int32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(jnp.float32)

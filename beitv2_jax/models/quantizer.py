@@ -1,0 +1,196 @@
+"""The codebook: nearest unit code, its moving average, and its k-means start.
+
+Sits between encoder and decoder of the tokenizer. Everything here is float32 whatever the model computes in, and every
+statistic is a plain sum over the batch that jit sees, so any number of devices moves the codebook alike.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from beitv2_jax.typing import Codebook, CodeIds, Codes, PyTree, Scalar
+
+MIN_NORM = 1e-12
+
+
+class QuantizerOutput(NamedTuple):
+    """What one lookup gives: `codes` carry the straight-through gradient, `counts` are the hits of this batch."""
+
+    codes: Codes
+    code_ids: CodeIds
+    commitment_loss: Scalar
+    unit: Codes
+    counts: Float[Array, "k"]
+
+
+def l2_normalise(vectors: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    """Scale to unit length in float32: v / max(‖v‖, 1e-12).
+
+    A zero vector stays zero and has a finite gradient, which `jnp.linalg.norm` would not give.
+    """
+    vectors = vectors.astype(jnp.float32)
+    squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(squared, MIN_NORM**2))
+
+
+def nearest_code(unit: Float[Array, "m c"], codebook: Codebook) -> Int[Array, "m"]:
+    """Return argmin_k ‖e_k‖² − 2⟨z, e_k⟩, the id of the nearest code; the lowest id wins a tie.
+
+    ‖z‖² is the same for every code and left out. ‖e‖² is kept although rows are unit vectors, because k-means can
+    leave an all-zero row, which is nearer than a unit code of cosine below 1/2.
+
+    **Source** the released lookup, which takes the inner products in float16 under autocast; ours are float32.
+    """
+    products = jnp.matmul(unit, codebook.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2.0 * products, axis=-1).astype(jnp.int32)
+
+
+def _cluster_sums(
+    unit: Float[Array, "m c"], code_ids: Int[Array, "m"], codebook_size: int
+) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
+    sums = jax.ops.segment_sum(unit, code_ids, num_segments=codebook_size)
+    counts = jax.ops.segment_sum(jnp.ones_like(unit[:, 0]), code_ids, num_segments=codebook_size)
+    return sums, counts
+
+
+def moved_codebook(
+    codebook: Codebook, sums: Float[Array, "k c"], counts: Float[Array, "k"], ema_decay: float
+) -> Codebook:
+    """Return l2norm(ema_decay·e_k + (1 − ema_decay)·l2norm(s_k / n_k)) where n_k > 0, and e_k elsewhere.
+
+    `sums` s_k and `counts` n_k are those of one batch; a code without hits stays where it is.
+
+    **Source** the released quantizer: a blend of directions that does not weigh by counts, unlike the moving average
+    of VQ-VAE, and no revival of unused codes.
+    """
+    means = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
+    moved = l2_normalise(ema_decay * codebook + (1.0 - ema_decay) * means)
+    return jnp.where(counts[:, None] > 0, moved, codebook)
+
+
+class Quantizer(nn.Module):
+    """Replace every projection by its nearest unit code.
+
+    State (collection 'codebook', all float32, no gradient): `codebook` unit rows, at first l2norm(N(0, 1));
+    `cluster_counts`, the moving average of hits per code; `window_counts` and `last_window_counts`, the hits of the
+    running and of the last finished window (`roll_window`).
+
+    `commitment_weight` multiplies mean((sg(e) − z)²) over all `b n c` elements, so it is 1/code_dim of the squared
+    distance per patch.
+
+    **Source** paper section 2.1; the released quantizer, its order of operations included.
+    """
+
+    codebook_size: int
+    code_dim: int
+    ema_decay: float = 0.99
+    commitment_weight: float = 1.0
+
+    @nn.compact
+    def __call__(self, projections: Float[Array, "b n c"], *, train: bool) -> QuantizerOutput:
+        """Look up codes with the codebook as it is, then move it.
+
+        The codebook moves when `train` and the collection is mutable; the counts whenever it is mutable.
+        """
+        codebook = self.variable("codebook", "codebook", self._initial_codebook)
+        cluster_counts, window_counts, _ = (
+            self.variable("codebook", name, jnp.zeros, (self.codebook_size,), jnp.float32)
+            for name in ("cluster_counts", "window_counts", "last_window_counts")
+        )
+        unit = l2_normalise(projections)
+        samples = jax.lax.stop_gradient(unit).reshape(-1, self.code_dim)
+        flat_ids = nearest_code(samples, codebook.value)
+        code_ids = flat_ids.reshape(unit.shape[:-1])
+        nearest = jax.lax.stop_gradient(codebook.value[code_ids])
+        sums, counts = _cluster_sums(samples, flat_ids, self.codebook_size)
+
+        if self.is_mutable_collection("codebook") and not self.is_initializing():
+            cluster_counts.value = self.ema_decay * cluster_counts.value + (1.0 - self.ema_decay) * counts
+            window_counts.value = window_counts.value + counts
+            if train:
+                codebook.value = moved_codebook(codebook.value, sums, counts, self.ema_decay)
+
+        return QuantizerOutput(
+            codes=unit + jax.lax.stop_gradient(nearest - unit),
+            code_ids=code_ids,
+            commitment_loss=self.commitment_weight * jnp.mean((nearest - unit) ** 2),
+            unit=unit,
+            counts=counts,
+        )
+
+    def _initial_codebook(self) -> Codebook:
+        shape = (self.codebook_size, self.code_dim)
+        return l2_normalise(jax.random.normal(self.make_rng("params"), shape, jnp.float32))
+
+
+def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps: int) -> PyTree:
+    """Start a new usage window when `step` is a multiple of `window_steps`, else return the state as it is.
+
+    Call it before the forward of `step` (counted from 0); then `last_window_counts` holds the hits of exactly
+    `window_steps` steps from the first roll after step 0 on. `codebook_state` is the quantizer's own dict.
+    """
+    rolls: Bool[Array, ""] = jnp.asarray(step) % window_steps == 0
+    running, last = codebook_state["window_counts"], codebook_state["last_window_counts"]
+    return {
+        **codebook_state,
+        "window_counts": jnp.where(rolls, jnp.zeros_like(running), running),
+        "last_window_counts": jnp.where(rolls, running, last),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("num_clusters", "num_iters"))
+def kmeans(
+    samples: Float[Array, "m c"], key: Array, num_clusters: int, num_iters: int = 10
+) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
+    """Cluster the directions of `samples` by cosine; return unit means and the counts of the last assignment.
+
+    The initial means are distinct random samples, or samples drawn with replacement when there are fewer than
+    `num_clusters`. `key` owns the draw.
+
+    **Source** the released start, which each process runs on its own images, so that their codebooks begin unlike;
+    this one sees the global batch and gives one codebook.
+    """
+    unit = l2_normalise(samples)
+    num_samples = unit.shape[0]
+    if num_samples >= num_clusters:
+        chosen = jax.random.permutation(key, num_samples)[:num_clusters]
+    else:
+        chosen = jax.random.randint(key, (num_clusters,), 0, num_samples)
+    return kmeans_from(unit, unit[chosen], num_iters)
+
+
+@functools.partial(jax.jit, static_argnames=("num_iters",))
+def kmeans_from(
+    unit: Float[Array, "m c"], initial_means: Float[Array, "k c"], num_iters: int
+) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
+    """Run `num_iters` rounds of spherical k-means on unit (or zero) rows from given means.
+
+    Each round assigns by the largest cosine and replaces a mean by l2norm(s_k / n_k); an empty cluster keeps its
+    mean. The counts returned are those of the last round's assignment, made before its update.
+    """
+    num_clusters = initial_means.shape[0]
+
+    def one_round(_, carry):
+        means, _ = carry
+        cosines = jnp.matmul(unit, means.T, precision=jax.lax.Precision.HIGHEST)
+        sums, counts = _cluster_sums(unit, jnp.argmax(cosines, axis=-1), num_clusters)
+        moved = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
+        return jnp.where(counts[:, None] > 0, moved, means), counts
+
+    start = (initial_means.astype(jnp.float32), jnp.zeros((num_clusters,), jnp.float32))
+    return jax.lax.fori_loop(0, num_iters, one_round, start)
+
+
+def codebook_usage(counts: Float[Array, "k"]) -> Scalar:
+    """Return the share of codes hit at least once, in [0, 1]."""
+    return jnp.mean((counts > 0).astype(jnp.float32))
+
+
+def codebook_perplexity(counts: Float[Array, "k"]) -> Scalar:
+    """Return exp(−Σ p_k ln p_k) with p_k = n_k / Σ n: from 1 (one code, or no hits) to k (all alike)."""
+    shares = counts / jnp.maximum(jnp.sum(counts), 1.0)
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares, shares)))

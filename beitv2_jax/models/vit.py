@@ -1,0 +1,165 @@
+"""The vision transformer under the tokenizer, the masked image model, the classifier and the teachers."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from beitv2_jax.models.layers import (
+    Block,
+    LayerNorm,
+    RelativePositionBias,
+    apply_block,
+    constrain,
+    drop_path_rates,
+    normal_init,
+    uniform_init,
+)
+from beitv2_jax.typing import AttentionBias, Images, Mask, Tokens
+
+POSITIONS = ("absolute", "relative_shared", "relative", "none")
+
+
+class ViTOutput(NamedTuple):
+    """`tokens` after the last block and `hidden` after every block, none of them normalised; the shared `bias`."""
+
+    tokens: Tokens
+    hidden: tuple[Tokens, ...]
+    bias: AttentionBias | None
+
+
+class PatchEmbed(nn.Module):
+    """Map non-overlapping square patches to tokens, row-major.
+
+    Equals a convolution with kernel = stride = `patch_size`; written as one matrix product, which is faster. Only
+    `param_init` 'clipped' draws the kernel from that scheme and starts the bias at zero: the other released
+    initialisations pass convolutions over, which leaves U(±1/√fan_in) for both.
+    """
+
+    patch_size: int
+    width: int
+    use_bias: bool = True
+    param_init: str = "normal"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Images) -> Float[Array, "b n d"]:
+        batch, height, width, channels = images.shape
+        size = self.patch_size
+        fan_in = size * size * channels
+        untouched = self.param_init != "clipped"
+        kernel_init = uniform_init(fan_in) if untouched else normal_init(self.param_init)
+        kernel = self.param("kernel", kernel_init, (size, size, channels, self.width))
+        patches = images.astype(self.dtype).reshape(batch, height // size, size, width // size, size, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, fan_in)
+        tokens = patches @ kernel.astype(self.dtype).reshape(fan_in, self.width)
+        if self.use_bias:
+            bias_init = uniform_init(fan_in) if untouched else nn.initializers.zeros
+            tokens = tokens + self.param("bias", bias_init, (self.width,)).astype(self.dtype)
+        return tokens
+
+
+class VisionTransformer(nn.Module):
+    """Turn images (float, already normalised) into tokens, [CLS] first, patches row-major.
+
+    `position`: 'absolute' adds a learned embedding; 'relative_shared' biases every attention from one table, 'relative'
+    from a table per block. `mask_token` creates the token that replaces patch embeddings where the mask is True.
+    `pre_norm` normalises the tokens before the first block, as CLIP does. `remat` recomputes each block's activations.
+
+    Raises:
+        ValueError: `image_size` no multiple of `patch_size`, unknown `position`, or images of another size.
+
+    Source: BEiT v2 section 2 and the released models.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    position: str = "absolute"
+    layer_scale_init: float | None = None
+    drop_path_rate: float = 0.0
+    mask_token: bool = False
+    qkv_bias: str = "qv"
+    norm_eps: float = 1e-6
+    param_init: str = "normal"
+    pre_norm: bool = False
+    patch_bias: bool = True
+    activation: str = "gelu"
+    dtype: Any = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.position not in POSITIONS:
+            raise ValueError(f"unknown position {self.position!r}: choose one of {', '.join(POSITIONS)}")
+        super().__post_init__()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size // self.patch_size, self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.grid[0] * self.grid[1]
+
+    @nn.nowrap
+    def block(self, index: int, drop_path_rate: float, *, param_init: str = "", name: str | None = None) -> Block:
+        """Return a block of this network's kind for place `index` (from 0), as the parent's submodule `name`."""
+        return Block(
+            self.num_heads,
+            self.mlp_dim,
+            self.norm_eps,
+            self.layer_scale_init,
+            drop_path_rate,
+            self.qkv_bias,
+            self.activation,
+            self.grid if self.position == "relative" else None,
+            index + 1,
+            param_init or self.param_init,
+            jnp.dtype(self.dtype),
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(self, images: Images, mask: Mask | None = None, *, train: bool = False) -> ViTOutput:
+        tokens = constrain(self._embed(images, mask))
+        bias = None
+        if self.position == "relative_shared":
+            bias = RelativePositionBias(self.grid, self.num_heads, name="rel_pos_bias")()
+        hidden = []
+        for index, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
+            block = self.block(index, rate, name=f"blocks_{index}")
+            tokens = apply_block(block, tokens, bias, train=train, remat=self.remat)
+            hidden.append(tokens)
+        return ViTOutput(tokens, tuple(hidden), bias)
+
+    def _embed(self, images: Images, mask: Mask | None) -> Tokens:
+        if images.ndim != 4 or images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of shape {images.shape} do not fit a network built for "
+                f"(batch, {self.image_size}, {self.image_size}, channels)"
+            )
+        dtype = jnp.dtype(self.dtype)
+        embed = PatchEmbed(self.patch_size, self.width, self.patch_bias, self.param_init, dtype, name="patch_embed")
+        patches = embed(images).astype(jnp.float32)
+        draw = normal_init(self.param_init)
+        if self.mask_token:
+            mask_token = self.param("mask_token", draw, (1, 1, self.width))
+        if mask is not None:
+            # a selection, not a product with zero: nothing of a hidden patch passes, not even its gradient
+            patches = jnp.where(mask[:, :, None], mask_token, patches)
+        cls_token = self.param("cls_token", draw, (1, 1, self.width))
+        cls_tokens = jnp.broadcast_to(cls_token, (patches.shape[0], 1, self.width))
+        tokens = jnp.concatenate([cls_tokens, patches], axis=1)
+        if self.position == "absolute":
+            tokens = tokens + self.param("pos_embed", draw, (1, self.num_patches + 1, self.width))
+        if self.pre_norm:
+            tokens = LayerNorm(self.norm_eps, name="pre_norm")(tokens)
+        return tokens

@@ -1,0 +1,125 @@
+"""The tokenizer: a transformer encoder, the quantizer, and a small decoder that imitates a teacher's features.
+
+Trained by the vqkd stage against teacher features; afterwards only `encode` is used, by the tokenize and mim stages.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from beitv2_jax.models.layers import LayerNorm, Linear
+from beitv2_jax.models.quantizer import Quantizer, QuantizerOutput
+from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.typing import CodeIds, Codes, Images, Scalar, TeacherFeatures
+
+
+class VQKDOutput(NamedTuple):
+    """What the tokenizer says about a batch, with the intermediates by name.
+
+    `reconstruction` of the teacher features, not normalised; `codes`, `unit` and `counts` as `QuantizerOutput`;
+    `projections` are the quantizer's input; both features are patch features after the final norm.
+    """
+
+    reconstruction: TeacherFeatures
+    code_ids: CodeIds
+    commitment_loss: Scalar
+    counts: Float[Array, "k"]
+    codes: Codes
+    unit: Codes
+    projections: Codes
+    encoder_features: Float[Array, "b n d"]
+    decoder_features: Float[Array, "b n d"]
+
+
+class TaskLayer(nn.Module):
+    """Map features to another width: fc2(tanh(fc1 x)), with fc1 as wide as its input."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "b n d"]) -> Float[Array, "b n o"]:
+        hidden = jnp.tanh(Linear(inputs.shape[-1], dtype=self.dtype, name="fc1")(inputs))
+        return Linear(self.features, dtype=self.dtype, name="fc2")(hidden)
+
+
+class VQKD(nn.Module):
+    """Encode images to code ids and decode the codes to teacher features.
+
+    `encoder` holds patch_size, width, depth, num_heads, mlp_dim; `decoder` the same without patch_size. Both
+    transformers have absolute positions and a [CLS] token that takes part in attention and is then dropped; the
+    decoder reads the codes as a `grid` image of 1x1 patches. `dtype` is that of the transformers and of the decoder's
+    task layer; from the projections to the codes everything is float32 in full precision.
+
+    Raises:
+        ValueError: images whose size is not `image_size`, or an `image_size` no multiple of the patch size.
+
+    Source: paper section 2.1 and the released tokenizer.
+    """
+
+    image_size: int
+    encoder: dict[str, int]
+    decoder: dict[str, int]
+    codebook_size: int
+    code_dim: int
+    teacher_width: int
+    ema_decay: float = 0.99
+    commitment_weight: float = 1.0
+    dtype: Any = "float32"
+    remat: bool = False
+
+    def setup(self):
+        # the constructor's dicts own the plain names, so submodules are named here for the parameter tree
+        self.encoder_vit = VisionTransformer(
+            image_size=self.image_size, dtype=self.dtype, remat=self.remat, name="encoder", **self.encoder
+        )
+        self.decoder_vit = VisionTransformer(
+            image_size=self.grid[0], patch_size=1, dtype=self.dtype, remat=self.remat, name="decoder", **self.decoder
+        )
+        self.encoder_norm = LayerNorm()
+        self.decoder_norm = LayerNorm()
+        self.encode_task = TaskLayer(self.code_dim)
+        self.decode_task = TaskLayer(self.teacher_width, jnp.dtype(self.dtype))
+        self.quantizer = Quantizer(self.codebook_size, self.code_dim, self.ema_decay, self.commitment_weight)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of code ids per image."""
+        side = self.image_size // self.encoder["patch_size"]
+        return side, side
+
+    def __call__(self, images: Images, *, train: bool) -> VQKDOutput:
+        """Reconstruct teacher features of `images` in [-1, 1]; move the codebook as `Quantizer` says."""
+        encoder_features, projections = self._project(images, train=train)
+        quantized: QuantizerOutput = self.quantizer(projections, train=train)
+        code_image = quantized.codes.reshape(-1, *self.grid, self.code_dim)
+        tokens = self.decoder_vit(code_image, train=train).tokens
+        decoder_features = self.decoder_norm(tokens[:, 1:])
+        return VQKDOutput(
+            reconstruction=self.decode_task(decoder_features).astype(jnp.float32),
+            code_ids=quantized.code_ids,
+            commitment_loss=quantized.commitment_loss,
+            counts=quantized.counts,
+            codes=quantized.codes,
+            unit=quantized.unit,
+            projections=projections,
+            encoder_features=encoder_features,
+            decoder_features=decoder_features,
+        )
+
+    def encode(self, images: Images) -> CodeIds:
+        """Return the code ids of `images` in [-1, 1], patches row-major."""
+        return self.quantizer(self.project(images), train=False).code_ids
+
+    def project(self, images: Images) -> Codes:
+        """Return the quantizer's input, not normalised, for `images` in [-1, 1]: the samples of the k-means start."""
+        return self._project(images, train=False)[1]
+
+    def _project(self, images: Images, *, train: bool) -> tuple[Float[Array, "b n d"], Codes]:
+        features = self.encoder_norm(self.encoder_vit(images, train=train).tokens[:, 1:])
+        # the released code forces this layer to float32; full precision keeps accelerators from TF32 and bfloat16
+        with jax.default_matmul_precision("highest"):
+            return features, self.encode_task(features)

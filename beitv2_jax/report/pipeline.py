@@ -1,0 +1,86 @@
+"""The report of a finished pipeline: one table of seconds and key figures, and the picture of the codes."""
+
+import os
+
+from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.report.codes import draw_code_rows
+
+
+def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
+    """Write `report.md` and, where the pipeline has a tokenize stage, `codes.png`; return the table as text."""
+    rows = [("stage", "seconds", "key figures")]
+    for name, summary in summaries.items():
+        described = DESCRIPTIONS[summary["stage"]](summary["figures"], stages[name])
+        rows += [
+            (name if not i else "", f"{summary['seconds']:.0f}" if not i else "", line)
+            for i, line in enumerate(described)
+        ]
+    rows.append(("total", f"{sum(s['seconds'] for s in summaries.values()):.0f}", ""))
+    table = markdown_table(rows)
+    text = f"# Pipeline report\n\n{table}\n"
+    for name, stage in stages.items():
+        if stage.stage == "tokenize":
+            source = open_source(stage.data.source, stage.data.eval_split, stage.data.data_dir)
+            reader = TargetReader(os.path.join(workdir, name, "centre"), stage.data.eval_split)
+            draw_code_rows(source, reader, os.path.join(workdir, "codes.png"))
+            text += "\nThe 16 most used codes on the evaluation images, one row each:\n\n![codes](codes.png)\n"
+    with open(os.path.join(workdir, "report.md"), "w") as file:
+        file.write(text)
+    return table
+
+
+def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """Lay out rows (the first one is the header) as an aligned Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _finetune(figures: dict, stage) -> list[str]:
+    return [f"accuracy {figures['eval/accuracy']:.1%} on {stage.data.eval_split} (train loss {figures['loss']:.3f})"]
+
+
+def _extract(figures: dict, stage) -> list[str]:
+    return [f"{figures['train_examples']} images x {figures['views_per_example']} views"]
+
+
+def _vqkd(figures: dict, stage) -> list[str]:
+    return [
+        f"reconstruction loss {figures['eval/reconstruction_loss']:.3f} (train {figures['reconstruction_loss']:.3f})",
+        f"codebook usage {figures['eval/codebook_usage']:.0%} of {stage.model.codebook_size}, "
+        f"perplexity {figures['eval/codebook_perplexity']:.0f}",
+    ]
+
+
+def _mim(figures: dict, stage) -> list[str]:
+    lines = [
+        f"loss {figures['loss']:.3f} (final layer {figures['final_loss']:.3f})",
+        f"masked accuracy {figures['eval/final_accuracy']:.1%} (chance {1 / stage.model.codebook_size:.1%}, "
+        f"most frequent code {figures['eval/majority_accuracy']:.1%})",
+    ]
+    if "eval/aggregation_accuracy" in figures:
+        lines.append(f"through the aggregation head {figures['eval/aggregation_accuracy']:.1%}")
+    return lines
+
+
+def _probe(figures: dict, stage) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
+        lines.append(
+            f"{name.replace('/', ' ')}: linear {figures[f'{name}/linear']:.1%}, kNN {figures[f'{name}/knn']:.1%}"
+        )
+    return lines
+
+
+DESCRIPTIONS = {
+    "finetune": _finetune,
+    "extract": _extract,
+    "vqkd": _vqkd,
+    "tokenize": _extract,
+    "mim": _mim,
+    "probe": _probe,
+}
+"""Stage name -> its lines in the table, from (figures, config)."""

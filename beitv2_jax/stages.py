@@ -1,0 +1,119 @@
+"""Which stage runs: claim the workdir, skip what is finished, build, run, and leave a summary.
+
+A workdir holds `config.json` (resolved), the stage's own outputs, and `summary.json` once it is finished. A pipeline is
+a list of stages in sub-folders of one workdir, each finding what the former wrote.
+"""
+
+import importlib
+import json
+import os
+import time
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.report.pipeline import write_pipeline_report
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.training import loop, probing, storing
+
+RUNNERS = {
+    "finetune": loop.train,
+    "extract": storing.run,
+    "vqkd": loop.train,
+    "tokenize": storing.run,
+    "mim": loop.train,
+    "probe": probing.run,
+}
+"""Stage name -> how it runs; what it computes is `beitv2_jax.tasks.<name>.build`."""
+
+
+def run_stage(config: ConfigDict, workdir: str) -> dict:
+    """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
+
+    The same call again continues an interrupted run and returns the summary of a finished one.
+
+    Raises:
+        UserError: the config is inconsistent, the workdir is not writable or belongs to another config, or an input of
+            the stage is missing. Nothing is written before the inputs have been opened.
+    """
+    config_lib.validate(config)
+    if config.stage == "pipeline":
+        return run_pipeline(config, workdir)
+    finished = read_summary(workdir)
+    refuse_other_config(config, workdir)
+    if finished is not None:
+        logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
+        return finished
+    check_writable(workdir)
+    started = time.monotonic()
+    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+    if isinstance(task, Task):
+        config_lib.validate(config, task.num_train_examples)
+    os.makedirs(workdir, exist_ok=True)
+    write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+    figures = RUNNERS[config.stage](task, config, workdir)
+    summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
+    write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def run_pipeline(config: ConfigDict, workdir: str) -> dict:
+    """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole."""
+    stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
+    for stage in stages.values():
+        config_lib.validate(stage)
+    check_writable(workdir)
+    summaries = {}
+    for number, (name, stage) in enumerate(stages.items(), 1):
+        logging.info("stage %d of %d: %s", number, len(stages), name)
+        summaries[name] = run_stage(stage, os.path.join(workdir, name))
+    print(write_pipeline_report(stages, summaries, workdir))
+    return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
+
+
+def read_summary(workdir: str) -> dict | None:
+    """Return the summary of a finished stage, or None."""
+    path = os.path.join(workdir, "summary.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
+def refuse_other_config(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError if `workdir` holds a run whose config differs in a key that changes the result."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        former = config_lib.from_json(file.read())
+    differences = config_lib.changed(former, config)
+    if differences:
+        listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences[:5])
+        raise UserError(
+            f"{workdir} holds a run of another config ({listed}).",
+            "a setting was changed and the workdir kept.",
+            "another --workdir, or the former values to continue that run.",
+        )
+
+
+def check_writable(workdir: str) -> None:
+    """Raise UserError unless files can be created in `workdir` (or in the nearest parent that exists)."""
+    folder = os.path.abspath(workdir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"The workdir {workdir} cannot be written: {folder} is not a folder this user may write to.",
+            "a mistyped path or a missing mount.",
+            "--workdir=PATH of a folder you may write to, for example runs/mine.",
+        )
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)

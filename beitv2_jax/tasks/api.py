@@ -1,0 +1,83 @@
+"""What a trained stage is to the training loop: pure functions of explicit trees, and where its batches come from.
+
+The files of this room build a `Task` from a config; `beitv2_jax.training` runs any `Task` and never sees a model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jaxtyping import Array, PRNGKeyArray
+
+from beitv2_jax.typing import PyTree, Scalar
+
+Batch = dict[str, Any]
+Params = PyTree
+CodebookState = PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Hold what is learned in one stage.
+
+    The functions that compute (`init`, `loss`, `evaluate`, `start_codebook`) are pure and are traced by jax; they
+    receive the whole global batch, so a mean over it is the global mean. Every stage without a codebook uses `{}`.
+    Batches are dicts of arrays with a leading batch axis; those of `eval_batches` carry `weight` (1 real, 0 padding).
+
+    Attributes:
+        name: the stage, as it stands in logs.
+        num_train_examples: images in one epoch.
+        init: `(key) -> {"params", "codebook"}`, values at step 0.
+        loss: `(params, codebook, frozen, batch, key, step) -> (loss, (new codebook, metrics))`; metrics are scalars.
+        frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
+        train_batches: `(process_index, process_count) -> ` endless grain iterator of this process's host batches.
+        no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
+        layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
+        num_layers: number of blocks, `L` of layer decay.
+        eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, anew at each call.
+        evaluate: `(params, codebook, frozen, batch) -> ` dict of sums over the batch's real rows.
+        summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
+        start_codebook: `(params, codebook, frozen, batch, key) -> ` codebook before step 0, from the first batch.
+    """
+
+    name: str
+    num_train_examples: int
+    init: Callable[[PRNGKeyArray], dict[str, PyTree]]
+    loss: Callable[
+        [Params, CodebookState, PyTree, Batch, PRNGKeyArray, Array],
+        tuple[Scalar, tuple[CodebookState, dict[str, Scalar]]],
+    ]
+    train_batches: Callable[[int, int], Iterator[Batch]]
+    no_decay: Callable[[str], bool]
+    layer_of: Callable[[str], int | None] = lambda path: None
+    num_layers: int = 0
+    frozen: PyTree = dataclasses.field(default_factory=dict)
+    eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None
+    evaluate: Callable[[Params, CodebookState, PyTree, Batch], dict[str, Array]] | None = None
+    summarize: Callable[[dict[str, Any]], dict[str, float]] | None = None
+    start_codebook: Callable[[Params, CodebookState, PyTree, Batch, PRNGKeyArray], CodebookState | None] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreTask:
+    """Hold what one store stage writes: the outputs of a frozen network over every fixed view of a data set.
+
+    Attributes:
+        name: the stage, as it stands in logs and in the store.
+        frozen: the network's weights.
+        apply: `(frozen, batch) -> ` targets `b *shape` of the batch's views.
+        target: name of the stored feature, "teacher_features" or "code_ids".
+        shape: shape of one view's target.
+        dtype: type in which targets are stored.
+        card: what identifies the network that made them; a reader compares it with what it expects.
+        sources: the train and the eval split.
+    """
+
+    name: str
+    frozen: PyTree
+    apply: Callable[[PyTree, Batch], Array]
+    target: str
+    shape: tuple[int, ...]
+    dtype: Any
+    card: dict[str, Any]
+    sources: tuple[Any, Any]

@@ -1,0 +1,43 @@
+"""Losses of the stages, each a pure function of arrays; all are computed in float32."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from beitv2_jax.typing import Scalar, TeacherFeatures
+
+
+def cosine_distillation(reconstruction: TeacherFeatures, teacher_features: TeacherFeatures) -> Float[Array, "b n"]:
+    """Return 1 - cos(reconstruction, teacher_features) of every patch, in [0, 2].
+
+    Norms are divided by plainly, without an epsilon, as released. Source: BEiT v2 section 2.2; the released loss is the
+    mean of this over batch and patches.
+    """
+    reconstruction = reconstruction.astype(jnp.float32)
+    teacher_features = teacher_features.astype(jnp.float32)
+    product = jnp.sum(reconstruction * teacher_features, axis=-1)
+    norms = jnp.linalg.norm(reconstruction, axis=-1) * jnp.linalg.norm(teacher_features, axis=-1)
+    return 1.0 - product / norms
+
+
+def masked_cross_entropy(logits: Float[Array, "b m k"], code_ids: Int[Array, "b m"]) -> Float[Array, "b m"]:
+    """Return -log softmax(logits)[code_ids] of every masked patch, in nats (chance: ln k).
+
+    Source: BEiT v2 equation 7; the released loss is the mean over all masked patches of the batch.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), code_ids)
+
+
+def smoothed_cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, "b"], label_smoothing: float
+) -> Float[Array, "b"]:
+    """Return (1 - s) * nll + s * mean over classes of -log p, in nats, with s = `label_smoothing` (probability)."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    nll = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    return (1.0 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(axis=-1)
+
+
+def accuracy(logits: Float[Array, "*b k"], labels: Int[Array, "*b"]) -> Scalar:
+    """Return the share of arg-max hits, in [0, 1]."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)

@@ -1,0 +1,97 @@
+"""Tokenize: write the code ids of every image's fixed views, so that MIM need not run the tokenizer.
+
+Also the one way in which a trained tokenizer is loaded and called: `load_tokenizer`.
+"""
+
+import dataclasses
+
+import jax
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.convert.runs import read_run
+from beitv2_jax.data.targets import code_id_dtype
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks.api import StoreTask
+from beitv2_jax.typing import CodeIds, Images, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A trained VQ-KD model as a function: images 0..255 -> code ids. Its weights are passed in, never closed over."""
+
+    name: str
+    model: VQKD
+    grid: tuple[int, int]
+    weights_hash: str
+
+    def encode(self, variables: PyTree, images: Images) -> CodeIds:
+        """Return the code id of every patch; no gradient passes."""
+        ids = self.model.apply(variables, to_unit_range(images), method=VQKD.encode)
+        return jax.lax.stop_gradient(ids)
+
+
+def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer, PyTree]:
+    """Load the tokenizer that a vqkd run left in `run_dir`, with its variables {"params", "codebook"}.
+
+    `dtype` is that of its matrix products here; codes are decided in float32 whatever it is.
+
+    Raises:
+        UserError: there is no finished vqkd run, or it was trained at another image size.
+    """
+    run = read_run(run_dir)
+    trained = config_lib.from_json(run.config)
+    if trained.stage != "vqkd":
+        raise UserError(
+            f"{run_dir} holds a run of stage '{trained.stage}', not a tokenizer.",
+            "the path of another stage was given.",
+            "--config.tokenizer.run=DIR of a vqkd run.",
+        )
+    if trained.views.image_size != image_size:
+        raise UserError(
+            f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
+            "one of the two image sizes is a slip.",
+            f"--config.views.image_size={trained.views.image_size}",
+        )
+    model = VQKD(
+        image_size=image_size,
+        teacher_width=run.params["decode_task"]["fc2"]["kernel"].shape[-1],
+        dtype=dtype,
+        **trained.model,
+    )
+    side = image_size // trained.model.encoder.patch_size
+    tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)
+    return tokenizer, {"params": run.params, "codebook": run.codebook}
+
+
+def build(config) -> StoreTask:
+    """Build the stage that writes code ids for the `num_views` views of the train split and one centre crop of eval.
+
+    Raises:
+        UserError: the data set or the tokenizer run is missing.
+    """
+    sources = inputs.open_sources(config)
+    tokenizer, variables = load_tokenizer(config.tokenizer.run, config.views.image_size, config.efficiency.dtype)
+
+    def apply(frozen, batch):
+        return tokenizer.encode(frozen, inputs.view_pixels(batch))
+
+    num_patches = tokenizer.grid[0] * tokenizer.grid[1]
+    card = {
+        "grid": list(tokenizer.grid),
+        "codebook_size": tokenizer.model.codebook_size,
+        "tokenizer": tokenizer.name,
+        "tokenizer_hash": tokenizer.weights_hash,
+    }
+    return StoreTask(
+        name="tokenize",
+        frozen=variables,
+        apply=apply,
+        target="code_ids",
+        shape=(num_patches,),
+        dtype=code_id_dtype(tokenizer.model.codebook_size),
+        card=card,
+        sources=sources,
+    )

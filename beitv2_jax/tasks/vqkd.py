@@ -1,0 +1,116 @@
+"""Stage 1, VQ-KD: train the tokenizer whose codes must reconstruct the teacher's patch features.
+
+Targets come either from the store that the extract stage wrote (`teacher.features`) or from the teacher itself inside
+the step (`teacher.weights`). Both see the same views, so both give the same loss curve up to the store's rounding.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.convert.teachers import load_teacher
+from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.tasks.losses import cosine_distillation
+
+
+def make_model(config, teacher_width: int) -> VQKD:
+    """Build the tokenizer model described by a vqkd config; `teacher_width` is the width of its targets."""
+    return VQKD(
+        image_size=config.views.image_size,
+        teacher_width=teacher_width,
+        **config.efficiency,
+        **config.model,
+    )
+
+
+def build(config) -> Task:
+    """Build the VQ-KD task.
+
+    Raises:
+        UserError: the data set, store or teacher is missing, or the teacher's grid differs from the tokenizer's.
+    """
+    source, eval_source = inputs.open_sources(config)
+    patch_size = config.model.encoder.patch_size
+    grid = (config.views.image_size // patch_size,) * 2
+    teacher, frozen, stored = None, {}, (None, None)
+    if config.teacher.features:
+        stored = inputs.open_store(config.teacher.features, config, (source, eval_source), grid)
+        teacher_width = stored[0].card["teacher_width"]
+    else:
+        teacher, frozen["teacher"] = load_teacher(**inputs.teacher_arguments(config))
+        inputs.check_grid(teacher, grid, config)
+        teacher_width = teacher.width
+    model = make_model(config, teacher_width)
+    window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
+
+    def targets(frozen, batch):
+        if teacher is None:
+            return batch["teacher_features"]
+        return teacher.features(frozen["teacher"], batch["images"])
+
+    def loss(params, codebook, frozen, batch, key, step):
+        state = roll_window(codebook["quantizer"], step, window)
+        output, updated = model.apply(
+            {"params": params, "codebook": {"quantizer": state}},
+            to_unit_range(batch["images"]),
+            train=True,
+            mutable=["codebook"],
+            rngs={"drop_path": key},
+        )
+        reconstruction_loss = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean()
+        state = updated["codebook"]["quantizer"]
+        counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
+        metrics = {
+            "reconstruction_loss": reconstruction_loss,
+            "commitment_loss": output.commitment_loss,
+            "codebook_usage": codebook_usage(counts),
+            "codebook_perplexity": codebook_perplexity(counts),
+        }
+        return reconstruction_loss + output.commitment_loss, (updated["codebook"], metrics)
+
+    def evaluate(params, codebook, frozen, batch):
+        output = model.apply({"params": params, "codebook": codebook}, to_unit_range(batch["images"]), train=False)
+        weight = batch["weight"].astype(jnp.float32)
+        distance = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean(axis=-1)
+        counts = jnp.zeros(config.model.codebook_size).at[output.code_ids].add(weight[:, None])
+        return {"reconstruction": jnp.sum(distance * weight), "examples": weight.sum(), "counts": counts}
+
+    def start_codebook(params, codebook, frozen, batch, key):
+        projections = model.apply(
+            {"params": params, "codebook": codebook}, to_unit_range(batch["images"]), method=VQKD.project
+        )
+        samples = projections.reshape(-1, projections.shape[-1])
+        means, _ = kmeans(samples, key, config.model.codebook_size)
+        return {"quantizer": {**codebook["quantizer"], "codebook": means}}
+
+    image_shape = (1, config.views.image_size, config.views.image_size, 3)
+    return Task(
+        name="vqkd",
+        init=lambda key: inputs.init_variables(model, key, jnp.zeros(image_shape), train=False),
+        loss=loss,
+        frozen=frozen,
+        num_train_examples=len(source),
+        train_batches=inputs.train_batches(config, source, targets=stored[0]),
+        eval_batches=functools.partial(
+            inputs.eval_batches_with, inputs.stored_views("teacher_features", stored[1]), eval_source, config
+        ),
+        evaluate=evaluate,
+        summarize=summarize,
+        start_codebook=start_codebook if config.kmeans_start else None,
+        no_decay=inputs.released_no_decay,
+    )
+
+
+def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return reconstruction loss, codebook usage (share of codes hit by the pass) and perplexity of an evaluation."""
+    return {
+        "reconstruction_loss": float(sums["reconstruction"] / sums["examples"]),
+        "codebook_usage": float(codebook_usage(sums["counts"])),
+        "codebook_perplexity": float(codebook_perplexity(sums["counts"])),
+    }

@@ -1,0 +1,80 @@
+"""Run a frozen or a trained network over many batches, one batch ahead, and bring the results to the host."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from beitv2_jax.tasks.api import Batch
+from beitv2_jax.training import sharding
+from beitv2_jax.training.writer import Progress
+from beitv2_jax.typing import PyTree
+
+
+def run_batches(
+    fn: Callable[[PyTree, Batch], PyTree],
+    frozen: PyTree,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    total: int | None = None,
+    label: str = "inference",
+) -> Iterator[tuple[Batch, PyTree]]:
+    """Yield (host batch, host outputs) of `fn(frozen, batch)` for every batch; the device works one batch ahead.
+
+    Every output leaf has the batch axis first. A process gives its own rows and gets the outputs of the same rows.
+
+    Args:
+        fn: pure function, compiled here once for batches of one shape.
+        frozen: weights, placed by the rules of `training.sharding`.
+        batches: host batches of this process, all of one size.
+        total: number of batches, for the progress shown.
+        label: what is shown to run.
+    """
+    compiled = jax.jit(fn, out_shardings=sharding.batch_sharding(mesh))
+    progress = Progress(total, label, "batches", enabled=jax.process_index() == 0)
+    tenth = max(1, (total or 100) // 10)
+    placed = sharding.place_weights(frozen, mesh)
+    for number, (batch, outputs) in enumerate(_ahead(compiled, placed, batches, mesh), 1):
+        yield batch, jax.tree.map(_local_rows, outputs)
+        progress.advance()
+        if number % tenth == 0:
+            progress.show({})
+    progress.close()
+
+
+def sum_batches(
+    compiled: Callable[[PyTree, Batch], dict[str, jax.Array]], weights: PyTree, batches: Iterable[Batch], mesh: Mesh
+) -> dict[str, Any]:
+    """Return the sums of `compiled(weights, batch)` over all batches, added in float64 on the host.
+
+    Args:
+        compiled: jitted function whose outputs are whole on every device.
+        weights: placed weights.
+        batches: host batches of this process, all of one size, equally many on every process.
+    """
+    sums: dict[str, Any] = {}
+    for _, outputs in _ahead(compiled, weights, batches, mesh):
+        for name, value in outputs.items():
+            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+    return sums
+
+
+def _ahead(compiled, weights, batches, mesh) -> Iterator[tuple[Batch, PyTree]]:
+    waiting = None
+    for batch in batches:
+        # The context only surrounds the call: held across a yield it would leak into the caller.
+        with sharding.activation_rules(mesh):
+            outputs = compiled(weights, sharding.place_batch(batch, mesh))
+        if waiting is not None:
+            yield waiting
+        waiting = batch, outputs
+    if waiting is not None:
+        yield waiting
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])

@@ -1,0 +1,101 @@
+"""The published optimizer: AdamW with per-step warm-up and cosine rate, decay groups and layer-wise rates.
+
+The rate is a function of the state's step, not of a counter of its own, so a skipped step does not delay the schedule.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.training.sharding import path_name
+
+
+def learning_rate(step, *, peak_lr: float, min_lr: float, warmup_steps: int, num_steps: int, xp=np):
+    """Return the rate of step `step` (0-based).
+
+    With `W = warmup_steps` and `M = num_steps - W`:
+
+        lr(i) = peak_lr * i / (W - 1)                                            for i < W
+        lr(i) = min_lr + (peak_lr - min_lr) / 2 * (1 + cos(pi * (i - W) / M))    after
+
+    so the first step of a warm-up has rate 0, the peak appears twice and the last rate is just above `min_lr`.
+
+    Source: the released schedule of every stage.
+    """
+    warmup = peak_lr * (step / max(warmup_steps - 1, 1))
+    progress = xp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
+    cosine = min_lr + 0.5 * (peak_lr - min_lr) * (1.0 + xp.cos(math.pi * progress))
+    return xp.where(step < warmup_steps, warmup, cosine)
+
+
+def layer_scale(layer: int | None, *, layer_decay: float, num_layers: int) -> float:
+    """Return `layer_decay ** (num_layers + 1 - layer)`, the share of the rate that a layer gets; None gets all of it.
+
+    Source: released fine-tuning: layer 0 is the embeddings, `i + 1` is block i, `num_layers + 1` is everything after.
+    """
+    return 1.0 if layer is None else layer_decay ** (num_layers + 1 - layer)
+
+
+def make_optimizer(
+    *,
+    schedule: Callable,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    no_decay: Callable[[str], bool],
+    clip_norm: float = 0.0,
+    layer_decay: float = 1.0,
+    layer_of: Callable[[str], int | None] = lambda path: None,
+    num_layers: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Build AdamW; `update(grads, opt_state, params, step=step)` takes the rate from `schedule(step)`.
+
+        m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   t = number of updates
+        p = p - lr * scale(p) * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay(p) * p)
+
+    `g` is the gradient, clipped to global norm `clip_norm` unless that is 0; `decay(p)` is `weight_decay`, or 0 where
+    `no_decay(path of p)`; `scale(p)` is `layer_scale`.
+
+    Raises:
+        UserError: `layer_decay` is set for a task without layers.
+
+    Source: torch.optim.AdamW, which decays by `p *= 1 - lr * weight_decay` and adds eps outside the root.
+    """
+    links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    links.append(optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps))
+    links.append(
+        optax.add_decayed_weights(weight_decay, mask=lambda params: _by_path(lambda path: not no_decay(path), params))
+    )
+    if layer_decay != 1.0:
+        if not num_layers:
+            raise UserError(
+                f"optim.layer_decay is {layer_decay}, but this stage has no layer ids",
+                "layer decay was copied from a fine-tuning recipe",
+                "set --config.optim.layer_decay=1.0",
+            )
+        scale = functools.partial(layer_scale, layer_decay=layer_decay, num_layers=num_layers)
+        links.append(_scale_by_path(lambda path: scale(layer_of(path))))
+    return optax.chain(*links, _descend(schedule))
+
+
+def _by_path(function: Callable[[str], object], tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: function(path_name(path)), tree)
+
+
+def _scale_by_path(scale: Callable[[str], float]) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda update, factor: update * factor, updates, _by_path(scale, updates))
+    )
+
+
+def _descend(schedule: Callable) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, step, **_):
+        rate = schedule(step)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

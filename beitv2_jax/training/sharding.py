@@ -1,0 +1,134 @@
+"""Where every array lives: the mesh, a table from parameter names to partition specs, and the activations' rules.
+
+Used by everything that compiles or places arrays; models only say logical axis names and know no mesh.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.typing import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Matched against the end of a leaf's path, so that the optimizer's moments follow their parameters. First match wins.
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
+    (r"(qkv|fc1)/kernel", P("fsdp", "tensor")),
+    (r"(proj|fc2)/kernel", P("tensor", "fsdp")),
+    (r"(\w+_)?head/kernel", P("fsdp", "tensor")),
+    (r"patch_embed/kernel", P()),
+    (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|pos_embed|table", P()),
+)
+
+ACTIVATION_RULES = (("batch", BATCH_AXES), ("length", None), ("width", None))
+
+
+def path_name(path: tuple) -> str:
+    """Return a leaf's key path as text, "blocks_0/attn/qkv/kernel": the form in which rules and masks see it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Arrange the devices in a mesh with axes `data`, `fsdp`, `tensor`; -1 (one axis at most) takes what is left.
+
+    Sizes whose product is smaller than the number of devices use the first devices only.
+
+    Raises:
+        UserError: the devices cannot be arranged so.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    have = len(jax.devices())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if len(open_axes) > 1 or known < 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"the mesh {wanted} has no meaning", "a size below 1, or -1 twice", "use one -1 at most")
+    if known > have or (open_axes and have % known):
+        raise UserError(
+            f"the mesh {wanted} does not fit {have} device(s)",
+            "this configuration was written for a larger or another machine",
+            f"make the product of the sizes divide {have}, for example --config.mesh.fsdp=1 --config.mesh.tensor=1",
+        )
+    for axis in open_axes:
+        sizes[axis] = have // known
+    used = math.prod(sizes.values())
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used]
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that is whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: leading axis over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return the tree of shardings that PARTITION_RULES give a tree of arrays or shapes, by their paths.
+
+    A dimension that its mesh axis does not divide, and a leaf that no rule names, stays whole.
+    """
+
+    def one(path, leaf) -> NamedSharding:
+        spec = _rule(path_name(path)) or P()
+        axes = [
+            axis if leaf.shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec[: len(leaf.shape)])
+        ]
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def unmatched(tree: PyTree) -> list[str]:
+    """Return the paths of the leaves that no rule names (they are replicated), to be shown in the log."""
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [path for path in paths if _rule(path) is None]
+
+
+def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Put this process's host rows on the devices as one global batch.
+
+    Raises:
+        UserError: the rows cannot be divided evenly over the devices that share them.
+    """
+    sharding = batch_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for rows in {leaf.shape[0] * jax.process_count() for leaf in jax.tree.leaves(batch)}:
+        if rows % parts:
+            raise UserError(
+                f"a batch of {rows} rows cannot be divided over {parts} devices (data x fsdp)",
+                "the batch size was chosen for another number of devices",
+                f"use a batch size that is a multiple of {parts}, or a smaller --config.mesh.data",
+            )
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def place_weights(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Put weights on the devices, each leaf as PARTITION_RULES say."""
+    return jax.device_put(tree, param_shardings(tree, mesh))
+
+
+@contextlib.contextmanager
+def activation_rules(mesh: Mesh) -> Iterator[None]:
+    """Give the models' logical axis names (`batch`, `length`, `width`) their meaning on this mesh while tracing.
+
+    Without it XLA may keep activations whole on every device, which makes `fsdp` useless.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+        yield
+
+
+def _rule(name: str) -> P | None:
+    return next((spec for pattern, spec in PARTITION_RULES if re.search(rf"(^|/)({pattern})$", name)), None)

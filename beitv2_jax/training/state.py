@@ -1,0 +1,67 @@
+"""The training state: one frozen struct, initialised inside jit straight into its shardings."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from beitv2_jax import rng
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.training import sharding
+from beitv2_jax.typing import PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Hold everything that a step changes; `step` counts finished steps, `ema_params` is None when not kept."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    codebook: PyTree
+    ema_params: PyTree | None = None
+
+
+def create(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_ema: bool = False
+) -> TrainState:
+    """Return the state at step 0; no array is ever whole on one device unless its sharding says so."""
+    init = _init_function(task, optimizer, seed, keep_ema)
+    shardings = sharding.param_shardings(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_ema: bool = False
+) -> TrainState:
+    """Return shapes, dtypes and shardings of the state that `create` would return, computing nothing."""
+    shapes = jax.eval_shape(_init_function(task, optimizer, seed, keep_ema))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.param_shardings(shapes, mesh),
+    )
+
+
+def nonfinite_steps(state: TrainState) -> Int[Array, ""]:
+    """Return how many steps changed nothing: Adam counts only the others."""
+    return state.step - optax.tree.get(state.opt_state, "count")
+
+
+def _init_function(task, optimizer, seed, keep_ema) -> Callable[[], TrainState]:
+    def init() -> TrainState:
+        variables = task.init(rng.step_key(seed, "init"))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            codebook=variables["codebook"],
+            ema_params=params if keep_ema else None,
+        )
+
+    return init

@@ -1,0 +1,130 @@
+"""What a run tells: figures to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+    """Return the lines of `workdir/metrics.jsonl` in order; a line cut off by a crash is left out."""
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class MetricWriter:
+    """Write one JSON object a logged step, `{"step": finished steps, name: value, ...}`, and the same to TensorBoard.
+
+    Figures written for one step in several calls become one line, which reaches the disk at `flush`. A value that is
+    not finite is `null`.
+
+    Args:
+        workdir: holds metrics.jsonl and tensorboard/.
+        enabled: False on every process but one; then nothing is written.
+        resume_step: finished steps of the state the run continues from; lines beyond it are dropped.
+    """
+
+    def __init__(self, workdir: str | Path, *, enabled: bool = True, resume_step: int = 0):
+        self._enabled = enabled
+        self._step: int | None = None
+        self._figures: dict[str, float] = {}
+        if not enabled:
+            return
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        path = Path(workdir) / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(rewritten, path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add figures to the line of `step`."""
+        if step != self._step:
+            self.flush()
+        self._step = step
+        self._figures.update(figures)
+
+    def flush(self) -> None:
+        """Bring the current line to the disk."""
+        if self._enabled and self._figures:
+            line = {name: value if math.isfinite(value) else None for name, value in self._figures.items()}
+            self._file.write(json.dumps({"step": self._step, **line}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            for name, value in self._figures.items():
+                self._tensorboard.add_scalar(name, value, self._step)
+        self._figures = {}
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self.flush()
+        if self._enabled:
+            self._file.close()
+            self._tensorboard.close()
+
+
+class Progress:
+    """Show how far a loop is: a bar on a terminal, else one plain line at each `show`.
+
+    Args:
+        total: units to do, None if unknown.
+        label: what runs.
+        unit: what is counted, in the plural.
+        done: units done before.
+        enabled: False on every process but one.
+    """
+
+    def __init__(self, total: int | None, label: str, unit: str, *, done: int = 0, enabled: bool = True):
+        self._total, self._label, self._unit, self._enabled = total, label, unit, enabled
+        self._first = self._done = done
+        self._started = time.monotonic()
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", initial=done, dynamic_ncols=True)
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Show figures beside the count."""
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+        elif self._enabled:
+            total = "" if self._total is None else f"/{self._total}"
+            parts = [f"{self._label} {self._done}{total} {self._unit}"]
+            parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+            parts += [] if (eta := self._eta()) is None else [f"eta {eta}"]
+            print("  ".join(parts), flush=True)
+
+    def close(self) -> None:
+        """Release the terminal line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _eta(self) -> str | None:
+        done = self._done - self._first
+        if self._total is None or not done:
+            return None
+        seconds = round((time.monotonic() - self._started) / done * (self._total - self._done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

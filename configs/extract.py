@@ -1,0 +1,68 @@
+"""Extract: write the teacher's patch features of fixed views of every image, so that VQ-KD need not run the teacher.
+
+Each image gets `num_views` crops that are functions of (seed, example id, view index); the vqkd stage reads them back
+when its `views`, seed and data source are the same and its `teacher.features` is this stage's workdir.
+
+Command   python -m beitv2_jax.main --config=configs/extract.py --workdir=runs/extract --config.teacher.weights=PATH
+Published nothing: the released code runs the teacher inside every training step, on a new crop each epoch
+Storage   a view of ImageNet-1k takes 196 x 512 half-precision numbers an image: 257 GB
+
+Presets
+  imagenette  ten classes of ImageNet at 160 pixels (9 469 images)
+  smoke       one view of generated pictures
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets
+
+
+def imagenette(config):
+    config.data.source = "tfds:imagenette/320px-v2"
+    config.views.update(image_size=160, num_views=16)
+    config.run.batch_size = 256
+
+
+def smoke(config):
+    config.data.source = "embedded/tiny"
+    config.data.num_threads = 2
+    config.views.update(image_size=96, num_views=1)
+    config.run.batch_size = 8
+    config.efficiency.dtype = "float32"
+
+
+PRESETS = {"imagenette": imagenette, "smoke": smoke}
+
+
+def get_config(arg=""):
+    """Return the settings that fit configs/vqkd.py, with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "extract",
+            "seed": 0,
+            "data": {
+                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",  # where tfds looks; '' is its default
+                "num_threads": 16,
+            },
+            "views": {
+                "image_size": 224,  # pixels
+                "min_scale": 0.08,  # smallest share of the image's area in a crop
+                "num_views": 4,  # stored views per image
+                "interpolation": "bicubic",
+                "color_jitter": 0.0,
+            },
+            "teacher": {
+                "weights": "",  # required: a run directory of the finetune stage or a timm file
+                "num_heads": 0,  # 0: as the weights' own description says
+                "normalization": "clip",
+            },
+            "output": {"dtype": "float16"},
+            "run": {"batch_size": 1024},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "bfloat16"},  # of the matrix products
+        }
+    )
+    return apply_presets(config.lock(), arg, PRESETS)

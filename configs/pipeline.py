@@ -1,0 +1,93 @@
+"""The published method from end to end: extract -> vqkd -> tokenize -> mim -> probe, each in <workdir>/<stage>.
+
+Paper     Peng et al., BEiT v2 (arXiv 2208.06366); recipes, hardware and expected numbers as in the files of the stages
+Command   python -m beitv2_jax.main --config=configs/pipeline.py --workdir=runs/base --config.teacher.weights=PATH
+          started again, it goes on where it stopped
+
+`data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` stand here once and reach every stage
+they belong to; a stage's own key (--config.stages.mim.efficiency.remat=true) goes before them.
+
+The released code sees a new crop each epoch because both frozen networks run inside the step. Stored targets mean a
+fixed number of views per image instead (4 for the tokenizer: 1 TB of features; 16 for MIM: 8 GB of codes). The preset
+`live` is the released way.
+
+Presets
+  large   ViT-L/16 for MIM; the tokenizer stays ViT-B, as published
+  live    teacher and tokenizer inside the training step: no extract and no tokenize stage, a new view each epoch
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets, link, load
+
+
+def large(config):
+    config.stages.mim.model = load("mim:large").model
+    config.stages.probe.probe.layers = load("probe:large").probe.layers
+
+
+def live(config):
+    with config.stages.unlocked():
+        del config.stages.extract, config.stages.tokenize
+    config.tokenizer_views.num_views = config.mim_views.num_views = 0
+    config.stages.vqkd.teacher.features = ""
+    link(config.stages.vqkd.teacher, config.teacher)
+    config.stages.mim.tokenizer.update(codes="", run="{workdir}/vqkd")
+
+
+PRESETS = {"large": large, "live": live}
+
+
+def get_config(arg=""):
+    """Return the chain of published recipes with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "pipeline",
+            "seed": 0,
+            "data": {
+                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",  # where tfds looks; '' is its default
+                "num_threads": 16,
+            },
+            "teacher": {
+                "weights": "",  # required: a timm file, or a run directory of the finetune stage
+                "num_heads": 0,  # 0: as the weights' own description says
+                "normalization": "clip",
+            },
+            "tokenizer_views": {
+                "image_size": 224,
+                "min_scale": 0.08,
+                "num_views": 4,
+                "interpolation": "bicubic",
+                "color_jitter": 0.0,
+            },
+            "mim_views": {
+                "image_size": 224,
+                "min_scale": 0.2,
+                "num_views": 16,
+                "interpolation": "bicubic",
+                "color_jitter": 0.4,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "bfloat16", "remat": False},
+        }
+    )
+    config.stages = stages = ConfigDict(sort_keys=False)  # they run in this order
+    for name in ("extract", "vqkd", "tokenize", "mim", "probe"):
+        stages[name] = stage = load(name)
+        stage.seed = config.get_oneway_ref("seed")
+        for section in ("data", "mesh", "efficiency"):
+            link(stage[section], config[section])
+    for stage in (stages.extract, stages.vqkd):
+        link(stage.views, config.tokenizer_views)
+    for stage in (stages.tokenize, stages.mim):
+        link(stage.views, config.mim_views)
+    stages.probe.views.image_size = config.mim_views.get_oneway_ref("image_size")
+    link(stages.extract.teacher, config.teacher)
+    stages.vqkd.teacher.features = "{workdir}/extract"
+    stages.tokenize.tokenizer.run = "{workdir}/vqkd"
+    stages.mim.tokenizer.codes = "{workdir}/tokenize"
+    stages.probe.backbone.run = "{workdir}/mim"
+    return apply_presets(config.lock(), arg, PRESETS)

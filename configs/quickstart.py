@@ -1,0 +1,156 @@
+"""The whole method in minutes, without a download: teacher -> extract -> vqkd -> tokenize -> mim -> probe.
+
+Generated pictures with ten kinds of objects, a teacher trained on their labels, then BEiT v2 in miniature. It shows
+every stage and every figure the big runs report; its numbers say nothing about the published ones.
+
+Command   sh launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart
+          started again, it goes on where it stopped; each stage has its folder in the workdir
+Hardware  a laptop CPU
+
+Presets
+  imagenette  the same chain on photographs: ten classes of ImageNet at 160 pixels (9 469 images), a ViT-S, one GPU
+  smoke       a few steps of everything, to see that it runs
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets, link, load
+
+# All numbers of the miniature. Durations are in steps of `batch_size` images.
+SOURCE = "embedded"
+NUM_CLASSES = 10
+IMAGE_SIZE = 96  # pixels: a grid of 6 x 6 patches
+NUM_VIEWS = 2  # stored views per image, of features and of codes
+VIT = {"patch_size": 16, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
+DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
+CODEBOOK = {"codebook_size": 128, "code_dim": 16}
+MASKING = {"num_masked": 14, "min_patches": 4}  # 14 of 36, the published share
+HEAD = {"early_layer": 3, "head_depth": 2}
+TEACHER = {"duration": "1500 steps", "warmup": "100 steps", "peak_lr": 1e-3}
+VQKD = {"duration": "1000 steps", "warmup": "100 steps", "peak_lr": 1e-3}
+MIM = {"duration": "1500 steps", "warmup": "100 steps", "peak_lr": 1.5e-3}
+PROBE = {"layers": (1, 2, 3), "duration": "1000 steps", "batch_size": 256}
+BATCH_SIZE = 64
+LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
+
+
+def imagenette(config):
+    config.data.source = "tfds:imagenette/320px-v2"
+    config.data.num_threads = 16
+    config.efficiency.dtype = "bfloat16"
+    config.teacher_views.image_size = 160
+    for views in (config.tokenizer_views, config.mim_views):
+        views.update(image_size=160, num_views=8)
+    vit = {"width": 384, "depth": 8, "num_heads": 6, "mlp_dim": 1536}
+    stages = config.stages
+    stages.teacher.model.update(vit)
+    stages.vqkd.model.encoder.update(vit)
+    stages.vqkd.model.decoder.update(width=384, num_heads=6, mlp_dim=1536)
+    stages.vqkd.model.update(codebook_size=1024, code_dim=32)
+    stages.mim.model.update(vit, codebook_size=1024, early_layer=6)
+    stages.mim.masking.update(num_masked=38, min_patches=9)
+    stages.probe.probe.layers = (3, 5, 7)
+    _set_durations(config, teacher="10000 steps", vqkd="5000 steps", mim="20000 steps", warmup="500 steps")
+    _set_rhythm(config, batch_size=256, log="50 steps", checkpoint="1000 steps", evaluate="2000 steps")
+
+
+def smoke(config):
+    config.data.source = "embedded/tiny"
+    vit = {"width": 32, "depth": 3, "num_heads": 2, "mlp_dim": 64}
+    stages = config.stages
+    for views in (config.tokenizer_views, config.mim_views):
+        views.num_views = 1
+    stages.teacher.model.update(vit)
+    stages.vqkd.model.encoder.update(vit)
+    stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
+    stages.vqkd.model.update(codebook_size=16, code_dim=8)
+    stages.mim.model.update(vit, codebook_size=16, early_layer=2, head_depth=1)
+    stages.probe.probe.update(layers=(1, 2), duration="10 steps", batch_size=16)
+    _set_durations(config, teacher="4 steps", vqkd="4 steps", mim="4 steps", warmup="2 steps")
+    _set_rhythm(config, batch_size=8, log="1 step", checkpoint="2 steps", evaluate="4 steps")
+
+
+PRESETS = {"imagenette": imagenette, "smoke": smoke}
+
+
+def _set_durations(config, *, warmup, **durations):
+    for name, duration in durations.items():
+        config.stages[name].run.duration = duration
+        config.stages[name].optim.warmup = warmup
+    config.stages.vqkd.usage_window = warmup
+
+
+def _set_rhythm(config, *, batch_size, log, checkpoint, evaluate):
+    for stage in config.stages.values():
+        stage.run.batch_size = batch_size
+        if "duration" in stage.run:
+            stage.run.update(log_every=log, eval_every=evaluate)
+            stage.run.update(checkpoint_every=checkpoint, keep_every=stage.run.duration)
+
+
+def _views(min_scale, num_views):
+    return {
+        "image_size": IMAGE_SIZE,
+        "min_scale": min_scale,
+        "num_views": num_views,
+        "interpolation": "bicubic",
+        "color_jitter": 0.0,
+    }
+
+
+def _build_stages(config):
+    config.stages = stages = ConfigDict(sort_keys=False)  # they run in this order
+    for name in ("teacher", "extract", "vqkd", "tokenize", "mim", "probe"):
+        stages[name] = stage = load(name)
+        stage.seed = config.get_oneway_ref("seed")
+        for section in ("data", "mesh", "efficiency"):
+            link(stage[section], config[section])
+    link(stages.teacher.views, config.teacher_views)
+    for stage in (stages.extract, stages.vqkd):
+        link(stage.views, config.tokenizer_views)
+        stage.teacher.normalization = stages.teacher.normalization
+    for stage in (stages.tokenize, stages.mim):
+        link(stage.views, config.mim_views)
+    stages.probe.views.image_size = config.mim_views.get_oneway_ref("image_size")
+    stages.extract.teacher.weights = "{workdir}/teacher"
+    stages.vqkd.teacher.features = "{workdir}/extract"
+    stages.tokenize.tokenizer.run = "{workdir}/vqkd"
+    stages.mim.tokenizer.codes = "{workdir}/tokenize"
+    stages.probe.backbone.run = "{workdir}/mim"
+    return stages
+
+
+def get_config(arg=""):
+    """Return the miniature with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "pipeline",
+            "seed": 0,
+            "data": {
+                "source": SOURCE,
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",
+                "num_threads": 4,
+            },
+            "teacher_views": _views(min_scale=0.35, num_views=0),
+            "tokenizer_views": _views(min_scale=0.35, num_views=NUM_VIEWS),
+            "mim_views": _views(min_scale=0.35, num_views=NUM_VIEWS),
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "float32", "remat": False},
+        }
+    )
+    stages = _build_stages(config)
+    stages.teacher.model.update(VIT, num_classes=NUM_CLASSES)
+    stages.vqkd.model.encoder.update(VIT)
+    stages.vqkd.model.decoder.update(DECODER)
+    stages.vqkd.model.update(CODEBOOK)
+    stages.mim.model.update(VIT, codebook_size=CODEBOOK["codebook_size"], drop_path_rate=0.0, **HEAD)
+    stages.mim.masking.update(MASKING)
+    stages.probe.probe.update(PROBE)
+    for name, schedule in (("teacher", TEACHER), ("vqkd", VQKD), ("mim", MIM)):
+        stages[name].run.duration = schedule["duration"]
+        stages[name].optim.update(warmup=schedule["warmup"], peak_lr=schedule["peak_lr"])
+    stages.vqkd.usage_window = VQKD["warmup"]
+    _set_rhythm(config, batch_size=BATCH_SIZE, log=LOG_EVERY, checkpoint=CHECKPOINT_EVERY, evaluate=EVAL_EVERY)
+    return apply_presets(config.lock(), arg, PRESETS)

@@ -1,0 +1,98 @@
+"""A small teacher from scratch: train a ViT classifier on labels where no pretrained network is at hand.
+
+Not part of the published method, whose teachers are CLIP and DINO; the quickstart needs one that trains in minutes.
+Any run of this stage serves as teacher: --config.teacher.weights=<workdir> of configs/extract.py or configs/vqkd.py.
+
+Command   python -m beitv2_jax.main --config=configs/teacher.py --workdir=runs/teacher
+Hardware  one GPU, or a CPU with patience
+Expected  no published number
+
+Presets
+  imagenette  ten classes of ImageNet at 160 pixels (9 469 images), ViT-S/16
+  smoke       four steps of a toy model on generated pictures
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets
+
+
+def imagenette(config):
+    config.data.source = "tfds:imagenette/320px-v2"
+    config.views.image_size = 160
+    config.model.update(width=384, depth=12, num_heads=6, mlp_dim=1536, num_classes=10, drop_path_rate=0.1)
+    config.run.update(batch_size=256, duration="200 epochs")
+
+
+def smoke(config):
+    config.data.source = "embedded/tiny"
+    config.data.num_threads = 2
+    config.model.update(width=64, depth=2, num_heads=2, mlp_dim=128)
+    config.optim.warmup = "2 steps"
+    config.run.update(batch_size=8, duration="4 steps", log_every="1 step")
+    config.run.update(checkpoint_every="2 steps", keep_every="4 steps", eval_every="4 steps")
+    config.efficiency.dtype = "float32"
+
+
+PRESETS = {"imagenette": imagenette, "smoke": smoke}
+
+
+def get_config(arg=""):
+    """Return the recipe for the generated scenes with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "finetune",
+            "seed": 0,
+            "data": {
+                "source": "embedded",  # or 'tfds:NAME', 'folder:PATH'
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",
+                "num_threads": 8,
+            },
+            "views": {
+                "image_size": 96,  # pixels
+                "min_scale": 0.35,  # smallest share of the image's area in a crop
+                "num_views": 0,  # a new view each epoch
+                "interpolation": "bicubic",
+                "color_jitter": 0.0,
+            },
+            "normalization": "imagenet",
+            "label_smoothing": 0.1,  # probability moved from the label to all classes
+            "model": {
+                "patch_size": 16,
+                "width": 192,
+                "depth": 6,
+                "num_heads": 3,
+                "mlp_dim": 768,
+                "position": "absolute",
+                "layer_scale_init": 0.1,
+                "drop_path_rate": 0.0,
+                "num_classes": 10,  # that of the source
+                "pooling": "mean",
+            },
+            "optim": {
+                "peak_lr": 1e-3,
+                "min_lr": 1e-6,
+                "warmup": "3 epochs",
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 0.05,
+                "clip_norm": 1.0,  # global l2 norm; 0: off
+                "layer_decay": 1.0,
+                "ema_decay": 0.0,  # 0: no averaged weights
+            },
+            "run": {
+                "batch_size": 128,  # global
+                "duration": "30 epochs",
+                "log_every": "50 steps",
+                "checkpoint_every": "5 epochs",
+                "keep_every": "30 epochs",
+                "eval_every": "5 epochs",
+                "max_nonfinite_steps": 20,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "bfloat16", "remat": False},
+        }
+    )
+    return apply_presets(config.lock(), arg, PRESETS)

@@ -1,0 +1,64 @@
+"""Tokenize: write the code ids of fixed views of every image, so that MIM need not run the tokenizer.
+
+Each image gets `num_views` crops that are functions of (seed, example id, view index), colour jitter included; the mim
+stage reads them back when its `views`, seed and data source are the same and its `tokenizer.codes` is this stage's
+workdir.
+
+Command   python -m beitv2_jax.main --config=configs/tokenize.py --workdir=runs/codes --config.tokenizer.run=runs/vqkd
+Published nothing: the released code runs the tokenizer inside every training step, on a new crop each epoch
+Storage   a view of ImageNet-1k takes 196 16-bit numbers an image: 0.5 GB
+
+Presets
+  imagenette  ten classes of ImageNet at 160 pixels (9 469 images)
+  smoke       one view of generated pictures
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets
+
+
+def imagenette(config):
+    config.data.source = "tfds:imagenette/320px-v2"
+    config.views.image_size = 160
+    config.run.batch_size = 256
+
+
+def smoke(config):
+    config.data.source = "embedded/tiny"
+    config.data.num_threads = 2
+    config.views.update(image_size=96, num_views=1)
+    config.run.batch_size = 8
+    config.efficiency.dtype = "float32"
+
+
+PRESETS = {"imagenette": imagenette, "smoke": smoke}
+
+
+def get_config(arg=""):
+    """Return the settings that fit configs/mim.py, with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "tokenize",
+            "seed": 0,
+            "data": {
+                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",  # where tfds looks; '' is its default
+                "num_threads": 16,
+            },
+            "views": {
+                "image_size": 224,  # pixels
+                "min_scale": 0.2,  # smallest share of the image's area in a crop
+                "num_views": 16,  # stored views per image
+                "interpolation": "bicubic",
+                "color_jitter": 0.4,
+            },
+            "tokenizer": {"run": ""},  # required: run directory of the vqkd stage
+            "run": {"batch_size": 1024},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "bfloat16"},  # of the matrix products
+        }
+    )
+    return apply_presets(config.lock(), arg, PRESETS)

@@ -1,0 +1,118 @@
+"""Stage 1, VQ-KD: learn a semantic visual tokenizer by reconstructing a teacher's patch features from discrete codes.
+
+Paper     Peng et al., BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers (arXiv 2208.06366), 2.2
+Command   python -m beitv2_jax.main --config=configs/vqkd.py --workdir=runs/vqkd --config.teacher.weights=PATH
+          with precomputed targets: --config.teacher.features=DIR, the workdir of configs/extract.py
+Published 8 x V100-32G, fp16, ImageNet-1k, 100 epochs = 250 200 steps of 512 images; time not published
+Expected  share of codes used on the validation set: 97 % (this file), 100 % (decoder1), 100 % (dino)
+
+The learning rate is absolute: the released command's 5e-5 x 512 / 128 = 2e-4.
+
+Presets
+  decoder1    decoder of one block instead of three
+  dino        the published DINO tokenizer: one decoder block, teacher fed with ImageNet statistics
+  imagenette  ten classes of ImageNet at 160 pixels (9 469 images) with 1 024 codes; unpublished, for one GPU
+  smoke       four steps of a toy model on generated pictures
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.config import apply_presets
+
+
+def decoder1(config):
+    config.model.decoder.depth = 1
+
+
+def dino(config):
+    decoder1(config)
+    config.teacher.normalization = "imagenet"
+
+
+def imagenette(config):
+    config.data.source = "tfds:imagenette/320px-v2"
+    config.views.image_size = 160
+    config.model.codebook_size = 1024
+    config.model.encoder.update(width=384, num_heads=6, mlp_dim=1536)
+    config.model.decoder.update(width=384, num_heads=6, mlp_dim=1536)
+    config.run.batch_size = 256
+
+
+def smoke(config):
+    config.data.source = "embedded/tiny"
+    config.data.num_threads = 2
+    config.views.image_size = 96
+    config.model.encoder.update(width=64, depth=2, num_heads=2, mlp_dim=128)
+    config.model.decoder.update(width=64, depth=1, num_heads=2, mlp_dim=128)
+    config.model.update(codebook_size=32, code_dim=8)
+    config.usage_window = "2 steps"
+    config.optim.warmup = "2 steps"
+    config.run.update(batch_size=8, duration="4 steps", log_every="1 step")
+    config.run.update(checkpoint_every="2 steps", keep_every="4 steps", eval_every="4 steps")
+    config.efficiency.dtype = "float32"
+
+
+PRESETS = {"decoder1": decoder1, "dino": dino, "imagenette": imagenette, "smoke": smoke}
+
+
+def get_config(arg=""):
+    """Return the published ImageNet-1k recipe with the presets named in `arg`."""
+    config = ConfigDict(
+        {
+            "stage": "vqkd",
+            "seed": 0,
+            "data": {
+                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
+                "train_split": "train",
+                "eval_split": "validation",
+                "data_dir": "",  # where tfds looks; '' is its default
+                "num_threads": 16,
+            },
+            "views": {
+                "image_size": 224,  # pixels
+                "min_scale": 0.08,  # smallest share of the image's area in a crop
+                "num_views": 0,  # 0: a new view each epoch; otherwise the number of stored views per image
+                "interpolation": "bicubic",
+                "color_jitter": 0.0,
+            },
+            "teacher": {  # exactly one of the first two
+                "features": "",  # workdir of the extract stage: read stored features
+                "weights": "",  # a run directory of the finetune stage or a timm file: run the teacher in the step
+                "num_heads": 0,  # 0: as the weights' own description says
+                "normalization": "clip",
+            },
+            "model": {
+                "encoder": {"patch_size": 16, "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+                "decoder": {"width": 768, "depth": 3, "num_heads": 12, "mlp_dim": 3072},
+                "codebook_size": 8192,
+                "code_dim": 32,
+                "ema_decay": 0.99,
+                "commitment_weight": 1.0,
+            },
+            "kmeans_start": True,  # codebook from a k-means over the first global batch
+            "usage_window": "1 epoch",  # training codes are counted over this window
+            "optim": {
+                "peak_lr": 2e-4,
+                "min_lr": 1e-5,
+                "warmup": "10 epochs",
+                "betas": (0.9, 0.99),
+                "eps": 1e-8,
+                "weight_decay": 1e-4,
+                "clip_norm": 0.0,  # 0: off
+                "layer_decay": 1.0,
+                "ema_decay": 0.0,  # 0: no averaged weights
+            },
+            "run": {
+                "batch_size": 512,  # global
+                "duration": "100 epochs",
+                "log_every": "50 steps",
+                "checkpoint_every": "1 epoch",
+                "keep_every": "20 epochs",
+                "eval_every": "1 epoch",
+                "max_nonfinite_steps": 20,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"dtype": "bfloat16", "remat": False},
+        }
+    )
+    return apply_presets(config.lock(), arg, PRESETS)

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Run the tests, in an environment that is made on the first call; arguments go to pytest:
+#     sh launch/test.sh tests/config_test.py -k steps
+# VENV=DIR chooses the environment, PYTHON=EXE the interpreter it is made with.
+cd "$(dirname "$0")/.." || exit 1
+EXTRAS=${EXTRAS:+$EXTRAS,}test
+. launch/venv.sh
+exec "$VENV_PYTHON" -m pytest "$@"

@@ -1,0 +1,313 @@
+"""Durations, presets, files, text form, differences and checks of configs, against values worked out by hand."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize(
+    "duration, batch_size, num_examples, expected",
+    [
+        ("100 epochs", 512, IMAGENET, 250_200),  # released VQ-KD: 2502 steps an epoch
+        ("10 epochs", 512, IMAGENET, 25_020),
+        ("1600 epochs", 2048, IMAGENET, 1_000_000),
+        ("300 epochs", 2048, IMAGENET, 187_500),
+        ("1 epoch", 2048, IMAGENET, 625),
+        ("0.5 epochs", 2048, IMAGENET, 312),
+        ("0.1 epochs", 7, 70, 1),
+        ("0.01 epochs", 7, 70, 1),
+        ("1000 steps", 512, 3, 1000),
+        ("1 step", 512, 3, 1),
+        ("5000 examples", 512, IMAGENET, 10),
+        ("5120 examples", 512, IMAGENET, 10),
+        ("5121 examples", 512, IMAGENET, 11),
+        ("1 example", 512, IMAGENET, 1),
+        ("  3 Epochs ", 5, 11, 6),
+        ("0 epochs", 5, 11, 0),
+        ("0 steps", 5, 11, 0),
+    ],
+)
+def test_steps(duration, batch_size, num_examples, expected):
+    assert config_lib.steps(duration, batch_size=batch_size, num_examples=num_examples) == expected
+
+
+@pytest.mark.parametrize("duration", ["300", "epochs", "-3 epochs", "3epochs", "3 epochs 2 steps", "", 300, None])
+def test_steps_refuses_what_is_no_duration(duration):
+    with pytest.raises(UserError, match="not a duration"):
+        config_lib.steps(duration, batch_size=2, num_examples=10)
+
+
+def test_steps_names_the_nearest_unit():
+    with pytest.raises(UserError, match="unknown unit 'epcohs'") as caught:
+        config_lib.steps("3 epcohs", batch_size=2, num_examples=10)
+    assert caught.value.instead == "'3 epochs'"
+
+
+def test_steps_refuses_an_epoch_without_a_batch():
+    with pytest.raises(UserError, match="An epoch of 10 examples holds no batch of 11"):
+        config_lib.steps("3 epochs", batch_size=11, num_examples=10)
+    assert config_lib.steps("3 epochs", batch_size=10, num_examples=10) == 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(epochs=st.integers(1, 2000), batch_size=st.integers(1, 97), extra=st.integers(0, 1000))
+def test_epochs_are_whole_batches(epochs, batch_size, extra):
+    num_examples = batch_size + extra
+    count = config_lib.steps(f"{epochs} epochs", batch_size=batch_size, num_examples=num_examples)
+    assert count % epochs == 0
+    assert 0 <= num_examples - (count // epochs) * batch_size < batch_size
+
+
+def test_nearest():
+    assert config_lib.nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
+    assert config_lib.nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
+    assert config_lib.nearest("x", ("b", "a")) == "a"
+
+
+def _presets(calls):
+    return {name: lambda config, name=name: calls.append(name) for name in ("large", "300ep", "smoke")}
+
+
+def test_presets_are_applied_in_the_order_written():
+    calls = []
+    config_lib.apply_presets(ConfigDict(), "smoke, large,300ep", _presets(calls))
+    assert calls == ["smoke", "large", "300ep"]
+
+
+@pytest.mark.parametrize("arg", ["", None])
+def test_no_presets(arg):
+    calls, config = [], ConfigDict()
+    assert config_lib.apply_presets(config, arg, _presets(calls)) is config
+    assert calls == []
+
+
+@pytest.mark.parametrize("arg", ["larg", "large,larg", "larg,smoke"])
+def test_an_unknown_preset_names_the_nearest_and_lists_all(arg):
+    with pytest.raises(UserError, match="no preset 'larg'") as caught:
+        config_lib.apply_presets(ConfigDict(), arg, _presets([]))
+    assert "'large'" in caught.value.meant
+    assert "300ep, large, smoke" in caught.value.instead
+
+
+@pytest.fixture
+def config_dir(tmp_path):
+    (tmp_path / "child.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config(arg=''):\n    return ConfigDict({'arg': arg})\n"
+    )
+    (tmp_path / "parent.py").write_text(
+        "from beitv2_jax.config import load\n"
+        "def get_config(arg=''):\n"
+        "    return load('child:' + arg) if arg else load('child')\n"
+    )
+    return tmp_path
+
+
+def test_load_finds_siblings_of_the_caller(config_dir, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert config_lib.load(f"{config_dir}/parent.py:a,b:c").arg == "a,b:c"
+    assert config_lib.load(f"{config_dir}/parent.py").arg == ""
+
+
+def test_load_of_a_missing_file_names_the_nearest(config_dir):
+    with pytest.raises(UserError, match="no config file") as caught:
+        config_lib.load(f"{config_dir}/chidl.py:large")
+    assert "'child.py'" in caught.value.meant
+    assert "child.py" in caught.value.instead and "parent.py" in caught.value.instead
+
+
+def test_link_follows_until_set():
+    source = ConfigDict({"a": 1, "b": 2})
+    target = ConfigDict({"a": 0, "b": 0, "c": 3})
+    config_lib.link(target, source)
+    target.b = 5
+    source.a, source.b = 7, 8
+    assert target.to_dict() == {"a": 7, "b": 5, "c": 3}
+    assert source.to_dict() == {"a": 7, "b": 8}
+
+
+def test_flatten():
+    nested = ConfigDict({"b": {"c": {"d": 1}, "e": (2, 3)}, "a": ""})
+    assert config_lib.flatten(nested) == {"a": "", "b.c.d": 1, "b.e": (2, 3)}
+
+
+def _pipeline():
+    config = ConfigDict({"stage": "pipeline", "seed": 3})
+    config.stages = ConfigDict(sort_keys=False)
+    config.stages.mim = ConfigDict({"z": "{workdir}/vqkd", "seed": 0, "betas": (0.9, 0.98)})
+    config.stages.extract = ConfigDict({"z": "no {workdir} but {other}", "seed": 0})
+    for stage in config.stages.values():
+        config_lib.link(stage, ConfigDict({"seed": config.get_oneway_ref("seed")}))
+    return config
+
+
+def test_resolve_fills_in_the_workdir_in_a_copy():
+    config = _pipeline()
+    resolved = config_lib.resolve(config, "/runs/1")
+    assert resolved.stages.mim.z == "/runs/1/vqkd"
+    assert resolved.stages.extract.z == "no /runs/1 but {other}"
+    assert list(resolved.stages) == ["mim", "extract"]
+    assert config.stages.mim.z == "{workdir}/vqkd"
+    config.seed = 4
+    assert resolved.seed == resolved.stages.mim.seed == 3
+    with pytest.raises(AttributeError):
+        resolved.stages.mim.seeed = 1
+
+
+def test_json_is_stable_and_keeps_the_order_of_stages():
+    config = _pipeline()
+    text = config_lib.to_json(config)
+    assert json.loads(text) == {
+        "seed": 3,
+        "stage": "pipeline",
+        "stages": {
+            "mim": {"betas": [0.9, 0.98], "seed": 3, "z": "{workdir}/vqkd"},
+            "extract": {"seed": 3, "z": "no {workdir} but {other}"},
+        },
+    }
+    assert text.index('"seed"') < text.index('"stage"') < text.index('"mim"') < text.index('"extract"')
+    back = config_lib.from_json(text)
+    assert list(back.stages) == ["mim", "extract"]
+    assert back.stages.mim.betas == (0.9, 0.98)
+    assert back.is_locked and back.stages.mim.is_locked
+    assert config_lib.to_json(back) == text
+    assert config_lib.to_json(config_lib.from_json(json.loads(text))) == text
+
+
+def test_changed_lists_what_changes_results():
+    old = {
+        "efficiency": {"dtype": "float32"},
+        "mesh": {"data": 1},
+        "data": {"num_threads": 1, "data_dir": "a", "source": "x"},
+        "run": {"log_every": "1 step", "batch_size": 8},
+        "optim": {"betas": (0.9, 0.98)},
+        "gone": 1,
+    }
+    new = {
+        "efficiency": {"dtype": "bfloat16"},
+        "mesh": {"data": 2},
+        "data": {"num_threads": 2, "data_dir": "b", "source": "y"},
+        "run": {"log_every": "2 steps", "batch_size": 9},
+        "optim": {"betas": [0.9, 0.98]},
+        "meshes": 1,
+    }
+    expected = [("data.source", "x", "y"), ("gone", 1, None), ("meshes", None, 1), ("run.batch_size", 8, 9)]
+    assert config_lib.changed(ConfigDict(old), ConfigDict(new)) == expected
+    nested = [(f"stages.mim.{key}", before, after) for key, before, after in expected]
+    assert config_lib.changed(ConfigDict({"stages": {"mim": old}}), ConfigDict({"stages": {"mim": new}})) == nested
+    assert config_lib.changed(ConfigDict(old), config_lib.from_json(config_lib.to_json(ConfigDict(old)))) == []
+
+
+MIM = {
+    "stage": "mim",
+    "data": {"source": "embedded"},
+    "views": {"image_size": 96, "num_views": 0, "interpolation": "bicubic"},
+    "masking": {"num_masked": 14},
+    "tokenizer": {"run": "DIR", "codes": ""},
+    "model": {
+        "patch_size": 16,
+        "width": 30,
+        "num_heads": 5,
+        "depth": 4,
+        "patch_aggregation": True,
+        "early_layer": 4,
+        "position": "relative_shared",
+    },
+    "optim": {"warmup": "1 epoch", "betas": (0.9, 0.98)},
+    "run": {"batch_size": 8, "duration": "10 steps", "log_every": "1 step"},
+    "efficiency": {"dtype": "float32"},
+}
+VQKD = {
+    "stage": "vqkd",
+    "data": {"source": "embedded"},
+    "views": {"image_size": 96, "num_views": 2},
+    "teacher": {"features": "DIR", "weights": "", "normalization": "clip"},
+    "model": {"encoder": {"patch_size": 16, "width": 30, "num_heads": 5}, "decoder": {"width": 30, "num_heads": 3}},
+    "usage_window": "1 epoch",
+}
+
+
+@pytest.mark.parametrize("good", [MIM, VQKD])
+def test_validate_accepts(good):
+    config_lib.validate(ConfigDict(good))
+    pipeline = ConfigDict({"stage": "pipeline", "stages": {"one": good, "two": good}})
+    config_lib.validate(pipeline)
+
+
+@pytest.mark.parametrize(
+    "base, key, value, named",
+    [
+        (MIM, "stage", "mimm", ["stage", "mim"]),
+        (MIM, "views.image_size", 100, ["views.image_size", "model.patch_size=16", "=96"]),
+        (MIM, "views.interpolation", "bicubik", ["views.interpolation", "=bicubic"]),
+        (MIM, "masking.num_masked", 37, ["masking.num_masked", "36 patches", "=14"]),
+        (MIM, "masking.num_masked", 0, ["masking.num_masked"]),
+        (MIM, "model.early_layer", 5, ["model.early_layer", "model.depth=4", "=3"]),
+        (MIM, "model.early_layer", 0, ["model.early_layer"]),
+        (MIM, "model.num_heads", 4, ["model.width", "model.num_heads=4"]),
+        (MIM, "model.position", "relative_shard", ["model.position", "=relative_shared"]),
+        (MIM, "tokenizer.run", "", ["tokenizer.codes", "tokenizer.run"]),
+        (MIM, "tokenizer.codes", "DIR2", ["tokenizer.codes", "tokenizer.run='DIR'"]),
+        (MIM, "data.source", "", ["data.source"]),
+        (MIM, "run.batch_size", 0, ["run.batch_size"]),
+        (MIM, "run.duration", "10", ["run.duration", "not a duration"]),
+        (MIM, "run.log_every", "1 stop", ["run.log_every", "'steps'"]),
+        (MIM, "optim.warmup", "10 steps", ["optim.warmup", "run.duration='10 steps'"]),
+        (MIM, "optim.betas", (0.9,), ["optim.betas"]),
+        (MIM, "optim.betas", (0.9, 1.0), ["optim.betas"]),
+        (MIM, "efficiency.dtype", "bf16", ["efficiency.dtype", "=bfloat16"]),
+        (VQKD, "teacher.weights", "FILE", ["teacher.features", "teacher.weights='FILE'"]),
+        (VQKD, "teacher.features", "", ["teacher.features", "teacher.weights=''"]),
+        (VQKD, "teacher.normalization", "klip", ["teacher.normalization", "=clip"]),
+        (VQKD, "views.num_views", 0, ["views.num_views"]),
+        (VQKD, "views.image_size", 100, ["views.image_size", "model.encoder.patch_size=16"]),
+        (VQKD, "model.encoder.num_heads", 4, ["model.encoder.width", "model.encoder.num_heads=4"]),
+        (VQKD, "model.decoder.num_heads", 4, ["model.decoder.width", "model.decoder.num_heads=4"]),
+        (VQKD, "usage_window", "1", ["usage_window", "not a duration"]),
+    ],
+)
+def test_validate_refuses(base, key, value, named):
+    config = ConfigDict(base).copy_and_resolve_references()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as caught:
+        config_lib.validate(config)
+    for text in named:
+        assert text in str(caught.value)
+    assert f"--config.{named[0]}=" in caught.value.instead
+    if key != "stage":
+        with pytest.raises(UserError) as caught:
+            config_lib.validate(ConfigDict({"stage": "pipeline", "stages": {"first": base, "second": config}}))
+        assert f"--config.stages.second.{named[0]}=" in caught.value.instead
+
+
+@pytest.mark.parametrize(
+    "stage, missing", [("extract", "teacher.weights"), ("tokenize", "tokenizer.run"), ("probe", "backbone.run")]
+)
+def test_validate_asks_for_a_stage_s_input(stage, missing):
+    section, key = missing.split(".")
+    config = ConfigDict({"stage": stage, section: {key: ""}, "views": {"num_views": 1, "image_size": 32}})
+    with pytest.raises(UserError) as caught:
+        config_lib.validate(config)
+    assert f"--config.{missing}=" in caught.value.instead
+    config[section][key] = "DIR"
+    config_lib.validate(config)
+
+
+def test_validate_ignores_the_early_layer_without_aggregation():
+    config = ConfigDict(MIM)
+    config.model.update(patch_aggregation=False, early_layer=99)
+    config_lib.validate(config)
+
+
+def test_durations_of_different_units_are_compared_once_the_data_are_known():
+    config = ConfigDict(MIM)  # one epoch of warm-up in ten steps of eight
+    config_lib.validate(config, num_examples=79)
+    with pytest.raises(UserError, match=r"optim.warmup='1 epoch'.*run.duration='10 steps'"):
+        config_lib.validate(config, num_examples=80)

@@ -1,0 +1,255 @@
+"""Every config file and preset: found by listing the folder, built, checked; and the published numbers in them."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "configs"
+STAGES = {
+    "extract": "extract",
+    "mim": "mim",
+    "pipeline": "pipeline",
+    "probe": "probe",
+    "quickstart": "pipeline",
+    "teacher": "finetune",
+    "tokenize": "tokenize",
+    "vqkd": "vqkd",
+}
+REQUIRED = {
+    "extract": "teacher.weights",
+    "mim": "tokenizer.run",
+    "pipeline": "teacher.weights",
+    "probe": "backbone.run",
+    "tokenize": "tokenizer.run",
+    "vqkd": "teacher.weights",
+}
+"""What a user has to give; a config without it must be refused and name it."""
+
+
+def presets(name: str) -> list[str]:
+    """Return the keys of the file's PRESETS table, read from its source."""
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return [key.value for key in assigned["PRESETS"].keys]
+
+
+def load(name: str, arg: str = "") -> ConfigDict:
+    return config_lib.load(f"{FOLDER / name}.py:{arg}")
+
+
+def given(name: str, arg: str = "") -> ConfigDict:
+    """Return a config with its required setting given, as a run would see it."""
+    config = load(name, arg)
+    if name in REQUIRED:
+        config.update_from_flattened_dict({REQUIRED[name]: "somewhere"})
+    return config_lib.resolve(config, "/runs/1")
+
+
+EVERY = [(name, arg) for name in STAGES for arg in ("", *presets(name))]
+
+
+def test_no_config_escapes():
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(STAGES)
+
+
+@pytest.mark.parametrize("name, arg", EVERY)
+def test_every_preset_builds_and_validates(name, arg):
+    config = load(name, arg)
+    assert config.is_locked
+    assert config.stage == STAGES[name]
+    config_lib.validate(given(name, arg))
+
+
+@pytest.mark.parametrize("name, arg", EVERY)
+def test_every_preset_survives_json(name, arg):
+    config = given(name, arg)
+    text = config_lib.to_json(config)
+    assert config_lib.to_json(config_lib.from_json(text)) == text
+    assert "{workdir}" not in text
+
+
+@pytest.mark.parametrize("name, arg", [(name, arg) for name, arg in EVERY if arg])
+def test_every_preset_is_explained_and_does_what_it_says(name, arg):
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert f"\n  {arg} " in docstring.partition("\nPresets")[2]
+    changed = config_lib.changed(load(name), load(name, arg))
+    assert bool(changed) != (arg in ("base", "1600ep"))  # these two spell out the default
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_docstring_is_a_notebook(name):
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert f"--config=configs/{name}.py --workdir=" in docstring
+    assert max(len(line) for line in docstring.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_what_must_be_given_is_asked_for(name):
+    with pytest.raises(UserError) as caught:
+        config_lib.validate(load(name))
+    section, key = REQUIRED[name].split(".")
+    assert f"{section}." in str(caught.value) and key in str(caught.value)
+
+
+def test_presets_of_mim_commute():
+    for first, second in itertools.permutations(("300ep", "large"), 2):
+        assert load("mim", f"{first},{second}").to_dict() == load("mim", f"{second},{first}").to_dict()
+    assert load("mim", "large,300ep").model.layer_scale_init == 1e-5
+
+
+def test_published_vqkd_recipe():
+    config = load("vqkd")
+    assert config.data.source == "tfds:imagenet2012"
+    assert config.views.to_dict() == {
+        "image_size": 224,
+        "min_scale": 0.08,
+        "num_views": 0,
+        "interpolation": "bicubic",
+        "color_jitter": 0.0,
+    }
+    assert config.model.encoder.to_dict() == {
+        "patch_size": 16,
+        "width": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "mlp_dim": 3072,
+    }
+    assert config.model.decoder.to_dict() == {"width": 768, "depth": 3, "num_heads": 12, "mlp_dim": 3072}
+    model = {key: value for key, value in config.model.items() if key not in ("encoder", "decoder")}
+    assert model == {"codebook_size": 8192, "code_dim": 32, "ema_decay": 0.99, "commitment_weight": 1.0}
+    assert config.kmeans_start
+    assert config.teacher.normalization == "clip"
+    assert config.optim.peak_lr == pytest.approx(5e-5 * 512 / 128, rel=1e-15)
+    optim = {key: value for key, value in config.optim.items() if key != "peak_lr"}
+    assert optim == {
+        "min_lr": 1e-5,
+        "warmup": "10 epochs",
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+        "clip_norm": 0.0,
+        "layer_decay": 1.0,
+        "ema_decay": 0.0,
+    }
+    assert (config.run.batch_size, config.run.duration) == (512, "100 epochs")
+    dino = load("vqkd", "dino")
+    assert (dino.model.decoder.depth, dino.teacher.normalization) == (1, "imagenet")
+
+
+def test_published_mim_recipe():
+    config = load("mim")
+    assert (config.views.image_size, config.views.min_scale, config.views.color_jitter) == (224, 0.2, 0.4)
+    assert config.normalization == "imagenet"
+    assert config.masking.to_dict() == {"num_masked": 75, "min_patches": 16, "max_patches": 0}
+    assert config.model.to_dict() == {
+        "patch_size": 16,
+        "width": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "mlp_dim": 3072,
+        "codebook_size": 8192,
+        "position": "relative_shared",
+        "layer_scale_init": 0.1,
+        "drop_path_rate": 0.1,
+        "patch_aggregation": True,
+        "early_layer": 9,
+        "head_depth": 2,
+        "shared_head": True,
+    }
+    assert config.optim.to_dict() == {
+        "peak_lr": 1.5e-3,
+        "min_lr": 1e-5,
+        "warmup": "10 epochs",
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+        "clip_norm": 3.0,
+        "layer_decay": 1.0,
+        "ema_decay": 0.0,
+    }
+    assert (config.run.batch_size, config.run.duration) == (2048, "1600 epochs")
+
+
+def test_published_mim_variants():
+    base, large, short = load("mim"), load("mim", "large"), load("mim", "300ep")
+    assert config_lib.changed(base, large) == [
+        ("model.depth", 12, 24),
+        ("model.early_layer", 9, 21),
+        ("model.layer_scale_init", 0.1, 1e-5),
+        ("model.mlp_dim", 3072, 4096),
+        ("model.num_heads", 12, 16),
+        ("model.width", 768, 1024),
+    ]
+    assert config_lib.changed(base, short) == [
+        ("model.drop_path_rate", 0.1, 0.0),
+        ("optim.betas", [0.9, 0.999], [0.9, 0.98]),
+        ("run.duration", "1600 epochs", "300 epochs"),
+    ]
+    assert load("mim", "300ep,1600ep").to_dict() == base.to_dict()
+
+
+def test_the_pipeline_chains_the_published_recipes():
+    config = given("pipeline")
+    assert list(config.stages) == ["extract", "vqkd", "tokenize", "mim", "probe"]
+    for name in ("vqkd", "mim"):
+        changed = {key for key, _, _ in config_lib.changed(load(name), config.stages[name])}
+        assert changed <= {"teacher.features", "tokenizer.codes", "views.num_views"}
+    live = given("pipeline", "live")
+    assert list(live.stages) == ["vqkd", "mim", "probe"]
+    assert config_lib.changed(given("vqkd"), live.stages.vqkd) == []
+    changed = config_lib.changed(given("mim"), live.stages.mim)
+    assert changed == [("tokenizer.run", "somewhere", "/runs/1/vqkd")]
+    assert load("pipeline", "large").stages.mim.model.to_dict() == load("mim", "large").model.to_dict()
+
+
+PIPELINES = [(name, arg) for name, arg in EVERY if STAGES[name] == "pipeline"]
+
+
+@pytest.mark.parametrize("name, arg", PIPELINES)
+def test_stages_of_a_pipeline_fit_each_other(name, arg):
+    stages = given(name, arg).stages
+    for stage in stages.values():
+        assert stage.data.to_dict() == stages.mim.data.to_dict()
+        assert stage.seed == stages.mim.seed
+    for writer, reader in (("extract", "vqkd"), ("tokenize", "mim")):
+        if writer in stages:
+            assert stages[writer].views.to_dict() == stages[reader].views.to_dict()
+            assert stages[reader].views.num_views > 0
+    assert stages.mim.model.codebook_size == stages.vqkd.model.codebook_size
+    assert stages.mim.views.image_size == stages.vqkd.views.image_size == stages.probe.views.image_size
+    assert all(0 <= layer < stages.mim.model.depth for layer in stages.probe.probe.layers)
+    places = {f"/runs/1/{stage}" for stage in stages}
+    given_paths = [stages.vqkd.teacher.features, stages.mim.tokenizer.codes, stages.probe.backbone.run]
+    for path in filter(None, given_paths):
+        assert path in places
+
+
+@pytest.mark.parametrize("name, arg", PIPELINES)
+def test_shared_settings_of_a_pipeline_reach_every_stage_unless_set_there(name, arg):
+    config = load(name, arg)
+    config.stages.mim.data.source = "folder:own"
+    config.data.source, config.seed, config.mim_views.image_size = "folder:all", 7, 48
+    config.mesh.fsdp, config.efficiency.dtype = 2, "float16"
+    for key, stage in config.stages.items():
+        assert stage.data.source == ("folder:own" if key == "mim" else "folder:all")
+        assert (stage.seed, stage.mesh.fsdp, stage.efficiency.dtype) == (7, 2, "float16")
+    assert config.stages.mim.views.image_size == config.stages.probe.views.image_size == 48
+
+
+def test_quickstart_trains_a_teacher_first_and_needs_nothing():
+    config = given("quickstart")
+    assert list(config.stages) == ["teacher", "extract", "vqkd", "tokenize", "mim", "probe"]
+    assert config.stages.extract.teacher.weights == "/runs/1/teacher"
+    assert config.stages.extract.teacher.normalization == config.stages.teacher.normalization
+    assert all(stage.data.source == "embedded" for stage in config.stages.values())
+    smoke = given("quickstart", "smoke")
+    assert all(stage.data.source == "embedded/tiny" for stage in smoke.stages.values())
+    for stage in smoke.stages.values():
+        if "duration" in stage.run:
+            assert config_lib.steps(stage.run.duration, batch_size=1, num_examples=0) <= 10

@@ -1,0 +1,168 @@
+"""The command line: every slip gets its three parts and exit code 2; a sound one reaches the stage."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from beitv2_jax import main
+from beitv2_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+GOOD = ["--config=configs/vqkd.py:dino", "--workdir=w"]
+
+
+def parse(*arguments):
+    values = flags.FlagValues()
+    rest = main.parse_flags(["program", *arguments], values)
+    return values, rest
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_overrides_reach_the_locked_config():
+    values, rest = parse(
+        "--config=configs/vqkd.py:dino,smoke",
+        "--workdir=w",
+        "--config.run.batch_size",
+        "24",
+        "--config.optim.betas=(.8, .7)",
+        "--config.optim.peak_lr=1",
+        "--noconfig.kmeans_start",
+        "--config.teacher.weights=a.npz",
+        "--nodistributed",
+    )
+    config = values.config
+    assert rest == ["program"]
+    assert (config.teacher.normalization, config.run.duration) == ("imagenet", "4 steps")
+    assert (config.run.batch_size, config.optim.betas, config.optim.peak_lr) == (24, (0.8, 0.7), 1.0)
+    assert (config.kmeans_start, config.teacher.weights) == (False, "a.npz")
+    assert values.workdir == "w" and values.distributed is False
+    assert config.is_locked
+
+
+def test_overrides_reach_stages_of_a_pipeline():
+    values, _ = parse(
+        "--config=configs/quickstart.py", "--workdir=w", "--config.seed=5", "--config.stages.mim.run.duration=7 steps"
+    )
+    assert values.config.stages.mim.run.duration == "7 steps"
+    assert [stage.seed for stage in values.config.stages.values()] == [5] * 6
+
+
+def test_flags_have_defaults():
+    values, _ = parse(*GOOD)
+    assert values.distributed is None
+    assert values.compilation_cache == os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/beitv2_jax/xla")
+
+
+@pytest.mark.parametrize(
+    "arguments, happened, instead",
+    [
+        (["--workdir=w"], "no --config", "--config=configs/quickstart.py"),
+        (["--config=configs/mim.py"], "no --workdir", "--workdir=runs/"),
+        (["--config=mim:large", "--workdir=w"], "not a Python file", "--config=configs/mim.py:large"),
+        (["--config=configs/mmi.py", "--workdir=w"], "no config file configs/mmi.py", "configs/mim.py"),
+        (["--config", "configs/mmi.py", "--workdir=w"], "no config file configs/mmi.py", "configs/mim.py"),
+        (["--config=configs/mim.py:lrge", "--workdir=w"], "no preset 'lrge'", "large"),
+        ([*GOOD, "--config.optim.peek_lr=1"], "no key 'optim.peek_lr'", "--config.optim.peak_lr=0.0002"),
+        ([*GOOD, "--config.batch_size", "3"], "no key 'batch_size'", "--config.run.batch_size=512"),
+        ([*GOOD, "--config.model.batch_size=3"], "no key 'model.batch_size'", "--config.run.batch_size=512"),
+        ([*GOOD, "--noconfig.kmeans"], "no key 'kmeans'", "--config.kmeans_start=True"),
+        ([*GOOD, "--config.run=3"], "section 'run' has no value", "--config.run."),
+        ([*GOOD, "--config.run.batch_size=many"], "batch_size=many", "--config.run.batch_size=512"),
+        ([*GOOD, "--config.run.batch_size=1.5"], "batch_size=1.5", "--config.run.batch_size=512"),
+        ([*GOOD, "--config.optim.peak_lr=high"], "peak_lr=high", "--config.optim.peak_lr=0.0002"),
+        ([*GOOD, "--config.optim.betas=(.9, x"], "betas=", "--config.optim.betas='(0.9, 0.99)'"),
+        ([*GOOD, "--config.seed"], "config.seed", "--config.seed=0"),
+        ([*GOOD, "--wrkdir=w"], "no flag --wrkdir", "--workdir=VALUE"),
+        ([*GOOD, "stray"], "Unexpected argument 'stray'", "--stray="),
+        (["--config.seed=1", *GOOD], "--config.seed=1 stands before --config", "--config=FILE --config.seed=1"),
+    ],
+)
+def test_slips_are_explained(arguments, happened, instead):
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    assert happened in caught.value.happened
+    assert instead in caught.value.instead
+    assert caught.value.meant
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # inside sbatch, but not started by srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+    ],
+)
+def test_in_cluster(environment, expected):
+    assert main.in_cluster(environment) is expected
+
+
+def _run(*arguments, code=None):
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "beitv2_jax.main"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_slip_is_printed_without_traceback_and_exits_2(tmp_path):
+    result = _run("--config=configs/vqkd.py", f"--workdir={tmp_path}/w", "--config.teacher.weigths=x")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "Error: The config has no key 'teacher.weigths'.",
+        "  Probably: 'teacher.weights' was meant, which is '' now.",
+        "  Instead:  --config.teacher.weights=''",
+    ]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):
+    code = (
+        "import sys\n"
+        "from beitv2_jax import main\n"
+        "assert 'jax' not in sys.modules\n"
+        "try:\n"
+        "    main.main()\n"
+        "finally:\n"
+        "    assert 'jax' not in sys.modules\n"
+    )
+    result = _run("--config=configs/vqkd.py", f"--workdir={tmp_path}/w", code=code)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("Error: teacher.features=''")
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path):
+    code = (
+        "import sys, types\n"
+        "stages = types.ModuleType('beitv2_jax.stages')\n"
+        "def run_stage(config, workdir):\n"
+        "    import jax\n"
+        "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir)\n"
+        "    return {'figures': {}}\n"
+        "stages.run_stage = run_stage\n"
+        "sys.modules['beitv2_jax.stages'] = stages\n"
+        "from beitv2_jax import main\n"
+        "main.main()\n"
+    )
+    result = _run(
+        "--config=configs/vqkd.py:smoke",
+        "--workdir=relative",
+        "--config.teacher.weights=x",
+        f"--compilation_cache={tmp_path}/cache",
+        code=code,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["vqkd", "x", str(ROOT / "relative"), f"{tmp_path}/cache"]

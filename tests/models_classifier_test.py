@@ -1,0 +1,81 @@
+"""The classifier: pooling, names, head scale, sizes of the released models."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beitv2_jax.models.classifier import Classifier
+
+BATCH, CLASSES, WIDTH = 5, 13, 6
+TINY = dict(image_size=21, patch_size=7, width=WIDTH, depth=2, num_heads=3, mlp_dim=11, num_classes=CLASSES)
+
+
+def images(seed=0):
+    return jax.random.normal(jax.random.key(seed), (BATCH, 21, 21, 3))
+
+
+def visible(model, seed=1):
+    """Return parameters of visible size, drawn without running the model."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images())
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize(("pooling", "norm"), [("mean", "fc_norm"), ("cls", "norm")])
+def test_pooling(pooling, norm):
+    model = Classifier(**TINY, pooling=pooling)
+    variables = visible(model)
+    params = variables["params"]
+    assert set(params) == {"backbone", "head", norm}
+    logits, tokens = model.apply(variables, images()), model.apply(variables, images(), method="features")
+    chex.assert_shape(logits, (BATCH, CLASSES))
+    chex.assert_shape(tokens, (BATCH, 10, WIDTH))
+    unit = (tokens - params[norm]["bias"]) / params[norm]["scale"]
+    np.testing.assert_allclose(unit.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(unit.std(-1), 1, atol=1e-3)
+    if pooling == "cls":
+        np.testing.assert_allclose(logits, tokens[:, 0] @ params["head"]["kernel"] + params["head"]["bias"], atol=1e-4)
+    else:  # the mean is taken before the norm, so [CLS] and the norm of single patches do not enter
+        pooled = logits - params["head"]["bias"]
+        np.testing.assert_array_less(0.1, np.abs(pooled - tokens[:, 1:].mean(1) @ params["head"]["kernel"]).max())
+
+
+def test_head_starts_scaled_down():
+    def head(**kwargs):
+        model = Classifier(**dict(TINY, width=48, num_classes=509, depth=1), **kwargs)
+        return jax.jit(model.init)(jax.random.key(2), images())["params"]["head"]
+
+    np.testing.assert_allclose(jnp.std(head()["kernel"]), 0.02 * 0.001, rtol=0.03)
+    np.testing.assert_allclose(head(head_init_scale=1.0)["kernel"] * 0.001, head()["kernel"], rtol=1e-5)
+    assert not head()["bias"].any()
+
+
+def test_only_training_is_random():
+    model = Classifier(**TINY, drop_path_rate=0.9)
+    variables = visible(model)
+
+    def run(seed, train):
+        return model.apply(variables, images(), train=train, rngs={"drop_path": jax.random.key(seed)})
+
+    chex.assert_trees_all_equal(run(3, False), run(4, False))
+    assert (run(3, True) != run(4, True)).any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        (dict(width=768, depth=12, num_heads=12, mlp_dim=3072), 86_530_984),
+        (dict(width=1024, depth=24, num_heads=16, mlp_dim=4096), 304_430_568),
+    ],
+)
+def test_parameter_counts_of_the_released_models(sizes, count):
+    model = Classifier(image_size=224, patch_size=16, num_classes=1000, **sizes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="'max'"):
+        Classifier(**TINY, pooling="max")

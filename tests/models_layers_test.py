@@ -1,0 +1,204 @@
+"""Layers: position table arithmetic, initialisations, attention against a plain NumPy one, stochastic depth."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beitv2_jax.models import layers
+
+BATCH, LENGTH, WIDTH, HEADS, MLP_DIM = 5, 7, 12, 3, 17
+
+
+def tokens(seed=0, shape=(BATCH, LENGTH, WIDTH)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_relative_position_index_by_hand():
+    expected = [  # 2 by 3 patches: 15 offsets, then [CLS] to all, all to [CLS], [CLS] to [CLS]
+        [17, 15, 15, 15, 15, 15, 15],
+        [16, 7, 6, 5, 2, 1, 0],
+        [16, 8, 7, 6, 3, 2, 1],
+        [16, 9, 8, 7, 4, 3, 2],
+        [16, 12, 11, 10, 7, 6, 5],
+        [16, 13, 12, 11, 8, 7, 6],
+        [16, 14, 13, 12, 9, 8, 7],
+    ]
+    np.testing.assert_array_equal(layers.relative_position_index((2, 3)), expected)
+
+
+def test_relative_position_index_of_the_released_grid():
+    index = layers.relative_position_index((14, 14))
+    chex.assert_shape(index, (197, 197))
+    assert (np.diag(index)[1:] == 364).all()
+    assert (index[0, 1:] == 729).all() and (index[1:, 0] == 730).all() and index[0, 0] == 731
+    assert index[1:, 1:].min() == 0 and index[1:, 1:].max() == 728
+
+
+@settings(max_examples=20, deadline=None)
+@given(gh=st.integers(1, 6), gw=st.integers(1, 6), data=st.data())
+def test_relative_position_index_depends_on_the_offset_only(gh, gw, data):
+    index = layers.relative_position_index((gh, gw))[1:, 1:]
+    n = gh * gw
+    query, key = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1))
+    rows, columns = divmod(np.arange(n), gw)
+    same = (rows[:, None] - rows == rows[query] - rows[key]) & (
+        columns[:, None] - columns == columns[query] - columns[key]
+    )
+    np.testing.assert_array_equal(index == index[query, key], same)
+
+
+def test_relative_position_bias_reads_its_table():
+    grid = (2, 3)
+    module = layers.RelativePositionBias(grid, HEADS)
+    variables = module.init(jax.random.key(0))
+    chex.assert_trees_all_equal(variables, {"params": {"table": jnp.zeros((18, HEADS))}})
+    table = jnp.arange(18.0 * HEADS).reshape(18, HEADS)
+    bias = module.apply({"params": {"table": table}})
+    chex.assert_shape(bias, (HEADS, 7, 7))
+    assert bias[2, 1, 4] == table[2, 2] and bias[0, 3, 0] == table[16, 0] and bias[1, 0, 5] == table[15, 1]
+
+
+@pytest.mark.parametrize("qkv_bias", layers.QKV_BIASES)
+def test_attention_equals_plain_numpy(qkv_bias):
+    module = layers.Attention(HEADS, qkv_bias)
+    bias = np.asarray(tokens(1, (HEADS, LENGTH, LENGTH)))
+    params = module.init(jax.random.key(2), tokens())["params"]
+    params = jax.tree.map(lambda leaf: tokens(leaf.size, leaf.shape), params)
+    x, head_dim = np.asarray(tokens(), np.float64), WIDTH // HEADS
+    qkv = x @ np.asarray(params["qkv"]["kernel"], np.float64)
+    if qkv_bias == "full":
+        qkv += np.asarray(params["qkv"]["bias"])
+    elif qkv_bias == "qv":
+        qkv[..., :WIDTH] += np.asarray(params["q_bias"])
+        qkv[..., 2 * WIDTH :] += np.asarray(params["v_bias"])
+    mixed = np.empty_like(x)
+    for head in range(HEADS):
+        queries, keys, values = (
+            qkv[..., part * WIDTH + head * head_dim : part * WIDTH + (head + 1) * head_dim] for part in range(3)
+        )
+        logits = queries @ keys.transpose(0, 2, 1) / math.sqrt(head_dim) + bias[head]
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        mixed[..., head * head_dim : (head + 1) * head_dim] = weights / weights.sum(-1, keepdims=True) @ values
+    expected = mixed @ np.asarray(params["proj"]["kernel"]) + np.asarray(params["proj"]["bias"])
+    actual = module.apply({"params": params}, tokens(), bias)
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_attention_refuses_impossible_arguments():
+    with pytest.raises(ValueError, match="12 is not divisible by num_heads 5"):
+        layers.Attention(5).init(jax.random.key(0), tokens())
+    with pytest.raises(ValueError, match="'q'"):
+        layers.Attention(3, "q").init(jax.random.key(0), tokens())
+
+
+def test_activations_are_the_exact_ones():
+    x = np.linspace(-4, 4, 41, dtype=np.float32)
+    erf = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
+    np.testing.assert_allclose(layers.ACTIVATIONS["gelu"](x), erf, atol=1e-6)  # the tanh form is 5e-4 off
+    np.testing.assert_allclose(layers.ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+
+
+def test_layer_norm_uses_its_epsilon_and_float32():
+    x = 1e-3 * np.asarray(tokens(), np.float64)  # variance near epsilon
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    module = layers.LayerNorm()
+    variables = module.init(jax.random.key(0), x)
+    np.testing.assert_allclose(module.apply(variables, jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
+    assert module.apply(variables, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("scheme", "std", "bound"), [("normal", 0.02, None), ("clipped", 0.0108, 0.02)])
+def test_kernel_statistics(scheme, std, bound):
+    kernel = layers.normal_init(scheme)(jax.random.key(3), (211, 307))
+    np.testing.assert_allclose(jnp.std(kernel), std, rtol=0.01)
+    np.testing.assert_allclose(jnp.mean(kernel), 0.0, atol=4e-4)
+    largest = jnp.abs(kernel).max()
+    assert largest > 0.06 if bound is None else 0.99 * bound < largest <= bound
+
+
+def test_framework_default_statistics():
+    fan_in = 769
+    params = layers.Linear(211, param_init="torch").init(jax.random.key(4), jnp.zeros((1, fan_in)))["params"]
+    bound = fan_in**-0.5
+    for leaf in params.values():
+        assert 0.95 * bound < jnp.abs(leaf).max() <= bound
+    np.testing.assert_allclose(jnp.std(params["kernel"]), bound / math.sqrt(3), rtol=0.01)
+    with pytest.raises(ValueError, match="'xavier'"):
+        layers.normal_init("xavier")
+
+
+@pytest.mark.parametrize("scheme", ["normal", "clipped", "torch"])
+def test_residual_outputs_start_divided_by_depth(scheme):
+    def params(layer_index):
+        block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.3, layer_index=layer_index, param_init=scheme)
+        return block.init(jax.random.key(5), tokens())["params"]
+
+    first, fifth = params(1), params(5)
+    for name in ("attn/proj", "mlp/fc2"):
+        group, layer = name.split("/")
+        np.testing.assert_allclose(
+            fifth[group][layer]["kernel"], first[group][layer]["kernel"] * math.sqrt(2 / 10), rtol=1e-6
+        )
+    chex.assert_trees_all_equal(fifth["mlp"]["fc1"], first["mlp"]["fc1"])
+    chex.assert_trees_all_equal(fifth["attn"]["qkv"], first["attn"]["qkv"])
+    assert (fifth["gamma_1"] == 0.3).all() and (fifth["attn"]["q_bias"] == 0).all()
+    undivided = layers.Linear(WIDTH, param_init=scheme).init(jax.random.key(6), jnp.zeros((1, 997)))["params"]["kernel"]
+    divided = layers.Block(HEADS, 997, layer_index=3, param_init=scheme).init(jax.random.key(7), tokens())["params"]
+    np.testing.assert_allclose(jnp.std(divided["mlp"]["fc2"]["kernel"]), jnp.std(undivided) / math.sqrt(6), rtol=0.05)
+
+
+def test_block_branches_are_scaled_and_added():
+    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.1)
+    params = block.init(jax.random.key(8), tokens())["params"]
+    silent = {**params, "gamma_1": jnp.zeros(WIDTH), "gamma_2": jnp.zeros(WIDTH)}
+    chex.assert_trees_all_equal(block.apply({"params": silent}, tokens()), tokens())
+    for without in (None, 0.0):
+        bare = layers.Block(HEADS, MLP_DIM, layer_scale_init=without).init(jax.random.key(8), tokens())["params"]
+        assert set(bare) == {"norm1", "norm2", "attn", "mlp"}
+
+
+def test_bfloat16_keeps_the_residual_stream_in_float32():
+    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=1e-3, dtype=jnp.bfloat16)
+    x = tokens().astype(jnp.bfloat16).astype(jnp.float32)
+    variables = block.init(jax.random.key(9), x)
+    outputs = block.apply(variables, x)
+    assert outputs.dtype == jnp.float32
+    assert (outputs != x).mean() > 0.9  # a bfloat16 sum would round nearly every update of this size away
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_drop_path_drops_samples_and_keeps_the_mean():
+    rate, samples = 0.3, 20011
+    branch = jnp.broadcast_to(tokens(shape=(1, 2, 3)), (samples, 2, 3))
+    dropped = layers.DropPath(rate).apply({}, branch, train=True, rngs={"drop_path": jax.random.key(10)})
+    kept = np.asarray(jnp.all(dropped != 0, axis=(1, 2)))
+    np.testing.assert_array_equal(kept, jnp.any(dropped != 0, axis=(1, 2)))
+    np.testing.assert_allclose(kept.mean(), 1 - rate, atol=4 * math.sqrt(rate * (1 - rate) / samples))
+    np.testing.assert_allclose(dropped[kept][0], branch[0] / (1 - rate), rtol=1e-6)
+    chex.assert_trees_all_equal(layers.DropPath(rate).apply({}, branch, train=False), branch)
+    chex.assert_trees_all_equal(layers.DropPath(0.0).apply({}, branch, train=True), branch)
+
+
+def test_the_two_branches_of_a_block_are_dropped_independently():
+    samples = 997
+    block = layers.Block(1, 2, drop_path_rate=0.5, qkv_bias="none")
+    x = jnp.broadcast_to(tokens(shape=(1, 2, 3)), (samples, 2, 3))
+    params = block.init(jax.random.key(11), x)["params"]
+    params["attn"]["proj"] = {"kernel": jnp.zeros((3, 3)), "bias": jnp.ones(3)}
+    params["mlp"]["fc2"] = {"kernel": jnp.zeros((2, 3)), "bias": 10 * jnp.ones(3)}
+    outputs = block.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(12)})
+    added = np.rint(np.asarray(outputs - x)[:, 0, 0]).astype(int)
+    values, counts = np.unique(added, return_counts=True)
+    np.testing.assert_array_equal(values, [0, 2, 20, 22])  # every combination of 1/0.5 and 10/0.5 occurs
+    np.testing.assert_allclose(counts / samples, 0.25, atol=0.06)
+
+
+def test_drop_path_rates_rise_linearly():
+    np.testing.assert_allclose(layers.drop_path_rates(0.3, 4), [0.0, 0.1, 0.2, 0.3])
+    assert layers.drop_path_rates(0.3, 1) == [0.0]

@@ -1,0 +1,73 @@
+"""Pixel work: normalisations by hand, colour jitter against Pillow's own enhancers."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from beitv2_jax.models import preprocess
+
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+jitter = jax.jit(preprocess.color_jitter)
+
+
+def random_images(seed, shape=(6, 11, 13, 3)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def with_pillow(images, factors, order):
+    results = []
+    for pixels, strengths, sequence in zip(images, factors, order, strict=True):
+        image = Image.fromarray(pixels)
+        for operation in sequence:
+            image = ENHANCERS[operation](image).enhance(float(strengths[operation]))
+        results.append(np.asarray(image))
+    return np.stack(results)
+
+
+def test_normalize_and_unit_range_by_hand():
+    images = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3)
+    mean, std = preprocess.NORMALIZATIONS["imagenet"]
+    expected = [-0.485 / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    np.testing.assert_allclose(preprocess.normalize(images, mean, std)[0, 0, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(preprocess.to_unit_range(images)[0, 0, 0], [-1, 1, -0.6], rtol=1e-6)
+    half = preprocess.normalize(images, *preprocess.NORMALIZATIONS["half"])
+    np.testing.assert_allclose(half, preprocess.to_unit_range(images), atol=1e-6)
+    np.testing.assert_allclose(
+        preprocess.normalize(images, *preprocess.NORMALIZATIONS["clip"])[0, 0, 0, 1], (1 - 0.4578275) / 0.26130258
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), strength=st.floats(0.1, 1.0))
+def test_color_jitter_equals_pillow(seed, strength):
+    rng = np.random.default_rng(seed)
+    images = random_images(seed)
+    factors = rng.uniform(1 - strength, 1 + strength, (6, 3)).astype(np.float32)
+    order = np.stack([rng.permutation(3) for _ in range(6)]).astype(np.int32)
+    difference = np.abs(np.asarray(jitter(images, factors, order)) - with_pillow(images, factors, order))
+    # Pillow works in 8 bits and so do we. A fused multiply-add may fall on the other side of a whole number, one level
+    # off, which the following operations can at most enlarge by their factors.
+    assert (difference > 0).mean() < 0.002
+    assert difference.max() <= np.ceil((1 + strength) ** 2)
+
+
+@pytest.mark.parametrize("operation", [0, 1, 2])
+def test_single_enhancers_equal_pillow(operation):
+    images = random_images(7)
+    factors = np.ones((6, 3), np.float32)
+    factors[:, operation] = [0.0, 0.25, 0.6, 1.0, 1.4, 2.0]
+    order = np.tile(np.arange(3, dtype=np.int32), (6, 1))
+    difference = np.asarray(jitter(images, factors, order)) - with_pillow(images, factors, order)
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.002
+    np.testing.assert_array_equal(difference[3], 0)  # factor 1
+    assert (np.asarray(jitter(images, factors, order))[[0, 1, 5]] != images[[0, 1, 5]]).any()
+
+
+def test_order_matters_and_is_per_image():
+    images = np.repeat(random_images(8)[:1], 2, axis=0)
+    factors = np.full((2, 3), 1.8, np.float32)
+    first, second = np.asarray(jitter(images, factors, np.array([[0, 1, 2], [2, 1, 0]], np.int32)))
+    assert np.abs(first - second).max() > 5

@@ -1,0 +1,266 @@
+"""Laws of the quantizer: unit rows, straight-through gradient, sums over the global batch, k-means, usage windows."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from beitv2_jax.models import quantizer as q
+
+BATCH, PATCHES, CODE_DIM, CODES = 3, 7, 5, 11
+
+
+def projections(seed, batch=BATCH):
+    return 3.0 * jax.random.normal(jax.random.key(seed), (batch, PATCHES, CODE_DIM))
+
+
+def start(seed=0, **kwargs):
+    module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM, **kwargs)
+    return module, module.init(jax.random.key(seed), projections(0), train=True)["codebook"]
+
+
+def apply(module, state, vectors, train):
+    out, new = module.apply({"codebook": state}, vectors, train=train, mutable=["codebook"])
+    return out, new["codebook"]
+
+
+def reference_lookup(vectors, codebook):
+    unit = np.asarray(vectors, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    return unit, np.argmax(unit @ np.asarray(codebook, np.float64).T, axis=-1)
+
+
+def test_state_is_only_the_codebook_collection_with_unit_rows():
+    module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM)
+    variables = module.init(jax.random.key(0), projections(0), train=True)
+    assert set(variables) == {"codebook"}
+    state = variables["codebook"]
+    chex.assert_shape(state["codebook"], (CODES, CODE_DIM))
+    np.testing.assert_allclose(np.linalg.norm(state["codebook"], axis=-1), 1.0, atol=1e-6)
+    for name in ("cluster_counts", "window_counts", "last_window_counts"):
+        np.testing.assert_array_equal(state[name], np.zeros(CODES, np.float32))
+    other = module.init(jax.random.key(1), projections(0), train=True)["codebook"]
+    assert np.abs(state["codebook"] - other["codebook"]).max() > 0.1
+
+
+def test_output_shapes_dtypes_and_values():
+    module, state = start(commitment_weight=0.5)
+    vectors = projections(1)
+    out, _ = apply(module, state, vectors, train=True)
+    unit, ids = reference_lookup(vectors, state["codebook"])
+    chex.assert_shape([out.codes, out.unit], (BATCH, PATCHES, CODE_DIM))
+    assert out.code_ids.dtype == jnp.int32
+    np.testing.assert_array_equal(out.code_ids, ids)
+    np.testing.assert_allclose(out.unit, unit, atol=1e-6)
+    np.testing.assert_allclose(out.codes, np.asarray(state["codebook"])[ids], atol=1e-6)
+    np.testing.assert_array_equal(out.counts, np.bincount(ids.ravel(), minlength=CODES))
+    expected = 0.5 * np.mean((np.asarray(state["codebook"], np.float64)[ids] - unit) ** 2)
+    np.testing.assert_allclose(out.commitment_loss, expected, rtol=1e-5)
+
+
+def test_bfloat16_projections_are_quantized_in_float32():
+    module, state = start()
+    vectors = projections(2).astype(jnp.bfloat16)
+    out, new = apply(module, state, vectors, train=True)
+    same, _ = apply(module, state, vectors.astype(jnp.float32), train=True)
+    chex.assert_trees_all_equal(out, same)
+    chex.assert_type([out.codes, out.unit, out.commitment_loss, *jax.tree.leaves(new)], jnp.float32)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**20), ema_decay=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
+def test_rows_stay_unit_and_unused_codes_never_move(seed, ema_decay):
+    module, state = start(seed, ema_decay=ema_decay)
+    initial = np.asarray(state["codebook"])
+    hit = np.zeros(CODES, bool)
+    for step in range(3):
+        out, state = apply(module, state, projections(seed + step), train=True)
+        hit |= np.asarray(out.counts) > 0
+    np.testing.assert_allclose(np.linalg.norm(state["codebook"], axis=-1), 1.0, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(state["codebook"])[~hit], initial[~hit])
+    assert np.all(np.abs(np.asarray(state["codebook"])[hit] - initial[hit]).max(axis=-1) > 1e-4)
+
+
+def test_update_is_the_decayed_blend_of_directions():
+    module, state = start(ema_decay=0.75)
+    vectors = projections(3)
+    out, new = apply(module, state, vectors, train=True)
+    unit, ids = reference_lookup(vectors, state["codebook"])
+    for code in range(CODES):
+        row = np.asarray(state["codebook"][code], np.float64)
+        members = unit[ids == code]
+        if len(members):
+            mean = members.mean(axis=0)
+            row = 0.75 * row + 0.25 * mean / np.linalg.norm(mean)
+        np.testing.assert_allclose(new["codebook"][code], row / np.linalg.norm(row), atol=1e-6)
+    np.testing.assert_allclose(new["cluster_counts"], 0.25 * np.asarray(out.counts), rtol=1e-6)
+
+
+def test_straight_through_gradient_is_the_identity_on_unit_projections():
+    module, state = start(commitment_weight=0.0)
+    vectors, probe = projections(4), projections(5)
+
+    def through(vectors):
+        out = module.apply({"codebook": state}, vectors, train=True)
+        return jnp.sum(out.codes * probe) + out.commitment_loss
+
+    def around(vectors):
+        return jnp.sum(q.l2_normalise(vectors) * probe)
+
+    gradient = jax.grad(through)(vectors)
+    np.testing.assert_allclose(gradient, jax.grad(around)(vectors), rtol=1e-6, atol=1e-7)
+    assert np.abs(gradient).max() > 0.01
+
+
+def test_no_gradient_reaches_the_codebook_but_commitment_reaches_the_projections():
+    module, state = start()
+
+    def loss(vectors, state):
+        out = module.apply({"codebook": state}, vectors, train=True)
+        return out.commitment_loss + jnp.sum(out.codes**3)
+
+    to_vectors, to_state = jax.grad(loss, argnums=(0, 1))(projections(6), state)
+    assert np.abs(to_vectors).max() > 1e-4
+    chex.assert_trees_all_equal(to_state, jax.tree.map(jnp.zeros_like, state))
+
+
+def test_zero_projection_has_finite_outputs_and_gradient():
+    module, state = start()
+    vectors = projections(7).at[1, 2].set(0.0)
+    gradient = jax.grad(lambda v: module.apply({"codebook": state}, v, train=True).commitment_loss)(vectors)
+    out, _ = apply(module, state, vectors, train=True)
+    chex.assert_tree_all_finite((gradient, out))
+    np.testing.assert_array_equal(out.unit[1, 2], np.zeros(CODE_DIM))
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_permuting_the_batch_permutes_ids_and_moves_the_codebook_alike(seed):
+    module, state = start(seed)
+    vectors = projections(seed, batch=5)
+    order = np.random.default_rng(seed).permutation(5)
+    out, new = apply(module, state, vectors, train=True)
+    shuffled, new_shuffled = apply(module, state, vectors[order], train=True)
+    np.testing.assert_array_equal(shuffled.code_ids, out.code_ids[order])
+    chex.assert_trees_all_close(new_shuffled, new, atol=1e-6)
+
+
+def test_eval_moves_counts_and_never_the_codebook():
+    module, state = start(ema_decay=0.9)
+    out, new = apply(module, state, projections(8), train=False)
+    np.testing.assert_array_equal(new["codebook"], state["codebook"])
+    np.testing.assert_allclose(new["cluster_counts"], 0.1 * np.asarray(out.counts), rtol=1e-5)
+    frozen = module.apply({"codebook": state}, projections(8), train=False)
+    chex.assert_trees_all_equal(frozen, out)
+
+
+def test_codes_come_from_the_codebook_before_the_update():
+    module, state = start(ema_decay=0.0)
+    out, new = apply(module, state, projections(9), train=True)
+    np.testing.assert_allclose(out.codes, state["codebook"][out.code_ids], atol=1e-6)
+    assert np.abs(out.codes - new["codebook"][out.code_ids]).max() > 0.01
+
+
+def test_lowest_id_wins_a_tie_and_a_zero_row_beats_a_far_unit_row():
+    codebook = jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_array_equal(q.nearest_code(jnp.array([[1.0, 0.0], [0.6, 0.8]]), codebook), [1, 0])
+    with_zero = codebook.at[0].set(0.0)
+    np.testing.assert_array_equal(q.nearest_code(jnp.array([[0.6, 0.8], [0.28, 0.96]]), with_zero), [1, 0])
+
+
+def test_usage_and_perplexity_by_hand():
+    counts = jnp.array([3.0, 0.0, 3.0, 6.0, 0.0])
+    np.testing.assert_allclose(q.codebook_usage(counts), 3 / 5, rtol=1e-6)
+    entropy = 2 * 0.25 * np.log(4) + 0.5 * np.log(2)
+    np.testing.assert_allclose(q.codebook_perplexity(counts), np.exp(entropy), rtol=1e-6)
+    np.testing.assert_allclose(q.codebook_perplexity(jnp.full(CODES, 7.0)), CODES, rtol=1e-6)
+    np.testing.assert_allclose(q.codebook_perplexity(jnp.zeros(CODES)), 1.0, rtol=1e-6)
+
+
+def test_window_holds_exactly_the_hits_of_its_steps():
+    module, state = start()
+    window_steps, hits = 3, []
+    roll = jax.jit(q.roll_window, static_argnames="window_steps")
+    for step in range(8):
+        state = roll(state, step, window_steps=window_steps)
+        if step in (0, 1, 2):
+            np.testing.assert_array_equal(state["last_window_counts"], np.zeros(CODES))
+        if step in (3, 4, 5):
+            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[0:3]))
+        if step in (6, 7):
+            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[3:6]))
+        out, state = apply(module, state, projections(20 + step), train=True)
+        hits.append(np.asarray(out.counts))
+    np.testing.assert_array_equal(state["window_counts"], hits[6] + hits[7])
+
+
+def shard(array):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.device_put(array, NamedSharding(mesh, P("data")))
+
+
+def test_update_on_eight_devices_equals_one_device():
+    module, state = start(ema_decay=0.5)
+    vectors = projections(10, batch=16)
+    step = jax.jit(lambda state, vectors: apply(module, state, vectors, train=True))
+    out, new = step(state, vectors)
+    sharded_out, sharded_new = step(state, shard(vectors))
+    np.testing.assert_array_equal(sharded_out.code_ids, out.code_ids)
+    np.testing.assert_array_equal(sharded_out.counts, out.counts)
+    chex.assert_trees_all_close((sharded_out, sharded_new), (out, new), atol=1e-6)
+
+
+def test_no_device_gathers_the_global_batch():
+    module, state = start()
+    text = (
+        jax.jit(lambda state, vectors: apply(module, state, vectors, train=True)[1])
+        .lower(state, shard(projections(10, batch=16)))
+        .compile()
+        .as_text()
+    )
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("num_samples", [48, 8])
+def test_kmeans_on_eight_devices_equals_one_device(num_samples):
+    samples = jax.random.normal(jax.random.key(11), (num_samples, CODE_DIM))
+    means, counts = q.kmeans(samples, jax.random.key(12), CODES)
+    sharded_means, sharded_counts = q.kmeans(shard(samples), jax.random.key(12), CODES)
+    np.testing.assert_allclose(sharded_means, means, atol=1e-6)
+    np.testing.assert_array_equal(sharded_counts, counts)
+    assert counts.sum() == num_samples
+    np.testing.assert_allclose(np.linalg.norm(means, axis=-1), 1.0, atol=1e-6)
+
+
+def test_kmeans_starts_from_distinct_samples():
+    samples = jax.random.normal(jax.random.key(13), (CODES, CODE_DIM))
+    means, counts = q.kmeans(samples, jax.random.key(14), CODES, num_iters=1)
+    np.testing.assert_array_equal(counts, np.ones(CODES))
+    expected = np.asarray(q.l2_normalise(samples))
+    order = np.argmax(np.asarray(means) @ expected.T, axis=-1)
+    assert sorted(order) == list(range(CODES))
+    np.testing.assert_allclose(means, expected[order], atol=1e-6)
+
+
+def test_kmeans_finds_well_separated_directions():
+    centres = np.eye(CODE_DIM, dtype=np.float32)
+    noise = 0.02 * jax.random.normal(jax.random.key(15), (7, CODE_DIM, CODE_DIM))
+    samples = (centres + noise).reshape(-1, CODE_DIM) * 5.0
+    means, counts = q.kmeans_from(q.l2_normalise(samples), q.l2_normalise(samples[:CODE_DIM]), 3)
+    np.testing.assert_array_equal(counts, np.full(CODE_DIM, 7))
+    np.testing.assert_allclose(means, centres, atol=0.05)
+
+
+def test_empty_cluster_keeps_its_mean():
+    unit = jnp.array([[1.0, 0.0], [0.8, 0.6]])
+    initial = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    means, counts = q.kmeans_from(unit, initial, 4)
+    np.testing.assert_array_equal(counts, [2, 0])
+    np.testing.assert_array_equal(means[1], initial[1])
+    np.testing.assert_allclose(means[0], np.array([3.0, 1.0]) / np.sqrt(10.0), atol=1e-6)

@@ -1,0 +1,171 @@
+"""The transformer: shapes, names, positions, masking, determinism, wrong arguments."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from beitv2_jax.models.vit import PatchEmbed, VisionTransformer
+
+BATCH, SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM = 5, 21, 7, 6, 2, 3, 11
+NUM_PATCHES = 9
+# compiling dominates these tests
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def build(**kwargs):
+    return VisionTransformer(SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM, **kwargs)
+
+
+def images(seed=0):
+    return jax.random.normal(jax.random.key(seed), (BATCH, SIZE, SIZE, 3))
+
+
+def random_mask(seed=1):
+    return jax.random.bernoulli(jax.random.key(seed), 0.4, (BATCH, NUM_PATCHES))
+
+
+def visible(variables, seed=2):
+    """Return variables with every parameter redrawn at a size that no part can hide behind."""
+    leaves, treedef = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(treedef, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+def names(variables):
+    return {name for name in traverse_util.flatten_dict(variables["params"], sep="/") if not name.startswith("blocks")}
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative_shared", "relative", "none"])
+def test_shapes_and_names(position):
+    model = build(position=position, mask_token=True, pre_norm=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images())
+    output = jax.eval_shape(model.apply, variables, images(), random_mask())
+    assert model.grid == (3, 3) and model.num_patches == NUM_PATCHES
+    chex.assert_shape([output.tokens, *output.hidden], (BATCH, 1 + NUM_PATCHES, WIDTH))
+    assert len(output.hidden) == DEPTH and (output.bias is not None) == (position == "relative_shared")
+    top = {"cls_token", "mask_token", "patch_embed/kernel", "patch_embed/bias", "pre_norm/scale", "pre_norm/bias"}
+    extra = {"absolute": {"pos_embed"}, "relative_shared": {"rel_pos_bias/table"}}.get(position, set())
+    assert names(variables) == top | extra
+    own_table = "rel_pos_bias" in variables["params"]["blocks_1"]["attn"]
+    assert own_table == (position == "relative")
+
+
+def test_patch_embedding_is_a_row_major_strided_convolution():
+    module = PatchEmbed(PATCH, WIDTH)
+    variables = visible(module.init(jax.random.key(0), images()))
+    params = variables["params"]
+    convolved = jax.lax.conv_general_dilated(
+        images(), params["kernel"], (PATCH, PATCH), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    expected = convolved.reshape(BATCH, NUM_PATCHES, WIDTH) + params["bias"]
+    np.testing.assert_allclose(module.apply(variables, images()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["normal", "clipped"])
+def test_patch_embedding_init(scheme):
+    channels, fan_in = 32, 32 * PATCH**2
+    model = PatchEmbed(PATCH, 31, param_init=scheme)
+    params = model.init(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
+    if scheme == "clipped":
+        assert (params["bias"] == 0).all()
+        np.testing.assert_allclose(jnp.std(params["kernel"]), 0.0108, rtol=0.02)
+    else:
+        bound = fan_in**-0.5
+        for leaf in params.values():
+            assert 0.8 * bound < jnp.abs(leaf).max() <= bound
+        np.testing.assert_allclose(jnp.std(params["kernel"]), bound / 3**0.5, rtol=0.02)
+    assert "bias" not in PatchEmbed(PATCH, 31, use_bias=False).init(jax.random.key(3), images())["params"]
+
+
+def test_special_tokens_follow_the_init():
+    params = VisionTransformer(14, 7, 1009, 0, 1, 2, mask_token=True, param_init="clipped").init(
+        jax.random.key(4), jnp.zeros((1, 14, 14, 3))
+    )["params"]
+    for name in ("cls_token", "mask_token", "pos_embed"):
+        np.testing.assert_allclose(jnp.std(params[name]), 0.0108, rtol=0.05)
+        assert jnp.abs(params[name]).max() <= 0.02
+
+
+def test_every_parameter_matters():
+    model = build(position="relative_shared", mask_token=True, pre_norm=True, layer_scale_init=0.1)
+    variables = visible(model.init(jax.random.key(0), images()))
+    gradients = quick_jit(jax.grad(lambda v: jnp.sum(model.apply(v, images(), random_mask()).tokens ** 2)))(variables)
+    silent = [name for name, g in traverse_util.flatten_dict(gradients["params"], sep="/").items() if not g.any()]
+    assert not silent
+
+
+def test_masked_pixels_have_exactly_no_influence_and_visible_ones_have():
+    model = build(position="relative_shared", mask_token=True)
+    variables = visible(model.init(jax.random.key(0), images()))
+    mask = random_mask()
+
+    def summary(pixels, weights):
+        output = model.apply(variables, pixels, mask)
+        return sum(jnp.sum(weights * jnp.tanh(tokens)) for tokens in output.hidden)
+
+    gradient = quick_jit(jax.grad(summary))(images(), jax.random.normal(jax.random.key(5), (BATCH, 10, WIDTH)))
+    per_patch = jnp.abs(gradient).reshape(BATCH, 3, PATCH, 3, PATCH, 3).max(axis=(2, 4, 5)).reshape(BATCH, NUM_PATCHES)
+    np.testing.assert_array_equal(per_patch == 0, mask)
+
+
+def test_cls_token_comes_first():
+    model = build(position="none", mask_token=True)
+    variables = visible(model.init(jax.random.key(0), images()))
+    everything = jnp.ones((BATCH, NUM_PATCHES), bool)
+    tokens = model.apply(variables, images(), everything).tokens
+    # with every patch hidden and no positions all patch tokens are equal, and only the first token differs
+    np.testing.assert_allclose(tokens[:, 1:], jnp.broadcast_to(tokens[:1, 1:2], tokens[:, 1:].shape), atol=1e-5)
+    assert jnp.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
+
+
+def test_only_training_is_random():
+    model = build(drop_path_rate=0.9)
+    variables = model.init(jax.random.key(0), images())
+    chex.assert_trees_all_equal(model.apply(variables, images()), model.apply(variables, images()))
+    without = build(drop_path_rate=0.0)
+    chex.assert_trees_all_equal(model.apply(variables, images()), without.apply(variables, images()))
+    first, second = (
+        model.apply(variables, images(), train=True, rngs={"drop_path": jax.random.key(seed)}).tokens for seed in (6, 7)
+    )
+    assert (first != second).any()
+    again = model.apply(variables, images(), train=True, rngs={"drop_path": jax.random.key(6)}).tokens
+    chex.assert_trees_all_equal(first, again)
+
+
+def test_remat_keeps_names_and_gradients():
+    plain, remat = build(drop_path_rate=0.9), build(drop_path_rate=0.9, remat=True)
+    variables = plain.init(jax.random.key(0), images())
+    chex.assert_trees_all_equal(variables, remat.init(jax.random.key(0), images()))
+
+    def gradient(model):
+        def loss(v):
+            return jnp.sum(model.apply(v, images(), train=True, rngs={"drop_path": jax.random.key(8)}).tokens ** 2)
+
+        assert ("remat" in str(jax.make_jaxpr(loss)(variables))) == model.remat
+        return quick_jit(jax.grad(loss))(variables)
+
+    chex.assert_trees_all_close(gradient(plain), gradient(remat), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_close_and_hands_out_float32():
+    variables = visible(build().init(jax.random.key(0), images()))
+    exact, rounded = (
+        build().apply(variables, images()).tokens,
+        build(dtype="bfloat16").apply(variables, images()).tokens,
+    )
+    assert rounded.dtype == jnp.float32
+    assert 0 < jnp.abs(exact - rounded).max() < 0.1 * jnp.abs(exact).max()
+
+
+def test_wrong_arguments_name_the_sizes():
+    with pytest.raises(ValueError, match=r"image_size 20 .* patch_size 7"):
+        VisionTransformer(20, 7, WIDTH, DEPTH, HEADS, MLP_DIM)
+    with pytest.raises(ValueError, match="'sinusoidal'"):
+        build(position="sinusoidal")
+    with pytest.raises(ValueError, match=r"\(5, 28, 21, 3\).*\(batch, 21, 21, channels\)"):
+        build().init(jax.random.key(0), jnp.zeros((BATCH, 28, 21, 3)))

@@ -1,0 +1,228 @@
+"""Whole stages on a small folder of images: chaining, resuming, refusing; stored targets against live networks."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from beitv2_jax import config as config_lib
+from beitv2_jax import stages
+from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+STAGES = ("teacher", "extract", "vqkd", "tokenize", "mim", "probe")
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Two classes of smooth random images, 13 + 5 each, in class folders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 13), ("validation", 5)):
+        for label in ("checked", "plain"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                low = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+                size = (int(rng.integers(90, 140)), int(rng.integers(90, 140)))
+                resample = Image.Resampling.NEAREST if label == "checked" else Image.Resampling.BICUBIC
+                Image.fromarray(low).resize(size, resample).save(folder / f"{index:02d}.jpg", quality=95)
+    return root
+
+
+def miniature(image_folder) -> ConfigDict:
+    config = config_lib.load(f"{CONFIGS / 'quickstart.py'}:smoke").unlock()
+    config.data.source = f"folder:{image_folder}"
+    config.stages.teacher.model.num_classes = 2
+    config.stages.extract.output.dtype = "float32"
+    config.mim_views.color_jitter = 0.4
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def pipeline(image_folder, tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("pipeline"))
+    return workdir, stages.run_stage(miniature(image_folder), workdir)
+
+
+def stage_config(image_folder, workdir, name) -> ConfigDict:
+    return config_lib.resolve(miniature(image_folder).stages[name], workdir).unlock()
+
+
+def losses(workdir, name="loss"):
+    lines = pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
+    return [line[name] for line in map(json.loads, lines) if name in line]
+
+
+def test_every_stage_leaves_its_figures_and_the_report(pipeline):
+    workdir, summary = pipeline
+    assert tuple(summary["figures"]) == STAGES
+    for name in STAGES:
+        figures = stages.read_summary(os.path.join(workdir, name))["figures"]
+        assert figures == summary["figures"][name]["figures"]
+        assert all(np.isfinite(value) for value in figures.values())
+    report = pathlib.Path(workdir, "report.md").read_text()
+    assert all(f"| {name} " in report for name in STAGES)
+    with Image.open(os.path.join(workdir, "codes.png")) as picture:
+        assert picture.width > 500
+
+
+def test_a_finished_pipeline_runs_nothing_again(pipeline, image_folder, monkeypatch):
+    workdir, summary = pipeline
+    monkeypatch.setattr(stages, "RUNNERS", dict.fromkeys(stages.RUNNERS, None))
+    assert stages.run_stage(miniature(image_folder), workdir) == summary
+
+
+def test_an_interrupted_pipeline_goes_on_where_it_stopped(pipeline, image_folder, tmp_path):
+    workdir, summary = pipeline
+    for name in STAGES[:4]:
+        shutil.copytree(os.path.join(workdir, name), tmp_path / name)
+        # configs name the workdir they were made for
+        for file in ("config.json",):
+            path = tmp_path / name / file
+            path.write_text(path.read_text().replace(workdir, str(tmp_path)))
+    again = stages.run_stage(miniature(image_folder), str(tmp_path))
+    for name in STAGES[:4]:
+        assert again["figures"][name] == summary["figures"][name]
+    for name in STAGES[4:]:
+        timeless = [
+            {key: value for key, value in figures["figures"].items() if "second" not in key and "wait" not in key}
+            for figures in (again["figures"][name], summary["figures"][name])
+        ]
+        assert timeless[0] == timeless[1]
+
+
+def test_another_config_is_refused(pipeline, image_folder):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "mim")
+    config.optim.peak_lr = 1.0
+    with pytest.raises(UserError, match=r"another config \(optim.peak_lr"):
+        stages.run_stage(config, os.path.join(workdir, "mim"))
+
+
+def test_vqkd_from_stored_features_equals_vqkd_with_the_live_teacher(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "vqkd")
+    config.teacher.update(features="", weights=os.path.join(workdir, "teacher"))
+    stages.run_stage(config, str(tmp_path / "live"))
+    stored, live = losses(os.path.join(workdir, "vqkd")), losses(tmp_path / "live")
+    assert len(stored) == 4
+    np.testing.assert_allclose(live, stored, rtol=2e-6)
+    name = "eval/reconstruction_loss"
+    np.testing.assert_allclose(losses(tmp_path / "live", name), losses(os.path.join(workdir, "vqkd"), name), rtol=2e-6)
+
+
+def test_mim_from_stored_codes_equals_mim_with_the_live_tokenizer(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "mim")
+    config.tokenizer.update(codes="", run=os.path.join(workdir, "vqkd"))
+    stages.run_stage(config, str(tmp_path / "live"))
+    for name in ("loss", "final_accuracy", "eval/aggregation_loss"):
+        np.testing.assert_allclose(
+            losses(tmp_path / "live", name), losses(os.path.join(workdir, "mim"), name), rtol=2e-6
+        )
+
+
+def test_tfds_opens_the_stores(pipeline):
+    import tensorflow_datasets as tfds
+
+    workdir, _ = pipeline
+    for name, feature, dtype in (("extract", "teacher_features", np.float32), ("tokenize", "code_ids", np.uint16)):
+        source = tfds.builder_from_directory(os.path.join(workdir, name, "views")).as_data_source("train")
+        assert len(source) == 26
+        assert source[0][feature].dtype == dtype and source[0][feature].shape[:2] == (1, 36)
+
+
+def test_stored_features_follow_the_view(pipeline, image_folder):
+    """The store's record of an example is the teacher's answer to exactly the pixels the pipeline draws for it."""
+    from beitv2_jax.convert.teachers import load_teacher
+    from beitv2_jax.tasks import inputs
+
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "vqkd")
+    source, _ = inputs.open_sources(config)
+    iterator = inputs.train_batches(config, source)(0, 1)
+    batch = next(iterator)
+    teacher, params = load_teacher(os.path.join(workdir, "teacher"), image_size=96)
+    expected = np.asarray(teacher.features(params, batch["images"]))
+    reader = TargetReader(os.path.join(workdir, "extract", "views"), "train")
+    stored = [reader[int(i), int(v)] for i, v in zip(batch["example_ids"], batch["views"], strict=True)]
+    np.testing.assert_allclose(stored, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def refused(config, workdir, match):
+    before = sorted(path for path in pathlib.Path(workdir).rglob("*")) if os.path.exists(workdir) else None
+    with pytest.raises(UserError, match=match) as caught:
+        stages.run_stage(config, workdir)
+    after = sorted(path for path in pathlib.Path(workdir).rglob("*")) if os.path.exists(workdir) else None
+    assert before == after, "a refused run left something behind"
+    assert all((caught.value.happened, caught.value.meant, caught.value.instead))
+
+
+def test_a_missing_data_set_is_refused(image_folder, tmp_path):
+    config = config_lib.load(f"{CONFIGS / 'teacher.py'}:smoke").unlock()
+    config.data.source = f"folder:{tmp_path / 'nowhere'}"
+    refused(config, str(tmp_path / "run"), "nowhere")
+
+
+def test_an_image_size_that_the_patches_do_not_divide_is_refused(image_folder, tmp_path):
+    config = stage_config(image_folder, str(tmp_path), "teacher")
+    config.views.image_size = 97
+    refused(config, str(tmp_path / "run"), "views.image_size=97")
+
+
+def test_more_masked_patches_than_patches_are_refused(image_folder, tmp_path):
+    config = stage_config(image_folder, str(tmp_path), "mim")
+    config.masking.num_masked = 37
+    refused(config, str(tmp_path / "run"), "num_masked=37.*36 patches")
+
+
+def test_a_teacher_of_another_grid_is_refused(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "vqkd")
+    config.teacher.update(features="", weights=os.path.join(workdir, "teacher"))
+    config.model.encoder.patch_size = 32
+    refused(config, str(tmp_path / "run"), "6x6 grid.*3x3 patches")
+
+
+def test_a_store_of_another_grid_or_other_views_is_refused(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "vqkd")
+    config.model.encoder.patch_size = 32
+    refused(config, str(tmp_path / "run"), "grid")
+    config = stage_config(image_folder, workdir, "vqkd")
+    config.views.min_scale = 0.5
+    refused(config, str(tmp_path / "run"), "min_scale")
+
+
+def test_a_tokenizer_with_another_number_of_codes_is_refused(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "mim")
+    config.model.codebook_size = 17
+    refused(config, str(tmp_path / "run"), "16 codes, the model predicts 17")
+
+
+def test_a_run_of_another_stage_is_no_tokenizer(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "tokenize")
+    config.tokenizer.run = os.path.join(workdir, "teacher")
+    refused(config, str(tmp_path / "run"), "stage 'finetune', not a tokenizer")
+
+
+def test_a_workdir_that_is_no_folder_is_refused(image_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = stage_config(image_folder, str(tmp_path), "teacher")
+    with pytest.raises(UserError, match="cannot be written"):
+        stages.run_stage(config, str(tmp_path / "file" / "run"))
+
+
+def test_the_folder_is_read_as_two_classes(image_folder):
+    source = open_source(f"folder:{image_folder}", "train")
+    assert len(source) == 26 and tuple(source.class_names) == ("checked", "plain")

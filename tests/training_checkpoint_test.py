@@ -1,0 +1,117 @@
+"""Checkpoints: exact, onto any mesh, with the iterator where the state is, and only of the same structure."""
+
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_toy as toy
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.training import optim, sharding, state
+from beitv2_jax.training.checkpoint import Checkpointer
+
+
+def make(mesh, *, clip_norm=1.0, keep_ema=True, create=True):
+    task = toy.make_task()
+    optimizer = optim.make_optimizer(
+        schedule=lambda step: 0.1,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.1,
+        no_decay=task.no_decay,
+        clip_norm=clip_norm,
+    )
+    return (state.create if create else state.abstract)(task, optimizer, mesh, seed=5, keep_ema=keep_ema)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Save steps 1 to 5 of a state that is overwritten, and of an iterator that moves on, right after each save."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpointer = Checkpointer(directory, keep_every=2)
+    change = jax.jit(
+        lambda tree, step: jax.tree.map(lambda leaf: (leaf + step).astype(leaf.dtype), tree), donate_argnums=0
+    )
+    current, iterator = make(sharding.make_mesh(2, 2, 2)), toy.batches(8, seed=3)
+    for step in range(1, 6):
+        current = change(current, step)
+        next(iterator)
+        checkpointer.save(step, current, iterator)
+        expected = jax.device_get(current)
+        current = change(current, 100)
+        upcoming = next(iterator)["example_ids"]
+        iterator.set_state({"next_index": step})
+    next(iterator)
+    checkpointer.close()
+    return directory, expected, upcoming
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 1)])
+def test_restores_exactly_onto_any_mesh(written, sizes):
+    directory, expected, upcoming = written
+    mesh = sharding.make_mesh(*sizes)
+    checkpointer, iterator = Checkpointer(directory), toy.batches(8, seed=3)
+    abstract = make(mesh, create=False)
+    assert checkpointer.latest_step() == 5
+    restored = checkpointer.restore(abstract, iterator)
+    chex.assert_trees_all_equal(jax.device_get(restored), expected)
+    jax.tree.map(lambda leaf, wanted: chex.assert_equal(leaf.sharding, wanted.sharding), restored, abstract)
+    np.testing.assert_array_equal(next(iterator)["example_ids"], upcoming)
+    checkpointer.close()
+
+
+def test_position_serves_another_number_of_processes(written, tmp_path):
+    directory, _, upcoming = written
+    shutil.copytree(directory, tmp_path / "checkpoints")
+    position = tmp_path / "checkpoints" / "5" / "data" / "process_0-of-1.json"
+    position.rename(position.with_name("process_0-of-2.json"))
+    halves = [toy.batches(8, seed=3, process_index=index, process_count=2) for index in (0, 1)]
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    for iterator in halves:
+        checkpointer.restore(make(sharding.make_mesh(), create=False), iterator)
+    checkpointer.close()
+    ids = np.stack([next(half)["example_ids"] for half in halves], axis=1).reshape(-1)
+    np.testing.assert_array_equal(ids, upcoming)
+
+
+def test_last_two_and_the_kept_ones_remain(written):
+    directory, _, _ = written
+    assert sorted(int(path.name) for path in directory.iterdir()) == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s.replace(params={**s.params, "fc1": {}}), "has params/fc1/bias float32\\[20\\], this run has no"),
+        (lambda s: s.replace(params={**s.params, "new": s.step}), "has no params/new, this run has params/new int32"),
+        (
+            lambda s: s.replace(codebook={"quantizer": {**s.codebook["quantizer"], "codebook": jnp.zeros((9, 4))}}),
+            "codebook/quantizer/codebook float32\\[5, 12\\], this run has .* float32\\[9, 4\\]",
+        ),
+        (lambda s: s.replace(ema_params=None), "has train/ema_params/fc1/bias .* this run has no"),
+        (lambda s: s.replace(opt_state=s.opt_state[1:]), "train/opt_state"),
+    ],
+)
+def test_checkpoint_of_another_structure_is_refused(written, change, text):
+    directory, _, _ = written
+    checkpointer = Checkpointer(directory)
+    with pytest.raises(UserError, match=text):
+        checkpointer.restore(change(make(sharding.make_mesh(), create=False)), toy.batches(8, seed=3))
+    checkpointer.close()
+
+
+def test_state_without_codebook_and_averages(tmp_path):
+    mesh = sharding.make_mesh()
+    checkpointer, iterator = Checkpointer(tmp_path / "checkpoints"), toy.batches(8, seed=3)
+    assert checkpointer.latest_step() is None
+    saved = make(mesh, keep_ema=False).replace(codebook={})
+    checkpointer.save(7, saved, iterator)
+    checkpointer.close()
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    restored = checkpointer.restore(make(mesh, keep_ema=False, create=False).replace(codebook={}), iterator)
+    chex.assert_trees_all_equal(restored, saved)
+    assert not (tmp_path / "checkpoints" / "7" / "codebook").exists()
+    checkpointer.close()

@@ -1,0 +1,176 @@
+"""A task small enough to train in a test: a perceptron, and a running state in place of a codebook.
+
+Run as a program it trains in a fresh process: `python training_toy.py WORKDIR JSON`, where JSON overrides `config()`.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from beitv2_jax.tasks.api import Task
+
+NUM_EXAMPLES, WIDTH, HIDDEN, CLASSES = 61, 12, 20, 7
+
+
+def waves(key, shape, dtype):
+    phase = jax.random.key_data(key)[0].astype(dtype) / 2.0**32
+    return 0.3 * jnp.sin(7.0 * phase + jnp.arange(shape[0] * shape[1], dtype=dtype).reshape(shape) ** 1.5)
+
+
+class Mlp(nn.Module):
+    """Kernels with the names that the partition rules split; no axis divides `odd`. Starts at waves: compiles fast."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        tokens = nn.gelu(nn.Dense(HIDDEN, kernel_init=waves, name="fc1")(tokens))
+        tokens = nn.with_logical_constraint(tokens[:, None], ("batch", "length", "width"))[:, 0]
+        tokens = nn.Dense(WIDTH, kernel_init=waves, name="fc2")(tokens)
+        return nn.Dense(CLASSES, kernel_init=waves, name="odd")(tokens)
+
+
+class Source:
+    def __len__(self):
+        return NUM_EXAMPLES
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(int(index))
+        return {
+            "images": rng.normal(size=WIDTH).astype(np.float32),
+            "labels": np.int32(index % CLASSES),
+            "example_ids": np.int64(index),
+        }
+
+
+class Interrupted(grain.DatasetIterator):
+    """Kill the process, or raise, when batch `at` is drawn: the harshest moments a run can end at."""
+
+    def __init__(self, inner, at, kill):
+        super().__init__()
+        self._inner, self._at, self._kill = inner, at, kill
+
+    def __next__(self):
+        if self._inner.get_state()["next_index"] == self._at:
+            if self._kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        return next(self._inner)
+
+    def get_state(self):
+        return self._inner.get_state()
+
+    def set_state(self, state):
+        self._inner.set_state(state)
+
+    def close(self):
+        self._inner.close()
+
+
+def batches(batch_size, seed, process_index=0, process_count=1):
+    dataset = grain.MapDataset.source(Source()).seed(seed).shuffle()
+    dataset = dataset[: NUM_EXAMPLES // batch_size * batch_size].repeat()
+    dataset = dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def make_task(*, batch_size=8, seed=3, stop_at=-1, kill=False, nan_steps=(), on_trace=lambda: None, evaluation=True):
+    model = Mlp()
+
+    def init(key):
+        params = model.init(key, jnp.zeros((1, WIDTH)))["params"]
+        return {"params": params, "codebook": {"quantizer": {"codebook": jnp.zeros((5, WIDTH)), "seen": jnp.zeros(())}}}
+
+    def loss(params, codebook, frozen, batch, key, step):
+        on_trace()
+        images = batch["images"] * frozen["scale"] + 0.3 * jax.random.uniform(key)
+        logits = model.apply({"params": params}, images)
+        targets = jax.nn.one_hot(batch["labels"], CLASSES)
+        value = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+        for bad in nan_steps:
+            value = value * jnp.where(step == bad, jnp.nan, 1.0)
+        state = codebook["quantizer"]
+        new = {"codebook": 0.9 * state["codebook"] + 0.1 * batch["images"][:5], "seen": state["seen"] + 1.0}
+        return value, ({"quantizer": new}, {"ids": batch["example_ids"].sum()})
+
+    def evaluate(params, codebook, frozen, batch):
+        logits = model.apply({"params": params}, batch["images"] * frozen["scale"])
+        right = (jnp.argmax(logits, axis=-1) == batch["labels"]) * batch["weight"]
+        return {"right": right.sum(), "examples": batch["weight"].sum()}
+
+    def eval_batches(process_index, process_count):
+        rows = [Source()[i] for i in range(13)]
+        rows += [dict(rows[0]) for _ in range(3)]
+        weight = np.array([1.0] * 13 + [0.0] * 3, np.float32)
+        for start in (0, 8):
+            batch = {key: np.stack([row[key] for row in rows[start : start + 8]]) for key in rows[0]}
+            yield {**batch, "weight": weight[start : start + 8]}
+
+    return Task(
+        name="toy",
+        num_train_examples=NUM_EXAMPLES,
+        init=init,
+        loss=loss,
+        train_batches=lambda index, count: Interrupted(batches(batch_size, seed, index, count), stop_at, kill),
+        no_decay=lambda path: path.endswith("bias"),
+        layer_of=lambda path: {"fc1": 0, "fc2": 1, "odd": None}[path.split("/")[0]],
+        num_layers=1,
+        frozen={"scale": np.float32(1.5)},
+        eval_batches=eval_batches if evaluation else None,
+        evaluate=evaluate,
+        summarize=lambda sums: {"accuracy": sums["right"] / sums["examples"], "examples": sums["examples"]},
+        start_codebook=lambda params, codebook, frozen, batch, key: {
+            "quantizer": {**codebook["quantizer"], "codebook": batch["images"][:5] + jax.random.uniform(key)}
+        },
+    )
+
+
+def config(**overrides):
+    values = ConfigDict(
+        {
+            "seed": 3,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "optim": {
+                "peak_lr": 0.05,
+                "min_lr": 1e-3,
+                "warmup": "3 steps",
+                "betas": (0.9, 0.98),
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,
+                "layer_decay": 0.75,
+                "ema_decay": 0.9,
+            },
+            "run": {
+                "batch_size": 8,
+                "duration": "19 steps",
+                "log_every": "1 steps",
+                "checkpoint_every": "5 steps",
+                "keep_every": "0 steps",
+                "eval_every": "7 steps",
+                "max_nonfinite_steps": 3,
+            },
+        }
+    )
+    values.update_from_flattened_dict(overrides)
+    return values
+
+
+def mesh_of(data, fsdp, tensor):
+    return {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from beitv2_jax.training.loop import train
+
+    flags.FLAGS(["training_toy"])
+    options = json.loads(sys.argv[2])
+    train(make_task(**options.get("task", {})), config(**options.get("config", {})), sys.argv[1])
