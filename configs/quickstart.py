@@ -26,11 +26,11 @@ DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 128, "code_dim": 16}
 MASKING = {"num_masked": 14, "min_patches": 4}  # 14 of 36, the published share
 HEAD = {"early_layer": 3, "head_depth": 2}
-TEACHER = {"duration": "1500 steps", "warmup": "100 steps", "peak_lr": 1e-3}
-VQKD = {"duration": "1000 steps", "warmup": "100 steps", "peak_lr": 1e-3}
-MIM = {"duration": "1500 steps", "warmup": "100 steps", "peak_lr": 1.5e-3}
+TEACHER = {"duration": "500 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
+VQKD = {"duration": "700 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
+MIM = {"duration": "1200 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 PROBE = {"layers": (1, 2, 3), "duration": "1000 steps", "batch_size": 256}
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
 
 
@@ -133,9 +133,9 @@ def get_config(arg=""):
                 "data_dir": "",
                 "num_threads": 4,
             },
-            "teacher_views": _views(min_scale=0.35, num_views=0),
-            "tokenizer_views": _views(min_scale=0.35, num_views=NUM_VIEWS),
-            "mim_views": _views(min_scale=0.35, num_views=NUM_VIEWS),
+            "teacher_views": _views(min_scale=0.7, num_views=0),
+            "tokenizer_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
+            "mim_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "efficiency": {"dtype": "float32", "remat": False},
         }
@@ -150,7 +150,7 @@ def get_config(arg=""):
     stages.probe.probe.update(PROBE)
     for name, schedule in (("teacher", TEACHER), ("vqkd", VQKD), ("mim", MIM)):
         stages[name].run.duration = schedule["duration"]
-        stages[name].optim.update(warmup=schedule["warmup"], peak_lr=schedule["peak_lr"])
+        stages[name].optim.update({key: value for key, value in schedule.items() if key != "duration"})
     stages.vqkd.usage_window = VQKD["warmup"]
     _set_rhythm(config, batch_size=BATCH_SIZE, log=LOG_EVERY, checkpoint=CHECKPOINT_EVERY, evaluate=EVAL_EVERY)
     return apply_presets(config.lock(), arg, PRESETS)

@@ -1,6 +1,5 @@
 """Parity with the released PyTorch models on stored numbers: every output, loss and gradient (golden/README.md)."""
 
-import functools
 import json
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from testing import quick_jit
 
 from beitv2_jax.convert.official import from_official, to_official
 from beitv2_jax.models.classifier import Classifier
@@ -16,8 +16,6 @@ from beitv2_jax.models.mim import MaskedImageModel, gather_masked
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-5
-# compiling is what takes the time here, and the arithmetic does not depend on how well its code is optimised
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MIM_FILES = ("mim_cls", "mim_cls_unshared", "mim_v1", "mim_v1_abs")
 
 

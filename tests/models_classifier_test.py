@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import drawn_variables
 
 from beitv2_jax.models.classifier import Classifier
 
@@ -16,17 +17,10 @@ def images(seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, 21, 21, 3))
 
 
-def visible(model, seed=1):
-    """Return parameters of visible size, drawn without running the model."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images())
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-
-
 @pytest.mark.parametrize(("pooling", "norm"), [("mean", "fc_norm"), ("cls", "norm")])
 def test_pooling(pooling, norm):
     model = Classifier(**TINY, pooling=pooling)
-    variables = visible(model)
+    variables = drawn_variables(model, images())
     params = variables["params"]
     assert set(params) == {"backbone", "head", norm}
     logits, tokens = model.apply(variables, images()), model.apply(variables, images(), method="features")
@@ -44,8 +38,8 @@ def test_pooling(pooling, norm):
 
 def test_head_starts_scaled_down():
     def head(**kwargs):
-        model = Classifier(**dict(TINY, width=48, num_classes=509, depth=1), **kwargs)
-        return jax.jit(model.init)(jax.random.key(2), images())["params"]["head"]
+        model = Classifier(**dict(TINY, width=48, num_classes=509, depth=0), **kwargs)
+        return model.init(jax.random.key(2), images())["params"]["head"]
 
     np.testing.assert_allclose(jnp.std(head()["kernel"]), 0.02 * 0.001, rtol=0.03)
     np.testing.assert_allclose(head(head_init_scale=1.0)["kernel"] * 0.001, head()["kernel"], rtol=1e-5)
@@ -54,7 +48,7 @@ def test_head_starts_scaled_down():
 
 def test_only_training_is_random():
     model = Classifier(**TINY, drop_path_rate=0.9)
-    variables = visible(model)
+    variables = drawn_variables(model, images())
 
     def run(seed, train):
         return model.apply(variables, images(), train=train, rngs={"drop_path": jax.random.key(seed)})

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from testing import drawn_variables, quick_jit
 
 from beitv2_jax.models.vit import PatchEmbed, VisionTransformer
 
 BATCH, SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM = 5, 21, 7, 6, 2, 3, 11
 NUM_PATCHES = 9
-# compiling dominates these tests
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def build(**kwargs):
@@ -27,13 +26,6 @@ def images(seed=0):
 
 def random_mask(seed=1):
     return jax.random.bernoulli(jax.random.key(seed), 0.4, (BATCH, NUM_PATCHES))
-
-
-def visible(variables, seed=2):
-    """Return variables with every parameter redrawn at a size that no part can hide behind."""
-    leaves, treedef = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(treedef, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 def names(variables):
@@ -57,7 +49,7 @@ def test_shapes_and_names(position):
 
 def test_patch_embedding_is_a_row_major_strided_convolution():
     module = PatchEmbed(PATCH, WIDTH)
-    variables = visible(module.init(jax.random.key(0), images()))
+    variables = drawn_variables(module, images())
     params = variables["params"]
     convolved = jax.lax.conv_general_dilated(
         images(), params["kernel"], (PATCH, PATCH), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -70,7 +62,7 @@ def test_patch_embedding_is_a_row_major_strided_convolution():
 def test_patch_embedding_init(scheme):
     channels, fan_in = 32, 32 * PATCH**2
     model = PatchEmbed(PATCH, 31, param_init=scheme)
-    params = model.init(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
+    params = quick_jit(model.init)(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
     if scheme == "clipped":
         assert (params["bias"] == 0).all()
         np.testing.assert_allclose(jnp.std(params["kernel"]), 0.0108, rtol=0.02)
@@ -93,7 +85,7 @@ def test_special_tokens_follow_the_init():
 
 def test_every_parameter_matters():
     model = build(position="relative_shared", mask_token=True, pre_norm=True, layer_scale_init=0.1)
-    variables = visible(model.init(jax.random.key(0), images()))
+    variables = drawn_variables(model, images())
     gradients = quick_jit(jax.grad(lambda v: jnp.sum(model.apply(v, images(), random_mask()).tokens ** 2)))(variables)
     silent = [name for name, g in traverse_util.flatten_dict(gradients["params"], sep="/").items() if not g.any()]
     assert not silent
@@ -101,7 +93,7 @@ def test_every_parameter_matters():
 
 def test_masked_pixels_have_exactly_no_influence_and_visible_ones_have():
     model = build(position="relative_shared", mask_token=True)
-    variables = visible(model.init(jax.random.key(0), images()))
+    variables = drawn_variables(model, images())
     mask = random_mask()
 
     def summary(pixels, weights):
@@ -115,9 +107,9 @@ def test_masked_pixels_have_exactly_no_influence_and_visible_ones_have():
 
 def test_cls_token_comes_first():
     model = build(position="none", mask_token=True)
-    variables = visible(model.init(jax.random.key(0), images()))
+    variables = drawn_variables(model, images())
     everything = jnp.ones((BATCH, NUM_PATCHES), bool)
-    tokens = model.apply(variables, images(), everything).tokens
+    tokens = quick_jit(model.apply)(variables, images(), everything).tokens
     # with every patch hidden and no positions all patch tokens are equal, and only the first token differs
     np.testing.assert_allclose(tokens[:, 1:], jnp.broadcast_to(tokens[:1, 1:2], tokens[:, 1:].shape), atol=1e-5)
     assert jnp.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
@@ -125,22 +117,22 @@ def test_cls_token_comes_first():
 
 def test_only_training_is_random():
     model = build(drop_path_rate=0.9)
-    variables = model.init(jax.random.key(0), images())
-    chex.assert_trees_all_equal(model.apply(variables, images()), model.apply(variables, images()))
-    without = build(drop_path_rate=0.0)
-    chex.assert_trees_all_equal(model.apply(variables, images()), without.apply(variables, images()))
-    first, second = (
-        model.apply(variables, images(), train=True, rngs={"drop_path": jax.random.key(seed)}).tokens for seed in (6, 7)
-    )
-    assert (first != second).any()
-    again = model.apply(variables, images(), train=True, rngs={"drop_path": jax.random.key(6)}).tokens
-    chex.assert_trees_all_equal(first, again)
+    variables = drawn_variables(model, images())
+
+    applied = {train: quick_jit(functools.partial(model.apply, train=train)) for train in (False, True)}
+
+    def run(train, seed):
+        return applied[train](variables, images(), rngs={"drop_path": jax.random.key(seed)}).tokens
+
+    chex.assert_trees_all_equal(run(False, 6), run(False, 7))
+    chex.assert_trees_all_equal(run(True, 6), run(True, 6))
+    assert (run(True, 6) != run(True, 7)).any()
 
 
 def test_remat_keeps_names_and_gradients():
     plain, remat = build(drop_path_rate=0.9), build(drop_path_rate=0.9, remat=True)
-    variables = plain.init(jax.random.key(0), images())
-    chex.assert_trees_all_equal(variables, remat.init(jax.random.key(0), images()))
+    variables = drawn_variables(plain, images())
+    chex.assert_trees_all_equal(variables, drawn_variables(remat, images()))
 
     def gradient(model):
         def loss(v):
@@ -153,7 +145,7 @@ def test_remat_keeps_names_and_gradients():
 
 
 def test_bfloat16_is_close_and_hands_out_float32():
-    variables = visible(build().init(jax.random.key(0), images()))
+    variables = drawn_variables(build(), images())
     exact, rounded = (
         build().apply(variables, images()).tokens,
         build(dtype="bfloat16").apply(variables, images()).tokens,

@@ -11,7 +11,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.tasks import finetune, inputs, mim, vqkd
 from beitv2_jax.training import loop, optim, sharding, state
-from tests.configs_test import FOLDER, presets
+from configs_test import FOLDER, presets
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
 BUILDERS = {"finetune": finetune.build, "vqkd": vqkd.build, "mim": mim.build}

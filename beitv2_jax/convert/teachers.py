@@ -11,12 +11,12 @@ from beitv2_jax.typing import PyTree
 
 
 def load_teacher(
-    weights: str, *, image_size: int, num_heads: int = 0, normalization: str = "half"
+    weights: str, *, image_size: int, num_heads: int = 0, normalization: str = "half", dtype: str = "float32"
 ) -> tuple[Teacher, PyTree]:
     """Return the teacher at path `weights` and its params (NumPy).
 
     `weights` is the working directory of a 'finetune' run, which knows its heads and its input range, or a timm-format
-    .npz or .safetensors file, for which `num_heads` (0: heads of 64) and `normalization` are taken.
+    .npz or .safetensors file, for which `num_heads` (0: heads of 64) and `normalization` are taken. `dtype` is that of its matrix products.
 
     Raises:
         UserError: nothing usable at `weights`, weights for another image size, or an unknown normalization.
@@ -45,7 +45,10 @@ def load_teacher(
             f"--config.views.image_size={arguments['image_size']}, or another teacher.",
         )
     teacher = KINDS[kind](
-        name=name, weights_hash=weights_hash(params), normalization=normalization, arguments=arguments
+        name=name,
+        weights_hash=weights_hash(params),
+        normalization=normalization,
+        arguments={**arguments, "dtype": dtype},
     )
     return teacher, params
 

@@ -62,14 +62,14 @@ def random_palette(rng: np.random.Generator, avoid: Color) -> Palette:
     def distance(color: Color) -> int:
         return sum(abs(a - b) for a, b in zip(color, avoid, strict=True))
 
-    main = max((random_color(rng, luma=(0.45, 0.7)) for _ in range(3)), key=distance)
+    main = max((random_color(rng, luma=(0.42, 0.72)) for _ in range(3)), key=distance)
     hue = colorsys.rgb_to_hsv(*(channel / 255 for channel in main))[0]
     return Palette(
         main=main,
-        second=random_color(rng, hue + rng.choice([0.0, 0.12, 0.33, 0.5]), luma=(0.35, 0.6)),
+        second=random_color(rng, hue + rng.choice([0.0, 0.12, 0.33, 0.5]), luma=(0.35, 0.62)),
         third=random_color(rng),
-        dark=random_color(rng, luma=(0.05, 0.14)),
-        light=random_color(rng, luma=(0.86, 0.97), saturation=0.2),
+        dark=random_color(rng, luma=(0.05, 0.15)),
+        light=random_color(rng, luma=(0.85, 0.97), saturation=0.25),
         line=random_color(rng, hue, luma=(0.06, 0.2)),
     )
 
@@ -191,9 +191,9 @@ class Pen:
     def stroke(self, lines, color: Color, width: float) -> None:
         """Draw one line `p 2` or many `k p 2`, `width` in object units."""
         for flat in self._pixels(lines):
-            self.draw.line(flat, fill=(*color, self.visible), width=self._width(width), joint="curve")
+            self.draw.line(flat, fill=(*color, self.visible), width=self._width(width))
 
-    def part(self, outline: Points, color: Color, line: Color | None = None, width: float = 0.03) -> None:
+    def part(self, outline: Points, color: Color, line: Color | None = None, width: float = 0.04) -> None:
         """Fill one outline and, given `line`, go round it."""
         self.fill(outline, color)
         if line is not None:

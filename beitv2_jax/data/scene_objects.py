@@ -63,7 +63,9 @@ def draw_bird(pen: Pen, rng: Rng, palette: Palette) -> None:
     body = smooth([[head_x + 0.1, head_y], [0.62, 0.0], [0.35, drop], [-0.15, drop], [-0.65, 0.2], [-0.3, -0.25], [head_x - 0.25, head_y]])
     pen.part(body, palette.main, palette.line)
     breast = ellipse(0.35, 0.3, 0.32, 0.42, -0.4)
-    pen.pattern(body, breast[None], lighter(palette.main, 0.45))
+    pen.pattern(body, breast[None], lighter(palette.main, 0.5))
+    marks = drawing.staggered((0.05, -0.3, 0.75, 0.6), 0.17, 0.13)
+    pen.pattern(body, np.stack([marks - [0.05, 0.06], marks, marks + [0.05, -0.06]], 1), palette.line, width=0.04)
     pen.fill([[head_x + 0.7 * head, head_y - 0.11], [head_x + head + rng.uniform(0.18, 0.4), head_y + 0.06], [head_x + 0.7 * head, head_y + 0.13]], palette.third)
     pen.part(ellipse(head_x, head_y, head, 0.93 * head), mix(palette.main, palette.second, rng.choice([0.0, 0.5])), palette.line)
     pen.fill(ellipse(head_x + 0.1, head_y - 0.05, 0.08, 0.08), palette.light)
@@ -74,7 +76,7 @@ def draw_bird(pen: Pen, rng: Rng, palette: Palette) -> None:
         length = reach * np.linspace(0.4, 0.62, count)[:, None]
         root = np.array([0.28, -0.12])
         tips = root + length * np.stack([np.cos(angle), np.sin(angle)], -1)
-        sizes = np.concatenate([0.75 * length, np.full((count, 1), 0.1)], 1)
+        sizes = np.concatenate([0.75 * length, np.full((count, 1), 0.115)], 1)
         color = palette.second if row == 0 else mix(palette.second, palette.main, 0.4)
         for feather in ellipses(tips, sizes, angle):
             pen.part(feather, color, palette.line)
@@ -126,10 +128,10 @@ def draw_cat(pen: Pen, rng: Rng, palette: Palette) -> None:
     bars = int(rng.integers(1, 3))
     x = np.arange(-bars, bars + 1) * 0.16
     forehead = np.stack([np.stack([x, np.full_like(x, -0.75)], 1), np.stack([0.6 * x, np.full_like(x, -0.34)], 1)], 1)
-    y = np.array([0.1, 0.28, 0.46])
-    cheek = np.stack([np.stack([np.full(3, 1.0), y - 0.06], 1), np.stack([np.full(3, 0.62), y], 1)], 1)
-    pen.pattern(face, forehead, palette.second, width=0.08)
-    pen.pattern(face, np.concatenate([cheek, cheek * [-1, 1]]), palette.second, width=0.07)
+    y = np.array([0.02, 0.22, 0.42])
+    cheek = np.stack([np.stack([np.full(3, 1.0), y - 0.06], 1), np.stack([np.full(3, 0.56), y], 1)], 1)
+    pen.pattern(face, forehead, palette.line, width=0.09)
+    pen.pattern(face, np.concatenate([cheek, cheek * [-1, 1]]), palette.line, width=0.085)
     open_, away = rng.uniform(0.13, 0.2), rng.uniform(0.34, 0.42)
     muzzle = lighter(palette.main, 0.6)
     pen.fill(ellipses([[-0.16, 0.48], [0.16, 0.48]], [[0.24, 0.2]]), muzzle)
@@ -163,7 +165,7 @@ def draw_flower(pen: Pen, rng: Rng, palette: Palette) -> None:
             angle = 2 * np.pi * (petal + 0.5 * row) / count + rng.normal(0, 0.05)
             turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             pen.part(outline @ turn, color, palette.line)
-            pen.stroke(veins @ turn, darker(color, 0.25), 0.025)
+            pen.stroke(veins @ turn, darker(color, 0.45), 0.035)
     pen.part(ellipse(0, 0, disc, disc), palette.second, palette.dark, 0.04)
     seeds = drawing.staggered((-disc, -disc, disc, disc), 0.12, 0.1)
     seeds = seeds[np.hypot(*seeds.T) < disc]
@@ -217,10 +219,10 @@ def draw_tree(pen: Pen, rng: Rng, palette: Palette) -> None:
     shade = [darker(palette.main, 0.75), darker(palette.main, 0.4), palette.main, lighter(palette.main, 0.5)]
     for clump in clumps:
         pen.fill(clump, shade[1])
-    size = rng.uniform(0.06, 0.09)
+    size = rng.uniform(0.075, 0.105)
     for clump in clumps:
         low, high = clump.min(0), clump.max(0)
-        leaves = rng.uniform(low, high, (70, 2))
+        leaves = rng.uniform(low, high, (45, 2))
         # darker leaves below, lighter above, as under a high sun
         order = np.argsort(leaves[:, 1] + rng.normal(0, 0.12, len(leaves)))[::-1]
         middle = clump.mean(0)
@@ -321,14 +323,14 @@ def draw_sailboat(pen: Pen, rng: Rng, palette: Palette) -> None:
 
 
 OBJECTS: dict[str, tuple[Callable[[Pen, Rng, Palette], None], float]] = {
-    "bird": (draw_bird, 25.0),
+    "bird": (draw_bird, 30.0),
     "butterfly": (draw_butterfly, 70.0),
-    "car": (draw_car, 12.0),
-    "cat": (draw_cat, 25.0),
+    "car": (draw_car, 16.0),
+    "cat": (draw_cat, 30.0),
     "fish": (draw_fish, 40.0),
     "flower": (draw_flower, 40.0),
-    "house": (draw_house, 8.0),
-    "mushroom": (draw_mushroom, 25.0),
-    "sailboat": (draw_sailboat, 15.0),
-    "tree": (draw_tree, 12.0),
+    "house": (draw_house, 12.0),
+    "mushroom": (draw_mushroom, 30.0),
+    "sailboat": (draw_sailboat, 20.0),
+    "tree": (draw_tree, 16.0),
 }

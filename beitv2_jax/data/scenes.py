@@ -12,14 +12,15 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
 from beitv2_jax.data import drawing, scene_objects
-from beitv2_jax.data.drawing import Pen, darker, ellipses, lighter, mix, random_color
+from beitv2_jax.data.drawing import Color, Pen, darker, ellipses, lighter, mix, random_color
 
 IMAGE_SIZE = 96
 SUPERSAMPLE = 2
 CANVAS_SIZE = IMAGE_SIZE * SUPERSAMPLE
 CLASS_NAMES = tuple(scene_objects.OBJECTS)
 MIN_VISIBLE = 0.6
-_HUES = {"sky": 0.57, "grass": 0.27, "sand": 0.11, "water": 0.53, "earth": 0.06, "stone": 0.6}
+# of sky, grass, sand, water, earth and stone
+_HUES = (0.57, 0.27, 0.11, 0.53, 0.06, 0.6)
 
 
 class Scene(NamedTuple):
@@ -29,15 +30,16 @@ class Scene(NamedTuple):
     segmentation_mask: UInt8[np.ndarray, "96 96"]
 
 
-def _surface(rng: np.random.Generator) -> Float[np.ndarray, "96 96 3"]:
+def _surface(rng: np.random.Generator) -> UInt8[np.ndarray, "96 96 3"]:
     """One ground or sky: two tones of one natural hue (or, at times, any) blended by fractal noise and a gradient."""
-    hue = rng.choice(list(_HUES.values())) if rng.random() < 0.6 else rng.random()
-    first, second = (np.array(random_color(rng, hue, luma=(0.4, 0.65), saturation=0.4), np.float32) for _ in range(2))
-    second = first + rng.uniform(0.3, 0.8) * (second - first)
-    share = 0.5 + rng.uniform(0.2, 0.6) * drawing.noise(rng, IMAGE_SIZE)
-    slope = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32) * rng.uniform(-0.8, 0.8)
-    share = np.clip(share + (slope[:, None] if rng.random() < 0.7 else slope[None, :]), 0, 1)[..., None]
-    return first + share * (second - first)
+    hue = rng.choice(_HUES) if rng.random() < 0.6 else rng.random()
+    first, second = (random_color(rng, hue, luma=(0.38, 0.68), saturation=0.45) for _ in range(2))
+    second = mix(first, second, rng.uniform(0.3, 0.8))
+    share = drawing.noise(rng, IMAGE_SIZE, grain=int(rng.choice([0, 0, 0, 1, 1, 2]))) * rng.uniform(50, 150)
+    slope = np.linspace(64, 192, IMAGE_SIZE, dtype=np.float32) * rng.uniform(-0.8, 0.8)
+    share += slope[:, None] if rng.random() < 0.7 else slope[None, :]
+    tones = np.linspace(first, second, 256).astype(np.uint8)
+    return tones[np.clip(share + 128 - slope.mean(), 0, 255).astype(np.uint8)]
 
 
 def _background(rng: np.random.Generator) -> tuple[Image.Image, int]:
@@ -48,9 +50,9 @@ def _background(rng: np.random.Generator) -> tuple[Image.Image, int]:
         horizon = round(line * SUPERSAMPLE)
         edge = line + rng.uniform(0, 12) * drawing.noise(rng, IMAGE_SIZE, grain=0)[0]
         below = np.arange(IMAGE_SIZE)[:, None] > edge[None, :]
-        surface = np.where(below[..., None], _surface(rng), surface)
+        surface[below] = _surface(rng)[below]
     pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 4), np.uint8)
-    pixels[..., :3] = np.clip(surface, 0, 255)
+    pixels[..., :3] = surface
     canvas = Image.fromarray(pixels, "RGBA").resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.NEAREST)
     return canvas, horizon
 
@@ -59,16 +61,15 @@ def _flat_pen(canvas: Image.Image) -> Pen:
     return Pen(canvas, np.eye(2), (0, 0), visible=0)
 
 
-def _draw_ground_cover(canvas: Image.Image, rng: np.random.Generator, horizon: int) -> None:
-    """Many small marks over the ground: blades, pebbles, ripples or specks."""
+def _draw_ground_cover(canvas: Image.Image, rng: np.random.Generator, horizon: int, base: Color) -> None:
+    """Draw many small marks below row `horizon`, in tones of the ground's colour `base`."""
     pen, count = _flat_pen(canvas), int(rng.integers(20, 70))
     kind = rng.choice(["none", "blades", "pebbles", "ripples", "specks"])
     if kind == "none":
         return
     at = rng.uniform([0, horizon], [CANVAS_SIZE, CANVAS_SIZE + 1], (count, 2))
     at = at[np.argsort(at[:, 1])]
-    base = canvas.getpixel((CANVAS_SIZE // 2, CANVAS_SIZE - 20))[:3]
-    tones = [darker(base, 0.2), lighter(base, 0.15), mix(base, random_color(rng), 0.3)]
+    tones = [darker(base, rng.uniform(0.1, 0.4)), lighter(base, rng.uniform(0.1, 0.3)), mix(base, random_color(rng), 0.3)]
     size = rng.uniform(4, 12) * (0.5 + 0.5 * at[:, 1:] / CANVAS_SIZE)
     for index, tone in enumerate(tones):
         here, scale = at[index::3], size[index::3]
@@ -86,7 +87,7 @@ def _draw_ground_cover(canvas: Image.Image, rng: np.random.Generator, horizon: i
 
 def _draw_distractor(canvas: Image.Image, rng: np.random.Generator, reach: float) -> None:
     """One thing that is no object: a stone, a stick, a bush-like blob or a patch of another texture, up to `reach` pixels."""
-    pen, color = _flat_pen(canvas), random_color(rng, luma=(0.35, 0.7), saturation=0.45)
+    pen, color = _flat_pen(canvas), random_color(rng, luma=(0.25, 0.75), saturation=0.5)
     x, y = rng.uniform(0, CANVAS_SIZE, 2)
     rx, ry = rng.uniform(0.4, 1.0, 2) * reach
     kind = rng.choice(["stone", "stick", "blob", "patch"])
@@ -115,21 +116,21 @@ def _draw_distractor(canvas: Image.Image, rng: np.random.Generator, reach: float
 
 def _object_pose(rng: np.random.Generator, tilt: float) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
     """Draw the affine pose of the object: size, flip, tilt up to `tilt` degrees, shear, stretch and place, in canvas pixels."""
-    half = 0.5 * CANVAS_SIZE * rng.uniform(0.65, 0.9)
+    half = 0.5 * CANVAS_SIZE * rng.uniform(0.6, 0.88)
     angle = np.radians(tilt) * rng.uniform(-1, 1)
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     shear = np.array([[1.0, rng.uniform(-0.15, 0.15)], [rng.uniform(-0.08, 0.08), 1.0]])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = half * turn @ shear @ np.diag([rng.choice([-1, 1]) * stretch, 1 / stretch])
-    slack = max(0.0, CANVAS_SIZE / 2 - 0.8 * half)
+    slack = max(0.0, CANVAS_SIZE / 2 - 0.65 * half)
     return matrix, CANVAS_SIZE / 2 + rng.uniform(-slack, slack, 2)
 
 
-def _occlude(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _occlude(canvas: Image.Image, rng: np.random.Generator, base: Color) -> Image.Image:
     """Put blades, sticks or stones in front; take them away again where they would hide too much of the object."""
     covered = canvas.copy()
     if rng.random() < 0.4:
-        _draw_ground_cover(covered, rng, round(0.75 * CANVAS_SIZE))
+        _draw_ground_cover(covered, rng, round(0.75 * CANVAS_SIZE), base)
     if rng.random() < 0.6:
         _draw_distractor(covered, rng, rng.uniform(12, 34))
     whole, left = (image.getchannel("A").histogram()[255] for image in (canvas, covered))
@@ -152,26 +153,40 @@ def _light(canvas: Image.Image, rng: np.random.Generator) -> tuple[Float[np.ndar
     dx, dy = round(5 * np.cos(angle)), round(5 * np.sin(angle))
     relief = soft - _shifted(soft, dx, dy)
     shade = 1 - rng.uniform(0.1, 0.45) * (1 - soft) + rng.uniform(0.1, 0.5) * relief
-    shade += rng.uniform(0.05, 0.2) * drawing.noise(rng, IMAGE_SIZE)
+    shade += rng.uniform(0.05, 0.2) * drawing.noise(rng, IMAGE_SIZE, grain=1)
     shadow = 1 - rng.uniform(0.0, 0.4) * _shifted(soft, -dx, -dy)
     factor = visible * shade + (1 - visible) * shadow
     factor *= 1 + rng.uniform(0.0, 0.2) * drawing.noise(rng, IMAGE_SIZE, grain=0)
     tint = rng.uniform(0.85, 1.12, 3).astype(np.float32) * rng.uniform(0.85, 1.15)
     image = pixels[..., :3] * factor[..., None] * tint
-    grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32) * rng.uniform(0.0, 5.0)
-    return image + grain, visible
+    grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32) * rng.uniform(0.0, 2.0)
+    return _develop(np.clip(image + grain, 0, 255), rng), visible
+
+
+def _develop(image: Float[np.ndarray, "96 96 3"], rng: np.random.Generator) -> Float[np.ndarray, "96 96 3"]:
+    """Bring the brightnesses of the picture to one bell-shaped distribution, its mean and width drawn per picture.
+
+    Else the share of dark or light pixels would tell classes (tyres, whiskers, eye spots) without any look at shapes.
+    """
+    luma = (image @ np.array([0.3, 0.59, 0.11], np.float32)).astype(np.uint8)
+    counts = np.bincount(luma.ravel(), minlength=256)
+    rank = np.clip((np.cumsum(counts) - counts / 2) / luma.size, 0.002, 0.998)
+    # the logistic quantile function at this width stands in for the normal one
+    target = 255 * (rng.uniform(0.42, 0.58) + 0.5513 * rng.uniform(0.15, 0.22) * np.log(rank / (1 - rank)))
+    return image + (target - np.arange(256)).astype(np.float32)[luma][..., None]
 
 
 def draw_scene(rng: np.random.Generator, label: int) -> Scene:
     """Draw one scene with an object of class `label`; every choice comes from `rng`."""
     draw, tilt = scene_objects.OBJECTS[CLASS_NAMES[label]]
     canvas, horizon = _background(rng)
-    _draw_ground_cover(canvas, rng, horizon)
+    base = canvas.getpixel((CANVAS_SIZE // 2, CANVAS_SIZE - 20))[:3]
+    _draw_ground_cover(canvas, rng, horizon, base)
     for _ in range(int(rng.integers(1, 4))):
         _draw_distractor(canvas, rng, rng.uniform(8, 30))
     mean = tuple(np.asarray(canvas)[::8, ::8, :3].mean((0, 1)).tolist())
     matrix, offset = _object_pose(rng, tilt)
     draw(Pen(canvas, matrix, offset, visible=255), rng, drawing.random_palette(rng, mean))
-    image, visible = _light(_occlude(canvas, rng), rng)
+    image, visible = _light(_occlude(canvas, rng, base), rng)
     segmentation_mask = np.where(visible >= 0.5, label + 1, 0).astype(np.uint8)
     return Scene(np.clip(image, 0, 255).astype(np.uint8), segmentation_mask)

@@ -15,7 +15,7 @@ from beitv2_jax.tasks.losses import accuracy, smoothed_cross_entropy
 
 def make_model(config) -> Classifier:
     """Build the classifier described by a finetune config."""
-    return Classifier(image_size=config.views.image_size, **config.efficiency, **config.model)
+    return Classifier(image_size=config.views.image_size, **config.efficiency, **config.model.to_dict())
 
 
 def build(config) -> Task:

@@ -20,7 +20,7 @@ from beitv2_jax.tasks.tokenize import load_tokenizer
 
 def make_model(config, *, dtype: str, remat: bool = False) -> MaskedImageModel:
     """Build the masked image model described by a mim config."""
-    return MaskedImageModel(image_size=config.views.image_size, dtype=dtype, remat=remat, **config.model)
+    return MaskedImageModel(image_size=config.views.image_size, dtype=dtype, remat=remat, **config.model.to_dict())
 
 
 def mask_arguments(config) -> dict:

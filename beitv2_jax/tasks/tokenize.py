@@ -59,7 +59,7 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
         image_size=image_size,
         teacher_width=run.params["decode_task"]["fc2"]["kernel"].shape[-1],
         dtype=dtype,
-        **trained.model,
+        **trained.model.to_dict(),
     )
     side = image_size // trained.model.encoder.patch_size
     tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)

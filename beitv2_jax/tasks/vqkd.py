@@ -25,7 +25,7 @@ def make_model(config, teacher_width: int) -> VQKD:
         image_size=config.views.image_size,
         teacher_width=teacher_width,
         **config.efficiency,
-        **config.model,
+        **config.model.to_dict(),
     )
 
 
