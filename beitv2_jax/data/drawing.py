@@ -62,11 +62,11 @@ def random_palette(rng: np.random.Generator, avoid: Color) -> Palette:
     def distance(color: Color) -> int:
         return sum(abs(a - b) for a, b in zip(color, avoid, strict=True))
 
-    main = max((random_color(rng, luma=(0.42, 0.72)) for _ in range(3)), key=distance)
+    main = max((random_color(rng, luma=(0.55, 0.78)) for _ in range(3)), key=distance)
     hue = colorsys.rgb_to_hsv(*(channel / 255 for channel in main))[0]
     return Palette(
         main=main,
-        second=random_color(rng, hue + rng.choice([0.0, 0.12, 0.33, 0.5]), luma=(0.35, 0.62)),
+        second=random_color(rng, hue + rng.choice([0.0, 0.12, 0.33, 0.5]), luma=(0.45, 0.68)),
         third=random_color(rng),
         dark=random_color(rng, luma=(0.05, 0.15)),
         light=random_color(rng, luma=(0.85, 0.97), saturation=0.25),

@@ -147,7 +147,7 @@ def draw_cat(pen: Pen, rng: Rng, palette: Palette) -> None:
 
 def draw_flower(pen: Pen, rng: Rng, palette: Palette) -> None:
     """Petals around a seeded disc, each petal with veins; often a stalk and a leaf."""
-    count, disc = int(rng.integers(5, 12)), rng.uniform(0.2, 0.34)
+    count, disc = int(rng.integers(6, 12)), rng.uniform(0.24, 0.36)
     if rng.random() < 0.6:
         pen.stroke([[0, 0], [0.05, 0.6], [rng.uniform(-0.2, 0.2), 1.3]], palette.third, 0.09)
         leaf = ellipse(0.3, 0.95, 0.3, 0.12, -0.5)
@@ -323,14 +323,14 @@ def draw_sailboat(pen: Pen, rng: Rng, palette: Palette) -> None:
 
 
 OBJECTS: dict[str, tuple[Callable[[Pen, Rng, Palette], None], float]] = {
-    "bird": (draw_bird, 30.0),
-    "butterfly": (draw_butterfly, 70.0),
-    "car": (draw_car, 16.0),
-    "cat": (draw_cat, 30.0),
-    "fish": (draw_fish, 40.0),
-    "flower": (draw_flower, 40.0),
-    "house": (draw_house, 12.0),
-    "mushroom": (draw_mushroom, 30.0),
-    "sailboat": (draw_sailboat, 20.0),
-    "tree": (draw_tree, 16.0),
+    "bird": (draw_bird, 18.0),
+    "butterfly": (draw_butterfly, 30.0),
+    "car": (draw_car, 12.0),
+    "cat": (draw_cat, 20.0),
+    "fish": (draw_fish, 18.0),
+    "flower": (draw_flower, 20.0),
+    "house": (draw_house, 9.0),
+    "mushroom": (draw_mushroom, 18.0),
+    "sailboat": (draw_sailboat, 15.0),
+    "tree": (draw_tree, 12.0),
 }

@@ -33,7 +33,7 @@ class Scene(NamedTuple):
 def _surface(rng: np.random.Generator) -> UInt8[np.ndarray, "96 96 3"]:
     """One ground or sky: two tones of one natural hue (or, at times, any) blended by fractal noise and a gradient."""
     hue = rng.choice(_HUES) if rng.random() < 0.6 else rng.random()
-    first, second = (random_color(rng, hue, luma=(0.38, 0.68), saturation=0.45) for _ in range(2))
+    first, second = (random_color(rng, hue, luma=(0.35, 0.58), saturation=0.45) for _ in range(2))
     second = mix(first, second, rng.uniform(0.3, 0.8))
     share = drawing.noise(rng, IMAGE_SIZE, grain=int(rng.choice([0, 0, 0, 1, 1, 2]))) * rng.uniform(50, 150)
     slope = np.linspace(64, 192, IMAGE_SIZE, dtype=np.float32) * rng.uniform(-0.8, 0.8)
