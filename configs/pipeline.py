@@ -14,6 +14,8 @@ fixed number of views per image instead (4 for the tokenizer: 1 TB of features; 
 Presets
   large   ViT-L/16 for MIM; the tokenizer stays ViT-B, as published
   live    teacher and tokenizer inside the training step: no extract and no tokenize stage, a new view each epoch
+  mini    a small ViT, 256 codes and a few hundred steps in float32: a folder of a thousand photographs on a CPU;
+          --config.data.source=folder:PATH --config.teacher.weights=FILE --config.teacher.normalization=half
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +37,27 @@ def live(config):
     config.stages.mim.tokenizer.update(codes="", run="{workdir}/vqkd")
 
 
-PRESETS = {"large": large, "live": live}
+def mini(config):
+    vit = {"width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
+    stages = config.stages
+    config.efficiency.dtype = "float32"
+    config.tokenizer_views.update(num_views=2, min_scale=0.35)
+    config.mim_views.update(num_views=2, min_scale=0.35)
+    stages.vqkd.model.encoder.update(vit)
+    stages.vqkd.model.decoder.update(vit, depth=1)
+    stages.vqkd.model.update(codebook_size=256, code_dim=16)
+    stages.mim.model.update(vit, codebook_size=256, early_layer=3, drop_path_rate=0.0)
+    stages.probe.probe.update(layers=(1, 2, 3), duration="1000 steps", batch_size=256)
+    for stage, duration, peak_lr in ((stages.vqkd, "300 steps", 1e-3), (stages.mim, "400 steps", 1.5e-3)):
+        stage.optim.update(warmup="30 steps", peak_lr=peak_lr, betas=(0.9, 0.98))
+        stage.run.update(duration=duration, log_every="20 steps", checkpoint_every="100 steps", keep_every=duration)
+        stage.run.eval_every = duration
+    stages.vqkd.usage_window = "30 steps"
+    for stage in stages.values():
+        stage.run.batch_size = 32
+
+
+PRESETS = {"large": large, "live": live, "mini": mini}
 
 
 def get_config(arg=""):

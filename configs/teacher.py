@@ -70,6 +70,8 @@ def get_config(arg=""):
                 "drop_path_rate": 0.0,
                 "num_classes": 10,  # that of the source
                 "pooling": "mean",
+                "layer_scale_init": 0.0,  # 0: no layer scale
+                "head_init_scale": 1.0,
             },
             "optim": {
                 "peak_lr": 1e-3,

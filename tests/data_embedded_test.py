@@ -56,6 +56,8 @@ def test_sizes_labels_and_masks_agree(examples):
 @pytest.mark.parametrize("index", [3, 17, 29])
 def test_mask_marks_the_visible_object(index, monkeypatch):
     """Two scenes that differ only in the colour of the object differ inside the mask and nowhere else."""
+    # tones are evened out over the whole picture, which would carry the difference to its surroundings
+    monkeypatch.setattr(scenes, "_develop", lambda image, rng: image)
     pictures = []
     for tone in (20, 230):
         fill = lambda pen, rng, palette, tone=tone: pen.fill([[-1, -1], [1, -1], [1, 1], [-1, 1]], (tone,) * 3)  # noqa: E731
@@ -141,8 +143,8 @@ def color_moments(image: np.ndarray) -> np.ndarray:
 def test_color_moments_do_not_tell_the_class(examples):
     """Nearest class mean on colour moments, each picture left out of its own class mean, stays near chance.
 
-    With 300 pictures and chance 0.1 the standard deviation is 0.017; the bound is 0.1 + 8 deviations. One class
-    with a colour of its own would add 0.09, fixed dark and light tones (an earlier draft) gave 0.33.
+    With 300 pictures and chance 0.1 the standard deviation is 0.017; the bound is 0.1 + 4 deviations
+    (0.17). The same pictures without `scenes._develop` reach 0.22.
     """
     features = np.stack([color_moments(pixels(example["image"])) for example in examples])
     labels = np.array([example["label"] for example in examples])
@@ -152,4 +154,4 @@ def test_color_moments_do_not_tell_the_class(examples):
         others = np.arange(len(features)) != index
         means = np.stack([features[others & (labels == c)].mean(0) for c in range(NUM_CLASSES)])
         hits += np.argmin(((means - feature) ** 2).sum(1)) == label
-    assert hits / len(features) < 0.1 + 8 * np.sqrt(0.1 * 0.9 / len(features))
+    assert hits / len(features) < 0.1 + 4 * np.sqrt(0.1 * 0.9 / len(features))

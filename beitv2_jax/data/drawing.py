@@ -32,7 +32,10 @@ class Palette(NamedTuple):
 
 
 def random_color(
-    rng: np.random.Generator, hue: float | None = None, *, luma: tuple[float, float] = (0.4, 0.75),
+    rng: np.random.Generator,
+    hue: float | None = None,
+    *,
+    luma: tuple[float, float] = (0.4, 0.75),
     saturation: float = 0.6,
 ) -> Color:
     """Draw a colour of any hue (or about the given one) with `luma` brightness (0..1) and up to that saturation."""
@@ -59,6 +62,7 @@ def lighter(color: Color, share: float) -> Color:
 
 def random_palette(rng: np.random.Generator, avoid: Color) -> Palette:
     """Draw the colours of one object, its main colour visibly apart from `avoid`, the mean of the background."""
+
     def distance(color: Color) -> int:
         return sum(abs(a - b) for a, b in zip(color, avoid, strict=True))
 
@@ -106,7 +110,7 @@ def noise(rng: np.random.Generator, size: int, *, grain: int | None = None) -> F
 
 
 def ellipses(centers: Points, radii: Points, angles=0.0, *, points: int = 12) -> Shapes:
-    """Return k ellipses from centres `k 2`, half axes `k 2` (or one pair) and turning angles (radians, `k` or one for all)."""
+    """Return k ellipses: centres `k 2`, half axes `k 2` and turning angles `k` in radians (or one of these for all)."""
     turn = np.linspace(0.0, 2 * np.pi, points, endpoint=False)
     centers = np.atleast_2d(centers)
     radii = np.broadcast_to(radii, centers.shape)
@@ -139,7 +143,11 @@ def blob(rng: np.random.Generator, x: float, y: float, rx: float, ry: float, rou
 
 
 def wavy_lines(
-    rng: np.random.Generator, box: tuple[float, float, float, float], spacing: float, *, angle: float = 0.0,
+    rng: np.random.Generator,
+    box: tuple[float, float, float, float],
+    spacing: float,
+    *,
+    angle: float = 0.0,
     wave: float = 0.0,
 ) -> Shapes:
     """Return parallel lines that cover the box (left, top, right, bottom), `wave` being the height of their waves."""

@@ -10,6 +10,7 @@ of processes. The class is index % 10, so each is equally frequent.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import io
@@ -19,6 +20,7 @@ import pathlib
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
+from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
@@ -127,9 +129,12 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     directory = pathlib.Path(builder.data_path)
     if directory.exists():
         return directory
+    logging.info("Drawing the embedded data set into %s (only this once)", directory)
     tfds.disable_progress_bar()  # one bar of ours says more than its four
     try:
-        builder.download_and_prepare()
+        # its words on stdout speak of a download
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     except OSError:
         # another process may have drawn the same set meanwhile: its directory is as good as ours
         if not directory.exists():
