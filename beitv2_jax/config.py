@@ -31,6 +31,8 @@ _CHOICES = {
     "normalization": ("half", "imagenet", "clip"),
     "model.position": ("absolute", "relative_shared", "relative", "none"),
     "model.pooling": ("mean", "cls"),
+    "model.stem": ("linear", "conv"),
+    "model.encoder.stem": ("linear", "conv"),
     "efficiency.dtype": ("float32", "bfloat16", "float16"),
     "output.dtype": ("float32", "float16"),
 }

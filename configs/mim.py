@@ -114,6 +114,7 @@ def get_config(arg=""):
             },
             "model": {
                 "patch_size": 16,
+                "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
                 "width": 768,
                 "depth": 12,
                 "num_heads": 12,

@@ -19,16 +19,16 @@ from beitv2_jax.config import apply_presets, link, load
 # All numbers of the miniature. Durations are in steps of `batch_size` images.
 SOURCE = "embedded"
 NUM_CLASSES = 10
-IMAGE_SIZE = 96  # pixels: a grid of 6 x 6 patches
+IMAGE_SIZE = 64  # pixels: a grid of 4 x 4 patches
 NUM_VIEWS = 2  # stored views per image, of features and of codes
-VIT = {"patch_size": 16, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
+VIT = {"patch_size": 16, "stem": "conv", "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
 DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
-CODEBOOK = {"codebook_size": 128, "code_dim": 16}
-MASKING = {"num_masked": 14, "min_patches": 4}  # 14 of 36, the published share
-HEAD = {"early_layer": 3, "head_depth": 2}
-TEACHER = {"duration": "600 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-VQKD = {"duration": "700 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-MIM = {"duration": "1200 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
+CODEBOOK = {"codebook_size": 64, "code_dim": 16}
+MASKING = {"num_masked": 6, "min_patches": 2}  # 6 of 16, the published share
+HEAD = {"early_layer": 3, "head_depth": 2, "layer_scale_init": 1.0}
+TEACHER = {"duration": "1000 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
+VQKD = {"duration": "1000 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
+MIM = {"duration": "1500 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 PROBE = {"layers": (1, 2, 3), "duration": "1000 steps", "batch_size": 256}
 BATCH_SIZE = 32
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
@@ -41,7 +41,7 @@ def imagenette(config):
     config.teacher_views.image_size = 160
     for views in (config.tokenizer_views, config.mim_views):
         views.update(image_size=160, num_views=8)
-    vit = {"width": 384, "depth": 8, "num_heads": 6, "mlp_dim": 1536}
+    vit = {"stem": "linear", "width": 384, "depth": 8, "num_heads": 6, "mlp_dim": 1536}
     stages = config.stages
     stages.teacher.model.update(vit)
     stages.vqkd.model.encoder.update(vit)

@@ -61,12 +61,12 @@ def get_config(arg=""):
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "model": {
                 "patch_size": 16,
+                "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
                 "width": 192,
                 "depth": 6,
                 "num_heads": 3,
                 "mlp_dim": 768,
                 "position": "absolute",
-                "layer_scale_init": 0.1,
                 "drop_path_rate": 0.0,
                 "num_classes": 10,  # that of the source
                 "pooling": "mean",

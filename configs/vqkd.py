@@ -82,7 +82,14 @@ def get_config(arg=""):
                 "normalization": "clip",
             },
             "model": {
-                "encoder": {"patch_size": 16, "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+                "encoder": {
+                    "patch_size": 16,
+                    "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
+                    "width": 768,
+                    "depth": 12,
+                    "num_heads": 12,
+                    "mlp_dim": 3072,
+                },
                 "decoder": {"width": 768, "depth": 3, "num_heads": 12, "mlp_dim": 3072},
                 "codebook_size": 8192,
                 "code_dim": 32,

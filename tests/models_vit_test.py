@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 from testing import drawn_variables, quick_jit
 
-from beitv2_jax.models.vit import PatchEmbed, VisionTransformer
+from beitv2_jax.models.vit import ConvStem, PatchEmbed, VisionTransformer
 
 BATCH, SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM = 5, 21, 7, 6, 2, 3, 11
 NUM_PATCHES = 9
@@ -161,3 +161,32 @@ def test_wrong_arguments_name_the_sizes():
         build(position="sinusoidal")
     with pytest.raises(ValueError, match=r"\(5, 28, 21, 3\).*\(batch, 21, 21, channels\)"):
         build().init(jax.random.key(0), jnp.zeros((BATCH, 28, 21, 3)))
+
+
+def test_the_conv_stem_sees_one_patch_at_a_time():
+    """Nothing crosses a patch border: a hidden patch must not leak into its neighbours' tokens."""
+    model = ConvStem(patch_size=8, width=24)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 24, 3))
+    params = model.init(jax.random.key(1), images)
+    tokens = model.apply(params, images)
+    assert tokens.shape == (2, 6, 24)
+    changed = model.apply(params, images.at[:, 8:16, 8:16].add(1.0))  # row 1, column 1: patch 4
+    moved = jnp.abs(changed - tokens).max(axis=(0, 2))
+    assert moved[4] > 0.01
+    np.testing.assert_array_equal(moved[jnp.array([0, 1, 2, 3, 5])], 0.0)
+
+
+def test_the_conv_stem_gives_every_patch_the_same_function():
+    model = ConvStem(patch_size=4, width=8)
+    patch = jax.random.normal(jax.random.key(2), (1, 4, 4, 3))
+    params = model.init(jax.random.key(3), patch)
+    alone = model.apply(params, patch)
+    tiled = model.apply(params, jnp.tile(patch, (1, 2, 3, 1)))
+    np.testing.assert_allclose(tiled, jnp.broadcast_to(alone, (1, 6, 8)), atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{"stem": "cnn"}, {"stem": "conv", "patch_size": 12, "image_size": 24}])
+def test_a_stem_that_cannot_be_built_is_refused(arguments):
+    sizes = {"image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, **arguments}
+    with pytest.raises(ValueError, match="stem"):
+        VisionTransformer(**sizes)

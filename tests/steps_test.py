@@ -6,12 +6,12 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from configs_test import FOLDER, presets
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.tasks import finetune, inputs, mim, vqkd
 from beitv2_jax.training import loop, optim, sharding, state
-from configs_test import FOLDER, presets
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
 BUILDERS = {"finetune": finetune.build, "vqkd": vqkd.build, "mim": mim.build}
@@ -121,6 +121,19 @@ def block(width, mlp_dim, layer_scale):
     return 4 * width + attention + mlp + (2 * width if layer_scale else 0)
 
 
+def patch_embedding(part):
+    """One linear map, or 3x3 convolutions of doubling width down to one token and a linear map."""
+    if part.stem == "linear":
+        return linear(3 * part.patch_size**2, part.width)
+    total, channels = linear(part.width, part.width), 3
+    side = part.patch_size
+    while side > 1:
+        out = part.width * 2 // side
+        total += linear(9 * channels, out)
+        channels, side = out, side // 2
+    return total
+
+
 def expected_parameters(config):
     """Count the trainable numbers by arithmetic from the facts' shapes."""
     model, size = config.model, config.views.image_size
@@ -128,15 +141,18 @@ def expected_parameters(config):
         encoder, decoder = model.encoder, model.decoder
         tokens = (size // encoder.patch_size) ** 2 + 1
         total = 0
-        for part, fan_in in ((encoder, 3 * encoder.patch_size**2), (decoder, model.code_dim)):
-            total += linear(fan_in, part.width) + (1 + tokens) * part.width + 2 * part.width
+        for part, embedding in (
+            (encoder, patch_embedding(encoder)),
+            (decoder, linear(model.code_dim, decoder.width)),
+        ):
+            total += embedding + (1 + tokens) * part.width + 2 * part.width
             total += part.depth * block(part.width, part.mlp_dim, layer_scale=False)
         total += linear(encoder.width, encoder.width) + linear(encoder.width, model.code_dim)
         return total + linear(decoder.width, decoder.width) + linear(decoder.width, TEACHER_WIDTH)
     side = size // model.patch_size
     table = ((2 * side - 1) ** 2 + 3) * model.num_heads
     one = block(model.width, model.mlp_dim, layer_scale=bool(model.get("layer_scale_init", 0.1)))
-    total = linear(3 * model.patch_size**2, model.width) + model.width + model.depth * one  # patches, [CLS], blocks
+    total = patch_embedding(model) + model.width + model.depth * one  # patches, [CLS], blocks
     total += {"relative_shared": table, "relative": model.depth * table, "absolute": (side**2 + 1) * model.width}[
         model.position
     ]

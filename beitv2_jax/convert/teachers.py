@@ -16,7 +16,8 @@ def load_teacher(
     """Return the teacher at path `weights` and its params (NumPy).
 
     `weights` is the working directory of a 'finetune' run, which knows its heads and its input range, or a timm-format
-    .npz or .safetensors file, for which `num_heads` (0: heads of 64) and `normalization` are taken. `dtype` is that of its matrix products.
+    .npz or .safetensors file, for which `num_heads` (0: heads of 64) and `normalization` are taken. `dtype` is that of
+    its matrix products.
 
     Raises:
         UserError: nothing usable at `weights`, weights for another image size, or an unknown normalization.

@@ -130,6 +130,7 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     if directory.exists():
         return directory
     logging.info("Drawing the embedded data set into %s (only this once)", directory)
+    logging.info("drawing the embedded data set '%s' into %s (once) ...", config, directory)
     tfds.disable_progress_bar()  # one bar of ours says more than its four
     try:
         # its words on stdout speak of a download

@@ -40,6 +40,7 @@ class Classifier(nn.Module):
     head_init_scale: float = 0.001
     qkv_bias: str = "qv"
     norm_eps: float = 1e-6
+    stem: str = "linear"
     dtype: Any = "float32"
     remat: bool = False
 
@@ -61,6 +62,7 @@ class Classifier(nn.Module):
             drop_path_rate=self.drop_path_rate,
             qkv_bias=self.qkv_bias,
             norm_eps=self.norm_eps,
+            stem=self.stem,
             dtype=self.dtype,
             remat=self.remat,
         )

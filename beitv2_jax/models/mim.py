@@ -60,6 +60,7 @@ class MaskedImageModel(nn.Module):
     early_layer: int = 9
     head_depth: int = 2
     shared_head: bool = True
+    stem: str = "linear"
     dtype: Any = "float32"
     remat: bool = False
 
@@ -83,6 +84,7 @@ class MaskedImageModel(nn.Module):
             drop_path_rate=self.drop_path_rate,
             mask_token=True,
             param_init="clipped",
+            stem=self.stem,
             dtype=self.dtype,
             remat=self.remat,
         )
