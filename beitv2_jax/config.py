@@ -32,6 +32,7 @@ _CHOICES = {
     "model.position": ("absolute", "relative_shared", "relative", "none"),
     "model.pooling": ("mean", "cls"),
     "model.stem": ("linear", "conv"),
+    "model.param_init": ("normal", "clipped", "scaled"),
     "model.encoder.stem": ("linear", "conv"),
     "efficiency.dtype": ("float32", "bfloat16", "float16"),
     "output.dtype": ("float32", "float16"),

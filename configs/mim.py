@@ -121,6 +121,7 @@ def get_config(arg=""):
                 "mlp_dim": 3072,
                 "codebook_size": 8192,  # that of the tokenizer
                 "position": "relative_shared",
+                "param_init": "clipped",  # as released; 'scaled' by the fan-in suits widths far below 768
                 "layer_scale_init": 0.1,
                 "drop_path_rate": 0.1,
                 "patch_aggregation": True,

@@ -60,6 +60,7 @@ class MaskedImageModel(nn.Module):
     early_layer: int = 9
     head_depth: int = 2
     shared_head: bool = True
+    param_init: str = "clipped"
     stem: str = "linear"
     dtype: Any = "float32"
     remat: bool = False
@@ -83,7 +84,7 @@ class MaskedImageModel(nn.Module):
             layer_scale_init=self.layer_scale_init,
             drop_path_rate=self.drop_path_rate,
             mask_token=True,
-            param_init="clipped",
+            param_init=self.param_init,
             stem=self.stem,
             dtype=self.dtype,
             remat=self.remat,
@@ -134,4 +135,6 @@ class MaskedImageModel(nn.Module):
 
     @nn.nowrap
     def _output_layer(self) -> Linear:
-        return Linear(self.codebook_size, param_init="clipped", dtype=jnp.dtype(self.dtype), out_dtype=jnp.float32)
+        return Linear(
+            self.codebook_size, param_init=self.param_init, dtype=jnp.dtype(self.dtype), out_dtype=jnp.float32
+        )

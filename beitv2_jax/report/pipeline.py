@@ -22,7 +22,7 @@ def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
     for name, stage in stages.items():
         if stage.stage == "tokenize":
             source = open_source(stage.data.source, stage.data.eval_split, stage.data.data_dir)
-            reader = TargetReader(os.path.join(workdir, name, "centre"), stage.data.eval_split)
+            reader = TargetReader(os.path.join(workdir, name, "centre"), source.split)
             draw_code_rows(source, reader, os.path.join(workdir, "codes.png"))
             text += "\nThe 16 most used codes on the evaluation images, one row each:\n\n![codes](codes.png)\n"
     with open(os.path.join(workdir, "report.md"), "w") as file:
