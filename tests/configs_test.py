@@ -115,6 +115,7 @@ def test_published_vqkd_recipe():
     }
     assert config.model.encoder.to_dict() == {
         "patch_size": 16,
+        "stem": "linear",
         "width": 768,
         "depth": 12,
         "num_heads": 12,
@@ -149,12 +150,14 @@ def test_published_mim_recipe():
     assert config.masking.to_dict() == {"num_masked": 75, "min_patches": 16, "max_patches": 0}
     assert config.model.to_dict() == {
         "patch_size": 16,
+        "stem": "linear",
         "width": 768,
         "depth": 12,
         "num_heads": 12,
         "mlp_dim": 3072,
         "codebook_size": 8192,
         "position": "relative_shared",
+        "param_init": "clipped",
         "layer_scale_init": 0.1,
         "drop_path_rate": 0.1,
         "patch_aggregation": True,

@@ -137,7 +137,7 @@ def test_tfds_opens_the_stores(pipeline):
     for name, feature, dtype in (("extract", "teacher_features", np.float32), ("tokenize", "code_ids", np.uint16)):
         source = tfds.builder_from_directory(os.path.join(workdir, name, "views")).as_data_source("train")
         assert len(source) == 26
-        assert source[0][feature].dtype == dtype and source[0][feature].shape[:2] == (1, 36)
+        assert source[0][feature].dtype == dtype and source[0][feature].shape[:2] == (1, 16)
 
 
 def test_stored_features_follow_the_view(pipeline, image_folder):
@@ -150,7 +150,7 @@ def test_stored_features_follow_the_view(pipeline, image_folder):
     source, _ = inputs.open_sources(config)
     iterator = inputs.train_batches(config, source)(0, 1)
     batch = next(iterator)
-    teacher, params = load_teacher(os.path.join(workdir, "teacher"), image_size=96)
+    teacher, params = load_teacher(os.path.join(workdir, "teacher"), image_size=64)
     expected = np.asarray(teacher.features(params, batch["images"]))
     reader = TargetReader(os.path.join(workdir, "extract", "views"), "train")
     stored = [reader[int(i), int(v)] for i, v in zip(batch["example_ids"], batch["views"], strict=True)]
@@ -180,8 +180,8 @@ def test_an_image_size_that_the_patches_do_not_divide_is_refused(image_folder, t
 
 def test_more_masked_patches_than_patches_are_refused(image_folder, tmp_path):
     config = stage_config(image_folder, str(tmp_path), "mim")
-    config.masking.num_masked = 37
-    refused(config, str(tmp_path / "run"), "num_masked=37.*36 patches")
+    config.masking.num_masked = 17
+    refused(config, str(tmp_path / "run"), "num_masked=17.*16 patches")
 
 
 def test_a_teacher_of_another_grid_is_refused(pipeline, image_folder, tmp_path):
@@ -189,7 +189,7 @@ def test_a_teacher_of_another_grid_is_refused(pipeline, image_folder, tmp_path):
     config = stage_config(image_folder, workdir, "vqkd")
     config.teacher.update(features="", weights=os.path.join(workdir, "teacher"))
     config.model.encoder.patch_size = 32
-    refused(config, str(tmp_path / "run"), "6x6 grid.*3x3 patches")
+    refused(config, str(tmp_path / "run"), "4x4 grid.*2x2 patches")
 
 
 def test_a_store_of_another_grid_or_other_views_is_refused(pipeline, image_folder, tmp_path):
