@@ -198,7 +198,7 @@ def test_a_store_of_another_grid_or_other_views_is_refused(pipeline, image_folde
     config.model.encoder.patch_size = 32
     refused(config, str(tmp_path / "run"), "grid")
     config = stage_config(image_folder, workdir, "vqkd")
-    config.views.min_scale = 0.5
+    config.views.min_scale *= 0.9
     refused(config, str(tmp_path / "run"), "min_scale")
 
 
