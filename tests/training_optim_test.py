@@ -74,7 +74,8 @@ def test_schedule_peaks_starts_at_zero_and_never_leaves_its_bounds(warmup_steps,
         warmup_steps=warmup_steps,
         num_steps=warmup_steps + after,
     )
-    assert rates[warmup_steps] == rates.max() == pytest.approx(peak_lr, rel=1e-15)
+    # the cosine form reaches the peak as min + (peak - min), which may round by one unit in the last place
+    assert rates[warmup_steps] == pytest.approx(rates.max(), rel=1e-15) == pytest.approx(peak_lr, rel=1e-15)
     if warmup_steps:
         assert rates[0] == 0.0
     assert (np.diff(rates[:warmup_steps]) > 0).all() and (np.diff(rates[warmup_steps:]) <= 0).all()
