@@ -10,9 +10,14 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from absl import flags
+
+# the same examples in every run: a failure is one of the change, not of the draw
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
