@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from testing import quick_jit
 
 from beitv2_jax.convert.teachers import load_teacher
 from beitv2_jax.errors import UserError
@@ -19,9 +20,6 @@ GOLDEN = Path(__file__).parent / "golden" / "timm_vit.npz"
 MODEL = dict(
     patch_size=2, width=10, depth=2, num_heads=5, mlp_dim=7, num_classes=3, position="absolute", drop_path_rate=0.2
 )
-
-# compiling is what takes the time here
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The tokenizer and its quantizer against the released code (tests/golden/README.md)."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import quick_jit
 
 from beitv2_jax.convert.official import from_official
 from beitv2_jax.models import quantizer as q
@@ -16,8 +16,6 @@ from beitv2_jax.models.vqkd import VQKD
 
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS, GRADIENTS = 1e-5, 2e-5
-# compiling is what takes the time here
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def load(name):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import quick_jit
 
 from beitv2_jax.convert.timm import vit_from_timm
 from beitv2_jax.models.classifier import Classifier
@@ -16,8 +17,6 @@ from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize
 from beitv2_jax.models.teachers import KINDS, Teacher, vit_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
-# compiling is what takes the time here
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def load(name):

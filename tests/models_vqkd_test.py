@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import quick_jit
 
 from beitv2_jax.models.quantizer import l2_normalise
 from beitv2_jax.models.vqkd import VQKD
 
 BATCH, IMAGE_SIZE, PATCHES = 2, 15, 9
 CODES, CODE_DIM, TEACHER = 17, 7, 13
-# compiling is what takes the time here
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def build(**changes):

@@ -95,7 +95,7 @@ def check(config):
     assert shapes(after) == shapes(before)
     assert {"loss", "grad_norm", "learning_rate", "nonfinite_steps"} <= set(metrics)
     assert all(value.shape == () for value in metrics.values())
-    assert inputs.count_parameters(before.params) == expected_parameters(config)
+    assert count_parameters(before.params) == expected_parameters(config)
 
 
 @pytest.mark.parametrize(("name", "arg"), TRAINED)
@@ -108,6 +108,10 @@ def test_the_steps_of_every_pipeline(name, arg):
     stages = config_lib.load(f"{FOLDER / name}.py:{arg}").stages
     for stage in (stage for stage in stages.values() if stage.stage in BUILDERS):
         check(stored(stage))
+
+
+def count_parameters(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def linear(inputs_, outputs):
@@ -182,4 +186,4 @@ def test_without_aggregation_the_model_is_beit_v1():
     shapes = jax.eval_shape(
         functools.partial(model.init, num_masked=75), jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask
     )
-    assert inputs.count_parameters(shapes["params"]) == 91_965_776
+    assert count_parameters(shapes["params"]) == 91_965_776

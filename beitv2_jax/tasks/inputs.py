@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -152,8 +151,3 @@ def eval_masks(config, grid: tuple[int, int], masking: dict) -> Callable[[dict],
         return {"mask": np.stack([block_mask(rng, grid, **masking).reshape(-1) for rng in rngs])}
 
     return extra
-
-
-def count_parameters(params: PyTree) -> int:
-    """Return the number of trainable numbers in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -13,7 +13,7 @@ from beitv2_jax.data.targets import code_id_dtype
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import inputs, vqkd
 from beitv2_jax.tasks.api import StoreTask
 from beitv2_jax.typing import CodeIds, Images, PyTree
 
@@ -55,12 +55,7 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
             "one of the two image sizes is a slip.",
             f"--config.views.image_size={trained.views.image_size}",
         )
-    model = VQKD(
-        image_size=image_size,
-        teacher_width=run.params["decode_task"]["fc2"]["kernel"].shape[-1],
-        dtype=dtype,
-        **trained.model.to_dict(),
-    )
+    model = vqkd.make_model(trained, run.params["decode_task"]["fc2"]["kernel"].shape[-1], dtype=dtype)
     side = image_size // trained.model.encoder.patch_size
     tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)
     return tokenizer, {"params": run.params, "codebook": run.codebook}

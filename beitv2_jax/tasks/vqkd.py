@@ -19,12 +19,13 @@ from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.losses import cosine_distillation
 
 
-def make_model(config, teacher_width: int) -> VQKD:
+def make_model(config, teacher_width: int, *, dtype: str, remat: bool = False) -> VQKD:
     """Build the tokenizer model described by a vqkd config; `teacher_width` is the width of its targets."""
     return VQKD(
         image_size=config.views.image_size,
         teacher_width=teacher_width,
-        **config.efficiency,
+        dtype=dtype,
+        remat=remat,
         **config.model.to_dict(),
     )
 
@@ -46,7 +47,7 @@ def build(config) -> Task:
         teacher, frozen["teacher"] = load_teacher(**inputs.teacher_arguments(config))
         inputs.check_grid(teacher, grid, config)
         teacher_width = teacher.width
-    model = make_model(config, teacher_width)
+    model = make_model(config, teacher_width, **config.efficiency)
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
 
     def targets(frozen, batch):
