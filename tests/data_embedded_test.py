@@ -125,7 +125,7 @@ def test_a_broken_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         embedded.prepare(tmp_path, "tiny")
     assert not list(tmp_path.rglob("*.array_record*"))
-    assert not list(tmp_path.glob("*/tiny/1.0.0"))
+    assert not list(tmp_path.glob("*/tiny/1.1.0"))
 
 
 def test_unknown_config_is_explained(tmp_path):

@@ -47,8 +47,8 @@ class Beitv2Scenes(tfds.core.GeneratorBasedBuilder):
     """Write the scenes as a TFDS data set in ArrayRecord form; `prepare` is the short way."""
 
     name = "beitv2_scenes"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Stronger light and backgrounds, more places: raw pixels tell less."}  # noqa: RUF012
     BUILDER_CONFIGS = [  # noqa: RUF012
         ScenesConfig(name="scenes", description="8 000 + 1 000 scenes", num_train=8000, num_test=1000),
         ScenesConfig(name="tiny", description="400 + 100 scenes, for smoke tests", num_train=400, num_test=100),
@@ -129,7 +129,6 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     directory = pathlib.Path(builder.data_path)
     if directory.exists():
         return directory
-    logging.info("Drawing the embedded data set into %s (only this once)", directory)
     logging.info("drawing the embedded data set '%s' into %s (once) ...", config, directory)
     tfds.disable_progress_bar()  # one bar of ours says more than its four
     try:

@@ -34,7 +34,7 @@ class Scene(NamedTuple):
 def _surface(rng: np.random.Generator) -> UInt8[np.ndarray, "96 96 3"]:
     """One ground or sky: two tones of one natural hue (or, at times, any) blended by fractal noise and a gradient."""
     hue = rng.choice(_HUES) if rng.random() < 0.6 else rng.random()
-    first, second = (random_color(rng, hue, luma=(0.35, 0.58), saturation=0.45) for _ in range(2))
+    first, second = (random_color(rng, hue, luma=(0.15, 0.7), saturation=0.5) for _ in range(2))
     second = mix(first, second, rng.uniform(0.3, 0.8))
     share = drawing.noise(rng, IMAGE_SIZE, grain=int(rng.choice([0, 0, 0, 1, 1, 2]))) * rng.uniform(50, 150)
     slope = np.linspace(64, 192, IMAGE_SIZE, dtype=np.float32) * rng.uniform(-0.8, 0.8)
@@ -123,13 +123,13 @@ def _draw_distractor(canvas: Image.Image, rng: np.random.Generator, reach: float
 
 def _object_pose(rng: np.random.Generator, tilt: float) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
     """Choose size, flip, tilt (up to `tilt` degrees), shear, stretch and place of the object, in canvas pixels."""
-    half = 0.5 * CANVAS_SIZE * rng.uniform(0.6, 0.88)
+    half = 0.5 * CANVAS_SIZE * rng.uniform(0.58, 0.88)
     angle = np.radians(tilt) * rng.uniform(-1, 1)
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     shear = np.array([[1.0, rng.uniform(-0.15, 0.15)], [rng.uniform(-0.08, 0.08), 1.0]])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = half * turn @ shear @ np.diag([rng.choice([-1, 1]) * stretch, 1 / stretch])
-    slack = max(0.0, CANVAS_SIZE / 2 - 0.65 * half)
+    slack = max(0.0, CANVAS_SIZE / 2 - 0.55 * half)
     return matrix, CANVAS_SIZE / 2 + rng.uniform(-slack, slack, 2)
 
 
@@ -166,7 +166,7 @@ def _light(
     shade += rng.uniform(0.05, 0.2) * drawing.noise(rng, IMAGE_SIZE, grain=1)
     shadow = 1 - rng.uniform(0.0, 0.4) * _shifted(soft, -dx, -dy)
     factor = visible * shade + (1 - visible) * shadow
-    factor *= 1 + rng.uniform(0.0, 0.2) * drawing.noise(rng, IMAGE_SIZE, grain=0)
+    factor *= 1 + rng.uniform(0.2, 0.8) * drawing.noise(rng, IMAGE_SIZE, grain=0)
     tint = rng.uniform(0.85, 1.12, 3).astype(np.float32) * rng.uniform(0.85, 1.15)
     image = pixels[..., :3] * factor[..., None] * tint
     grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32) * rng.uniform(0.0, 2.0)

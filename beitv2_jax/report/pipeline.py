@@ -69,9 +69,8 @@ def _mim(figures: dict, stage) -> list[str]:
 def _probe(figures: dict, stage) -> list[str]:
     lines = []
     for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
-        lines.append(
-            f"{name.replace('/', ' ')}: linear {figures[f'{name}/linear']:.1%}, kNN {figures[f'{name}/knn']:.1%}"
-        )
+        title = "raw pixels" if name == "pixels/pixels" else name.replace("/", " ")
+        lines.append(f"{title}: linear {figures[f'{name}/linear']:.1%}, kNN {figures[f'{name}/knn']:.1%}")
     return lines
 
 
