@@ -8,6 +8,9 @@ Published nothing: the released code runs the teacher inside every training step
 Storage   a view of ImageNet-1k takes 196 x 512 half-precision numbers an image: 257 GB
 
 Presets
+  augreg      what the weights of timm's AugReg networks leave open; OpenAI CLIP, DINOv2 and SigLIP leave nothing
+  dino        the same of DINO and DeiT
+  openclip    the same of OpenCLIP
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images)
   smoke       one view of generated pictures
 """
@@ -15,6 +18,18 @@ Presets
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets
+
+
+def augreg(config):
+    config.teacher.normalization = "half"
+
+
+def dino(config):
+    config.teacher.normalization = "imagenet"
+
+
+def openclip(config):
+    config.teacher.activation = "gelu"
 
 
 def imagenette(config):
@@ -31,7 +46,7 @@ def smoke(config):
     config.efficiency.dtype = "float32"
 
 
-PRESETS = {"imagenette": imagenette, "smoke": smoke}
+PRESETS = {"augreg": augreg, "dino": dino, "openclip": openclip, "imagenette": imagenette, "smoke": smoke}
 
 
 def get_config(arg=""):
@@ -55,9 +70,14 @@ def get_config(arg=""):
                 "color_jitter": 0.0,
             },
             "teacher": {
-                "weights": "",  # required: a run directory of the finetune stage or a timm file
-                "num_heads": 0,  # 0: as the weights' own description says
-                "normalization": "clip",
+                "weights": "",  # required: weights of a published network, or a run directory of ours
+                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
+                "normalization": "",  # range of its input
+                "output": "",  # 'projected' or 'tokens'
+                "activation": "",
+                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
+                "position_resize": "",  # how its position embeddings reach another grid
+                "tokenizer_patch_size": 16,  # features come on the tokenizer's grid
             },
             "output": {"dtype": "float16"},
             "run": {"batch_size": 1024},

@@ -76,9 +76,13 @@ def get_config(arg=""):
                 "num_threads": 16,
             },
             "teacher": {
-                "weights": "",  # required: a timm file, or a run directory of the finetune stage
-                "num_heads": 0,  # 0: as the weights' own description says
-                "normalization": "clip",
+                "weights": "",  # required: weights of a published network, or a run directory of ours
+                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
+                "normalization": "",  # range of its input
+                "output": "",  # 'projected' or 'tokens'
+                "activation": "",
+                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
+                "position_resize": "",  # how its position embeddings reach another grid
             },
             "tokenizer_views": {
                 "image_size": 224,
@@ -109,7 +113,10 @@ def get_config(arg=""):
     for stage in (stages.tokenize, stages.mim):
         link(stage.views, config.mim_views)
     stages.probe.views.image_size = config.mim_views.get_oneway_ref("image_size")
-    link(stages.extract.teacher, config.teacher)
+    for stage in (stages.extract, stages.vqkd):
+        link(stage.teacher, config.teacher)
+    stages.vqkd.teacher.weights = ""
+    stages.extract.teacher.tokenizer_patch_size = stages.vqkd.model.encoder.get_oneway_ref("patch_size")
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"

@@ -101,7 +101,20 @@ def test_activations_are_the_exact_ones():
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     erf = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
     np.testing.assert_allclose(layers.ACTIVATIONS["gelu"](x), erf, atol=1e-6)  # the tanh form is 5e-4 off
+    tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(layers.ACTIVATIONS["gelu_tanh"](x), tanh, atol=1e-6)
     np.testing.assert_allclose(layers.ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+
+
+def test_a_gated_mlp_multiplies_values_by_the_silu_of_the_gate():
+    inputs = np.asarray(tokens(shape=(2, 3, 5)))
+    module = layers.Mlp(7, "swiglu")
+    params = drawn_variables(module, inputs)["params"]
+    assert params["fc1"]["kernel"].shape == (5, 14) and params["fc2"]["kernel"].shape == (7, 5)
+    expanded = inputs @ params["fc1"]["kernel"] + params["fc1"]["bias"]
+    gate, values = expanded[..., :7], expanded[..., 7:]
+    expected = (gate / (1 + np.exp(-gate)) * values) @ params["fc2"]["kernel"] + params["fc2"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, inputs), expected, atol=1e-4)
 
 
 def test_layer_norm_uses_its_epsilon_and_float32():

@@ -71,3 +71,22 @@ def test_order_matters_and_is_per_image():
     factors = np.full((2, 3), 1.8, np.float32)
     first, second = np.asarray(jitter(images, factors, np.array([[0, 1, 2], [2, 1, 0]], np.int32)))
     assert np.abs(first - second).max() > 5
+
+
+@pytest.mark.parametrize("size", [9, 14, 31, 40])
+def test_resize_is_pillow_s_bicubic_before_rounding(size):
+    images = 80 + random_images(3, (2, 31, 31, 3)) // 3  # Pillow cuts at 0 and 255 after each of its two passes
+    resized = np.asarray(jax.jit(preprocess.resize, static_argnums=1)(images, size))
+    expected = [np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC)) for image in images]
+    assert resized.dtype == np.float32 and resized.min() >= 0.0 and resized.max() <= 255.0
+    # it rounds after each of them
+    assert np.abs(resized - np.stack(expected)).max() < 1.5
+    assert np.abs(np.round(resized) - np.stack(expected)).mean() < 0.3
+    if size == 31:
+        np.testing.assert_array_equal(resized, images)
+
+
+def test_resize_stays_within_the_levels():
+    images = 255 * (np.indices((8, 8)).sum(axis=0) % 8 > 3).astype(np.uint8)[None, :, :, None].repeat(3, axis=-1)
+    resized = np.asarray(preprocess.resize(images, 20))
+    assert resized.min() == 0.0 and resized.max() == 255.0

@@ -115,6 +115,35 @@ def test_cls_token_comes_first():
     assert jnp.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
 
 
+def test_registers_stand_between_cls_and_patches_and_have_no_position():
+    model = VisionTransformer(SIZE, PATCH, WIDTH, 0, HEADS, MLP_DIM, num_registers=2)  # no block: the embedded tokens
+    params = drawn_variables(model, images())["params"]
+    assert model.num_prefix_tokens == 3
+    chex.assert_shape(params["register_tokens"], (1, 2, WIDTH))
+    chex.assert_shape(params["pos_embed"], (1, 1 + NUM_PATCHES, WIDTH))
+
+    tokens = model.apply({"params": params}, images()).tokens
+    chex.assert_shape(tokens, (BATCH, 3 + NUM_PATCHES, WIDTH))
+    np.testing.assert_array_equal(tokens[:, 1:3], jnp.broadcast_to(params["register_tokens"], (BATCH, 2, WIDTH)))
+    plain = model.clone(num_registers=0).apply({"params": params}, images()).tokens
+    np.testing.assert_array_equal(jnp.delete(tokens, jnp.array([1, 2]), axis=1), plain)
+
+
+def test_without_a_class_token_only_patches_are_left():
+    model = build(class_token=False)
+    params = drawn_variables(model, images())["params"]
+    assert model.num_prefix_tokens == 0 and "cls_token" not in params
+    chex.assert_shape(params["pos_embed"], (1, NUM_PATCHES, WIDTH))
+    chex.assert_shape(quick_jit(model.apply)({"params": params}, images()).tokens, (BATCH, NUM_PATCHES, WIDTH))
+
+
+@pytest.mark.parametrize("other", [{"class_token": False}, {"num_registers": 1}])
+@pytest.mark.parametrize("position", ["relative", "relative_shared"])
+def test_relative_positions_know_cls_and_patches_only(position, other):
+    with pytest.raises(ValueError, match=position):
+        build(position=position, **other)
+
+
 def test_only_training_is_random():
     model = build(drop_path_rate=0.9)
     variables = drawn_variables(model, images())

@@ -1,7 +1,8 @@
-"""Read what an earlier run left in its working directory: resolved config, weights and codebook.
+"""What a run left in its working directory: resolved config, weights and codebook.
 
 Used wherever one stage builds on another (tokenizer, teacher, backbone). Only the items 'params' and 'codebook' of the
-newest checkpoint are read, as NumPy arrays, so the optimizer state and the devices of that run do not matter.
+newest checkpoint are read, as NumPy arrays, so the optimizer state and the devices of that run do not matter. Converted
+weights are written in the same form.
 """
 
 import dataclasses
@@ -60,6 +61,19 @@ def read_run(workdir: str) -> Run:
         params=_read_item(Path(newest.path) / "params"),
         codebook=_read_item(Path(newest.path) / "codebook"),
     )
+
+
+def write_run(workdir: str, config: dict, variables: dict[str, PyTree]) -> None:
+    """Write a directory that `read_run` reads: `config` and, as step 0, the params and the codebook (if any).
+
+    It holds no optimizer state and no data position, so that no training can continue in it.
+    """
+    directory = Path(workdir).absolute()
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    items = {name: variables[name] for name in ("params", "codebook") if variables.get(name)}
+    with ocp.CheckpointManager(directory / "checkpoints") as manager:
+        manager.save(0, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
 
 
 def weights_hash(tree: PyTree) -> str:

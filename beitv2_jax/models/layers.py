@@ -19,6 +19,7 @@ INIT_STD = 0.02
 QKV_BIASES = ("qv", "full", "none")
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
@@ -185,7 +186,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Apply two linear maps with an activation between them."""
+    """Apply two linear maps with an activation between them.
+
+    With `activation` 'swiglu' the first map is twice as wide, a gate g and values v, and silu(g) · v goes on.
+    """
 
     mlp_dim: int
     activation: str = "gelu"
@@ -195,8 +199,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Tokens:
-        expanded = Linear(self.mlp_dim, True, self.param_init, dtype=self.dtype, name="fc1")(tokens)
-        activated = ACTIVATIONS[self.activation](expanded)
+        gated = self.activation == "swiglu"
+        fan_out = 2 * self.mlp_dim if gated else self.mlp_dim
+        expanded = Linear(fan_out, True, self.param_init, dtype=self.dtype, name="fc1")(tokens)
+        if gated:
+            gate, values = jnp.split(expanded, 2, axis=-1)
+            activated = jax.nn.silu(gate) * values
+        else:
+            activated = ACTIVATIONS[self.activation](expanded)
         return Linear(tokens.shape[-1], True, self.param_init, self.init_scale, self.dtype, name="fc2")(activated)
 
 

@@ -60,6 +60,7 @@ class MaskedImageModel(nn.Module):
     early_layer: int = 9
     head_depth: int = 2
     shared_head: bool = True
+    norm_eps: float = 1e-6
     param_init: str = "clipped"
     stem: str = "linear"
     dtype: Any = "float32"
@@ -84,12 +85,13 @@ class MaskedImageModel(nn.Module):
             layer_scale_init=self.layer_scale_init,
             drop_path_rate=self.drop_path_rate,
             mask_token=True,
+            norm_eps=self.norm_eps,
             param_init=self.param_init,
             stem=self.stem,
             dtype=self.dtype,
             remat=self.remat,
         )
-        self.norm = LayerNorm()
+        self.norm = LayerNorm(self.norm_eps)
         self.lm_head = self._output_layer()
         if self.patch_aggregation:
             head_end = self.early_layer + self.head_depth
@@ -99,7 +101,7 @@ class MaskedImageModel(nn.Module):
                 for index in range(self.early_layer, head_end)
             ]
             if not self.shared_head:
-                self.aggregation_norm = LayerNorm()
+                self.aggregation_norm = LayerNorm(self.norm_eps)
                 self.aggregation_lm_head = self._output_layer()
 
     def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> MIMOutput:

@@ -1,5 +1,6 @@
 """Per-pixel work done on the device inside the step: uint8 images in, each network's input range out."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,18 @@ NORMALIZATIONS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (CLIP_MEAN,
 def normalize(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b H W 3"]:
     """Return (images/255 − mean)/std in float32; images are 0..255, mean and std on the scale 0..1."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def resize(images: Images, size: int) -> Float[Array, "b size size 3"]:
+    """Return square images of `size` pixels, float32 0..255: cubic interpolation, antialiased where they shrink.
+
+    Equal to Pillow's bicubic resize up to its rounding to whole levels; images of that size pass unchanged.
+    """
+    images = images.astype(jnp.float32)
+    if images.shape[1] == size:
+        return images
+    resized = jax.image.resize(images, (images.shape[0], size, size, images.shape[-1]), "cubic")
+    return jnp.clip(resized, 0.0, 255.0)
 
 
 def to_unit_range(images: Images) -> Float[Array, "b H W 3"]:

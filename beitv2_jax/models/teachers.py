@@ -1,96 +1,114 @@
 """Frozen networks whose patch features the tokenizer learns to reconstruct.
 
-A teacher takes the views as they come (uint8 pixels) and normalises them itself. Its weights are passed in with every
-call, so that the training room can place them on devices.
+A teacher takes the views as they come (uint8 pixels), brings them to its own input size and range, and returns one
+feature per patch of the tokenizer. Its weights are passed in with every call, so that the training room can place them
+on devices.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.layers import LayerNorm
-from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize
+from beitv2_jax.models.layers import LayerNorm, Linear
+from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, resize
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import ByteImages, Images, PyTree, TeacherFeatures, Tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A frozen network as a function from pixels to patch features.
 
-    `weights_hash` identifies the weights that belong to it; `normalization` names its input range (`preprocess`);
-    `tokens(params, images)` gives all its tokens, [CLS] first, for normalised images.
+    Attributes:
+        name: of the weights, for logs and stores.
+        weights_hash: identifies the weights that belong to it.
+        choices: how it is used (normalization, output, ...), for the card of a feature store.
+        normalization: name of its input range (`preprocess`).
+        image_size: pixels of the views it is given.
+        input_size: pixels of the images its network sees; views of another size are resized.
+        network_grid: rows and columns of its network's patches.
+        grid: rows and columns of the features it returns; those of another network grid are resampled.
+        width: numbers in a feature.
+        num_prefix_tokens: tokens in front of the patches.
+        tokens: (params, normalised images) -> all its tokens.
     """
 
     name: str
+    weights_hash: str
+    choices: dict[str, Any]
+    normalization: str
     image_size: int
+    input_size: int
+    network_grid: tuple[int, int]
     grid: tuple[int, int]
     width: int
-    weights_hash: str
-    normalization: str
+    num_prefix_tokens: int
     tokens: Callable[[PyTree, Images], Tokens]
 
     def features(self, params: PyTree, images: ByteImages) -> TeacherFeatures:
-        """Return the patch features of pixels 0..255, not normalised; [CLS] is dropped and no gradient passes.
+        """Return the patch features of pixels 0..255, not normalised, float32; no gradient passes.
 
         Raises:
             ValueError: images of another size than `image_size`.
         """
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of shape {images.shape} do not fit a teacher built for "
+                f"(batch, {self.image_size}, {self.image_size}, channels)"
+            )
+        images = resize(images, self.input_size)
         tokens = self.tokens(params, normalize(images, *NORMALIZATIONS[self.normalization]))
-        return jax.lax.stop_gradient(tokens[:, 1:].astype(jnp.float32))
+        features = tokens[:, self.num_prefix_tokens :].astype(jnp.float32)
+        return jax.lax.stop_gradient(_resample(features, self.network_grid, self.grid))
+
+
+def _resample(
+    features: TeacherFeatures, source: tuple[int, int], target: tuple[int, int]
+) -> Float[Array, "b n_target t"]:
+    """Return features on another grid: cubic interpolation, antialiased where the grid shrinks."""
+    if source == target:
+        return features
+    batch, _, width = features.shape
+    maps = jax.image.resize(features.reshape(batch, *source, width), (batch, *target, width), "cubic")
+    return maps.reshape(batch, -1, width)
 
 
 class NormalisedViT(nn.Module):
-    """A transformer and its final norm over every token."""
+    """A transformer and its final norm over every token, and a linear map of them all if `projection_dim` is not 0.
+
+    `vit` holds the arguments of `VisionTransformer`.
+    """
 
     vit: dict
+    projection_dim: int = 0
 
     @nn.compact
     def __call__(self, images: Images) -> Tokens:
         backbone = VisionTransformer(**self.vit, name="backbone")
-        return LayerNorm(backbone.norm_eps, name="norm")(backbone(images).tokens)
+        tokens = LayerNorm(backbone.norm_eps, name="norm")(backbone(images).tokens)
+        if not self.projection_dim:
+            return tokens
+        dtype = jnp.dtype(backbone.dtype)
+        return Linear(self.projection_dim, False, dtype=dtype, out_dtype=jnp.float32, name="projection")(tokens)
 
 
-def vit_teacher(*, name: str, weights_hash: str, normalization: str, arguments: dict) -> Teacher:
-    """Build a teacher from a transformer and its final norm; `arguments` are those of `VisionTransformer`.
+def vit_tokens(arguments: dict, projection_dim: int = 0) -> Callable[[PyTree, Images], Tokens]:
+    """Return (params, images) -> normalised tokens of a transformer; params are those of `NormalisedViT`.
 
-    Its params are {'backbone': ..., 'norm': ...}.
-
-    Source: the DINO teacher of the released code, which reads the normalised tokens of the last block.
+    Source: the released teachers. DINO's features are the normalised tokens of the last block; CLIP's go through the
+    projection that was trained for [CLS].
     """
-    model = NormalisedViT(arguments)
-    return Teacher(
-        name=name,
-        weights_hash=weights_hash,
-        normalization=normalization,
-        tokens=lambda params, images: model.apply({"params": params}, images),
-        **_sizes(arguments),
-    )
+    model = NormalisedViT(arguments, projection_dim)
+    return lambda params, images: model.apply({"params": params}, images)
 
 
-def classifier_teacher(*, name: str, weights_hash: str, normalization: str, arguments: dict) -> Teacher:
-    """Build a teacher from a classifier of ours: the tokens in front of its head, normalised.
-
-    `arguments` are those of `Classifier`.
-    """
+def classifier_tokens(arguments: dict) -> Callable[[PyTree, Images], Tokens]:
+    """Return (params, images) -> normalised tokens in front of the head of a `Classifier` with these arguments."""
     model = Classifier(**arguments)
-    return Teacher(
-        name=name,
-        weights_hash=weights_hash,
-        normalization=normalization,
-        tokens=lambda params, images: model.apply({"params": params}, images, method=Classifier.features),
-        **_sizes(arguments),
-    )
-
-
-def _sizes(arguments: dict) -> dict:
-    side = arguments["image_size"] // arguments["patch_size"]
-    return {"image_size": arguments["image_size"], "grid": (side, side), "width": arguments["width"]}
-
-
-KINDS = {"vit": vit_teacher, "classifier": classifier_teacher}
-"""Builder of each kind of teacher; all take the same keyword arguments."""
+    return lambda params, images: model.apply({"params": params}, images, method=Classifier.features)

@@ -94,16 +94,18 @@ class ConvStem(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Turn images (float, already normalised) into tokens, [CLS] first, patches row-major.
+    """Turn images (float, already normalised) into tokens: [CLS], registers, then patches row-major.
 
     `position`: 'absolute' adds a learned embedding; 'relative_shared' biases every attention from one table, 'relative'
     from a table per block. `mask_token` creates the token that replaces patch embeddings where the mask is True.
     `pre_norm` normalises the tokens before the first block, as CLIP does. `remat` recomputes each block's activations.
-    `stem` embeds patches by one linear map ('linear', as released) or by a `ConvStem` ('conv').
+    `stem` embeds patches by one linear map ('linear', as released) or by a `ConvStem` ('conv'). `class_token` False
+    leaves [CLS] out, as SigLIP does; `num_registers` learned tokens without position follow it, as in DINOv2.
 
     Raises:
         ValueError: `image_size` no multiple of `patch_size`, unknown `position` or `stem`, a `ConvStem` of a patch size
-            that is no power of two, or images of another size.
+            that is no power of two, relative positions with other tokens than [CLS] and patches, or images of another
+            size.
 
     Source: BEiT v2 section 2 and the released models.
     """
@@ -125,6 +127,8 @@ class VisionTransformer(nn.Module):
     patch_bias: bool = True
     activation: str = "gelu"
     stem: str = "linear"
+    class_token: bool = True
+    num_registers: int = 0
     dtype: Any = "float32"
     remat: bool = False
 
@@ -137,7 +141,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"the conv stem halves a patch down to one token: patch_size {self.patch_size} does not")
+        if self.position.startswith("relative") and self.num_prefix_tokens != 1:
+            raise ValueError(f"position {self.position!r} has offsets for [CLS] and patches only, not for registers")
         super().__post_init__()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches."""
+        return self.class_token + self.num_registers
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -198,11 +209,18 @@ class VisionTransformer(nn.Module):
         if mask is not None:
             # a selection, not a product with zero: nothing of a hidden patch passes, not even its gradient
             patches = jnp.where(mask[:, :, None], mask_token, patches)
-        cls_token = self.param("cls_token", draw, (1, 1, self.width))
-        cls_tokens = jnp.broadcast_to(cls_token, (patches.shape[0], 1, self.width))
-        tokens = jnp.concatenate([cls_tokens, patches], axis=1)
+        tokens = patches
+        if self.class_token:
+            tokens = jnp.concatenate([self._special_tokens("cls_token", 1, len(patches)), tokens], axis=1)
         if self.position == "absolute":
-            tokens = tokens + self.param("pos_embed", draw, (1, self.num_patches + 1, self.width))
+            tokens = tokens + self.param("pos_embed", draw, (1, tokens.shape[1], self.width))
+        if self.num_registers:
+            registers = self._special_tokens("register_tokens", self.num_registers, len(patches))
+            tokens = jnp.concatenate([tokens[:, : self.class_token], registers, tokens[:, self.class_token :]], axis=1)
         if self.pre_norm:
             tokens = LayerNorm(self.norm_eps, name="pre_norm")(tokens)
         return tokens
+
+    def _special_tokens(self, name: str, count: int, batch: int) -> Tokens:
+        tokens = self.param(name, normal_init(self.param_init), (1, count, self.width))
+        return jnp.broadcast_to(tokens, (batch, count, self.width))

@@ -9,10 +9,10 @@ def build(config) -> StoreTask:
     """Build the stage that writes features for the `num_views` views of the train split and one centre crop of eval.
 
     Raises:
-        UserError: the data set or the teacher's weights are missing or do not fit the image size.
+        UserError: the data set or the teacher's weights are missing, or leave a choice open that they do not settle.
     """
     sources = inputs.open_sources(config)
-    teacher, params = load_teacher(**inputs.teacher_arguments(config))
+    teacher, params = load_teacher(**inputs.teacher_arguments(config, config.teacher.tokenizer_patch_size))
     return StoreTask(
         name="extract",
         frozen=params,
@@ -20,11 +20,6 @@ def build(config) -> StoreTask:
         target="teacher_features",
         shape=(teacher.grid[0] * teacher.grid[1], teacher.width),
         dtype=config.output.dtype,
-        card={
-            "grid": list(teacher.grid),
-            "teacher": teacher.name,
-            "teacher_hash": teacher.weights_hash,
-            "teacher_width": teacher.width,
-        },
+        card=inputs.teacher_card(teacher),
         sources=sources,
     )

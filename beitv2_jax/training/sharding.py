@@ -23,9 +23,9 @@ BATCH_AXES = ("data", "fsdp")
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"(qkv|fc1)/kernel", P("fsdp", "tensor")),
     (r"(proj|fc2)/kernel", P("tensor", "fsdp")),
-    (r"(\w+_)?head/kernel", P("fsdp", "tensor")),
+    (r"((\w+_)?head|projection)/kernel", P("fsdp", "tensor")),
     (r"patch_embed/kernel", P()),
-    (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|pos_embed|table", P()),
+    (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|register_tokens|pos_embed|table", P()),
 )
 
 ACTIVATION_RULES = (("batch", BATCH_AXES), ("length", None), ("width", None))
