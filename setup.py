@@ -23,13 +23,15 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=10.3",
         "safetensors>=0.5",
+        "scipy>=1.12",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
+        "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "scipy>=1.12"],
+        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9"],
     },
 )

@@ -27,7 +27,11 @@ _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_e
 _CHOICES = {
     "stage": ("finetune", "extract", "vqkd", "tokenize", "mim", "probe", "pipeline"),
     "views.interpolation": ("bicubic", "bilinear", "lanczos"),
-    "teacher.normalization": ("half", "imagenet", "clip"),
+    "teacher.normalization": ("", "half", "imagenet", "clip"),
+    "teacher.output": ("", "projected", "tokens"),
+    "teacher.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
+    "teacher.grid_match": ("resize_input", "resample_features"),
+    "teacher.position_resize": ("", "bicubic", "offset", "antialias"),
     "normalization": ("half", "imagenet", "clip"),
     "model.position": ("absolute", "relative_shared", "relative", "none"),
     "model.pooling": ("mean", "cls"),
@@ -278,7 +282,8 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 "heads of 64 numbers each, as in the published models.",
                 64 * max(1, round(width / 64)),
             )
-    patch_key = "model.encoder.patch_size" if "model.encoder.patch_size" in flat else "model.patch_size"
+    patch_keys = ("model.encoder.patch_size", "teacher.tokenizer_patch_size")
+    patch_key = next((key for key in patch_keys if key in flat), "model.patch_size")
     image_size, patch_size = flat.get("views.image_size"), flat.get(patch_key)
     if patch_size is not None and image_size % patch_size:
         refuse(

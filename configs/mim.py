@@ -13,11 +13,15 @@ The learning rate is absolute. 75 of 196 patches are hidden (38 %; the paper say
 what the released code applies whatever its flag says, and the tokenizer sees the jittered pixels too.
 
 Presets
+  tiny        ViT-Ti/16; unpublished, like small
+  small       ViT-S/16
   base        ViT-B/16, as without any preset
+  24x544      24 narrow blocks; registered, not published
   large       ViT-L/16: 24 blocks, early layer 21, layer scale from 1e-5
+  huge        ViT-H/14: a grid of 16 x 16, so the tokenizer needs one too (configs/vqkd.py:patch14); unpublished
+  giant       ViT-g/14; likewise
   300ep       the short schedule: 300 epochs, second beta 0.98, no stochastic depth
   1600ep      the long schedule, as without any preset
-  tiny        ViT-Ti/16; unpublished
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images), ViT-S/16; unpublished, small enough for one GPU
   smoke       four steps of a toy model on generated pictures
 """
@@ -25,14 +29,20 @@ Presets
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets
+from beitv2_jax.sizes import SIZES
 
 
-def base(config):
-    config.model.update(width=768, depth=12, num_heads=12, mlp_dim=3072, early_layer=9, layer_scale_init=0.1)
+def _size(name):
+    size = SIZES[name]
 
+    def preset(config):
+        # of the early layer only 9 of 12 and 21 of 24 are published
+        scale = 0.1 if size["depth"] <= 12 else 1e-5
+        config.model.update(size, early_layer=size["depth"] - 3, layer_scale_init=scale)
+        num_patches = (config.views.image_size // size["patch_size"]) ** 2
+        config.masking.num_masked = round(75 / 196 * num_patches)
 
-def large(config):
-    config.model.update(width=1024, depth=24, num_heads=16, mlp_dim=4096, early_layer=21, layer_scale_init=1e-5)
+    return preset
 
 
 def epochs300(config):
@@ -45,10 +55,6 @@ def epochs1600(config):
     config.run.duration = "1600 epochs"
     config.optim.betas = (0.9, 0.999)
     config.model.drop_path_rate = 0.1
-
-
-def tiny(config):
-    config.model.update(width=192, depth=12, num_heads=3, mlp_dim=768, early_layer=9, layer_scale_init=0.1)
 
 
 def imagenette(config):
@@ -72,11 +78,15 @@ def smoke(config):
 
 
 PRESETS = {
-    "base": base,
-    "large": large,
+    "tiny": _size("tiny"),
+    "small": _size("small"),
+    "base": _size("base"),
+    "24x544": _size("24x544"),
+    "large": _size("large"),
+    "huge": _size("huge"),
+    "giant": _size("giant"),
     "300ep": epochs300,
     "1600ep": epochs1600,
-    "tiny": tiny,
     "imagenette": imagenette,
     "smoke": smoke,
 }
@@ -88,6 +98,7 @@ def get_config(arg=""):
         {
             "stage": "mim",
             "seed": 0,
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
             "data": {
                 "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
                 "train_split": "train",
@@ -153,4 +164,6 @@ def get_config(arg=""):
             "efficiency": {"dtype": "bfloat16", "remat": False},
         }
     )
+    # the decay goes by a cosine to its end; constant unless that is set
+    config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

@@ -26,11 +26,11 @@ DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 64, "code_dim": 16}
 MASKING = {"num_masked": 6, "min_patches": 2}  # 6 of 16, the published share
 HEAD = {"early_layer": 3, "head_depth": 2}
-# so small and so short, it starts faster with absolute positions and without the published small initial values
-START = {"position": "absolute", "param_init": "scaled", "layer_scale_init": 1.0}
+# so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
+START = {"stem": "conv", "position": "absolute", "param_init": "scaled", "layer_scale_init": 1.0}
 TEACHER = {"duration": "800 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
 VQKD = {"duration": "900 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-MIM = {"duration": "1800 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
+MIM = {"duration": "1300 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 PROBE = {"layers": (1, 2, 3), "duration": "1000 steps", "batch_size": 256}
 BATCH_SIZE = 32
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
@@ -112,6 +112,7 @@ def _build_stages(config):
     for stage in (stages.extract, stages.vqkd):
         link(stage.views, config.tokenizer_views)
         stage.teacher.normalization = stages.teacher.normalization
+    stages.extract.teacher.tokenizer_patch_size = stages.vqkd.model.encoder.get_oneway_ref("patch_size")
     for stage in (stages.tokenize, stages.mim):
         link(stage.views, config.mim_views)
     stages.probe.views.image_size = config.mim_views.get_oneway_ref("image_size")
@@ -144,7 +145,7 @@ def get_config(arg=""):
         }
     )
     stages = _build_stages(config)
-    stages.teacher.model.update(VIT, num_classes=NUM_CLASSES, stem="conv")  # the teacher alone learns from labels
+    stages.teacher.model.update(VIT, num_classes=NUM_CLASSES, stem="conv")
     stages.vqkd.model.encoder.update(VIT)
     stages.vqkd.model.decoder.update(DECODER)
     stages.vqkd.model.update(CODEBOOK)

@@ -43,6 +43,7 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
             "data": {
                 "source": "embedded",  # or 'tfds:NAME', 'folder:PATH'
                 "train_split": "train",
@@ -97,4 +98,6 @@ def get_config(arg=""):
             "efficiency": {"dtype": "bfloat16", "remat": False},
         }
     )
+    # the decay goes by a cosine to its end; constant unless that is set
+    config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

@@ -9,6 +9,10 @@ Expected  share of codes used on the validation set: 97 % (this file), 100 % (de
 The learning rate is absolute: the released command's 5e-5 x 512 / 128 = 2e-4.
 
 Presets
+  tiny        encoder and decoder of ViT-Ti/16; unpublished, like small and large
+  small       ... of ViT-S/16
+  large       ... of ViT-L/16
+  patch14     patches of 14 pixels: a grid of 16 x 16, for students of that patch size and teachers such as CLIP L/14
   decoder1    decoder of one block instead of three
   dino        the published DINO tokenizer: one decoder block, teacher fed with ImageNet statistics
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images) with 1 024 codes; unpublished, for one GPU
@@ -18,6 +22,21 @@ Presets
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets
+from beitv2_jax.sizes import SIZES
+
+
+def _size(name):
+    size = SIZES[name]
+
+    def preset(config):
+        config.model.encoder.update(size)
+        config.model.decoder.update({key: size[key] for key in ("width", "num_heads", "mlp_dim")})
+
+    return preset
+
+
+def patch14(config):
+    config.model.encoder.patch_size = 14
 
 
 def decoder1(config):
@@ -52,7 +71,16 @@ def smoke(config):
     config.efficiency.dtype = "float32"
 
 
-PRESETS = {"decoder1": decoder1, "dino": dino, "imagenette": imagenette, "smoke": smoke}
+PRESETS = {
+    "tiny": _size("tiny"),
+    "small": _size("small"),
+    "large": _size("large"),
+    "patch14": patch14,
+    "decoder1": decoder1,
+    "dino": dino,
+    "imagenette": imagenette,
+    "smoke": smoke,
+}
 
 
 def get_config(arg=""):
@@ -61,6 +89,7 @@ def get_config(arg=""):
         {
             "stage": "vqkd",
             "seed": 0,
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
             "data": {
                 "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
                 "train_split": "train",
@@ -77,9 +106,13 @@ def get_config(arg=""):
             },
             "teacher": {  # exactly one of the first two
                 "features": "",  # workdir of the extract stage: read stored features
-                "weights": "",  # a run directory of the finetune stage or a timm file: run the teacher in the step
-                "num_heads": 0,  # 0: as the weights' own description says
-                "normalization": "clip",
+                "weights": "",  # weights of a published network, or a run directory of ours: run it in the step
+                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
+                "normalization": "",  # range of its input
+                "output": "",  # 'projected' or 'tokens'
+                "activation": "",
+                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
+                "position_resize": "",  # how its position embeddings reach another grid
             },
             "model": {
                 "encoder": {
@@ -96,7 +129,7 @@ def get_config(arg=""):
                 "ema_decay": 0.99,
                 "commitment_weight": 1.0,
             },
-            "kmeans_start": True,  # codebook from a k-means over the first global batch
+            "kmeans_start": True,  # codebook from a k-means over the first global batch; that of init_from is kept
             "usage_window": "1 epoch",  # training codes are counted over this window
             "optim": {
                 "peak_lr": 2e-4,
@@ -122,4 +155,6 @@ def get_config(arg=""):
             "efficiency": {"dtype": "bfloat16", "remat": False},
         }
     )
+    # the decay goes by a cosine to its end; constant unless that is set
+    config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

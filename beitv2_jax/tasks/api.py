@@ -29,6 +29,7 @@ class Task:
         num_train_examples: images in one epoch.
         init: `(key) -> {"params", "codebook"}`, values at step 0.
         loss: `(params, codebook, frozen, batch, key, step) -> (loss, (new codebook, metrics))`; metrics are scalars.
+        initial: trained values that replace leaves of the trees of `init` at step 0; {} for a start from scratch.
         frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
         train_batches: `(process_index, process_count) -> ` endless grain iterator of this process's host batches.
         no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
@@ -51,6 +52,7 @@ class Task:
     no_decay: Callable[[str], bool]
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
+    initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
     eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None
     evaluate: Callable[[Params, CodebookState, PyTree, Batch], dict[str, Array]] | None = None

@@ -52,6 +52,7 @@ def build(config) -> Task:
     return Task(
         name="finetune",
         init=lambda key: inputs.init_variables(model, key, jnp.zeros(image_shape), train=False),
+        initial=inputs.initial_variables(config, "classifier", model),
         loss=loss,
         frozen={},
         num_train_examples=len(source),

@@ -1,12 +1,17 @@
 """What the stages share: views and their identity, evaluation batches, targets beside them, decay grouping."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
+from beitv2_jax.convert.adapt import for_run
+from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.sources import Source, open_source
@@ -24,6 +29,29 @@ def init_variables(model, key, *args, **kwargs) -> dict[str, PyTree]:
     """Return {"params", "codebook"} of a fresh model; the codebook is empty for models without one."""
     variables = model.init({"params": key, "drop_path": key}, *args, **kwargs)
     return {"params": variables["params"], "codebook": variables.get("codebook", {})}
+
+
+def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
+    """Return what `config.init_from` gives a fresh model of `kind`, as the `initial` of a task; {} without it.
+
+    Raises:
+        UserError: there are no readable weights, or they do not fit the model.
+    """
+    if not config.init_from:
+        return {}
+    weights = for_run(read_weights(config.init_from), kind, _arguments(model))
+    variables = {name: tree for name, tree in weights.variables.items() if tree}
+    given = sum(array.size for array in jax.tree.leaves(variables))
+    logging.info("%s numbers from %s (%s)", f"{given:,}", config.init_from, weights.layout)
+    for reason in sorted(set(weights.dropped.values())):
+        names = [name for name, why in weights.dropped.items() if why == reason]
+        logging.info("not from there: %s%s (%s)", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
+    return variables
+
+
+def _arguments(model) -> dict:
+    fields = (field.name for field in dataclasses.fields(model))
+    return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
 
 
 def released_no_decay(path: str) -> bool:
@@ -82,24 +110,53 @@ def store_card(config, source: Source, part: str) -> dict:
     return {**common, **drawn, "seed": config.seed}
 
 
-def open_store(directory: str, config, sources: tuple[Source, Source], grid: tuple[int, int]):
+def open_store(
+    directory: str, config, sources: tuple[Source, Source], grid: tuple[int, int], made_with: dict | None = None
+):
     """Open both parts of the store that an extract or tokenize stage left in `directory`: (views, centre).
 
+    `made_with` holds further entries that its card must have.
+
     Raises:
-        UserError: there is no finished store, or it was made from other views, other data or on another grid.
+        UserError: there is no finished store, or it was made from other views, other data, with other choices or on
+            another grid.
     """
     readers = []
     for part, source in zip(("views", "centre"), sources, strict=True):
         reader = TargetReader(os.path.join(directory, part), source.split)
-        reader.check({**store_card(config, source, part), "grid": list(grid)})
+        reader.check({**store_card(config, source, part), "grid": list(grid), **(made_with or {})})
         readers.append(reader)
     return tuple(readers)
 
 
-def teacher_arguments(config) -> dict:
-    """Return what a config says of its live teacher, as keyword arguments of `load_teacher`."""
-    teacher = {key: config.teacher[key] for key in ("weights", "num_heads", "normalization")}
-    return {**teacher, "image_size": config.views.image_size, "dtype": config.efficiency.dtype}
+TEACHER_CHOICES = ("num_heads", "normalization", "output", "activation", "grid_match", "position_resize")
+"""Keys of a config's `teacher` that say how its weights are used."""
+
+
+def teacher_arguments(config, patch_size: int) -> dict:
+    """Return what a config says of its teacher, as keyword arguments of `load_teacher`.
+
+    `patch_size` is the tokenizer's: the teacher is to give one feature for each of its patches.
+    """
+    teacher = {key: config.teacher[key] for key in ("weights", *TEACHER_CHOICES)}
+    grid = (config.views.image_size // patch_size,) * 2
+    return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
+
+
+def teacher_card(teacher) -> dict:
+    """Return what identifies the features of a teacher, in the card of their store."""
+    return {
+        "grid": list(teacher.grid),
+        "teacher": teacher.name,
+        "teacher_hash": teacher.weights_hash,
+        "teacher_width": teacher.width,
+        **{f"teacher_{key}": value for key, value in teacher.choices.items()},
+    }
+
+
+def stated_choices(config) -> dict:
+    """Return the choices that a config states of its teacher, as a store's card has them; '' and 0 state nothing."""
+    return {f"teacher_{key}": config.teacher[key] for key in TEACHER_CHOICES if config.teacher[key]}
 
 
 def check_grid(teacher, grid: tuple[int, int], config) -> None:

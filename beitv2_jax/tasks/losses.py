@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from beitv2_jax.models.upernet import resize
 from beitv2_jax.typing import Scalar, TeacherFeatures
 
 
@@ -41,3 +42,38 @@ def smoothed_cross_entropy(
 def accuracy(logits: Float[Array, "*b k"], labels: Int[Array, "*b"]) -> Scalar:
     """Return the share of arg-max hits, in [0, 1]."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+
+def segmentation_loss(
+    logits: Float[Array, "b h w k"],
+    auxiliary_logits: Float[Array, "b p q k"],
+    labels: Int[Array, "b H W"],
+    *,
+    auxiliary_weight: float = 0.4,
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """Return decode + auxiliary_weight * auxiliary cross entropy, in nats, and figures of both heads.
+
+    Both logits are resized to the label map first. `auxiliary_loss` is returned with its weight, as released.
+    """
+    logits, auxiliary_logits = (resize(maps, labels.shape[1:]) for maps in (logits, auxiliary_logits))
+    decode = pixel_cross_entropy(logits, labels)
+    auxiliary = auxiliary_weight * pixel_cross_entropy(auxiliary_logits, labels)
+    return decode + auxiliary, {
+        "decode_loss": decode,
+        "auxiliary_loss": auxiliary,
+        "decode_accuracy": accuracy(logits, labels),
+        "auxiliary_accuracy": accuracy(auxiliary_logits, labels),
+    }
+
+
+def pixel_cross_entropy(
+    logits: Float[Array, "b H W k"], labels: Int[Array, "b H W"], ignored_label: int = 255
+) -> Scalar:
+    """Return the mean over all pixels of -log softmax(logits)[label], in nats, with 0 at pixels of `ignored_label`.
+
+    Source: mmsegmentation 0.11, which counts the ignored pixels in the mean (and in its accuracy, where they are never
+    hit). Differs from PyTorch's own cross entropy, which leaves them out of sum and count.
+    """
+    seen = labels != ignored_label
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(seen, labels, 0))
+    return jnp.mean(jnp.where(seen, nll, 0.0))

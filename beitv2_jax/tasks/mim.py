@@ -112,6 +112,7 @@ def build(config) -> Task:
         init=lambda key: inputs.init_variables(
             model, key, jnp.zeros(image_shape), first_mask, num_masked=config.masking.num_masked, train=False
         ),
+        initial=inputs.initial_variables(config, "mim", model),
         loss=loss,
         frozen=frozen,
         num_train_examples=len(source),

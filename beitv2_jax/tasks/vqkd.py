@@ -34,18 +34,18 @@ def build(config) -> Task:
     """Build the VQ-KD task.
 
     Raises:
-        UserError: the data set, store or teacher is missing, or the teacher's grid differs from the tokenizer's.
+        UserError: the data set, store or teacher is missing, or the store was made otherwise than this config says.
     """
     source, eval_source = inputs.open_sources(config)
     patch_size = config.model.encoder.patch_size
     grid = (config.views.image_size // patch_size,) * 2
     teacher, frozen, stored = None, {}, (None, None)
     if config.teacher.features:
-        stored = inputs.open_store(config.teacher.features, config, (source, eval_source), grid)
+        made_with = inputs.stated_choices(config)
+        stored = inputs.open_store(config.teacher.features, config, (source, eval_source), grid, made_with)
         teacher_width = stored[0].card["teacher_width"]
     else:
-        teacher, frozen["teacher"] = load_teacher(**inputs.teacher_arguments(config))
-        inputs.check_grid(teacher, grid, config)
+        teacher, frozen["teacher"] = load_teacher(**inputs.teacher_arguments(config, patch_size))
         teacher_width = teacher.width
     model = make_model(config, teacher_width, **config.efficiency)
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
@@ -94,6 +94,7 @@ def build(config) -> Task:
     return Task(
         name="vqkd",
         init=lambda key: inputs.init_variables(model, key, jnp.zeros(image_shape), train=False),
+        initial=inputs.initial_variables(config, "vqkd", model),
         loss=loss,
         frozen=frozen,
         num_train_examples=len(source),
@@ -103,7 +104,7 @@ def build(config) -> Task:
         ),
         evaluate=evaluate,
         summarize=summarize,
-        start_codebook=start_codebook if config.kmeans_start else None,
+        start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,
         no_decay=inputs.released_no_decay,
     )
 

@@ -220,15 +220,7 @@ class _Window:
 def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer) -> dict[str, float]:
     started = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
-    schedule = functools.partial(
-        optim.learning_rate,
-        peak_lr=config.optim.peak_lr,
-        min_lr=config.optim.min_lr,
-        warmup_steps=plan.warmup_steps,
-        num_steps=plan.num_steps,
-        xp=jnp,
-    )
-    optimizer = _make_optimizer(task, config.optim, schedule)
+    optimizer, schedule = make_optimizer(task, config.optim, plan.warmup_steps, plan.num_steps)
     iterator = task.train_batches(jax.process_index(), jax.process_count())
     state, fresh = _start(task, config, optimizer, mesh, checkpointer, iterator)
     start = int(state.step)
@@ -284,24 +276,39 @@ def _start(
         logging.info("%s: replicated, as no partition rule names them: %s", task.name, ", ".join(unmatched))
     step = checkpointer.latest_step()
     if step is None:
-        logging.info("%s: starting at step 0", task.name)
+        logging.info("%s: starting at step 0 from %s", task.name, "init_from" if task.initial else "scratch")
         return state_lib.create(task, optimizer, **arguments), True
     logging.info("%s: continuing from the checkpoint at step %d", task.name, step)
     return checkpointer.restore(abstract, iterator), False
 
 
-def _make_optimizer(task: Task, config: ConfigDict, schedule: Callable) -> optax.GradientTransformationExtraArgs:
-    return optim.make_optimizer(
+def make_optimizer(
+    task: Task, config: ConfigDict, warmup_steps: int, num_steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
+    """Return the optimizer that the section `optim` of a config describes, and its learning rate by step."""
+    schedule = functools.partial(
+        optim.learning_rate,
+        peak_lr=config.peak_lr,
+        min_lr=config.min_lr,
+        warmup_steps=warmup_steps,
+        num_steps=num_steps,
+        xp=jnp,
+    )
+    weight_decay = functools.partial(
+        optim.cosine, start=config.weight_decay, end=config.weight_decay_end, num_steps=num_steps, xp=jnp
+    )
+    optimizer = optim.make_optimizer(
         schedule=schedule,
         betas=tuple(config.betas),
         eps=config.eps,
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         no_decay=task.no_decay,
         clip_norm=config.clip_norm,
         layer_decay=config.layer_decay,
         layer_of=task.layer_of,
         num_layers=task.num_layers,
     )
+    return optimizer, schedule
 
 
 def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainState:

@@ -1,6 +1,7 @@
 """The published optimizer: AdamW with per-step warm-up and cosine rate, decay groups and layer-wise rates.
 
-The rate is a function of the state's step, not of a counter of its own, so a skipped step does not delay the schedule.
+Rate and weight decay are functions of the state's step, not of a counter of their own, so a skipped step does not delay
+the schedules.
 """
 
 import functools
@@ -28,9 +29,17 @@ def learning_rate(step, *, peak_lr: float, min_lr: float, warmup_steps: int, num
     Source: the released schedule of every stage.
     """
     warmup = peak_lr * (step / max(warmup_steps - 1, 1))
-    progress = xp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
-    cosine = min_lr + 0.5 * (peak_lr - min_lr) * (1.0 + xp.cos(math.pi * progress))
-    return xp.where(step < warmup_steps, warmup, cosine)
+    after = cosine(step - warmup_steps, start=peak_lr, end=min_lr, num_steps=num_steps - warmup_steps, xp=xp)
+    return xp.where(step < warmup_steps, warmup, after)
+
+
+def cosine(step, *, start: float, end: float, num_steps: int, xp=np):
+    """Return end + (start - end) / 2 * (1 + cos(pi * step / num_steps)), and the ends outside 0..num_steps.
+
+    Source: the released schedule; weight decay takes it without a warm-up, and is constant in every published recipe.
+    """
+    progress = xp.clip(step / max(num_steps, 1), 0.0, 1.0)
+    return end + 0.5 * (start - end) * (1.0 + xp.cos(math.pi * progress))
 
 
 def layer_scale(layer: int | None, *, layer_decay: float, num_layers: int) -> float:
@@ -46,7 +55,7 @@ def make_optimizer(
     schedule: Callable,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Callable,
     no_decay: Callable[[str], bool],
     clip_norm: float = 0.0,
     layer_decay: float = 1.0,
@@ -58,8 +67,8 @@ def make_optimizer(
         m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   t = number of updates
         p = p - lr * scale(p) * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay(p) * p)
 
-    `g` is the gradient, clipped to global norm `clip_norm` unless that is 0; `decay(p)` is `weight_decay`, or 0 where
-    `no_decay(path of p)`; `scale(p)` is `layer_scale`.
+    `g` is the gradient, clipped to global norm `clip_norm` unless that is 0; `decay(p)` is `weight_decay` (a
+    number, or a function of the step), or 0 where `no_decay(path of p)`; `scale(p)` is `layer_scale`.
 
     Raises:
         UserError: `layer_decay` is set for a task without layers.
@@ -68,9 +77,8 @@ def make_optimizer(
     """
     links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     links.append(optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps))
-    links.append(
-        optax.add_decayed_weights(weight_decay, mask=lambda params: _by_path(lambda path: not no_decay(path), params))
-    )
+    decay = weight_decay if callable(weight_decay) else lambda step: weight_decay
+    links.append(optax.masked(_add_decay(decay), lambda params: _by_path(lambda path: not no_decay(path), params)))
     if layer_decay != 1.0:
         if not num_layers:
             raise UserError(
@@ -91,6 +99,14 @@ def _scale_by_path(scale: Callable[[str], float]) -> optax.GradientTransformatio
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda update, factor: update * factor, updates, _by_path(scale, updates))
     )
+
+
+def _add_decay(weight_decay: Callable) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params, *, step, **_):
+        decay = weight_decay(step)
+        return jax.tree.map(lambda update, param: update + decay * param, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _descend(schedule: Callable) -> optax.GradientTransformationExtraArgs:

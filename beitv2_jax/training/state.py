@@ -1,10 +1,11 @@
 """The training state: one frozen struct, initialised inside jit straight into its shardings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -29,10 +30,19 @@ class TrainState:
 def create(
     task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_ema: bool = False
 ) -> TrainState:
-    """Return the state at step 0; no array is ever whole on one device unless its sharding says so."""
+    """Return the state at step 0: `task.initial` where it has a value, fresh draws elsewhere.
+
+    No array is ever whole on one device unless its sharding says so.
+    """
     init = _init_function(task, optimizer, seed, keep_ema)
     shardings = sharding.param_shardings(jax.eval_shape(init), mesh)
-    return jax.jit(init, out_shardings=shardings)()
+    state = jax.jit(init, out_shardings=shardings)()
+    params, codebook = task.initial.get("params", {}), task.initial.get("codebook", {})
+    return state.replace(
+        params=_replaced(state.params, params),
+        codebook=_replaced(state.codebook, codebook),
+        ema_params=_replaced(state.ema_params, params) if keep_ema else None,
+    )
 
 
 def abstract(
@@ -50,6 +60,14 @@ def abstract(
 def nonfinite_steps(state: TrainState) -> Int[Array, ""]:
     """Return how many steps changed nothing: Adam counts only the others."""
     return state.step - optax.tree.get(state.opt_state, "count")
+
+
+def _replaced(tree: PyTree, given: PyTree) -> PyTree:
+    """Return `tree` with the leaves that `given` has, placed as those they replace."""
+    if isinstance(given, Mapping):
+        return {**tree, **{key: _replaced(tree[key], inner) for key, inner in given.items()}}
+    given = np.asarray(given, tree.dtype)
+    return jax.make_array_from_callback(tree.shape, tree.sharding, lambda index: given[index])
 
 
 def _init_function(task, optimizer, seed, keep_ema) -> Callable[[], TrainState]:

@@ -1,0 +1,242 @@
+"""What weights say about their model: constructor arguments read from shapes, and the shapes those arguments give.
+
+Shapes stand under our paths ('params/backbone/cls_token'), whatever layout the weights came in. What no array tells
+(heads without a relative-position table, the early layer) is `None` until `settle` fills it with the published value.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.upernet import Segmenter
+from beitv2_jax.models.vqkd import VQKD
+
+Shape = tuple[int, ...]
+
+MODELS = {
+    "vqkd": VQKD,
+    "mim": MaskedImageModel,
+    "classifier": Classifier,
+    "segmenter": Segmenter,
+}
+"""Model of each kind of weights."""
+
+HEAD_WIDTH = 64
+_CODEBOOK = "codebook/quantizer/codebook"
+_HEADS = "num_heads"
+_LINEAR = ("kernel", "bias")
+
+
+class Unfit(Exception):
+    """Weights are those of no model: what is wrong ('lacks', 'has ... in') with the variables at our `paths`."""
+
+    def __init__(self, problem: str, *paths: str):
+        super().__init__(problem, *paths)
+        self.problem, self.paths = problem, paths
+
+
+def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
+    """Return {our path: shape} of every variable of the model; `None` in `arguments` is filled with what fits."""
+    arguments = _filled(arguments, lambda width: 1)
+    image_size = arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
+    model = MODELS[kind](**arguments)
+    inputs = [jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)]
+    options = {"train": False}
+    if kind == "mim":
+        inputs.append(jax.ShapeDtypeStruct((1, (image_size // _patch_size(arguments)) ** 2), np.bool_))
+        options["num_masked"] = 1
+    tree = jax.eval_shape(lambda key, *inputs: model.init(key, *inputs, **options), jax.random.key(0), *inputs)
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def complete(kind: str, arguments: dict) -> dict:
+    """Return `arguments` with the model's own defaults for those left out."""
+    return {
+        field.name: getattr(MODELS[kind], field.name, None) for field in dataclasses.fields(MODELS[kind])
+    } | arguments
+
+
+def _patch_size(arguments: dict) -> int:
+    return arguments.get("encoder", arguments)["patch_size"]
+
+
+def infer(kind: str, known: Mapping[str, Shape]) -> dict:
+    """Return the constructor arguments that the shapes of weights tell; `None` where they do not tell.
+
+    Args:
+        kind: one of `MODELS`.
+        known: our path -> shape, in our orientation.
+
+    Raises:
+        Unfit: an array that is needed to tell is missing or of an impossible shape.
+    """
+    if kind == "vqkd":
+        encoder, grid = _transformer(known, "params/encoder")
+        decoder, _ = _transformer(known, "params/decoder")
+        code_dim_places = ((_CODEBOOK, 1), ("params/encode_task/fc2/bias", 0), ("params/decoder/patch_embed/kernel", 2))
+        return {
+            "image_size": grid and grid * encoder["patch_size"],
+            "encoder": encoder,
+            "decoder": {name: value for name, value in decoder.items() if name != "patch_size"},
+            "codebook_size": _size(known, (_CODEBOOK, 0), ("codebook/quantizer/cluster_counts", 0)),
+            "code_dim": _size(known, *code_dim_places),
+            "teacher_width": _features(known, "params/decode_task/fc2"),
+        }
+    transformer, grid = _transformer(known, "params/backbone")
+    arguments = {"image_size": grid and grid * transformer["patch_size"]} | transformer
+    if kind == "mim":
+        head_depth = _depth(known, "params/aggregation_")
+        arguments |= {"codebook_size": _features(known, "params/lm_head"), "patch_aggregation": head_depth > 0}
+        if head_depth:
+            own_head = any(path.startswith(("params/aggregation_norm", "params/aggregation_lm")) for path in known)
+            arguments |= {"early_layer": None, "head_depth": head_depth, "shared_head": not own_head}
+    if kind == "classifier":
+        arguments["num_classes"] = _features(known, "params/head")
+        arguments["pooling"] = "cls" if any(path.startswith("params/norm/") for path in known) else "mean"
+    if kind == "segmenter":
+        fusion, convolution = "params/decode_head/fusion", "params/auxiliary_head/conv_0"
+        arguments |= {
+            "num_classes": _size(
+                known,
+                *((f"params/{head}_head/classes/{leaf}", -1) for head in ("decode", "auxiliary") for leaf in _LINEAR),
+            ),
+            "channels": _size(known, (f"{fusion}/conv/kernel", 3), (f"{fusion}/norm/scale", 0)),
+            "aux_channels": _size(known, (f"{convolution}/conv/kernel", 3), (f"{convolution}/norm/scale", 0)),
+            "out_layers": None,
+        }
+    return arguments
+
+
+def _transformer(known: Mapping[str, Shape], stem: str) -> tuple[dict, int | None]:
+    """Return the arguments of the transformer at `stem`, and its patches a side (None without positions)."""
+    block = f"{stem}/blocks_0"
+    mlp_places = ((f"{block}/mlp/fc1/kernel", 1), (f"{block}/mlp/fc1/bias", 0), (f"{block}/mlp/fc2/kernel", 0))
+    width_places = ((f"{stem}/cls_token", 2), (f"{stem}/patch_embed/bias", 0), (f"{block}/norm1/scale", 0))
+    width = _size(known, *width_places)
+    shared, own = f"{stem}/rel_pos_bias/table", re.compile(rf"{stem}/blocks_\d+/attn/rel_pos_bias/table")
+    tables = [shared] if shared in known else [path for path in known if own.fullmatch(path)]
+    position, grid, num_heads = "none", None, None
+    if tables:
+        position = "relative_shared" if tables == [shared] else "relative"
+        num_heads = _size(known, *((path, 1) for path in tables))
+        grid = _grid_of_table(_size(known, *((path, 0) for path in tables)), tables[0])
+        if num_heads == 0 or width % num_heads:
+            raise Unfit(f"has {num_heads} heads, which do not divide its width {width}, in", tables[0])
+    elif f"{stem}/pos_embed" in known:
+        position, grid = "absolute", _grid_of_embedding(known, f"{stem}/pos_embed")
+    has_scale = any(re.fullmatch(rf"{stem}/blocks_\d+/gamma_[12]", path) for path in known)
+    arguments = {
+        "patch_size": _size(known, (f"{stem}/patch_embed/kernel", 0), (f"{stem}/patch_embed/kernel", 1)),
+        "width": width,
+        "depth": _depth(known, f"{stem}/blocks_"),
+        _HEADS: num_heads,
+        "mlp_dim": _size(known, *mlp_places),
+        "position": position,
+        # only whether there is one can be seen; where the published base and large start stands for it
+        "layer_scale_init": (0.1 if width < 1024 else 1e-5) if has_scale else 0.0,
+    }
+    return arguments, grid
+
+
+def _depth(known: Mapping[str, Shape], stem: str) -> int:
+    return 1 + max((int(found[1]) for path in known if (found := re.match(rf"{stem}(\d+)/", path))), default=-1)
+
+
+def _grid_of_embedding(known: Mapping[str, Shape], path: str) -> int:
+    num_patches = _size(known, (path, 1)) - 1
+    grid = round(max(num_patches, 0) ** 0.5)
+    if grid < 1 or grid**2 != num_patches:
+        raise Unfit(f"has {num_patches} patches, which form no square, in", path)
+    return grid
+
+
+def _grid_of_table(rows: int, path: str) -> int:
+    side = round(max(rows - 3, 0) ** 0.5)
+    if side**2 != rows - 3 or side % 2 == 0:
+        raise Unfit(f"has {rows} rows, where (2 g - 1)^2 + 3 fit a grid of g x g, in", path)
+    return (side + 1) // 2
+
+
+def _features(known: Mapping[str, Shape], linear: str) -> int:
+    return _size(known, *((f"{linear}/{leaf}", -1) for leaf in _LINEAR))
+
+
+def _size(known: Mapping[str, Shape], *places: tuple[str, int]) -> int:
+    """Return the one size that all `places` (path, axis) show; where they differ the rarer size is at fault."""
+    paths_of: dict[int, list[str]] = {}
+    for path, axis in places:
+        if path not in known:
+            raise Unfit("lacks", path)
+        if not -len(known[path]) <= axis < len(known[path]):
+            raise Unfit(f"has only {len(known[path])} axes in", path)
+        paths_of.setdefault(known[path][axis], []).append(path)
+    (size, common), *others = sorted(paths_of.items(), key=lambda item: -len(item[1]))
+    if others:
+        rare, paths = others[0]
+        doubtful = paths if len(paths) < len(common) else [*common, *paths]
+        raise Unfit(f"shows one size as {size} and as {rare}, in", *dict.fromkeys(doubtful))
+    return size
+
+
+def settle(arguments: dict, num_heads: int | None = None) -> tuple[dict, tuple[str, ...]]:
+    """Return the arguments without `None`, and in words what was assumed for it.
+
+    `num_heads` is what the user or a config says of every transformer in the weights.
+
+    Raises:
+        UserError: a width that is no multiple of 64 and no `num_heads`, or one that contradicts the arrays.
+    """
+    assumed = []
+
+    def heads(width: int) -> int:
+        if not num_heads and width % HEAD_WIDTH:
+            raise UserError(
+                f"A width of {width} cannot be cut into heads of {HEAD_WIDTH}.",
+                "the network has an unusual number of heads, which no array tells.",
+                "--num_heads=N with the number of heads it was trained with.",
+            )
+        count = num_heads or width // HEAD_WIDTH
+        if width % count:
+            raise UserError(
+                f"A width of {width} cannot be cut into {count} heads.",
+                "num_heads is that of another network.",
+                f"--num_heads=N that divides {width}.",
+            )
+        if not num_heads:
+            assumed.append(f"{_HEADS}={count}: heads of {HEAD_WIDTH}, as in every published model")
+        return count
+
+    told = {part.get(_HEADS) for part in (arguments, *filter(_is_dict, arguments.values()))} - {None}
+    if num_heads and told and told != {num_heads}:
+        raise UserError(
+            f"num_heads={num_heads} was asked for, the relative-position tables are for {told.pop()}.",
+            "num_heads is that of another network.",
+            "leave num_heads out: the tables tell.",
+        )
+    arguments = _filled(arguments, heads, assumed.append)
+    return arguments, tuple(dict.fromkeys(assumed))
+
+
+def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], None] = lambda text: None) -> dict:
+    filled = {name: _filled(value, heads) if _is_dict(value) else value for name, value in arguments.items()}
+    if _HEADS in filled and filled[_HEADS] is None:
+        filled[_HEADS] = heads(filled["width"])
+    depth = filled.get("depth")
+    if "early_layer" in filled and filled["early_layer"] is None:
+        filled["early_layer"] = max(1, depth - 3)
+        note(f"early_layer={filled['early_layer']}: three blocks before the last, as published (9 of 12, 21 of 24)")
+    if "out_layers" in filled and filled["out_layers"] is None:
+        filled["out_layers"] = tuple(max(1, depth * sixths // 6) for sixths in (2, 3, 4, 6))
+        note(f"out_layers={filled['out_layers']}: a third, half, two thirds and all of the blocks, as published")
+    return filled
+
+
+def _is_dict(value) -> bool:
+    return isinstance(value, dict)
