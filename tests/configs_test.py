@@ -125,7 +125,8 @@ def test_published_vqkd_recipe():
     model = {key: value for key, value in config.model.items() if key not in ("encoder", "decoder")}
     assert model == {"codebook_size": 8192, "code_dim": 32, "ema_decay": 0.99, "commitment_weight": 1.0}
     assert config.kmeans_start
-    assert config.teacher.normalization == "clip"
+    # CLIP's own input range, and its projected features
+    assert (config.teacher.normalization, config.teacher.output) == ("", "")
     assert config.optim.peak_lr == pytest.approx(5e-5 * 512 / 128, rel=1e-15)
     optim = {key: value for key, value in config.optim.items() if key != "peak_lr"}
     assert optim == {
@@ -134,6 +135,7 @@ def test_published_vqkd_recipe():
         "betas": (0.9, 0.99),
         "eps": 1e-8,
         "weight_decay": 1e-4,
+        "weight_decay_end": 1e-4,
         "clip_norm": 0.0,
         "layer_decay": 1.0,
         "ema_decay": 0.0,
@@ -172,6 +174,7 @@ def test_published_mim_recipe():
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.05,
+        "weight_decay_end": 0.05,
         "clip_norm": 3.0,
         "layer_decay": 1.0,
         "ema_decay": 0.0,

@@ -21,15 +21,14 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--golden-dir", default=str(Path(__file__).parent / "golden"), help="directory of the golden .npz files"
-    )
+    parser.addoption("--golden-dir", help="directory of the whole golden set; without it the chosen files are compared")
+    parser.addoption("--parity-table", help="write how close the golden checks came to this Markdown file")
 
 
 @pytest.fixture(scope="session")
 def golden_dir(request) -> Path:
     """Return the directory of golden files; opening one that is missing fails the test."""
-    return Path(request.config.getoption("--golden-dir"))
+    return Path(request.config.getoption("--golden-dir") or Path(__file__).parent / "golden")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ ROOMS = {
     "rng": 0,
     "errors": 0,
     "config": 0,
+    "sizes": 0,
     "data": 1,
     "models.layers": 1,
     "models.quantizer": 1,
@@ -111,8 +112,9 @@ def test_data_never_imports_jax(module):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_configs_import_only_the_config_module(path):
-    assert imports(path.read_text(), {f"{PACKAGE}.config"}) <= {f"{PACKAGE}.config", "ml_collections"}
+def test_configs_import_only_config_and_sizes(path):
+    allowed = {f"{PACKAGE}.config", f"{PACKAGE}.sizes"}
+    assert imports(path.read_text(), allowed) <= {*allowed, "ml_collections"}
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if floor(name) < ROOMS["tasks"]])

@@ -184,12 +184,27 @@ def test_more_masked_patches_than_patches_are_refused(image_folder, tmp_path):
     refused(config, str(tmp_path / "run"), "num_masked=17.*16 patches")
 
 
-def test_a_teacher_of_another_grid_is_refused(pipeline, image_folder, tmp_path):
+def test_a_teacher_of_other_patches_is_brought_to_the_tokenizer_s_grid(pipeline, image_folder):
+    from beitv2_jax.convert.teachers import load_teacher
+    from beitv2_jax.tasks import inputs
+
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "vqkd")
-    config.teacher.update(features="", weights=os.path.join(workdir, "teacher"))
-    config.model.encoder.patch_size = 32
-    refused(config, str(tmp_path / "run"), "4x4 grid.*2x2 patches")
+    config.teacher.weights = os.path.join(workdir, "teacher")
+    for grid_match, input_size in (("resize_input", 32), ("resample_features", 64)):
+        config.teacher.grid_match = grid_match
+        teacher, _ = load_teacher(**inputs.teacher_arguments(config, patch_size=32))
+        assert (teacher.grid, teacher.input_size, teacher.image_size) == ((2, 2), input_size, 64)
+
+
+def test_a_store_made_with_other_choices_is_refused(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    choices = {"normalization": "clip", "output": "projected", "activation": "quick_gelu", "num_heads": 7}
+    choices |= {"grid_match": "resample_features", "position_resize": "offset"}
+    for key, value in choices.items():
+        config = stage_config(image_folder, workdir, "vqkd")
+        config.teacher[key] = value
+        refused(config, str(tmp_path / "run"), rf"teacher_{key} = .*this run has '?{value}")
 
 
 def test_a_store_of_another_grid_or_other_views_is_refused(pipeline, image_folder, tmp_path):

@@ -1,17 +1,17 @@
 """The full training step of every config and preset, traced without data or computation; exact parameter counts."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from configs_test import FOLDER, presets
+from without_data import no_data
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.mim import MaskedImageModel
-from beitv2_jax.tasks import finetune, inputs, mim, vqkd
-from beitv2_jax.training import loop, optim, sharding, state
+from beitv2_jax.tasks import finetune, mim, vqkd
+from beitv2_jax.training import loop, sharding, state
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
 BUILDERS = {"finetune": finetune.build, "vqkd": vqkd.build, "mim": mim.build}
@@ -20,30 +20,10 @@ TRAINED += [("mim", "large,300ep"), ("mim", "base,300ep")]
 CHAINED = [(name, arg) for name in ("pipeline", "quickstart") for arg in ("", *presets(name))]
 
 
-class FakeSource:
-    """A data set of which only the description is asked for."""
-
-    name, split, class_names = "fake", "train", ()
-
-    def __init__(self, num_classes):
-        self.num_classes = num_classes
-
-    def __len__(self):
-        return 1_281_167
-
-
 @pytest.fixture(autouse=True)
-def _no_data(monkeypatch):
-    def open_store(directory, config, sources, grid):
-        card = {"teacher_width": TEACHER_WIDTH, "codebook_size": config.model.codebook_size}
-        return (types.SimpleNamespace(card=card, num_views=config.views.num_views),) * 2
-
-    def open_sources(config):
-        return (FakeSource(config.model.get("num_classes", 1000)),) * 2
-
-    monkeypatch.setattr(inputs, "open_store", open_store)
-    monkeypatch.setattr(inputs, "open_sources", open_sources)
-    monkeypatch.setattr(inputs, "train_batches", lambda *args, **kwargs: None)
+def _no_data():
+    with no_data(TEACHER_WIDTH):
+        yield
 
 
 def abstract_batch(config):
@@ -70,8 +50,7 @@ def abstract_batch(config):
 def traced_step(config):
     """Return (state before, state after, metrics) of one step as shapes."""
     task = BUILDERS[config.stage](config)
-    schedule = functools.partial(optim.learning_rate, peak_lr=1e-3, min_lr=1e-5, warmup_steps=2, num_steps=10, xp=jnp)
-    optimizer = loop._make_optimizer(task, config.optim, schedule)
+    optimizer, schedule = loop.make_optimizer(task, config.optim, warmup_steps=2, num_steps=10)
     mesh = sharding.make_mesh()
     before = state.abstract(task, optimizer, mesh, config.seed, keep_ema=config.optim.ema_decay > 0)
     step = loop.make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)

@@ -143,6 +143,7 @@ def config(**overrides):
                 "betas": (0.9, 0.98),
                 "eps": 1e-8,
                 "weight_decay": 0.1,
+                "weight_decay_end": 0.2,
                 "clip_norm": 1.0,
                 "layer_decay": 0.75,
                 "ema_decay": 0.9,
