@@ -47,8 +47,8 @@ def mini(config):
     stages.vqkd.model.decoder.update(vit, depth=1)
     stages.vqkd.model.update(codebook_size=256, code_dim=16, ema_decay=0.9)  # a few hundred steps: codes must follow
     stages.mim.model.update(vit, codebook_size=256, early_layer=3, drop_path_rate=0.0)
-    # so small and so short, it starts faster with absolute positions and without the published small initial values
-    stages.mim.model.update(position="absolute", param_init="scaled", layer_scale_init=1.0)
+    # so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
+    stages.mim.model.update(stem="conv", position="absolute", param_init="scaled", layer_scale_init=1.0)
     stages.probe.probe.update(layers=(1, 2, 3), duration="1000 steps", batch_size=256)
     for stage, duration, peak_lr in ((stages.vqkd, "300 steps", 3e-4), (stages.mim, "400 steps", 1.5e-3)):
         stage.optim.update(warmup="30 steps", peak_lr=peak_lr, betas=(0.9, 0.98))
