@@ -14,7 +14,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from beitv2_jax.convert import huggingface, timm_beit, torch_writer
-from beitv2_jax.convert.arguments import complete, infer, settle
+from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, settle
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
@@ -199,12 +199,12 @@ _Save = Callable[[Path], None]
 def _official_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     state = to_official(weights.kind, weights.variables)
     windows = {path: "counts codes during training" for path in WINDOWS if weights.kind == "vqkd"}
-    return _state_saver(state, target), windows | _lost_epsilon(weights)
+    return _state_saver(state, target), windows | _untold(weights)
 
 
 def _timm_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     state, left_out = timm_beit.to_timm(weights.kind, to_official(weights.kind, weights.variables))
-    return _state_saver(state, target), left_out | _lost_epsilon(weights)
+    return _state_saver(state, target), left_out | _untold(weights)
 
 
 def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
@@ -259,11 +259,20 @@ def run_config(weights: Weights) -> dict:
     return config | {"model": model}
 
 
-def _lost_epsilon(weights: Weights) -> dict[str, str]:
-    epsilon = weights.arguments.get("norm_eps", RELEASED_EPSILON)
-    if epsilon == RELEASED_EPSILON:
-        return {}
-    return {"norm_eps": f"{epsilon:g} has no place in this layout, whose models take {RELEASED_EPSILON:g}"}
+def _untold(weights: Weights) -> dict[str, str]:
+    """Return what no array tells and readers of the layout will therefore take to be as published, where it is not."""
+    arguments = complete(weights.kind, weights.arguments)
+    epsilon = arguments.get("norm_eps", RELEASED_EPSILON)
+    untold = {}
+    if epsilon != RELEASED_EPSILON:
+        untold["norm_eps"] = f"{epsilon:g} has no place in this layout, whose models take {RELEASED_EPSILON:g}"
+    for part in (arguments, arguments.get("encoder") or {}, arguments.get("decoder") or {}):
+        has_table = part.get("position", "absolute").startswith("relative")
+        if part.get("width", 0) != HEAD_WIDTH * part.get("num_heads", 0) and not has_table:
+            untold["num_heads"] = f"{part['num_heads']} has no place in this layout: read it with --num_heads"
+    if arguments.get("patch_aggregation") and arguments["early_layer"] != max(1, arguments["depth"] - 3):
+        untold["early_layer"] = f"{arguments['early_layer']} has no place in this layout, read as three before the last"
+    return untold
 
 
 def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:

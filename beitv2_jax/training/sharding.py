@@ -24,7 +24,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"(qkv|fc1)/kernel", P("fsdp", "tensor")),
     (r"(proj|fc2)/kernel", P("tensor", "fsdp")),
     (r"((\w+_)?head|projection)/kernel", P("fsdp", "tensor")),
-    (r"patch_embed/kernel", P()),
+    (r"patch_embed/(conv_\d/)?kernel", P()),
     (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|register_tokens|pos_embed|table", P()),
 )
 
