@@ -87,13 +87,11 @@ def test_official_dinov2(rng, tmp_path, name):
 @pytest.mark.parametrize("patch, side, grid", [(16, 3, 3), (32, 2, 2), (14, 3, 3), (8, 4, 3), (8, 3, 5)])
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_open_clip(rng, tmp_path, patch, side, grid, quick_gelu):
-    pytest.importorskip("open_clip")
     check(oracles.open_clip(rng, patch, side, grid, quick_gelu), tmp_path)
 
 
 def test_a_torchscript_archive_as_openai_released_clip(rng, tmp_path):
     """Half precision, text tower and sizes included; the names are those of the modules of the traced program."""
-    pytest.importorskip("open_clip")
     case = oracles.open_clip(rng, 16, quick_gelu=True, openai=True)
     root = torch.nn.Module()
     for name, array in case.state.items():
