@@ -224,6 +224,19 @@ def test_a_tokenizer_with_another_number_of_codes_is_refused(pipeline, image_fol
     refused(config, str(tmp_path / "run"), "16 codes, the model predicts 17")
 
 
+def test_a_live_tokenizer_of_another_grid_is_refused(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "mim")
+    config.tokenizer.update(codes="", run=os.path.join(workdir, "vqkd"))
+    config.model.patch_size = 32
+    config.masking.update(num_masked=1, min_patches=1)
+    refused(
+        config,
+        str(tmp_path / "run"),
+        r"4x4 codes at 64 pixels, the model has 2x2 patches.*\n.*\n.*model\.patch_size=16",
+    )
+
+
 def test_a_run_of_another_stage_is_no_tokenizer(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "tokenize")

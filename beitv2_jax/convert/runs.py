@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from beitv2_jax.convert.files import read_config
 from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
 
@@ -33,6 +34,11 @@ class Run:
     def weights_hash(self) -> str:
         """Sixteen hex digits that identify weights and codebook."""
         return weights_hash({"params": self.params, "codebook": self.codebook})
+
+
+def is_run(path: str) -> bool:
+    """Tell whether `path` is the directory of a run of ours: one whose config.json names a stage."""
+    return Path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
 def read_run(workdir: str) -> Run:

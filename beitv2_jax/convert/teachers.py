@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
-from beitv2_jax.convert.runs import read_run, weights_hash
+from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teacher_weights import OUTPUTS, TeacherWeights, from_state
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.mim import MaskedImageModel
@@ -68,12 +68,12 @@ def load_teacher(
     _check_choice("output", output, ("", *OUTPUTS))
     _check_choice("grid_match", grid_match, GRID_MATCHES)
     _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
-    config = read_config(weights)
-    if Path(weights).is_dir() and config is not None and "stage" in config:
+    if is_run(weights):
         name, network = _from_run(weights, output)
     else:
         name = Path(weights).stem
-        network = from_state(read_weights(weights), config, output=output, activation=activation, num_heads=num_heads)
+        arrays, config = read_weights(weights), read_config(weights)
+        network = from_state(arrays, config, output=output, activation=activation, num_heads=num_heads)
         network = network._replace(normalization=normalization or network.normalization)
         for reason, count in Counter(network.dropped.values()).items():
             logging.info("teacher %s: %d entries not used: %s.", name, count, reason)

@@ -18,7 +18,7 @@ from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, settle
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
-from beitv2_jax.convert.runs import read_run, write_run
+from beitv2_jax.convert.runs import is_run, read_run, write_run
 from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
 
@@ -71,11 +71,7 @@ def read(path: str, *, image_size: int | None = None, num_heads: int | None = No
     Raises:
         UserError: nothing readable at `path`, an entry unknown, missing or wrongly shaped, or sizes that do not fit.
     """
-    config = (read_config(path) if Path(path).exists() else None) or {}
-    if Path(path).is_dir() and "stage" in config:
-        weights = _from_run(path)
-    else:
-        weights = _from_state(read_weights(path), config, num_heads)
+    weights = _from_run(path) if is_run(path) else _from_state(read_weights(path), read_config(path) or {}, num_heads)
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
             f"{path} holds a model without positions, whose arrays do not tell an image size.",
@@ -226,7 +222,6 @@ _WRITERS = {
     "huggingface": _huggingface_writer,
     "run": _run_writer,
 }
-LAYOUTS = tuple(_WRITERS)
 
 
 def run_config(weights: Weights) -> dict:

@@ -16,7 +16,6 @@ from beitv2_jax.data import pipeline
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.targets import TargetReader
-from beitv2_jax.errors import UserError
 from beitv2_jax.models import preprocess
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
@@ -157,17 +156,6 @@ def teacher_card(teacher) -> dict:
 def stated_choices(config) -> dict:
     """Return the choices that a config states of its teacher, as a store's card has them; '' and 0 state nothing."""
     return {f"teacher_{key}": config.teacher[key] for key in TEACHER_CHOICES if config.teacher[key]}
-
-
-def check_grid(teacher, grid: tuple[int, int], config) -> None:
-    """Raise UserError unless the teacher yields one feature per patch of the student's `grid`."""
-    if tuple(teacher.grid) != tuple(grid):
-        raise UserError(
-            f"The teacher {teacher.name} gives a {teacher.grid[0]}x{teacher.grid[1]} grid of features at "
-            f"{config.views.image_size} pixels, the tokenizer has {grid[0]}x{grid[1]} patches.",
-            "the two have different patch sizes, or the image size does not suit the teacher.",
-            f"--config.model.encoder.patch_size={config.views.image_size // teacher.grid[0]}, or another teacher.",
-        )
 
 
 def eval_batches(source: Source, config, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:

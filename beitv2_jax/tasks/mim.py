@@ -50,7 +50,7 @@ def build(config) -> Task:
         tokenizer, frozen["tokenizer"] = load_tokenizer(
             config.tokenizer.run, config.views.image_size, config.efficiency.dtype
         )
-        inputs.check_grid(tokenizer, grid, config)
+        _check_grid(tokenizer, grid, config)
         codebook_size = tokenizer.model.codebook_size
     if codebook_size != config.model.codebook_size:
         raise UserError(
@@ -124,6 +124,18 @@ def build(config) -> Task:
         summarize=summarize,
         no_decay=inputs.released_no_decay,
     )
+
+
+def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
+    """Raise UserError unless the tokenizer gives one code per patch of the model's `grid`."""
+    if tuple(tokenizer.grid) != grid:
+        rows, columns = tokenizer.grid
+        raise UserError(
+            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {config.views.image_size} pixels, the "
+            f"model has {grid[0]}x{grid[1]} patches.",
+            "the two have different patch sizes.",
+            f"--config.model.patch_size={config.views.image_size // rows}, or another tokenizer.",
+        )
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
