@@ -1,6 +1,8 @@
-"""Sources: image folders and TFDS sets give the same kind of example; every mistake has words for it."""
+"""Sources: folders, ArrayRecord files and TFDS sets give the same kind of example; every mistake has words for it."""
 
+import hashlib
 import io
+import os
 import pathlib
 import pickle
 import shutil
@@ -9,7 +11,9 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.sources import open_source
@@ -165,9 +169,208 @@ def test_tfds_mistakes_have_words(tfds_directory, tmp_path):
         open_source("tfds:prime_images", "train", str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["folder", "tfds"])
-def test_sources_survive_pickling(kind, split_folder, tfds_directory):
-    spec = f"folder:{split_folder}" if kind == "folder" else "tfds:prime_images"
+def _version(directory, version):
+    """Make another version of the set in `directory` and return its directory."""
+    other = directory.with_name(version)
+    shutil.copytree(directory, other)
+    info = other / "dataset_info.json"
+    info.write_text(info.read_text().replace(f'"{directory.name}"', f'"{version}"'))
+    return other
+
+
+def test_of_several_versions_the_newest_unless_one_is_named(tfds_directory, tmp_path):
+    first = tmp_path / "prime_images" / "2.3.0"
+    shutil.copytree(pathlib.Path(tfds_directory) / "prime_images" / "2.3.0", first)
+    _version(first, "2.10.0"), _version(first, "2.9.0")
+    for asked, found in {"": "2.10.0", ":2.9.0": "2.9.0", ":2.*.*": "2.10.0", ":2.3.*": "2.3.0"}.items():
+        assert open_source(f"tfds:prime_images{asked}", "train", str(tmp_path)).name == f"tfds:prime_images/{found}"
+    with pytest.raises(UserError, match=r"which has prime_images:2.10.0, prime_images:2.3.0, prime_images:2.9.0"):
+        open_source("tfds:prime_images:3.0.0", "train", str(tmp_path))
+    with pytest.raises(UserError, match=r"(?s)cannot be looked up.*NAME/CONFIG:VERSION"):
+        open_source("tfds:prime_images:2.9", "train", str(tmp_path))
+
+
+def test_a_config_is_looked_up_and_its_slip_shows_the_others(tmp_path):
+    class SizedImages(PrimeImages):
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("small", "large")]  # noqa: RUF012
+
+    for name in ("small", "large"):
+        SizedImages(data_dir=tmp_path, config=name, file_format="array_record").download_and_prepare()
+    for asked, found in {"": "small", "/large": "large", "/large:2.3.0": "large"}.items():
+        assert (
+            open_source(f"tfds:sized_images{asked}", "train", str(tmp_path)).name == f"tfds:sized_images/{found}/2.3.0"
+        )
+    with pytest.raises(UserError, match=r"which has sized_images/large:2.3.0, sized_images/small:2.3.0"):
+        open_source("tfds:sized_images/medium", "train", str(tmp_path))
+
+
+def test_imagenet_is_prepared_by_our_own_command(tmp_path):
+    with pytest.raises(UserError, match=r"beitv2_jax.data.prepare imagenet2012 --archives=DIR --data_dir="):
+        open_source("tfds:imagenet2012", "train", str(tmp_path))
+
+
+def test_flat_folders_have_no_labels(tmp_path):
+    _fill(tmp_path / "flat", ["b.png", "a.jpeg", "c.txt"])
+    source = open_source(f"folder:{tmp_path}/flat", "train")
+    assert (len(source), source.num_classes, source.class_names) == (2, 0, ())
+    assert [(source[i]["label"], source[i]["where"].split("/")[-1]) for i in range(2)] == [
+        (-1, "a.jpeg (example 0)"),
+        (-1, "b.png (example 1)"),
+    ]
+    assert source[1]["image"] == (tmp_path / "flat" / "b.png").read_bytes()
+    _fill(tmp_path / "cut" / "train", ["1.png", "2.png", "3.png"])
+    _fill(tmp_path / "cut" / "test", ["4.png"])
+    assert [len(open_source(f"folder:{tmp_path}/cut", split)) for split in ("train", "validation")] == [3, 1]
+    _fill(tmp_path / "cut" / "train" / "owl", ["5.png"])
+    with pytest.raises(UserError, match=r"class folders and, beside them, 3 images such as 1.png"):
+        open_source(f"folder:{tmp_path}/cut", "train")
+
+
+def test_folder_names_are_kept_compactly(tmp_path):
+    # any bytes that a file system takes, and empty classes
+    names = ["a\u00e9.png", os.fsdecode(b"\xff.png"), "z.png"]
+    for name in names:
+        _fill(tmp_path / "x", [name])
+    (tmp_path / "w").mkdir()
+    _fill(tmp_path / "y", ["1.png", "2.png"])
+    source = open_source(f"folder:{tmp_path}", "train")
+    found = [(source[i]["label"], source[i]["where"].rpartition(" (")[0]) for i in range(len(source))]
+    wanted = [(1, f"{tmp_path}/x/{name}") for name in sorted(names)] + [(2, f"{tmp_path}/y/{n}.png") for n in (1, 2)]
+    assert found == wanted
+    with pytest.raises(IndexError):
+        source[5]
+
+
+def test_folder_identity_of_before(split_folder):
+    # stores carry it in their card
+    digest = hashlib.blake2b(b"crow/c.webp\ncrow/d.bmp\ncrow/e.jpeg\nowl/a.JPG\nowl/b.png", digest_size=6).hexdigest()
+    assert open_source(f"folder:{split_folder}", "train").name == f"folder:birds@{digest}"
+
+
+def _array_record(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def _example(**features):
+    kinds = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
+    example = tf_example_pb2.Example()
+    for key, value in features.items():
+        getattr(example.features.feature[key.replace("__", "/")], kinds[type(value)]).value.append(value)
+    return example.SerializeToString()
+
+
+@pytest.fixture
+def record_files(tmp_path):
+    _array_record(tmp_path / "in" / "b-train-1.array_record", [_png(3), _png(4)])
+    _array_record(tmp_path / "in" / "a-train-2.array_record", [_png(0), _png(1), _png(2)])
+    _array_record(tmp_path / "in" / "c-train-3.array_record", [])
+    _array_record(tmp_path / "in" / "a-val-1.array_record", [_png(5)])
+    return tmp_path / "in"
+
+
+def test_array_records_of_plain_images(record_files):
+    source = open_source(f"arrayrecord:{record_files}/*-{{split}}-*", "train")
+    assert (len(source), source.split, source.num_classes, source.class_names) == (5, "train", 0, ())
+    examples = [source[i] for i in range(5)]
+    assert [e["image"] for e in examples] == [_png(value) for value in range(5)]
+    assert {e["label"] for e in examples} == {-1} and [e["example_id"] for e in examples] == [0, 1, 2, 3, 4]
+    files = ["a-train-2", "a-train-2", "a-train-2", "b-train-1", "b-train-1"]
+    for i, (file, record) in enumerate(zip(files, [0, 1, 2, 0, 1], strict=True)):
+        assert examples[i]["where"] == f"{record_files}/{file}.array_record, record {record} (example {i})"
+    held_out = open_source(f"arrayrecord:{record_files}/*-{{split}}-*", "test")
+    assert (len(held_out), held_out.split) == (1, "val")
+    assert len(open_source(f"arrayrecord:{record_files}/*-train-*", "anything")) == 5
+
+
+def test_array_record_identity_follows_the_files(record_files, tmp_path):
+    name = open_source(f"arrayrecord:{record_files}/*train*", "train").name
+    assert open_source(f"arrayrecord:{record_files}/?-train-[123].*", "train").name == name
+    assert open_source(f"arrayrecord:{record_files}/a-train*", "train").name != name
+    moved = record_files.rename(tmp_path / "moved")
+    assert open_source(f"arrayrecord:{moved}/*train*", "train").name == name
+    _array_record(moved / "b-train-1.array_record", [_png(3)])
+    assert open_source(f"arrayrecord:{moved}/*train*", "train").name != name
+
+
+@pytest.mark.parametrize("image_key, label_key", [("image", "label"), ("image__encoded", "image__class__label")])
+def test_array_records_of_examples(tmp_path, image_key, label_key):
+    records = [_example(**{image_key: _png(i), label_key: i + 1, "height": 2.5}) for i in range(3)]
+    records += [_example(**{image_key: _png(3)}), _example(other=7), b"\xff\xff", _example(**{image_key: 5})]
+    _array_record(tmp_path / "x.array_record", records)
+    source = open_source(f"arrayrecord:{tmp_path}/x*", "train")
+    examples = [source[i] for i in range(7)]
+    assert [e["image"] for e in examples] == [*(_png(i) for i in range(4)), b"", b"", b""]
+    assert [e["label"] for e in examples] == [1, 2, 3, -1, -1, -1, -1]
+    assert source.num_classes == 0
+    (tmp_path / "labels.txt").write_text("none\nowl\ncrow\nwren\n")
+    assert open_source(f"arrayrecord:{tmp_path}/x*", "train").class_names == ("none", "owl", "crow", "wren")
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def cut_directory(tmp_path_factory):
+    """The set of seven images in three shards."""
+    from tensorflow_datasets.core.utils import shard_utils
+
+    directory = tmp_path_factory.mktemp("cut")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_utils.ShardConfig, "calculate_number_shards", lambda *_: 3)
+        PrimeImages(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory / "prime_images" / "2.3.0"
+
+
+def test_array_records_of_a_tfds_set_and_some_of_its_shards(cut_directory, tmp_path):
+    whole = open_source("tfds:prime_images", "train", str(cut_directory.parents[1]))
+    source = open_source(f"arrayrecord:{cut_directory}/*", "train")
+    assert (len(source), source.split, source.class_names) == (7, "train", ("odd", "even"))
+    for i in range(7):
+        assert {**source[i], "where": ""} == {**whole[i], "where": ""}
+    assert len(open_source(f"arrayrecord:{cut_directory}/*", "validation")) == 3
+    # 7 records in 3 shards: 2, 3, 2
+    middle = open_source(f"arrayrecord:{cut_directory}/*-00001-of-00003", "train")
+    assert [middle[i]["image"] for i in range(len(middle))] == [whole[i]["image"] for i in (2, 3, 4)]
+    assert middle[0]["label"] == whole[2]["label"]
+    with pytest.raises(UserError, match="it has train"):
+        open_source(f"arrayrecord:{cut_directory}/*train*", "test")
+    # the description of the features is enough
+    for pattern in ("features.json", "label.labels.txt", "*train*00002*"):
+        (path,) = cut_directory.glob(pattern)
+        shutil.copy(path, tmp_path)
+    last = open_source(f"arrayrecord:{tmp_path}/*", "train")
+    assert [last[i]["label"] for i in range(len(last))] == [whole[i]["label"] for i in (5, 6)]
+
+
+def test_array_record_mistakes_have_words(record_files, tmp_path, cut_directory):
+    for glob, split, words in (
+        (f"{tmp_path}/nothing*", "train", "(?s)No file matches.*quotes"),
+        (f"{record_files}/*", "val", r"(?s)which records.*\{split\} in the glob"),
+        (f"{record_files}/*", "train[:10%]", "TFDS sets only"),
+        (f"{record_files}/c-*", "train", "hold no records"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_source(f"arrayrecord:{glob}", split)
+    with pytest.raises(UserError, match="takes files of a TFDS data set"):
+        shutil.copy(record_files / "a-val-1.array_record", cut_directory.parent / "beside")
+        open_source(f"arrayrecord:{cut_directory.parent}/**/*", "train")
+    (record_files / "broken-train").write_bytes((record_files / "a-train-2.array_record").read_bytes()[:70000])
+    (record_files / "text-train").write_text("words " * 99)
+    for name in ("broken-train", "text-train"):
+        with pytest.raises(UserError, match=f"{name} is no whole ArrayRecord file"):
+            open_source(f"arrayrecord:{record_files}/*train*", "train")
+        (record_files / name).unlink()
+    _array_record(tmp_path / "numbers", [b"123", b"456"])
+    with pytest.raises(UserError, match=r"neither images nor examples.*b'123'"):
+        open_source(f"arrayrecord:{tmp_path}/numbers", "train")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds", "arrayrecord"])
+def test_sources_survive_pickling(kind, split_folder, tfds_directory, record_files):
+    specs = {"folder": f"folder:{split_folder}", "tfds": "tfds:prime_images"}
+    spec = specs.get(kind, f"arrayrecord:{record_files}/*train*")
     source = open_source(spec, "train", tfds_directory)
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.name, copy.split, len(copy)) == (source.name, source.split, len(source))

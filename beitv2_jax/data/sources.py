@@ -1,20 +1,19 @@
-"""Where images come from: TFDS sets in ArrayRecord form, plain image folders, and the project's own embedded set.
+"""Where images come from: TFDS sets, ArrayRecord files, image folders, and the project's own embedded set.
 
 A source is random access by example id (its index), gives encoded bytes, and is pickled as the recipe to open it.
-It is the first station of the data pipeline.
+It is the first station of the data pipeline. None needs TensorFlow.
 """
 
-import hashlib
 import os
 import pathlib
+import re
 from typing import Any, Protocol
 
-import numpy as np
-
+from beitv2_jax.data.array_records import ArrayRecordSource
+from beitv2_jax.data.folders import FolderSource
+from beitv2_jax.data.image_features import ImageFeatures
+from beitv2_jax.data.splits import resolve_split
 from beitv2_jax.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_EVALUATION_SPLITS = ("validation", "val", "test")
 
 
 class Source(Protocol):
@@ -40,9 +39,9 @@ class Source(Protocol):
 
 
 def open_source(spec: str, split: str, data_dir: str = "") -> Source:
-    """Open `tfds:NAME[/CONFIG][:VERSION]`, `folder:PATH` or `embedded[/CONFIG]`.
+    """Open `tfds:NAME[/CONFIG][:VERSION]`, `arrayrecord:GLOB`, `folder:PATH` or `embedded[/CONFIG]`.
 
-    `data_dir` is the TFDS directory ("" = TFDS's default); a folder does not need it. Of the split names
+    `data_dir` is the TFDS directory ("" = TFDS's default); only `tfds` and `embedded` look there. Of the split names
     validation, val and test, the others are tried when the one asked for does not exist. TFDS slices such as
     `train[:10%]` work for TFDS sets.
 
@@ -52,6 +51,8 @@ def open_source(spec: str, split: str, data_dir: str = "") -> Source:
     kind, _, rest = spec.partition(":")
     if kind == "folder" and rest:
         return FolderSource(rest, split)
+    if kind == "arrayrecord" and rest:
+        return ArrayRecordSource(rest, split)
     if kind == "tfds" and rest:
         return TfdsSource(_find_tfds(rest, data_dir), split)
     family, _, config = spec.partition("/")
@@ -63,111 +64,8 @@ def open_source(spec: str, split: str, data_dir: str = "") -> Source:
     raise UserError(
         f"There is no data source {spec!r}.",
         "data.source in the config lacks its kind, or the kind is misspelt",
-        "tfds:NAME (a prepared TFDS set), folder:PATH (class folders of images) or embedded",
+        "tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files), folder:PATH (images) or embedded",
     )
-
-
-def _resolve_split(split: str, available: tuple[str, ...], where: str) -> str:
-    """Return the name under which `available` holds `split`; a slice `[...]` after the name is kept."""
-    name, bracket, tail = split.partition("[")
-    synonyms = _EVALUATION_SPLITS if name in _EVALUATION_SPLITS else ()
-    for candidate in (name, *synonyms):
-        if candidate in available:
-            return candidate + bracket + tail
-    raise UserError(
-        f"{where} has no split {split!r}; it has {', '.join(sorted(available)) or 'none'}.",
-        "data.train_split or data.eval_split names a split of another data set",
-        f"one of: {', '.join(sorted(available)) or 'a data set with splits'}",
-    )
-
-
-class FolderSource:
-    """Images in class folders: `PATH/<split>/<class>/*`, or `PATH/<class>/*` for the split "train".
-
-    Labels number the sorted class names, example ids the sorted files of the sorted classes. A split beside
-    `train` takes its class names from there, so that a class missing in it shifts no label. The name carries a
-    digest of the relative file names: it follows the data when they are moved and changes when files do.
-    """
-
-    def __init__(self, path: str, split: str):
-        root = pathlib.Path(path).expanduser()
-        self._path, self._asked = path, split
-        self.split, directory, class_directory = _folder_of_split(root, split)
-        self.class_names = _folders(class_directory)
-        unknown = sorted(set(_folders(directory)) - set(self.class_names))
-        if unknown:
-            raise UserError(
-                f"{directory} has the class folder {unknown[0]!r}, which {class_directory} has not.",
-                "the splits hold different classes, so their labels would not agree",
-                f"the same class folders in both, or remove {directory / unknown[0]}",
-            )
-        files = [(label, file) for label, name in enumerate(self.class_names) for file in _images(directory / name)]
-        if not files:
-            raise UserError(
-                f"There are no images in {directory}.",
-                f"the images do not lie in class folders, or end in something else than {' '.join(IMAGE_SUFFIXES)}",
-                f"{directory}/<class>/<image>; for images without classes one folder, say {directory}/all/",
-            )
-        self._root = directory
-        self._labels = np.array([label for label, _ in files], np.int32)
-        self._files = [file for _, file in files]
-        self.num_classes = len(self.class_names)
-        names = "\n".join(f"{self.class_names[label]}/{file}" for label, file in files)
-        digest = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-        self.name = f"folder:{root.resolve().name}@{digest}"
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, example_id: int) -> dict[str, Any]:
-        label = int(self._labels[example_id])
-        path = self._root / self.class_names[label] / self._files[example_id]
-        return {
-            "image": path.read_bytes(),
-            "label": label,
-            "example_id": int(example_id),
-            "where": f"{path} (example {example_id})",
-        }
-
-    def __reduce__(self):
-        return FolderSource, (self._path, self._asked)
-
-
-def _folders(directory: pathlib.Path) -> tuple[str, ...]:
-    """Return the sorted names of the visible folders in `directory`; none if it does not exist."""
-    if not directory.is_dir():
-        return ()
-    return tuple(sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith(".")))
-
-
-def _images(directory: pathlib.Path) -> list[str]:
-    if not directory.is_dir():
-        return []
-    names = (e.name for e in os.scandir(directory) if e.is_file() and not e.name.startswith("."))
-    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-
-
-def _folder_of_split(root: pathlib.Path, split: str) -> tuple[str, pathlib.Path, pathlib.Path]:
-    """Return the split's name, its folder, and the folder whose sub-folders number the classes."""
-    if not root.is_dir():
-        raise UserError(
-            f"The image folder {root} does not exist.",
-            "data.source=folder:PATH is misspelt or relative to another directory",
-            f"a folder of images; now in {pathlib.Path.cwd()}",
-        )
-    if "[" in split:
-        raise UserError(
-            f"The image folder {root} cannot be cut to {split!r}.",
-            "slices of a split exist for TFDS sets only",
-            f"the split {split.partition('[')[0]!r}, or a folder that holds just these images",
-        )
-    splits = tuple(name for name in ("train", *_EVALUATION_SPLITS) if (root / name).is_dir())
-    if (root / split).is_dir():
-        splits = (*splits, split)
-    if not splits and split == "train":
-        return "train", root, root
-    found = _resolve_split(split, splits, f"The image folder {root}")
-    return found, root / found, root / ("train" if "train" in splits else found)
 
 
 class TfdsSource:
@@ -181,19 +79,12 @@ class TfdsSource:
 
         self._directory, self._asked = os.fspath(directory), split
         builder = tfds.builder_from_directory(self._directory)
-        features = dict(builder.info.features)
         self.name = f"tfds:{builder.info.full_name}"
-        self.split = _resolve_split(split, tuple(builder.info.splits), f"The TFDS set {builder.info.full_name}")
-        if "image" not in features:
-            raise UserError(
-                f"The TFDS set {builder.info.full_name} has no feature 'image'; it has {', '.join(features)}.",
-                "it is not a set of images",
-                "a TFDS set for image classification, such as tfds:imagenette",
-            )
-        encoded = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
+        where = f"The TFDS set {builder.info.full_name}"
+        self.split = resolve_split(split, builder.info.splits, where)
+        self._features = ImageFeatures(builder.info.features, where)
         try:
-            self._records = builder.as_data_source(self.split, decoders=decoders)
+            self._records = builder.as_data_source(self.split, decoders=self._features.decoders)
         except NotImplementedError as error:
             raise UserError(
                 f"The TFDS set in {self._directory} has the format {builder.info.file_format.value}, which has no "
@@ -207,18 +98,17 @@ class TfdsSource:
                 "a slip in the slice",
                 "train[:10%] or train[100:200], for example",
             ) from error
-        self._has_label = isinstance(features.get("label"), tfds.features.ClassLabel)
-        self.class_names = tuple(features["label"].names) if self._has_label else ()
+        self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        record = self._records[example_id]
+        image, label = self._features.image_and_label(self._records[example_id])
         return {
-            "image": record["image"],
-            "label": int(record["label"]) if self._has_label else -1,
+            "image": image,
+            "label": label,
             "example_id": int(example_id),
             "where": f"{self.name}, split {self.split}, example {example_id}",
         }
@@ -228,6 +118,9 @@ class TfdsSource:
 
 
 def _preparation(name: str, data_dir: str = "") -> str:
+    if name.partition(":")[0] == "imagenet2012":
+        place = f" --data_dir={data_dir}" if data_dir else ""
+        return f"python -m beitv2_jax.data.prepare imagenet2012 --archives=DIR{place}"
     place = f", data_dir='{data_dir}'" if data_dir else ""
     return (
         f'python -c "import tensorflow_datasets as tfds; '
@@ -237,21 +130,42 @@ def _preparation(name: str, data_dir: str = "") -> str:
 
 
 def _find_tfds(name: str, data_dir: str) -> str:
-    """Return the directory of a prepared TFDS set, without loading the code that generated it."""
+    """Return the directory of a prepared TFDS set: of the version asked for, else the newest.
+
+    A config that is not named is the data set's default one. TFDS is searched for that, nothing is generated.
+    """
     from tensorflow_datasets.core import read_only_builder, registered
 
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except registered.DatasetNotFoundError as error:
+        prepared = _prepared(name, data_dir)
         raise UserError(
-            f"The TFDS set {name!r} is not prepared in {data_dir or 'the TFDS default directory'}.",
-            "it was never prepared, lies in another directory, or has a config that must be named (NAME/CONFIG)",
-            f"set data.data_dir, or prepare it: {_preparation(name, data_dir)}",
+            f"The TFDS set {name!r} is not prepared in {data_dir or 'the TFDS default directory'}"
+            + (f", which has {', '.join(prepared)}." if prepared else "."),
+            "another version or config was meant"
+            if prepared
+            else "it was never prepared, or lies in another directory",
+            f"tfds:{prepared[-1]}" if prepared else f"set data.data_dir, or prepare it: {_preparation(name, data_dir)}",
         ) from error
     except ValueError as error:
         raise UserError(
-            f"The TFDS set {name!r} cannot be looked up: {error}",
+            f"The TFDS set {name!r} cannot be looked up: {str(error).splitlines()[0]}",
             "a slip in the name, or the set lies in several TFDS directories",
-            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION, and data.data_dir",
+            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION (1.2.3 or 1.*.*), and data.data_dir",
         ) from error
     return os.fspath(builder.data_dir)
+
+
+def _prepared(name: str, data_dir: str) -> list[str]:
+    """Return every config and version of the set that is there, as `tfds:` takes it."""
+    from tensorflow_datasets.core.utils import file_utils
+
+    stem = re.split("[/:]", name)[0]
+    found = []
+    for root in file_utils.list_data_dirs(given_data_dir=data_dir or None):
+        for depth in ("*", "*/*"):
+            for features in pathlib.Path(os.path.expanduser(root)).glob(f"{stem}/{depth}/features.json"):
+                config, version = features.parts[-3], features.parts[-2]
+                found.append(f"{stem}:{version}" if config == stem else f"{stem}/{config}:{version}")
+    return sorted(found)

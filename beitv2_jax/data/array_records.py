@@ -1,0 +1,199 @@
+"""ArrayRecord files named by a glob, with or without TFDS's description beside them: a source of `data.sources`.
+
+What the records hold is told by the first of them, or by `features.json` beside the files:
+
+- files of a TFDS data set, all or some of its shards: its features, its class names;
+- encoded images (JPEG, PNG, ...) and nothing else: no labels;
+- tf.train.Example with the image in `image` or `image/encoded`, and maybe a label in `label` or `image/class/label`.
+  Labels are taken as they are; `labels.txt` beside the files, one name a line, says how many classes there are.
+"""
+
+import concurrent.futures
+import glob
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from beitv2_jax.data.examples import image_and_label
+from beitv2_jax.data.image_features import ImageFeatures
+from beitv2_jax.data.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
+from beitv2_jax.errors import UserError
+
+_IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+_FILES_AT_ONCE = 32
+
+
+class ArrayRecordSource:
+    """Records of the files that match a glob, in the order of their names.
+
+    `{split}` in the glob stands for the split (validation, val and test are tried for each other). Without it the
+    files of a TFDS data set are chosen by the split in their names; any others are taken for the split that is asked
+    for, unless that is one to evaluate on. The name is a digest of the files' names below the folder they share, their
+    sizes and their numbers of records: it follows the data when they are moved and changes when they do.
+
+    Raises:
+      UserError: no file matches, one is no ArrayRecord file, or the records hold no images.
+    """
+
+    def __init__(self, pattern: str, split: str):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from tensorflow_datasets.core.utils.shard_utils import FileInstruction
+
+        self._pattern, self._asked = pattern, split
+        refuse_slice(split, f"The files {pattern}")
+        self.split, files = _matching(pattern, split)
+        features = _tfds_features(files)
+        if features is not None:
+            self.split, files = _files_of_split(files, split, pattern)
+        elif "{split}" not in pattern and split in EVALUATION_SPLITS:
+            raise UserError(
+                f"Nothing tells which records of {pattern} are the split {split!r}.",
+                "the same glob would give the images for training and those to evaluate on",
+                "{split} in the glob where the names of the files hold the split, or data.eval_split=''",
+            )
+        self._files, counts = _counted(files, pattern)
+        self._ends = np.cumsum(counts)
+        self._records = ArrayRecordDataSource(
+            [FileInstruction(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
+        )
+        self._read = _reader(features, self._records[0], self._files[0])
+        self.class_names = _listed_class_names(self._files[0]) if features is None else features.class_names
+        self.num_classes = len(self.class_names)
+        self.name = f"arrayrecord:{_digest(self._files, counts)}"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, example_id: int) -> dict[str, Any]:
+        image, label = self._read(self._records[example_id])
+        file = int(np.searchsorted(self._ends, example_id, side="right"))
+        record = example_id - (self._ends[file - 1] if file else 0)
+        return {
+            "image": image,
+            "label": label,
+            "example_id": int(example_id),
+            "where": f"{self._files[file]}, record {record} (example {example_id})",
+        }
+
+    def __reduce__(self):
+        return ArrayRecordSource, (self._pattern, self._asked)
+
+
+def _matching(pattern: str, split: str) -> tuple[str, list[str]]:
+    """Return the split's name and the files that match the glob."""
+    for name in candidates(split):
+        files = glob.glob(os.path.expanduser(pattern.replace("{split}", name)), recursive=True)
+        files = sorted(file for file in files if os.path.isfile(file))
+        if files:
+            return name if "{split}" in pattern else split, files
+        if "{split}" not in pattern:
+            break
+    raise UserError(
+        f"No file matches {pattern} for the split {split!r}.",
+        "data.source=arrayrecord:GLOB is misspelt, relative to another directory, or was expanded by the shell",
+        f"quotes around it, and a glob such as 'DIR/train*.array_record*'; now in {pathlib.Path.cwd()}",
+    )
+
+
+def _tfds_features(files: list[str]) -> ImageFeatures | None:
+    """Return the features of the TFDS data set whose files these are; None if they are of none."""
+    folders = {os.path.dirname(file) for file in files}
+    described = {folder for folder in folders if os.path.isfile(os.path.join(folder, "features.json"))}
+    if not described:
+        return None
+    if len(folders) > 1:
+        raise UserError(
+            f"The glob takes files of a TFDS data set in {min(described)} and others beside them.",
+            "two data sets, or two versions of one, match the same glob",
+            "a glob of one folder",
+        )
+    import tensorflow_datasets as tfds
+
+    folder = described.pop()
+    return ImageFeatures(tfds.features.FeaturesDict.from_config(folder), f"The TFDS set in {folder}")
+
+
+def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, list[str]]:
+    """Return the split's name in the TFDS data set, and those of `files` that belong to it."""
+    from tensorflow_datasets.core import naming
+
+    files_of: dict[str, list[str]] = {}
+    for file in files:
+        # what else a glob may take, such as features.json, is no shard
+        if naming.FilenameInfo.is_valid(name := os.path.basename(file)):
+            files_of.setdefault(naming.FilenameInfo.from_str(name).split, []).append(file)
+    found = resolve_split(split, files_of, f"What matches {pattern}")
+    return found, files_of[found]
+
+
+def _counted(files: list[str], pattern: str) -> tuple[list[str], list[int]]:
+    """Return the files that have records, and how many."""
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        counts = list(pool.map(_num_records, files))
+    kept = [(file, count) for file, count in zip(files, counts, strict=True) if count]
+    if not kept:
+        raise UserError(
+            f"The files that match {pattern} hold no records.",
+            "they were never finished",
+            "write them again, or another glob",
+        )
+    return [file for file, _ in kept], [count for _, count in kept]
+
+
+def _num_records(file: str) -> int:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(file)
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+    except Exception as error:  # its own class, which it does not export
+        raise UserError(
+            f"{file} is no whole ArrayRecord file: {error}",
+            "its copy broke off, or the glob takes files of another kind",
+            "copy it again, or a glob of ArrayRecord files alone",
+        ) from error
+
+
+def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes, int]]:
+    """Return the function record -> (encoded image, label); an image that a record lacks is empty."""
+    if features is not None:
+        return features.read
+    if first.startswith(_IMAGE_STARTS):
+        return _plain_image
+    if image_and_label(first) is not None:
+        return _example
+    raise UserError(
+        f"The records of {file} are neither images nor examples with one: the first begins with {first[:16]!r}.",
+        "they hold something else, or their features have other names",
+        "encoded images; tf.train.Example with 'image' or 'image/encoded'; or files of a TFDS data set",
+    )
+
+
+def _plain_image(record: bytes) -> tuple[bytes, int]:
+    return record, -1
+
+
+def _example(record: bytes) -> tuple[bytes, int]:
+    # what has no image is found out where it is decoded, and counted there
+    return image_and_label(record) or (b"", -1)
+
+
+def _listed_class_names(file: str) -> tuple[str, ...]:
+    names = pathlib.Path(file).with_name("labels.txt")
+    return tuple(names.read_text().split("\n")[:-1]) if names.is_file() else ()
+
+
+def _digest(files: list[str], counts: list[int]) -> str:
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    lines = [
+        f"{os.path.relpath(os.path.abspath(file), shared)} {os.path.getsize(file)} {count}"
+        for file, count in zip(files, counts, strict=True)
+    ]
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()

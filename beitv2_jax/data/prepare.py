@@ -1,0 +1,50 @@
+"""Prepare a data set once, for `data.sources` to open: python -m beitv2_jax.data.prepare imagenet2012 --archives=DIR.
+
+TensorFlow is not needed. Large sets of many archives have their own command, `beitv2_jax.data.prepare_beam`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from beitv2_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare the data set that `argv` names; return 0, or 2 after a UserError was printed."""
+    options = _parser().parse_args(argv)
+    logging.set_verbosity(logging.INFO)
+    # imported here: a slip in an argument should show before TFDS is loaded
+    from beitv2_jax.data import imagenet
+
+    try:
+        directory = imagenet.prepare(options.archives, options.data_dir)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"{directory} is ready: --config.data.source=tfds:imagenet2012{_data_dir_flag(options.data_dir)}")
+    return 0
+
+
+def _data_dir_flag(data_dir: str) -> str:
+    return f" --config.data.data_dir={os.path.abspath(data_dir)}" if data_dir else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m beitv2_jax.data.prepare", description=__doc__.partition("\n\n")[0])
+    sets = parser.add_subparsers(required=True, metavar="SET")
+    imagenet = sets.add_parser("imagenet2012", help="ImageNet-1k from the official archives of ILSVRC 2012")
+    imagenet.add_argument(
+        "--archives",
+        required=True,
+        help="directory of the tars for training and validation, the devkit, and maybe the test images",
+    )
+    imagenet.add_argument("--data_dir", default="", help="TFDS directory to write to; TFDS's own default if left out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
