@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Sourced by the launch scripts, from the repository root: makes $VENV (default .venv) if there is none and installs the
 # project into it, editable, with the extras in $EXTRAS (such as cuda, tpu or test), unless that was done before and
 # setup.py has not changed since. Afterwards $VENV_PYTHON runs the project.

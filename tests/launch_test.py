@@ -146,7 +146,10 @@ def test_the_environment_is_made_with_the_interpreter_found(repository):
     assert "-m venv .venv" in calls and calls[-1] == "-m beitv2_jax.main"
 
 
-@pytest.mark.parametrize("script", [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+SCRIPTS = [path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch", ".env")]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
 def test_scripts_are_posix_shell(script):
     subprocess.run(["sh", "-n", str(script)], check=True)
     assert "[[" not in script.read_text() and "function " not in script.read_text()
@@ -169,4 +172,4 @@ def test_setup_states_lower_bounds_only(monkeypatch):
     assert {"cuda", "tpu", "test"} <= set(arguments["extras_require"])
     assert arguments["packages"] == ["beitv2_jax", "beitv2_jax.*"]
     for requirement in itertools.chain(arguments["install_requires"], *arguments["extras_require"].values()):
-        assert re.fullmatch(r"[A-Za-z_-]+(\[\w+\])?>=[\d.]+", requirement)
+        assert re.fullmatch(r"[A-Za-z0-9_-]+(\[\w+\])?>=[\d.]+", requirement)
