@@ -19,7 +19,16 @@ from ml_collections import ConfigDict
 from beitv2_jax.errors import UserError
 
 UNITS = ("epochs", "steps", "examples")
-HARMLESS = ("efficiency", "mesh", "run.log_every", "data.num_threads", "data.data_dir")
+HARMLESS = (
+    "efficiency",
+    "mesh",
+    "run.log_every",
+    "data.num_threads",
+    "data.num_workers",
+    "data.max_bad_share",
+    "output.verify_examples",
+    "data.data_dir",
+)
 """Sections and keys that may change between two starts of one run: they move no result, or only its rounding."""
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s+([A-Za-z]+)\s*")
@@ -27,6 +36,7 @@ _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_e
 _CHOICES = {
     "stage": ("finetune", "extract", "vqkd", "tokenize", "mim", "probe", "pipeline"),
     "views.interpolation": ("bicubic", "bilinear", "lanczos"),
+    "views.tokenizer_interpolation": ("", "bicubic", "bilinear", "lanczos"),
     "teacher.normalization": ("", "half", "imagenet", "clip"),
     "teacher.output": ("", "projected", "tokens"),
     "teacher.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
@@ -39,7 +49,7 @@ _CHOICES = {
     "model.param_init": ("normal", "clipped", "scaled"),
     "model.encoder.stem": ("linear", "conv"),
     "efficiency.dtype": ("float32", "bfloat16", "float16"),
-    "output.dtype": ("float32", "float16"),
+    "output.dtype": ("int8", "bfloat16", "float16", "float32"),
 }
 
 
@@ -245,6 +255,7 @@ def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -
             refuse(key, "a step needs at least one example.", "the global batch size was meant.", 512)
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
+    _check_reading(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
 
 
@@ -312,6 +323,15 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
             "an early layer at three quarters of the depth, as published (9 of 12).",
             max(1, round(0.75 * depth)),
         )
+
+
+def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
+    for key in ("data.num_threads", "data.num_workers"):
+        if flat.get(key, 0) < 0:
+            refuse(key, "there is no such number of them.", "none.", 0)
+    share = flat.get("data.max_bad_share", 0.0)
+    if not 0 <= share <= 1:
+        refuse("data.max_bad_share", "a share lies between 0 and 1.", "per cent.", share / 100)
 
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:

@@ -18,7 +18,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
-FLAG_NAMES = ("config", "workdir", "distributed", "compilation_cache")
+FLAG_NAMES = ("config", "workdir", "task", "plan", "plan_examples", "plan_compile", "distributed", "compilation_cache")
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -33,6 +33,23 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "config", None, "Config file and its presets, such as configs/mim.py:large,300ep.", values, sys_argv=list(argv)
     )
     flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is continued.", values)
+    flags.DEFINE_enum(
+        "task",
+        "run",
+        ["run", "verify"],
+        "'verify' compares a random sample of a finished store (extract, tokenize) with the network's live answer.",
+        values,
+    )
+    flags.DEFINE_string(
+        "plan",
+        None,
+        "Train nothing; plan the run for chips that are not here: v5e:16x16, v5p:64, h100:8, or auto:v5e.",
+        values,
+    )
+    flags.DEFINE_integer(
+        "plan_examples", 0, "Training images of a data set that --plan neither knows nor finds.", flag_values=values
+    )
+    flags.DEFINE_boolean("plan_compile", True, "Compile the step for --plan; without, all is arithmetic.", values)
     flags.DEFINE_boolean(
         "distributed",
         None,
@@ -63,7 +80,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
         raise _explain(error, argv, defaults) from error
     if len(rest) > 1:
         raise UserError(f"Unexpected argument '{rest[1]}'.", "a flag without its dashes or '='.", f"--{rest[1]}=VALUE")
-    if not values.workdir:
+    if not values.workdir and not values.plan:
         raise UserError("There is no --workdir.", "the run's directory was left out.", "--workdir=runs/NAME")
     return rest
 
@@ -133,13 +150,24 @@ def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, objec
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Tell whether `environment` is that of one of several processes of one run (SLURM step, Open MPI, TPU slice)."""
+    """Tell whether `environment` is that of one of several processes of one run (SLURM step, Open MPI, TPU slice, or
+    told by a launcher in JAX_NUM_PROCESSES)."""
     return (
-        int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        int(environment.get("JAX_NUM_PROCESSES", 1)) > 1
+        or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
     )
+
+
+def told_place(environment: Mapping[str, str]) -> dict[str, int]:
+    """Return what a launcher says of this process, {} if nothing: then jax asks the cluster that it runs in.
+
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here; JAX_COORDINATOR_ADDRESS, which goes with them, jax reads itself.
+    """
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    return {argument: int(environment[name]) for argument, name in names.items() if name in environment}
 
 
 def start_logging(verbosity_given: bool) -> None:
@@ -166,20 +194,29 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
     if in_cluster(os.environ) if distributed is None else distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**told_place(os.environ))
 
 
 def run(argv: Sequence[str]) -> None:
     """Run the stage that the parsed flags describe."""
     del argv
     values = flags.FLAGS
-    config_lib.validate(values.config)
     start_logging(values["verbosity"].present)
+    if values.plan:
+        from beitv2_jax.planning import run_plan
+
+        workdir = os.path.abspath(values.workdir) if values.workdir else ""
+        run_plan(
+            values.config, values.plan, workdir, num_examples=values.plan_examples, compile_it=values.plan_compile
+        )
+        return
+    config_lib.validate(values.config)
     start_jax(values.distributed, values.compilation_cache)
     # imported here: jax must be started first, and a slip in a flag should show before the stack is loaded
-    from beitv2_jax.stages import run_stage
+    from beitv2_jax import stages
 
-    run_stage(values.config, os.path.abspath(values.workdir))
+    start = stages.verify_stage if values.task == "verify" else stages.run_stage
+    start(values.config, os.path.abspath(values.workdir))
 
 
 def main() -> None:

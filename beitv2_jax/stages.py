@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import time
+import uuid
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import loop, probing, storing
+from beitv2_jax.training import loop, probing, storing, verifying
 
 RUNNERS = {
     "finetune": loop.train,
@@ -29,10 +30,15 @@ RUNNERS = {
 """Stage name -> how it runs; what it computes is `beitv2_jax.tasks.<name>.build`."""
 
 
+STORES = ("extract", "tokenize")
+"""Stages whose workdir is a store of targets: it can be extended to more views, and verified."""
+
+
 def run_stage(config: ConfigDict, workdir: str) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
 
-    The same call again continues an interrupted run and returns the summary of a finished one.
+    The same call again continues an interrupted run and returns the summary of a finished one; a store of targets goes
+    on where `views.num_views` has been raised. Processes that run a store stage at the same time share the work.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable or belongs to another config, or an input of
@@ -43,7 +49,7 @@ def run_stage(config: ConfigDict, workdir: str) -> dict:
         return run_pipeline(config, workdir)
     finished = read_summary(workdir)
     refuse_other_config(config, workdir)
-    if finished is not None:
+    if finished is not None and not _is_to_grow(config, finished):
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
     check_writable(workdir)
@@ -57,6 +63,30 @@ def run_stage(config: ConfigDict, workdir: str) -> dict:
     summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
     write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def verify_stage(config: ConfigDict, workdir: str) -> dict:
+    """Compare what a finished store in `workdir` holds with its network's live answer; return {part: figures}.
+
+    For a pipeline that is done for the stores of all its stages: {stage: {part: figures}}.
+
+    Raises:
+        UserError: the stage writes no store or did not finish, or the store does not hold what the network says.
+    """
+    config_lib.validate(config)
+    if config.stage == "pipeline":
+        stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
+        chosen = {name: stage for name, stage in stages.items() if stage.stage in STORES}
+        return {name: verify_stage(stage, os.path.join(workdir, name)) for name, stage in chosen.items()}
+    if config.stage not in STORES:
+        raise UserError(
+            f"A run of the stage '{config.stage}' cannot be verified.",
+            "the config of the stage that wrote the store was meant.",
+            f"--config= and --workdir= of a stage of {', '.join(STORES)}, or of a pipeline.",
+        )
+    refuse_other_config(config, workdir)
+    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+    return verifying.verify(task, config, workdir)
 
 
 def run_pipeline(config: ConfigDict, workdir: str) -> dict:
@@ -89,7 +119,11 @@ def refuse_other_config(config: ConfigDict, workdir: str) -> None:
         return
     with open(path) as file:
         former = config_lib.from_json(file.read())
-    differences = config_lib.changed(former, config)
+    differences = [
+        (key, old, new)
+        for key, old, new in config_lib.changed(former, config)
+        if not (config.stage in STORES and key == "views.num_views" and new > old)
+    ]
     if differences:
         listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences[:5])
         raise UserError(
@@ -97,6 +131,11 @@ def refuse_other_config(config: ConfigDict, workdir: str) -> None:
             "a setting was changed and the workdir kept.",
             "another --workdir, or the former values to continue that run.",
         )
+
+
+def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
+    """Tell whether a finished store is to hold more views than it does."""
+    return config.stage in STORES and finished["figures"]["views_per_example"] < config.views.num_views
 
 
 def check_writable(workdir: str) -> None:
@@ -113,7 +152,8 @@ def check_writable(workdir: str) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
-    with open(path + ".tmp", "w") as file:
+    """Write a file under a name of its own and rename it: nobody sees half of it, several may write it at once."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "w") as file:
         file.write(text)
-    os.replace(path + ".tmp", path)
+    os.replace(temporary, path)

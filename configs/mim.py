@@ -105,12 +105,16 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",  # where tfds looks; '' is its default
                 "num_threads": 16,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "views": {
                 "image_size": 224,  # pixels
                 "min_scale": 0.2,  # smallest share of the image's area in a crop
                 "num_views": 0,  # 0: a new view each epoch; otherwise the number of stored views per image
                 "interpolation": "bicubic",
+                "tokenizer_image_size": 0,  # the tokenizer's view: the same box in another size; 0: image_size
+                "tokenizer_interpolation": "",  # ... and resized otherwise; '': interpolation
                 "color_jitter": 0.4,
             },
             "normalization": "imagenet",

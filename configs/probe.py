@@ -52,6 +52,8 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",  # where tfds looks; '' is its default
                 "num_threads": 16,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "views": {"image_size": 224},  # pixels, that of the run
             "backbone": {"run": ""},  # required: run directory of the mim stage

@@ -136,6 +136,8 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",
                 "num_threads": 4,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "teacher_views": _views(min_scale=0.7, num_views=0),
             "tokenizer_views": _views(min_scale=0.5, num_views=NUM_VIEWS),

@@ -50,6 +50,8 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",
                 "num_threads": 8,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "views": {
                 "image_size": 96,  # pixels
@@ -60,6 +62,16 @@ def get_config(arg=""):
             },
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
+            "augment": {  # what is done to training images beside the random view
+                "randaugment_ops": 0,  # operations drawn for an image; 0: none
+                "randaugment_magnitude": 9.0,  # their mean strength, of 10
+                "randaugment_std": 0.5,  # standard deviation of the strength
+                "mixup": 0.0,  # parameter of its Beta distribution; 0: never
+                "cutmix": 0.0,  # likewise
+                "mix_probability": 1.0,  # of a batch to be mixed at all
+                "switch_probability": 0.5,  # of CutMix where both are on
+                "erasing": 0.0,  # probability of an image to lose a box to noise; 0: none
+            },
             "model": {
                 "patch_size": 16,
                 "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch

@@ -6,7 +6,9 @@ workdir.
 
 Command   python -m beitv2_jax.main --config=configs/tokenize.py --workdir=runs/codes --config.tokenizer.run=runs/vqkd
 Published nothing: the released code runs the tokenizer inside every training step, on a new crop each epoch
-Storage   a view of ImageNet-1k takes 196 16-bit numbers an image: 0.5 GB
+Storage   a view of ImageNet-1k takes 410 bytes an image (196 ids of 13 bits, and the record around them): 0.5 GB
+Workers   the same command any number of times, on any machines that share the workdir; see docs/data.md
+Check     --task=verify added to the command, when it has finished
 
 Presets
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images)
@@ -47,6 +49,8 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",  # where tfds looks; '' is its default
                 "num_threads": 16,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "views": {
                 "image_size": 224,  # pixels
@@ -56,7 +60,11 @@ def get_config(arg=""):
                 "color_jitter": 0.4,
             },
             "tokenizer": {"run": ""},  # required: run directory of the vqkd stage
-            "run": {"batch_size": 1024},
+            "output": {
+                "shard_examples": 32768,  # what a worker claims at a time, and loses when it is killed
+                "verify_examples": 64,  # that --task=verify computes anew
+            },
+            "run": {"batch_size": 256},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }

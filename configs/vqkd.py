@@ -96,6 +96,8 @@ def get_config(arg=""):
                 "eval_split": "validation",
                 "data_dir": "",  # where tfds looks; '' is its default
                 "num_threads": 16,
+                "num_workers": 0,  # processes that prepare batches in place of the threads
+                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
             },
             "views": {
                 "image_size": 224,  # pixels

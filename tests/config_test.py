@@ -185,7 +185,7 @@ def test_changed_lists_what_changes_results():
     old = {
         "efficiency": {"dtype": "float32"},
         "mesh": {"data": 1},
-        "data": {"num_threads": 1, "data_dir": "a", "source": "x"},
+        "data": {"num_threads": 1, "num_workers": 0, "max_bad_share": 0.001, "data_dir": "a", "source": "x"},
         "run": {"log_every": "1 step", "batch_size": 8},
         "optim": {"betas": (0.9, 0.98)},
         "gone": 1,
@@ -193,7 +193,7 @@ def test_changed_lists_what_changes_results():
     new = {
         "efficiency": {"dtype": "bfloat16"},
         "mesh": {"data": 2},
-        "data": {"num_threads": 2, "data_dir": "b", "source": "y"},
+        "data": {"num_threads": 2, "num_workers": 3, "max_bad_share": 0.1, "data_dir": "b", "source": "y"},
         "run": {"log_every": "2 steps", "batch_size": 9},
         "optim": {"betas": [0.9, 0.98]},
         "meshes": 1,
@@ -207,8 +207,8 @@ def test_changed_lists_what_changes_results():
 
 MIM = {
     "stage": "mim",
-    "data": {"source": "embedded"},
-    "views": {"image_size": 96, "num_views": 0, "interpolation": "bicubic"},
+    "data": {"source": "embedded", "num_threads": 2, "num_workers": 0, "max_bad_share": 0.001},
+    "views": {"image_size": 96, "num_views": 0, "interpolation": "bicubic", "tokenizer_interpolation": ""},
     "masking": {"num_masked": 14},
     "tokenizer": {"run": "DIR", "codes": ""},
     "model": {
@@ -256,6 +256,11 @@ def test_validate_accepts(good):
         (MIM, "tokenizer.run", "", ["tokenizer.codes", "tokenizer.run"]),
         (MIM, "tokenizer.codes", "DIR2", ["tokenizer.codes", "tokenizer.run='DIR'"]),
         (MIM, "data.source", "", ["data.source"]),
+        (MIM, "data.num_workers", -1, ["data.num_workers", "=0"]),
+        (MIM, "data.num_threads", -2, ["data.num_threads", "=0"]),
+        (MIM, "data.max_bad_share", 2.0, ["data.max_bad_share", "=0.02"]),
+        (MIM, "data.max_bad_share", -0.1, ["data.max_bad_share"]),
+        (MIM, "views.tokenizer_interpolation", "lancoz", ["views.tokenizer_interpolation", "=lanczos"]),
         (MIM, "run.batch_size", 0, ["run.batch_size"]),
         (MIM, "run.duration", "10", ["run.duration", "not a duration"]),
         (MIM, "run.log_every", "1 stop", ["run.log_every", "'steps'"]),

@@ -13,6 +13,7 @@ from beitv2_jax.errors import UserError
 FOLDER = Path(__file__).parents[1] / "configs"
 STAGES = {
     "extract": "extract",
+    "finetune": "finetune",
     "mim": "mim",
     "pipeline": "pipeline",
     "probe": "probe",
@@ -79,7 +80,7 @@ def test_every_preset_is_explained_and_does_what_it_says(name, arg):
     docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert f"\n  {arg} " in docstring.partition("\nPresets")[2]
     changed = config_lib.changed(load(name), load(name, arg))
-    assert bool(changed) != (arg in ("base", "1600ep"))  # these two spell out the default
+    assert bool(changed) != (arg in ("base", "1600ep", "base1600"))  # these spell out the default
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -198,6 +199,61 @@ def test_published_mim_variants():
         ("run.duration", "1600 epochs", "300 epochs"),
     ]
     assert load("mim", "300ep,1600ep").to_dict() == base.to_dict()
+
+
+PUBLISHED_FINETUNING = {
+    # lr, epochs, warm-up epochs, batch, layer decay, drop path, mixup, cutmix, classes
+    "base300": (5e-4, 100, 20, 1024, 0.65, 0.1, 0.8, 1.0, 1000),
+    "base1600": (5e-4, 100, 20, 1024, 0.6, 0.2, 0.8, 1.0, 1000),
+    "base21k": (5e-5, 30, 20, 1024, 0.75, 0.1, 0.0, 0.0, 1000),
+    "large300": (5e-4, 50, 5, 1024, 0.8, 0.2, 0.8, 1.0, 1000),
+    "large1600": (2e-4, 50, 5, 1024, 0.8, 0.2, 0.8, 1.0, 1000),
+    "large21k": (7e-5, 20, 5, 1024, 0.8, 0.25, 0.0, 0.0, 1000),
+    "21kbase": (6e-4, 90, 20, 4096, 0.75, 0.1, 0.8, 1.0, 21841),
+    "21klarge": (6e-4, 90, 20, 4096, 0.75, 0.2, 0.8, 1.0, 21841),
+}
+
+
+@pytest.mark.parametrize("arg", PUBLISHED_FINETUNING)
+def test_published_finetuning_recipes(arg):
+    config = load("finetune", arg)
+    model, optim, augment = config.model, config.optim, config.augment
+    lr, epochs, warmup, *rest = PUBLISHED_FINETUNING[arg]
+    assert (optim.peak_lr, config.run.duration, optim.warmup) == (lr, f"{epochs} epochs", f"{warmup} epochs")
+    assert rest == [
+        config.run.batch_size,
+        optim.layer_decay,
+        model.drop_path_rate,
+        augment.mixup,
+        augment.cutmix,
+        model.num_classes,
+    ]
+    assert (model.width, model.depth) == ((768, 12) if "base" in arg else (1024, 24))
+    # what all of them share
+    assert (config.views.image_size, config.views.min_scale, config.views.color_jitter) == (224, 0.08, 0.0)
+    assert (config.normalization, config.label_smoothing) == ("imagenet", 0.1)
+    assert (model.position, model.pooling, model.layer_scale_init, model.head_init_scale) == (
+        "relative",
+        "mean",
+        0.1,
+        0.001,
+    )
+    assert (optim.min_lr, optim.weight_decay, optim.weight_decay_end, optim.clip_norm) == (1e-6, 0.05, 0.05, 0.0)
+    assert (optim.betas, optim.eps, optim.ema_decay) == ((0.9, 0.999), 1e-8, 0.0)
+    assert {key: augment[key] for key in augment if key not in ("mixup", "cutmix")} == {
+        "randaugment_ops": 2,
+        "randaugment_magnitude": 9.0,
+        "randaugment_std": 0.5,
+        "mix_probability": 1.0,
+        "switch_probability": 0.5,
+        "erasing": 0.25,
+    }
+
+
+def test_a_teacher_is_trained_without_augmentation():
+    augment = load("teacher").augment
+    assert (augment.randaugment_ops, augment.mixup, augment.cutmix, augment.erasing) == (0, 0.0, 0.0, 0.0)
+    assert set(augment) == set(load("finetune").augment)
 
 
 def test_the_pipeline_chains_the_published_recipes():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from beitv2_jax.data import augment
+from beitv2_jax.data.scenes import draw_scene
 from beitv2_jax.errors import UserError
 from beitv2_jax.rng import host_rng
 
@@ -78,22 +79,77 @@ def test_flip_probability_zero_and_one():
         assert flips == {bool(probability)}
 
 
+def _photo(height, width):
+    """Return a generated scene with a little grain, resized by Pillow: edges and detail of every size."""
+    scene = Image.fromarray(draw_scene(host_rng(3, "scene"), 3).image).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(2).normal(0, 4, (height, width, 3))
+    return np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8)
+
+
+def _pillow_resize(image, size, interpolation):
+    """Resize along the rows, then along the columns: the order of every Pillow before version 13."""
+    resample = augment.INTERPOLATIONS[interpolation]
+    rows = Image.fromarray(image).resize((size, image.shape[0]), resample)
+    return np.asarray(rows.resize((size, size), resample))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_crop_resize_equals_crop_then_resize_then_mirror(interpolation):
+def test_crop_resize_equals_pillow_s_crop_and_resize(interpolation):
+    image, apart = _photo(375, 500), []
+    boxes = [
+        (7, 11, 361, 482),
+        (30, 200, 97, 121),
+        (0, 0, 224, 224),
+        (40, 31, 333, 100),
+        (3, 5, 100, 333),
+        (0, 0, 8, 9),
+    ]
+    for top, left, height, width in boxes:
+        view = augment.View(top, left, height, width, flip=False)
+        expected = _pillow_resize(image[top : top + height, left : left + width], 224, interpolation)
+        apart.append(np.abs(augment.crop_resize(image, view, 224, interpolation).astype(int) - expected))
+    apart = np.stack(apart)
+    # bilinear is Pillow's own resize, in whatever order the installed version takes
+    limit = {"bilinear": 0.06, "bicubic": 0.02, "lanczos": 0.04}[interpolation]
+    assert apart.mean() < limit, apart.mean()
+    assert np.percentile(apart, 99.5) <= 1 and apart.max() <= 40
+    assert apart[2].max() == 0  # nothing to resize
+
+
+def test_crop_resize_without_the_order_of_the_passes_stays_near_pillow_s():
+    image, apart = _photo(375, 500), []
+    for index in range(40):
+        view = augment.random_view(host_rng(1, "view", index), 375, 500, min_scale=0.08, flip_probability=0.0)
+        box = Image.fromarray(image).crop((view.left, view.top, view.left + view.width, view.top + view.height))
+        expected = np.asarray(box.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+        apart.append(np.abs(augment.crop_resize(image, view, 224) - expected).mean())
+    assert np.mean(apart) < 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_a_view_mirrors_after_the_resize_and_sees_nothing_outside_its_box(interpolation):
     image = _noise(53, 67)
     view = augment.View(top=7, left=11, height=31, width=41, flip=True)
-    expected = (
-        Image.fromarray(image)
-        .crop((11, 7, 11 + 41, 7 + 31))
-        .resize((17, 17), augment.INTERPOLATIONS[interpolation])
-        .transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    )
     resized = augment.crop_resize(image, view, 17, interpolation)
-    np.testing.assert_array_equal(resized, np.asarray(expected))
-    # nothing outside the box has influence
+    plain = augment.crop_resize(image, view._replace(flip=False), 17, interpolation)
+    np.testing.assert_array_equal(resized, plain[:, ::-1])
+    assert resized.flags.c_contiguous
     other = _noise(53, 68)[:, :67].copy()
     other[7:38, 11:52] = image[7:38, 11:52]
     np.testing.assert_array_equal(augment.crop_resize(other, view, 17, interpolation), resized)
+    # what decoders return may be read-only
+    image.flags.writeable = False
+    np.testing.assert_array_equal(augment.crop_resize(image, view, 17, interpolation), resized)
+    whole = augment.View(0, 0, 53, 67, False)
+    assert augment.crop_resize(image, whole, 17, interpolation).shape == (17, 17, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3)])
+def test_tiny_boxes_keep_their_colour(size):
+    image = np.full((*size, 3), (10, 120, 250), np.uint8)
+    for interpolation in augment.INTERPOLATIONS:
+        resized = augment.crop_resize(image, augment.View(0, 0, *size, True), 32, interpolation)
+        np.testing.assert_array_equal(resized, np.broadcast_to(image[0, 0], (32, 32, 3)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 61), (41, 61), (61, 40), (61, 41), (29, 29), (300, 97)])
@@ -118,6 +174,10 @@ def test_unknown_interpolation_is_a_user_error():
         augment.crop_resize(_noise(5, 7), augment.View(0, 0, 5, 7, False), 3, "cubic")
 
 
+def test_evaluation_keeps_all_from_384_pixels_on():
+    assert [augment.eval_crop_fraction(size) for size in (224, 383, 384, 512)] == [0.875, 0.875, 1.0, 1.0]
+
+
 @settings(max_examples=30, deadline=None)
 @given(strength=st.floats(0.0, 3.0), seed=st.integers(0, 2**31))
 def test_jitter_factors_and_order(strength, seed):
@@ -134,3 +194,42 @@ def test_jitter_is_uniform():
     np.testing.assert_allclose(factors.std(0), 0.8 / math.sqrt(12), rtol=0.06)
     _, counts = np.unique([tuple(order) for _, order in draws], axis=0, return_counts=True)
     assert counts.size == 6 and np.abs(counts - 500).max() < 4 * math.sqrt(3000 * 5 / 36)
+
+
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def _published_gray(pixels, factors, order):
+    """Return the exact mean grey level, in Pillow's arithmetic, at the moment of the contrast."""
+    image = Image.fromarray(pixels)
+    for operation in order:
+        if operation == 1:
+            break
+        image = ENHANCERS[operation](image).enhance(float(factors[operation]))
+    return np.asarray(image.convert("L"), np.float64).mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 32), width=st.integers(1, 32), seed=st.integers(0, 2**31))
+def test_gray_level_of_small_images_is_that_of_the_published_order(height, width, seed):
+    factors, order = augment.jitter_draw(host_rng(seed, "jitter"), 0.8)
+    gray = augment.jitter_gray(_noise(height, width), factors, order)
+    assert gray.dtype == np.float32
+    # rounding up or down differs where a product is a whole number to the last bit
+    np.testing.assert_allclose(gray, _published_gray(_noise(height, width), factors, order), atol=0.1)
+
+
+def test_gray_level_of_large_images_is_close():
+    image, errors, spread = _photo(375, 500), [], []
+    for index in range(24):
+        factors, order = augment.jitter_draw(host_rng(index, "jitter"), 0.4)
+        exact = _published_gray(image, factors, order)
+        errors.append(abs(augment.jitter_gray(image, factors, order) - exact))
+        spread.append(exact)
+    assert max(errors) < 1.2 and np.std(spread) > 5
+    # a stripe for each sample of a regular grid, which would see nothing but light
+    stripes = np.zeros((640, 640, 3), np.uint8)
+    stripes[:, (np.arange(640) + 14) % 20 < 10] = 200
+    for picture in (stripes, stripes.transpose(1, 0, 2).copy()):
+        level = augment.jitter_gray(picture, np.ones(3, np.float32), np.array([1, 0, 2]))
+        np.testing.assert_allclose(level, 100.0, atol=5)

@@ -1,174 +1,308 @@
-"""Target store: what is written is read, TFDS opens it, nothing half-written is ever seen, cards guard it."""
+"""Target store: what is written is read, TFDS opens it, and the card guards it against every other run."""
 
+import json
 import pickle
-import subprocess
+import shutil
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from target_stores import CODE_CARD, FEATURE_CARD, fill
 
 from beitv2_jax.data import targets
-from beitv2_jax.data.targets import TargetReader, TargetWriter, code_id_dtype
+from beitv2_jax.data.card import card_fields, encoding_of, read_card
+from beitv2_jax.data.packing import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
+from beitv2_jax.data.targets import TargetReader, view_split
+from beitv2_jax.data.targets_writer import TargetStore
 from beitv2_jax.errors import UserError
 
-CARD = {"data": "folder:birds@12", "seed": 5, "image_size": 32, "ratio": (0.75, 1.25)}
-FEATURES = {"teacher_features": ((3, 7, 5), "float16")}
+
+def features(example_id, view):
+    return np.random.default_rng([example_id, view]).normal(size=(21, 5)).astype(np.float32)
 
 
-def _array(example_id, split="train"):
-    draw = np.random.default_rng([example_id, len(split)])
-    return draw.normal(size=(3, 7, 5)).astype(np.float16)
+def ids(example_id, view):
+    return np.random.default_rng([example_id, view]).integers(0, 13, 21)
 
 
-def _write(directory, split="train", count=11, card=None, features=None):
-    with TargetWriter(directory, name="store", card=card or CARD, split=split, features=features or FEATURES) as writer:
-        for example_id in range(count):
-            writer.write(example_id, _array(example_id, split))
+@pytest.fixture(scope="module")
+def feature_store(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("features") / "views"
+    fill(directory, FEATURE_CARD, features)
+    return directory
 
 
-@pytest.mark.parametrize("shard_bytes", [2**30, 500])
-def test_written_and_read_are_equal(tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(targets, "_SHARD_BYTES", shard_bytes)
-    _write(tmp_path / "store")
-    assert (len(list((tmp_path / "store").glob("*array_record*"))) > 1) == (shard_bytes == 500)
-    reader = TargetReader(tmp_path / "store", "train")
-    assert (len(reader), reader.num_views, reader.feature) == (11, 3, "teacher_features")
-    for example_id in (10, 0, 7, 3):
-        for view in range(3):
+@pytest.fixture(scope="module")
+def code_store(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("codes") / "views"
+    fill(directory, CODE_CARD, ids)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", FEATURE_DTYPES)
+def test_written_and_read_are_equal_up_to_the_encoding(tmp_path, dtype):
+    card = {**FEATURE_CARD, "dtype": dtype}
+    reader = fill(tmp_path / "views", card, features)
+    encoding = encoding_of(card)
+    assert (len(reader), reader.num_views, reader.feature) == (23, 3, FEATURES)
+    for example_id in (22, 0, 7, 6):
+        for view in (2, 0, 1):
+            shrunk = encoding.shrink(features(example_id, view)[None])
             found = reader[example_id, view]
-            assert found.dtype == np.float16 and found.flags.writeable
-            np.testing.assert_array_equal(found, _array(example_id)[view])
-    for view in (-1, 3):
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, encoding.decode(shrunk)[0])
+            entries = reader.entries(np.int64(example_id), view)
+            assert {name: array.dtype for name, array in entries.items()} == {k: v.dtype for k, v in shrunk.items()}
+    for example_id, view in ((0, -1), (0, 3), (23, 0), (-1, 0)):
         with pytest.raises(IndexError):
-            reader[0, view]
+            reader[example_id, view]
 
 
-def test_tfds_opens_the_store_without_tensorflow(tmp_path):
-    _write(tmp_path / "store")
-    builder = tfds.builder_from_directory(tmp_path / "store")
-    records = builder.as_data_source("train")
-    assert builder.name == "store" and builder.info.splits["train"].num_examples == len(records) == 11
-    np.testing.assert_array_equal(records[6]["teacher_features"], _array(6))
+def test_code_ids_are_read_as_written(code_store):
+    reader = TargetReader(code_store, "train")
+    for example_id in range(23):
+        for view in range(3):
+            np.testing.assert_array_equal(reader[example_id, view], ids(example_id, view))
+            assert reader.entries(example_id, view)["code_ids"].dtype == np.int32
+
+
+def test_tfds_opens_a_split_for_each_view_without_tensorflow(feature_store, code_store):
+    for directory, field, shape in ((feature_store, FEATURES, (21, 5)), (code_store, PACKED_CODE_IDS, (11,))):
+        builder = tfds.builder_from_directory(directory)
+        assert list(builder.info.splits) == ["train_v0", "train_v1", "train_v2"]
+        for name, split in builder.info.splits.items():
+            records = builder.as_data_source(name)
+            assert split.num_examples == len(records) == 23 and split.shard_lengths == [7, 7, 7, 2]
+            assert split.num_bytes > 23 * np.prod(shape) and records[19][field].shape == shape
     assert "tensorflow" not in sys.modules
 
 
-def test_code_ids_are_compact(tmp_path):
-    assert (code_id_dtype(8192), code_id_dtype(65536), code_id_dtype(65537)) == ("uint16", "uint16", "uint32")
-    features = {"code_ids": ((2, 7), code_id_dtype(65536))}
-    with TargetWriter(tmp_path / "codes", name="codes", card=CARD, split="train", features=features) as writer:
-        writer.write(0, np.full((2, 7), 65535, np.int32))
-        with pytest.raises(ValueError, match="does not fit"):
-            writer.write(1, np.full((2, 7), 65536, np.int32))
-        with pytest.raises(ValueError, match="does not fit"):
-            writer.write(1, np.full((2, 7), -1, np.int32))
-    assert TargetReader(tmp_path / "codes", "train")[0, 1].tolist() == [65535] * 7
+@pytest.mark.parametrize("split", ["train[:50%]", "train[50%:]", "train[:-1]", "train[3:9]+train[11:]", "test"])
+def test_slices_of_a_source_have_splits_that_tfds_can_name(tmp_path, split):
+    reader = fill(tmp_path / "views", {**CODE_CARD, "split": split, "num_examples": 3}, ids)
+    np.testing.assert_array_equal(reader[2, 1], ids(2, 1))
+    names = list(tfds.builder_from_directory(tmp_path / "views").info.splits)
+    assert names == [view_split(split, view) for view in range(3)]
+    with pytest.raises(UserError, match=r"split = .*, this run has 'train\[7:\]'"):
+        TargetReader(tmp_path / "views", "train[7:]")
 
 
-def test_wrong_records_are_refused(tmp_path):
-    with TargetWriter(tmp_path / "store", name="store", card=CARD, split="train", features=FEATURES) as writer:
-        writer.write(0, _array(0))
-        with pytest.raises(ValueError, match="expected example 1, got 2"):
-            writer.write(2, _array(2))
-        with pytest.raises(ValueError, match="shape"):
-            writer.write(1, _array(1)[:2])
-        with pytest.raises(ValueError, match="does not fit"):
-            writer.write(1, np.full((3, 7, 5), 1e6))
-    assert len(TargetReader(tmp_path / "store", "train")) == 1
+def test_reading_one_view_opens_no_other(tmp_path):
+    fill(tmp_path / "views", CODE_CARD, ids)
+    for path in (tmp_path / "views").glob("*_v1*"):
+        path.unlink()
+    reader = TargetReader(tmp_path / "views", "train")
+    for view in (0, 2):
+        np.testing.assert_array_equal(reader[5, view], ids(5, view))
+    with pytest.raises(UserError, match="view 1 of example 5 cannot be read"):
+        reader[5, 1]
 
 
-def test_splits_join_one_after_the_other(tmp_path):
-    _write(tmp_path / "store")
-    _write(tmp_path / "store", split="validation", count=5)
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    for split, count in (("train", 11), ("validation", 5)):
-        reader = TargetReader(tmp_path / "store", split)
-        assert len(reader) == count
-        np.testing.assert_array_equal(reader[count - 1, 2], _array(count - 1, split)[2])
-    with pytest.raises(UserError, match="the split 'train' already"):
-        _write(tmp_path / "store")
-    with pytest.raises(UserError, match="seed = 5, this run has 6"):
-        _write(tmp_path / "store", split="test", card={**CARD, "seed": 6})
-    with pytest.raises(UserError, match="float32"):
-        _write(tmp_path / "store", split="test", features={"teacher_features": ((3, 7, 5), "float32")})
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+def test_views_are_closed_again(feature_store, monkeypatch):
+    reader = TargetReader(feature_store, "train")
+    opened = []
+    real = reader._builder.as_data_source
+    monkeypatch.setattr(reader._builder, "as_data_source", lambda name: opened.append(name) or real(name))
+    for view in (0, 0, 1, 0, 1, 1, 0, 2, 2, 1, 1):
+        reader[3, view]
+    assert opened == ["train_v0", "train_v1", "train_v2", "train_v1"]
+    assert reader._views.cache_info().maxsize == targets.OPEN_VIEWS
 
 
-def test_slices_of_a_source_are_splits_of_their_own(tmp_path):
-    for split, count in (("train[:50%]", 2), ("train[50%:]", 3), ("train[:-1]", 5)):
-        _write(tmp_path / "store", split=split, count=count)
-    for split, count in (("train[:50%]", 2), ("train[50%:]", 3), ("train[:-1]", 5)):
-        reader = TargetReader(tmp_path / "store", split)
-        assert len(reader) == count
-        np.testing.assert_array_equal(reader[1, 1], _array(1, split)[1])
+def test_reader_goes_to_other_processes(feature_store):
+    copy = pickle.loads(pickle.dumps(TargetReader(feature_store, "train")))
+    np.testing.assert_array_equal(copy[4, 2], TargetReader(feature_store, "train")[4, 2])
+    assert len(pickle.dumps(copy)) < 1000
 
 
-def test_failed_writer_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(KeyboardInterrupt),
-        TargetWriter(tmp_path / "store", name="store", card=CARD, split="train", features=FEATURES) as writer,
-    ):
-        writer.write(0, _array(0))
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+def test_a_finished_store_is_left_alone(feature_store):
+    before = {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")}
+    for num_views in (1, 3):
+        card = {**FEATURE_CARD, "num_views": num_views}
+        store = TargetStore(feature_store, name="store", card=card, shard_examples=7)
+        assert store.finished and not store.views
+    assert {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")} == before
 
 
-def test_killed_writer_publishes_nothing_and_does_not_disturb_the_next(tmp_path):
-    code = f"""
-        import os, signal
-        import numpy as np
-        from beitv2_jax.data.targets import TargetWriter
-        writer = TargetWriter({str(tmp_path / "store")!r}, name="store", card={CARD!r}, split="train",
-                              features={FEATURES!r})
-        for i in range(6):
-            writer.write(i, np.zeros((3, 7, 5), np.float16))
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    assert killed.returncode == -9
-    assert not (tmp_path / "store").exists()
-    with pytest.raises(UserError, match="did not finish"):
-        TargetReader(tmp_path / "store", "train")
-    _write(tmp_path / "store")
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    np.testing.assert_array_equal(TargetReader(tmp_path / "store", "train")[3, 1], _array(3)[1])
+def other(value):
+    """Return another value of the same type."""
+    return value + "x" if isinstance(value, str) else [*value[::-1], 1] if isinstance(value, list) else value + 1
 
 
-@pytest.mark.parametrize("moved", ["card.json", "array_record", "dataset_info.json"])
-def test_split_killed_while_joining_is_invisible(tmp_path, monkeypatch, moved):
-    _write(tmp_path / "store")
-    replace = targets.os.replace
-
-    def killed(source, target):
-        if moved in target.name:
-            raise OSError("killed here")
-        replace(source, target)
-
-    monkeypatch.setattr(targets.os, "replace", killed)
-    with pytest.raises(OSError, match="killed here"):
-        _write(tmp_path / "store", split="validation", count=5)
-    monkeypatch.undo()
-    assert len(TargetReader(tmp_path / "store", "train")) == 11
-    with pytest.raises(UserError, match="no split 'validation'"):
-        TargetReader(tmp_path / "store", "validation")
-    _write(tmp_path / "store", split="validation", count=2)
-    assert len(TargetReader(tmp_path / "store", "validation")) == 2
+@pytest.mark.parametrize(
+    ("card", "field"),
+    [(card, field) for card in (FEATURE_CARD, CODE_CARD) for field in card_fields(card["part"], card["target"])],
+    ids=lambda value: value if isinstance(value, str) else value["target"],
+)
+def test_every_field_of_the_card_is_compared_and_named(feature_store, code_store, card, field):
+    directory = feature_store if card is FEATURE_CARD else code_store
+    reader = TargetReader(directory, "train")
+    reader.check(card)
+    reader.check({**card, "num_views": 2})
+    value = other(reader.card[field])
+    with pytest.raises(UserError, match=rf"made with {field} = .*, this run has") as caught:
+        reader.check({**card, field: value})
+    assert repr(value) in str(caught.value) and repr(reader.card[field]) in caught.value.instead
+    if field not in ("schema_version", "unreadable", "num_views", "target", "dtype"):
+        with pytest.raises(UserError, match=rf"made with {field} = "):
+            TargetStore(directory, name="store", card={**card, field: value}, shard_examples=7)
 
 
-def test_card_names_the_first_difference(tmp_path):
-    _write(tmp_path / "store")
-    reader = TargetReader(tmp_path / "store", "train")
-    reader.check({})
-    reader.check(CARD)
-    with pytest.raises(UserError, match="image_size = 32, this run has 48") as caught:
-        reader.check({"seed": 5, "image_size": 48, "data": "folder:cats"})
-    assert "cats" not in str(caught.value)
-    with pytest.raises(UserError, match="teacher = None, this run has 'clip'"):
-        reader.check({"teacher": "clip"})
+def test_centre_parts_have_a_crop_fraction_instead_of_drawn_views(tmp_path):
+    card = {k: v for k, v in CODE_CARD.items() if k not in ("seed", "min_scale", "color_jitter")}
+    card |= {"part": "centre", "num_views": 1, "crop_fraction": 0.875}
+    reader = fill(tmp_path / "centre", card, ids)
+    assert set(reader.card) == set(card_fields("centre", "code_ids"))
 
 
-def test_reader_survives_pickling(tmp_path):
-    _write(tmp_path / "store")
-    copy = pickle.loads(pickle.dumps(TargetReader(tmp_path / "store", "train")))
-    np.testing.assert_array_equal(copy[4, 2], _array(4)[2])
+@pytest.fixture
+def damaged(tmp_path, feature_store):
+    shutil.copytree(feature_store, tmp_path / "views")
+    return tmp_path / "views"
+
+
+def refused(directory):
+    with pytest.raises(UserError) as caught:
+        TargetReader(directory, "train")
+    assert all((caught.value.happened, caught.value.meant, caught.value.instead))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("field", card_fields("views", FEATURES))
+def test_a_card_without_a_field_or_with_another_type_is_refused_by_name(damaged, field):
+    card = json.loads((damaged / "card.json").read_text())
+    without = {name: value for name, value in card.items() if name != field}
+    for changed in (without, *({**card, field: value} for value in (None, {"a": 1}, [], True, [1.5, None]))):
+        (damaged / "card.json").write_text(json.dumps(changed))
+        assert field in refused(damaged)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_examples", 0), ("num_views", -1), ("grid", [7]), ("grid", [0, 3]), ("dtype", "int9"), ("part", "both")),
+        *(("schema_version", 1), ("schema_version", "2"), ("num_examples", 24), ("num_views", 4), ("teacher_width", 6)),
+    ],
+)
+def test_a_card_with_an_impossible_value_is_refused(damaged, field, value):
+    card = json.loads((damaged / "card.json").read_text())
+    (damaged / "card.json").write_text(json.dumps({**card, field: value}))
+    assert any(word in refused(damaged) for word in (field, "disagree"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_card_is_never_a_traceback(feature_store, tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("fuzz")
+    raw = bytearray((feature_store / "card.json").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        kind = data.draw(st.sampled_from(["cut", "byte", "insert", "remove"]))
+        if kind == "cut" and place:
+            del raw[place:]
+        elif kind == "byte":
+            raw[place] = data.draw(st.integers(0, 255))
+        elif kind == "insert":
+            raw[place:place] = data.draw(st.binary(max_size=5))
+        elif len(raw) > 1:
+            del raw[place]
+    (directory / "card.json").write_bytes(raw)
+    try:
+        card = read_card(directory)
+    except UserError as error:
+        assert all((error.happened, error.meant, error.instead))
+        return
+    encoding_of(card)  # what is accepted can be used
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=json_values, fields=st.dictionaries(st.sampled_from(list(FEATURE_CARD)), json_values, max_size=3))
+def test_a_card_of_any_json_is_never_a_traceback(tmp_path_factory, value, fields):
+    directory = tmp_path_factory.mktemp("fuzz")
+    for content in (value, {"schema_version": 2, "unreadable": 0, **FEATURE_CARD, **fields}):
+        (directory / "card.json").write_text(json.dumps(content))
+        try:
+            encoding_of(read_card(directory))
+        except UserError as error:
+            assert all((error.happened, error.meant, error.instead))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'"text"'])
+def test_a_card_that_is_no_card_is_refused(damaged, content):
+    (damaged / "card.json").write_bytes(content)
+    assert "card.json cannot be used" in refused(damaged)
+
+
+def test_a_missing_store_names_the_stage_to_run(tmp_path):
+    assert "no targets in" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", "{", '{"a": 3}', None])
+def test_damaged_tfds_metadata_are_refused(damaged, name, content):
+    if content is None:
+        (damaged / name).unlink()
+    else:
+        (damaged / name).write_text(content)
+    refused(damaged)
+
+
+def test_metadata_of_another_store_are_refused(damaged, code_store):
+    shutil.copy(code_store / "features.json", damaged / "features.json")
+    assert "disagree" in refused(damaged)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 70_000])
+def test_a_truncated_shard_is_an_error_that_names_the_example(damaged, kept):
+    path = next(damaged.glob("*train_v0*00000-of*"))
+    path.write_bytes(path.read_bytes()[:kept])
+    reader = TargetReader(damaged, "train")
+    with pytest.raises(UserError, match="view 0 of example 3 cannot be read"):
+        for _ in range(2):
+            reader[3, 0]
+
+
+UNREADABLE = [{"split": "train", "example_id": i, "where": f"{i}.jpg", "cause": "empty"} for i in (2, 20)]
+
+
+def test_unreadable_examples_are_known_and_counted(tmp_path):
+    reader = fill(tmp_path / "views", FEATURE_CARD, features, unreadable=UNREADABLE)
+    assert reader.unreadable == {2, 20} and reader.card["unreadable"] == 2
+    lines = (tmp_path / "views" / "bad_records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == UNREADABLE
+    for damage in (lines[:1], ["{", lines[0]], ["[]", lines[0]], [lines[0], lines[0]]):
+        (tmp_path / "views" / "bad_records.jsonl").write_text("\n".join(damage))
+        assert "bad_records.jsonl" in refused(tmp_path / "views")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_examples=st.integers(1, 40),
+    num_views=st.integers(1, 3),
+    shard_examples=st.integers(1, 50),
+    codebook_size=st.integers(1, 70_000),
+)
+def test_stores_of_any_size_hold_what_was_written(
+    tmp_path_factory, num_examples, num_views, shard_examples, codebook_size
+):
+    card = {**CODE_CARD, "num_examples": num_examples, "num_views": num_views, "codebook_size": codebook_size}
+    card["dtype"] = encoding_of(card).dtype
+
+    def drawn(example_id, view):
+        return np.random.default_rng([example_id, view]).integers(0, codebook_size, 21)
+
+    reader = fill(tmp_path_factory.mktemp("store") / "views", card, drawn, shard_examples=shard_examples)
+    assert len(reader) == num_examples
+    for view in range(num_views):
+        for example_id in range(num_examples):
+            np.testing.assert_array_equal(reader[example_id, view], drawn(example_id, view))

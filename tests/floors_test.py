@@ -23,7 +23,8 @@ ROOMS = {
     "training": 5,
     "report": 6,
     "stages": 7,
-    "main": 8,
+    "planning": 8,
+    "main": 9,
 }
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
@@ -109,6 +110,11 @@ def test_data_never_imports_jax(module):
         if name in modules():
             pending += imports(modules()[name], set(modules()), at_import=True) - loaded
     assert not {name for name in loaded if name.split(".")[0] in ACCELERATOR}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_imports_benchmarks(module):
+    assert not {name for name in imports(modules()[module]) if name.split(".")[0] == "benchmarks"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

@@ -148,6 +148,7 @@ class Run:
         metrics = []
         for index in range(self.num_steps):
             batch = {key: jnp.asarray(values[index]) for key, values in batches.items()}
+            batch["weight"] = jnp.ones(len(batch["images"]))
             self.before_step(self.state, batch)
             self.state, figures = step(self.state, self.task.frozen, batch)
             metrics.append(figures)

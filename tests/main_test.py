@@ -105,6 +105,8 @@ def test_slips_are_explained(arguments, happened, instead):
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+        ({"JAX_NUM_PROCESSES": "1"}, False),
+        ({"JAX_NUM_PROCESSES": "3"}, True),
     ],
 )
 def test_in_cluster(environment, expected):
@@ -144,15 +146,16 @@ def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path):
+@pytest.mark.parametrize("task", ["run", "verify"])
+def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     code = (
         "import sys, types\n"
         "stages = types.ModuleType('beitv2_jax.stages')\n"
-        "def run_stage(config, workdir):\n"
+        f"def {task}_stage(config, workdir):\n"
         "    import jax\n"
         "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir)\n"
         "    return {'figures': {}}\n"
-        "stages.run_stage = run_stage\n"
+        f"stages.{task}_stage = {task}_stage\n"
         "sys.modules['beitv2_jax.stages'] = stages\n"
         "from beitv2_jax import main\n"
         "main.main()\n"
@@ -160,6 +163,7 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path):
     result = _run(
         "--config=configs/vqkd.py:smoke",
         "--workdir=relative",
+        *([] if task == "run" else [f"--task={task}"]),
         "--config.teacher.weights=x",
         f"--compilation_cache={tmp_path}/cache",
         code=code,

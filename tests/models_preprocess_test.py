@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from beitv2_jax.data import augment
 from beitv2_jax.models import preprocess
+from beitv2_jax.rng import host_rng
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 jitter = jax.jit(preprocess.color_jitter)
@@ -15,6 +17,12 @@ jitter = jax.jit(preprocess.color_jitter)
 
 def random_images(seed, shape=(6, 11, 13, 3)):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def jittered(images, factors, order):
+    """Jitter whole images: their own grey levels are those that contrast needs."""
+    gray = [augment.jitter_gray(*row) for row in zip(images, factors, order, strict=True)]
+    return np.asarray(jitter(images, factors, order, np.array(gray, np.float32)))
 
 
 def with_pillow(images, factors, order):
@@ -47,7 +55,7 @@ def test_color_jitter_equals_pillow(seed, strength):
     images = random_images(seed)
     factors = rng.uniform(1 - strength, 1 + strength, (6, 3)).astype(np.float32)
     order = np.stack([rng.permutation(3) for _ in range(6)]).astype(np.int32)
-    difference = np.abs(np.asarray(jitter(images, factors, order)) - with_pillow(images, factors, order))
+    difference = np.abs(jittered(images, factors, order) - with_pillow(images, factors, order))
     # Pillow works in 8 bits and so do we. A fused multiply-add may fall on the other side of a whole number, one level
     # off, which the following operations can at most enlarge by their factors.
     assert (difference > 0).mean() < 0.002
@@ -60,17 +68,35 @@ def test_single_enhancers_equal_pillow(operation):
     factors = np.ones((6, 3), np.float32)
     factors[:, operation] = [0.0, 0.25, 0.617, 1.0, 1.383, 2.0]
     order = np.tile(np.arange(3, dtype=np.int32), (6, 1))
-    difference = np.asarray(jitter(images, factors, order)) - with_pillow(images, factors, order)
+    difference = jittered(images, factors, order) - with_pillow(images, factors, order)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.001
     np.testing.assert_array_equal(difference[3], 0)  # factor 1
-    assert (np.asarray(jitter(images, factors, order))[[0, 1, 5]] != images[[0, 1, 5]]).any()
+    assert (jittered(images, factors, order)[[0, 1, 5]] != images[[0, 1, 5]]).any()
 
 
 def test_order_matters_and_is_per_image():
     images = np.repeat(random_images(8)[:1], 2, axis=0)
     factors = np.full((2, 3), 1.8, np.float32)
-    first, second = np.asarray(jitter(images, factors, np.array([[0, 1, 2], [2, 1, 0]], np.int32)))
+    first, second = jittered(images, factors, np.array([[0, 1, 2], [2, 1, 0]], np.int32))
     assert np.abs(first - second).max() > 5
+
+
+def test_contrast_of_a_crop_blends_with_the_whole_image_as_published():
+    """The published order, jitter of the whole image and then the crop, against ours, a crop jittered on its own."""
+    whole = (20 + 200 * np.linspace(0, 1, 67)[None, :, None] ** 2 * np.array([1.0, 0.8, 0.5])).astype(np.uint8)
+    whole = np.broadcast_to(whole, (53, 67, 3)) + np.random.default_rng(1).integers(0, 20, (53, 67, 3), np.uint8)
+    apart = {"whole": [], "crop": []}
+    for index in range(30):
+        factors, order = augment.jitter_draw(host_rng(index, "jitter"), 0.4)
+        view = augment.View(5, 3 + index, 31, 31, False)
+        box = (slice(view.top, view.top + 31), slice(view.left, view.left + 31))
+        published = with_pillow(whole[None], factors[None], order[None])[0][box]
+        crop = augment.crop_resize(whole, view, 31)
+        for name, seen in (("whole", whole), ("crop", crop)):
+            gray = np.array([augment.jitter_gray(seen, factors, order)])
+            ours = np.asarray(jitter(crop[None], factors[None], order[None], gray))[0]
+            apart[name].append(np.abs(ours - published).mean())
+    assert np.mean(apart["whole"]) < 0.1 < 1.0 < np.mean(apart["crop"])
 
 
 @pytest.mark.parametrize("size", [9, 14, 31, 40])

@@ -264,3 +264,25 @@ def test_empty_cluster_keeps_its_mean():
     np.testing.assert_array_equal(counts, [2, 0])
     np.testing.assert_array_equal(means[1], initial[1])
     np.testing.assert_allclose(means[0], np.array([3.0, 1.0]) / np.sqrt(10.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_counted", [30, 4])
+def test_samples_of_weight_0_take_no_part_in_kmeans(num_counted):
+    samples = np.asarray(jax.random.normal(jax.random.key(16), (41, CODE_DIM)))
+    weight = np.random.default_rng(17).permutation(np.arange(41) < num_counted).astype(np.float32)
+    means, counts = q.kmeans(samples, jax.random.key(18), CODES, weight=weight)
+    other = np.where(weight[:, None] > 0, samples, 7.0)
+    for left_out in (other, -other):
+        left_out = np.where(weight[:, None] > 0, samples, left_out)
+        again = q.kmeans(left_out, jax.random.key(18), CODES, weight=weight)
+        chex.assert_trees_all_equal(again, (means, counts))
+    assert counts.sum() == num_counted
+    counted = q.l2_normalise(samples[weight > 0])
+    if num_counted < CODES:  # every mean is one of the few samples
+        np.testing.assert_allclose((means @ counted.T).max(axis=1), 1.0, atol=1e-6)
+    initial = q.l2_normalise(samples[:CODES])
+    found = q.kmeans_from(q.l2_normalise(samples), initial, 3, weight)
+    chex.assert_trees_all_close(found, q.kmeans_from(counted, initial, 3), atol=1e-6)
+    # with all weights 1 it is the k-means without weights
+    everything = q.kmeans(samples, jax.random.key(18), CODES, weight=np.ones(41, np.float32))
+    chex.assert_trees_all_equal(everything, q.kmeans(samples, jax.random.key(18), CODES))

@@ -5,18 +5,23 @@ import os
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import stages
+from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.targets import TargetReader
 from beitv2_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+INT8_FIRST_LOSS_BOUND, INT8_LOSS_BOUND = 2e-4, 1e-2
+"""Largest relative difference of the first and of any loss, from int8 features against the live teacher."""
 STAGES = ("teacher", "extract", "vqkd", "tokenize", "mim", "probe")
 
 
@@ -130,14 +135,107 @@ def test_mim_from_stored_codes_equals_mim_with_the_live_tokenizer(pipeline, imag
         )
 
 
+def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path):
+    """The student sees larger patches, resized otherwise; stored or live, the codes are those of the same boxes."""
+    from beitv2_jax.tasks import inputs, mim
+
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "mim")
+    views = {"image_size": 128, "interpolation": "lanczos"}
+    config.views.update(**views, tokenizer_image_size=64, tokenizer_interpolation="bicubic")
+    config.model.update(patch_size=32, depth=1, early_layer=1, patch_aggregation=False)
+    live = config.copy_and_resolve_references()
+    live.tokenizer.update(codes="", run=os.path.join(workdir, "vqkd"))
+    tasks = mim.build(config), mim.build(live)
+    tokenizer, frozen = mim.load_tokenizer(live.tokenizer.run, 64, "float32")
+    encode = quick_jit(lambda frozen, batch: tokenizer.encode(frozen, inputs.view_pixels(batch, "tokenizer_images")))
+    for read in (lambda task: next(task.train_batches(0, 1)), lambda task: next(iter(task.eval_batches(0, 1)))):
+        stored, seen = (read(task) for task in tasks)
+        np.testing.assert_array_equal(stored["images"], seen["images"])
+        seen.pop("faults")
+        np.testing.assert_array_equal(encode(frozen, seen), stored["code_ids"])
+    # and it is these codes that the student has to predict
+    shapes = jax.eval_shape(tasks[0].init, jax.random.key(0))["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    counts = [
+        quick_jit(task.evaluate)(params, {}, task.frozen, {k: v for k, v in batch.items() if k != "faults"})["counts"]
+        for task, batch in zip(tasks, (stored, seen), strict=True)
+    ]
+    assert counts[0].sum() > 0
+    np.testing.assert_array_equal(*counts)
+    # the tokenizer's view is what the store must have been made from
+    for key, value, field in (
+        ("tokenizer_image_size", 128, "image_size"),
+        ("tokenizer_interpolation", "lanczos", "interpolation"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.views[key] = value
+        refused(other, str(tmp_path / "other"), rf"{field} = .*this run has '?{value}")
+
+
+@pytest.fixture(scope="module")
+def torn_folder(image_folder, tmp_path_factory):
+    """The folder of images with one in each split cut off, and one in the train split empty."""
+    root = tmp_path_factory.mktemp("torn") / "images"
+    shutil.copytree(image_folder, root)
+    for name in ("train/plain/03.jpg", "validation/checked/02.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:500])
+    (root / "train/checked/07.jpg").write_bytes(b"")
+    return root
+
+
+def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_path):
+    from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
+    from beitv2_jax.training import probing, sharding
+
+    config = stage_config(torn_folder, str(tmp_path), "probe")
+    for split, rows in (("train", 24), ("validation", 9)):
+        source = open_source(config.data.source, split)
+        pixels = FeatureSet("pixels", raw_pixels, {})
+        features = probing.cached_features(pixels, source, config, sharding.make_mesh(), str(tmp_path))
+        assert {len(array) for array in features.values()} == {rows}
+    listed = {(r["split"], r["where"].partition(" (")[0]) for r in read_bad_records(tmp_path)}
+    torn = ("train/plain/03.jpg", "train/checked/07.jpg", "validation/checked/02.jpg")
+    assert listed == {(name.partition("/")[0], str(torn_folder / name)) for name in torn}
+
+
+def test_too_many_unreadable_images_stop_the_run(torn_folder, tmp_path):
+    config = stage_config(torn_folder, str(tmp_path), "teacher")
+    config.run.duration = "2 epochs"
+    with pytest.raises(UserError, match=r"data\.max_bad_share allows 0\.100%") as caught:
+        stages.run_stage(config, str(tmp_path / "run"))
+    assert str(tmp_path / "run" / "bad_records.jsonl") in caught.value.instead
+    assert len(read_bad_records(tmp_path / "run")) >= 1
+
+
+def test_vqkd_from_int8_features_follows_the_live_teacher(pipeline, image_folder, tmp_path):
+    workdir, _ = pipeline
+    extract = stage_config(image_folder, workdir, "extract")
+    extract.output.dtype = "int8"
+    stages.run_stage(extract, str(tmp_path / "extract"))
+    config = stage_config(image_folder, workdir, "vqkd")
+    config.teacher.features = str(tmp_path / "extract")
+    stages.run_stage(config, str(tmp_path / "stored"))
+    for name in ("loss", "eval/reconstruction_loss"):
+        live = losses(os.path.join(workdir, "vqkd"), name)  # from float32 features, which equal the live teacher's
+        stored = losses(tmp_path / "stored", name)
+        assert stored != live
+        np.testing.assert_allclose(stored, live, rtol=INT8_LOSS_BOUND)
+        np.testing.assert_allclose(stored[0], live[0], rtol=INT8_FIRST_LOSS_BOUND)
+
+
 def test_tfds_opens_the_stores(pipeline):
     import tensorflow_datasets as tfds
 
     workdir, _ = pipeline
-    for name, feature, dtype in (("extract", "teacher_features", np.float32), ("tokenize", "code_ids", np.uint16)):
-        source = tfds.builder_from_directory(os.path.join(workdir, name, "views")).as_data_source("train")
+    for name, feature, dtype, shape in (
+        ("extract", "teacher_features", np.float32, (16, 64)),
+        ("tokenize", "packed_code_ids", np.uint8, (8,)),  # 16 ids of 4 bits
+    ):
+        source = tfds.builder_from_directory(os.path.join(workdir, name, "views")).as_data_source("train_v0")
         assert len(source) == 26
-        assert source[0][feature].dtype == dtype and source[0][feature].shape[:2] == (1, 16)
+        assert source[0][feature].dtype == dtype and source[0][feature].shape == shape
 
 
 def test_stored_features_follow_the_view(pipeline, image_folder):
@@ -186,14 +284,14 @@ def test_more_masked_patches_than_patches_are_refused(image_folder, tmp_path):
 
 def test_a_teacher_of_other_patches_is_brought_to_the_tokenizer_s_grid(pipeline, image_folder):
     from beitv2_jax.convert.teachers import load_teacher
-    from beitv2_jax.tasks import inputs
+    from beitv2_jax.tasks import stores
 
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "vqkd")
     config.teacher.weights = os.path.join(workdir, "teacher")
     for grid_match, input_size in (("resize_input", 32), ("resample_features", 64)):
         config.teacher.grid_match = grid_match
-        teacher, _ = load_teacher(**inputs.teacher_arguments(config, patch_size=32))
+        teacher, _ = load_teacher(**stores.teacher_arguments(config, patch_size=32))
         assert (teacher.grid, teacher.input_size, teacher.image_size) == ((2, 2), input_size, 64)
 
 

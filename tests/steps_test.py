@@ -15,7 +15,7 @@ from beitv2_jax.training import loop, sharding, state
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
 BUILDERS = {"finetune": finetune.build, "vqkd": vqkd.build, "mim": mim.build}
-TRAINED = [(name, arg) for name in ("teacher", "vqkd", "mim") for arg in ("", *presets(name))]
+TRAINED = [(name, arg) for name in ("teacher", "vqkd", "mim", "finetune") for arg in ("", *presets(name))]
 TRAINED += [("mim", "large,300ep"), ("mim", "base,300ep")]
 CHAINED = [(name, arg) for name in ("pipeline", "quickstart") for arg in ("", *presets(name))]
 
@@ -35,9 +35,11 @@ def abstract_batch(config):
     batch = {
         "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "weight": spec((batch_size,)),
     }
     if config.views.color_jitter:
         batch["jitter_factors"] = spec((batch_size, 3))
+        batch["jitter_gray"] = spec((batch_size,))
         batch["jitter_order"] = jax.ShapeDtypeStruct((batch_size, 3), jnp.int32)
     if config.stage == "vqkd":
         batch["teacher_features"] = spec((batch_size, num_patches, TEACHER_WIDTH))
@@ -151,6 +153,10 @@ def expected_parameters(config):
         ("vqkd", "decoder1", 94_655_008),
         ("mim", "", 106_143_056),
         ("mim", "large", 336_728_512),
+        ("finetune", "", 86_530_984),
+        ("finetune", "large1600", 304_430_568),
+        ("finetune", "21kbase", 102_557_713),
+        ("finetune", "21klarge", 325_792_593),
     ],
 )
 def test_published_parameter_counts(name, arg, published):

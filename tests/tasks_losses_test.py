@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,3 +45,38 @@ def test_smoothed_cross_entropy_is_the_mixture_of_the_facts():
 def test_accuracy_counts_arg_max_hits():
     logits = jnp.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]])
     assert float(losses.accuracy(logits, jnp.array([[1, 1], [1, 0]]))) == 0.5
+
+
+def test_smoothed_targets_and_soft_cross_entropy_are_smoothed_cross_entropy():
+    rng = np.random.default_rng(4)
+    logits, labels = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32), jnp.asarray(rng.integers(0, 5, 7))
+    targets = losses.smoothed_targets(labels, 5, 0.1)
+    np.testing.assert_allclose(targets.sum(1), 1.0, rtol=1e-6)
+    # off = s / k, on = 1 - s + s / k
+    np.testing.assert_allclose(np.sort(targets, axis=1), [[0.02] * 4 + [0.92]] * 7, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(logits, targets), losses.smoothed_cross_entropy(logits, labels, 0.1), rtol=1e-5
+    )
+    by_hand = losses.soft_cross_entropy(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([[0.2, 0.8, 0.0]]))
+    np.testing.assert_allclose(by_hand, [0.2 * math.log(2) + 0.8 * math.log(4)], rtol=1e-6)
+
+
+def test_weighted_mean_by_hand():
+    values = jnp.array([[1.0, 3.0], [10.0, 30.0], [5.0, 7.0]])
+    np.testing.assert_allclose(losses.weighted_mean(values, jnp.ones(3)), values.mean(), rtol=1e-6)
+    np.testing.assert_allclose(losses.weighted_mean(values, jnp.array([1.0, 0.0, 1.0])), 4.0)
+    np.testing.assert_allclose(losses.weighted_mean(values[:, 0], jnp.array([3.0, 1.0, 0.0])), 13 / 4)
+    assert losses.weighted_mean(values, jnp.zeros(3)) == 0.0
+    hits = jnp.array([[True, False], [True, True], [False, False]])
+    np.testing.assert_allclose(losses.weighted_mean(hits, jnp.array([1.0, 1.0, 0.0])), 0.75)
+
+
+def test_rows_of_weight_zero_do_not_reach_the_mean_whatever_they_hold():
+    weight = jnp.array([1.0, 0.0, 1.0])
+
+    def mean(values):
+        return losses.weighted_mean(jnp.log(values), weight)
+
+    value, gradient = jax.value_and_grad(mean)(jnp.array([math.e, 0.0, math.e]))
+    assert value == 1.0 and gradient[0] > 0
+    assert losses.weighted_mean(jnp.array([1.0, jnp.nan, 3.0]), weight) == 2.0

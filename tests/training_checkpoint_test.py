@@ -1,7 +1,5 @@
 """Checkpoints: exact, onto any mesh, with the iterator where the state is, and only of the same structure."""
 
-import shutil
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -39,11 +37,11 @@ def written(tmp_path_factory):
     for step in range(1, 6):
         current = change(current, step)
         next(iterator)
-        checkpointer.save(step, current, iterator)
+        checkpointer.save(step, current, iterator.get_state())
         expected = jax.device_get(current)
         current = change(current, 100)
         upcoming = next(iterator)["example_ids"]
-        iterator.set_state({"next_index": step})
+        iterator.set_state({"next_batch": step})
     next(iterator)
     checkpointer.close()
     return directory, expected, upcoming
@@ -56,25 +54,24 @@ def test_restores_exactly_onto_any_mesh(written, sizes):
     checkpointer, iterator = Checkpointer(directory), toy.batches(8, seed=3)
     abstract = make(mesh, create=False)
     assert checkpointer.latest_step() == 5
-    restored = checkpointer.restore(abstract, iterator)
+    restored, position = checkpointer.restore(abstract)
+    iterator.set_state(position)
     chex.assert_trees_all_equal(jax.device_get(restored), expected)
     jax.tree.map(lambda leaf, wanted: chex.assert_equal(leaf.sharding, wanted.sharding), restored, abstract)
     np.testing.assert_array_equal(next(iterator)["example_ids"], upcoming)
     checkpointer.close()
 
 
-def test_position_serves_another_number_of_processes(written, tmp_path):
+def test_position_serves_another_number_of_processes(written):
     directory, _, upcoming = written
-    shutil.copytree(directory, tmp_path / "checkpoints")
-    position = tmp_path / "checkpoints" / "5" / "data" / "process_0-of-1.json"
-    position.rename(position.with_name("process_0-of-2.json"))
     halves = [toy.batches(8, seed=3, process_index=index, process_count=2) for index in (0, 1)]
-    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer = Checkpointer(directory)
     for iterator in halves:
-        checkpointer.restore(make(sharding.make_mesh(), create=False), iterator)
+        _, position = checkpointer.restore(make(sharding.make_mesh(), create=False))
+        assert position == {"next_batch": 5}
+        iterator.set_state(position)
     checkpointer.close()
-    ids = np.stack([next(half)["example_ids"] for half in halves], axis=1).reshape(-1)
-    np.testing.assert_array_equal(ids, upcoming)
+    np.testing.assert_array_equal(np.concatenate([next(half)["example_ids"] for half in halves]), upcoming)
 
 
 def test_last_two_and_the_kept_ones_remain(written):
@@ -99,19 +96,19 @@ def test_checkpoint_of_another_structure_is_refused(written, change, text):
     directory, _, _ = written
     checkpointer = Checkpointer(directory)
     with pytest.raises(UserError, match=text):
-        checkpointer.restore(change(make(sharding.make_mesh(), create=False)), toy.batches(8, seed=3))
+        checkpointer.restore(change(make(sharding.make_mesh(), create=False)))
     checkpointer.close()
 
 
 def test_state_without_codebook_and_averages(tmp_path):
     mesh = sharding.make_mesh()
-    checkpointer, iterator = Checkpointer(tmp_path / "checkpoints"), toy.batches(8, seed=3)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
     assert checkpointer.latest_step() is None
     saved = make(mesh, keep_ema=False).replace(codebook={})
-    checkpointer.save(7, saved, iterator)
+    checkpointer.save(7, saved, {"next_batch": 7})
     checkpointer.close()
     checkpointer = Checkpointer(tmp_path / "checkpoints")
-    restored = checkpointer.restore(make(mesh, keep_ema=False, create=False).replace(codebook={}), iterator)
+    restored, _ = checkpointer.restore(make(mesh, keep_ema=False, create=False).replace(codebook={}))
     chex.assert_trees_all_equal(restored, saved)
     assert not (tmp_path / "checkpoints" / "7" / "codebook").exists()
     checkpointer.close()

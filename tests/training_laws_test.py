@@ -50,6 +50,7 @@ def batch_of(seed):
         "teacher_features": rng.normal(size=(BATCH, PATCHES, TEACHER)).astype(np.float32),
         "code_ids": rng.integers(0, CODES, (BATCH, PATCHES)),
         "mask": rng.permuted(np.tile(np.arange(PATCHES) < 4, (BATCH, 1)), axis=1),
+        "weight": np.ones(BATCH, np.float32),
     }
 
 

@@ -35,13 +35,12 @@ def outcome(workdir):
     manager = ocp.CheckpointManager(Path(workdir) / "checkpoints")
     step = manager.latest_step()
     items = {name: ocp.args.StandardRestore() for name in ("params", "codebook", "train")}
-    trees = manager.restore(step, args=ocp.args.Composite(**items))
+    found = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
     manager.close()
     iterator = toy.batches(8, seed=3)
-    data = Path(workdir) / "checkpoints" / str(step) / "data" / "process_0-of-1.json"
-    iterator.set_state(json.loads(data.read_text()))
+    iterator.set_state(found["data"])
     figures = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
-    return step, {name: jax.device_get(trees[name]) for name in items}, next(iterator)["example_ids"], figures
+    return step, {name: jax.device_get(found[name]) for name in items}, next(iterator)["example_ids"], figures
 
 
 def assert_same_outcome(found, expected):

@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from beitv2_jax.data.pipeline import train_iterator
 from beitv2_jax.tasks.api import Task
 
 NUM_EXAMPLES, WIDTH, HIDDEN, CLASSES = 61, 12, 20, 7
@@ -37,6 +37,8 @@ class Mlp(nn.Module):
 
 
 class Source:
+    name, split = "toy", "train"
+
     def __len__(self):
         return NUM_EXAMPLES
 
@@ -46,18 +48,19 @@ class Source:
             "images": rng.normal(size=WIDTH).astype(np.float32),
             "labels": np.int32(index % CLASSES),
             "example_ids": np.int64(index),
+            "weight": np.float32(1),
+            "faults": np.str_(""),
         }
 
 
-class Interrupted(grain.DatasetIterator):
+class Interrupted:
     """Kill the process, or raise, when batch `at` is drawn: the harshest moments a run can end at."""
 
     def __init__(self, inner, at, kill):
-        super().__init__()
         self._inner, self._at, self._kill = inner, at, kill
 
     def __next__(self):
-        if self._inner.get_state()["next_index"] == self._at:
+        if self._inner.get_state()["next_batch"] == self._at:
             if self._kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
@@ -73,14 +76,28 @@ class Interrupted(grain.DatasetIterator):
         self._inner.close()
 
 
-def batches(batch_size, seed, process_index=0, process_count=1):
-    dataset = grain.MapDataset.source(Source()).seed(seed).shuffle()
-    dataset = dataset[: NUM_EXAMPLES // batch_size * batch_size].repeat()
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+def batches(batch_size, seed, process_index=0, process_count=1, unreadable=()):
+    def transform(example, epoch):
+        if example["example_ids"] not in unreadable:
+            return example
+        fault = f"toy {example['example_ids']}: it is torn"
+        return {**example, "weight": np.float32(0), "faults": np.str_(fault)}
+
+    processes = {"process_index": process_index, "process_count": process_count}
+    return train_iterator(Source(), transform, batch_size=batch_size, seed=seed, num_threads=2, **processes)
 
 
-def make_task(*, batch_size=8, seed=3, stop_at=-1, kill=False, nan_steps=(), on_trace=lambda: None, evaluation=True):
+def make_task(
+    *,
+    batch_size=8,
+    seed=3,
+    stop_at=-1,
+    kill=False,
+    nan_steps=(),
+    unreadable=(),
+    on_trace=lambda: None,
+    evaluation=True,
+):
     model = Mlp()
 
     def init(key):
@@ -107,7 +124,9 @@ def make_task(*, batch_size=8, seed=3, stop_at=-1, kill=False, nan_steps=(), on_
     def eval_batches(process_index, process_count):
         rows = [Source()[i] for i in range(13)]
         rows += [dict(rows[0]) for _ in range(3)]
+        rows[5]["faults"] = np.str_("toy 5: it was torn in the evaluation") if unreadable else np.str_("")
         weight = np.array([1.0] * 13 + [0.0] * 3, np.float32)
+        weight[5] = not unreadable
         for start in (0, 8):
             batch = {key: np.stack([row[key] for row in rows[start : start + 8]]) for key in rows[0]}
             yield {**batch, "weight": weight[start : start + 8]}
@@ -117,7 +136,9 @@ def make_task(*, batch_size=8, seed=3, stop_at=-1, kill=False, nan_steps=(), on_
         num_train_examples=NUM_EXAMPLES,
         init=init,
         loss=loss,
-        train_batches=lambda index, count: Interrupted(batches(batch_size, seed, index, count), stop_at, kill),
+        train_batches=lambda index, count: Interrupted(
+            batches(batch_size, seed, index, count, unreadable), stop_at, kill
+        ),
         no_decay=lambda path: path.endswith("bias"),
         layer_of=lambda path: {"fc1": 0, "fc2": 1, "odd": None}[path.split("/")[0]],
         num_layers=1,
@@ -135,6 +156,7 @@ def config(**overrides):
     values = ConfigDict(
         {
             "seed": 3,
+            "data": {"num_threads": 2, "num_workers": 0, "max_bad_share": 0.1},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "optim": {
                 "peak_lr": 0.05,

@@ -5,7 +5,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
-from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import inputs, stores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -34,7 +34,7 @@ def no_data(teacher_width):
         return (FakeSource(config.model.get("num_classes", 1000)),) * 2
 
     with (
-        mock.patch.object(inputs, "open_store", open_store),
+        mock.patch.object(stores, "open_store", open_store),
         mock.patch.object(inputs, "open_sources", open_sources),
         mock.patch.object(inputs, "train_batches", lambda *args, **kwargs: None),
     ):

@@ -1,16 +1,21 @@
 """Random views and the evaluation crop, on decoded pixels: between decoding and batching in the data pipeline.
 
-Only the geometry happens here; normalisation and colour jitter run on the device, from the factors drawn here.
+Only the geometry happens here; normalisation and colour jitter run on the device, from the numbers drawn here.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
+import kornia_rs
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
 from beitv2_jax.errors import UserError
+
+AUGMENTATION_VERSION = "1"
+"""Changes whenever the same draw would give a view other pixels; stores of targets carry it in their card."""
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -82,20 +87,27 @@ def crop_resize(
     """Cut `view` out of `image` and resize it to a square of `image_size` pixels (Pillow's antialiased filters).
 
     The crop comes first, so pixels outside the box have no influence, as in torchvision; Pillow's `resize(box=...)`
-    would let the filter reach beyond the box.
+    would let the filter reach beyond the box. Rows are resized before columns, as Pillow did before its version 13,
+    which chooses the cheaper order and rounds otherwise for it.
 
     Raises:
       UserError: unknown `interpolation`.
     """
-    box = image[view.top : view.top + view.height, view.left : view.left + view.width]
-    resized = np.asarray(Image.fromarray(box).resize((image_size, image_size), _filter(interpolation)))
-    return np.ascontiguousarray(resized[:, ::-1]) if view.flip else resized
+    resample = _filter(interpolation)
+    box = np.ascontiguousarray(image[view.top : view.top + view.height, view.left : view.left + view.width])
+    if interpolation == "bilinear":  # kornia_rs does not antialias this one
+        resized = np.asarray(Image.fromarray(box).resize((image_size, image_size), resample))
+    else:
+        resized = kornia_rs.imgproc.resize(box, (image_size, image_size), interpolation)
+    return kornia_rs.imgproc.horizontal_flip(resized) if view.flip else resized
 
 
 def center_crop(
     image: UInt8[np.ndarray, "H W 3"], image_size: int, crop_fraction: float = 0.875, interpolation: str = "bicubic"
 ) -> UInt8[np.ndarray, "S S 3"]:
     """Resize the shorter side to `int(image_size / crop_fraction)` pixels and cut the central square.
+
+    Pillow does the resize, to the last bit as published: an evaluation reads each image once and can afford it.
 
     Raises:
       ValueError: `crop_fraction` outside (0, 1].
@@ -112,6 +124,14 @@ def center_crop(
     return np.ascontiguousarray(resized[top : top + image_size, left : left + image_size])
 
 
+def eval_crop_fraction(image_size: int) -> float:
+    """Return the share of the resized shorter side that the evaluation crop keeps: 0.875, and all from 384 pixels on.
+
+    Source: the released evaluation.
+    """
+    return 0.875 if image_size < 384 else 1.0
+
+
 def jitter_draw(rng: np.random.Generator, strength: float) -> tuple[Float32[np.ndarray, "3"], Int32[np.ndarray, "3"]]:
     """Draw the factors of brightness, contrast and saturation, each U(max(0, 1 - strength), 1 + strength), and
     the order of the three operations (`order[j]` is the j-th to apply), a uniform permutation.
@@ -121,3 +141,50 @@ def jitter_draw(rng: np.random.Generator, strength: float) -> tuple[Float32[np.n
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * rng.random(3)
     return factors.astype(np.float32), rng.permutation(3).astype(np.int32)
+
+
+_GRAY_SAMPLES = 32
+
+
+def jitter_gray(
+    image: UInt8[np.ndarray, "H W 3"], factors: Float32[np.ndarray, "3"], order: Int32[np.ndarray, "3"]
+) -> np.float32:
+    """Return the mean grey level of the whole `image` at the moment when colour jitter changes its contrast.
+
+    The published recipe jitters the image before it is cropped, so contrast blends with this level, after whatever
+    `order` puts in front of it; `models.preprocess.color_jitter`, which sees the crop, is given it. `factors` and
+    `order` as `jitter_draw` returns them. Estimated on a regular grid of at most 32 x 32 pixels, hence exact up to
+    that size; the error of larger ones stands in docs/data.md.
+    """
+    pixels = image.reshape(-1, 3).take(_spread_pixels(*image.shape[:2]), axis=0).astype(np.float32)
+    for operation in order.tolist():
+        if operation == 1:
+            break
+        factor = factors[operation]
+        blended = factor * pixels
+        if operation == 2:
+            blended += (1 - factor) * _gray(pixels)[:, None]
+        pixels = np.floor(np.maximum(np.minimum(blended, 255.0), 0.0))
+    return _gray(pixels).mean()
+
+
+_GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spread_pixels(height: int, width: int) -> Int[np.ndarray, "k"]:
+    """Return the indices, in row-major order, of at most 32 x 32 pixels, one in each of as many equal cells.
+
+    The place in the cell moves by the golden ratio, from row to row along and from column to column down, so that no
+    stripes of a picture fall in with it.
+    """
+    rows, columns = (min(length, _GRAY_SAMPLES) for length in (height, width))
+    row, column = np.arange(rows)[:, None], np.arange(columns)
+    down = ((row + (0.6180339887 * column + 0.5) % 1.0) * (height / rows)).astype(np.intp)
+    right = ((column + (0.6180339887 * row + 0.5) % 1.0) * (width / columns)).astype(np.intp)
+    return (down * width + right).reshape(-1)
+
+
+def _gray(pixels: Float32[np.ndarray, "k 3"]) -> Float32[np.ndarray, "k"]:
+    """Return the grey levels (ITU-R 601), rounded as Pillow's 8-bit images are."""
+    return np.floor(pixels @ _GRAY_WEIGHTS + np.float32(0.5))

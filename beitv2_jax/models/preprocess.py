@@ -37,23 +37,26 @@ def to_unit_range(images: Images) -> Float[Array, "b H W 3"]:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def color_jitter(images: ByteImages, factors: Float[Array, "b 3"], order: Int[Array, "b 3"]) -> Float[Array, "b H W 3"]:
+def color_jitter(
+    images: ByteImages, factors: Float[Array, "b 3"], order: Int[Array, "b 3"], mean_gray: Float[Array, "b"]
+) -> Float[Array, "b H W 3"]:
     """Change brightness, contrast and saturation of each image, in its own order; return whole levels 0..255, float32.
 
     `factors` holds the three strengths (1 changes nothing) in that sequence; `order` is the permutation of 0, 1, 2 in
     which they are applied. Each of them blends with a duller picture, out = dull + factor · (image − dull): black, the
-    mean grey level, or the grey picture. Every step ends in [0, 255] rounded down, as Pillow's 8-bit images do.
+    mean grey level of the picture as the preceding operations left it, or the grey picture. `mean_gray` is that level,
+    0..255; the images may be crops of what it was taken from. Every step ends in [0, 255] rounded down, as Pillow's
+    8-bit images do.
 
     Source: torchvision's ColorJitter on Pillow images, here applied to the resized crop.
     """
     images = images.astype(jnp.float32)
+    mean_gray = jnp.floor(mean_gray + 0.5)[:, None, None, None]
     for step in range(3):
         operation = order[:, step]
         factor = jnp.take_along_axis(factors, operation[:, None], axis=1)[:, :, None, None]
         operation = operation[:, None, None, None]
-        gray = _gray(images)
-        mean_gray = jnp.floor(gray.mean(axis=(1, 2, 3), keepdims=True) + 0.5)
-        dull = jnp.where(operation == 0, 0.0, jnp.where(operation == 1, mean_gray, gray))
+        dull = jnp.where(operation == 0, 0.0, jnp.where(operation == 1, mean_gray, _gray(images)))
         images = jnp.floor(jnp.clip(dull + factor * (images - dull), 0.0, 255.0))
     return images
 

@@ -50,10 +50,10 @@ def nearest_code(unit: Float[Array, "m c"], codebook: Codebook) -> Int[Array, "m
 
 
 def _cluster_sums(
-    unit: Float[Array, "m c"], code_ids: Int[Array, "m"], codebook_size: int
+    unit: Float[Array, "m c"], code_ids: Int[Array, "m"], weight: Float[Array, "m"], codebook_size: int
 ) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
-    sums = jax.ops.segment_sum(unit, code_ids, num_segments=codebook_size)
-    counts = jax.ops.segment_sum(jnp.ones_like(unit[:, 0]), code_ids, num_segments=codebook_size)
+    sums = jax.ops.segment_sum(unit * weight[:, None], code_ids, num_segments=codebook_size)
+    counts = jax.ops.segment_sum(weight, code_ids, num_segments=codebook_size)
     return sums, counts
 
 
@@ -80,7 +80,7 @@ class Quantizer(nn.Module):
     running and of the last finished window (`roll_window`).
 
     `commitment_weight` multiplies mean((sg(e) − z)²) over all `b n c` elements, so it is 1/code_dim of the squared
-    distance per patch.
+    distance per patch. Rows of weight 0 count in neither this mean nor any statistic.
 
     **Source** paper section 2.1; the released quantizer, its order of operations included.
     """
@@ -91,22 +91,28 @@ class Quantizer(nn.Module):
     commitment_weight: float = 1.0
 
     @nn.compact
-    def __call__(self, projections: Float[Array, "b n c"], *, train: bool) -> QuantizerOutput:
+    def __call__(
+        self, projections: Float[Array, "b n c"], weight: Float[Array, "b"] | None = None, *, train: bool
+    ) -> QuantizerOutput:
         """Look up codes with the codebook as it is, then move it.
 
-        The codebook moves when `train` and the collection is mutable; the counts whenever it is mutable.
+        The codebook moves when `train` and the collection is mutable; the counts whenever it is mutable. `weight` is 1
+        for the rows that count and 0 for unreadable images; None counts all.
         """
         codebook = self.variable("codebook", "codebook", self._initial_codebook)
         cluster_counts, window_counts, _ = (
             self.variable("codebook", name, jnp.zeros, (self.codebook_size,), jnp.float32)
             for name in ("cluster_counts", "window_counts", "last_window_counts")
         )
+        weight = jnp.ones(projections.shape[0]) if weight is None else weight
         unit = l2_normalise(projections)
         samples = jax.lax.stop_gradient(unit).reshape(-1, self.code_dim)
         flat_ids = nearest_code(samples, codebook.value)
         code_ids = flat_ids.reshape(unit.shape[:-1])
         nearest = jax.lax.stop_gradient(codebook.value[code_ids])
-        sums, counts = _cluster_sums(samples, flat_ids, self.codebook_size)
+        sample_weight = jnp.repeat(weight, unit.shape[1])
+        sums, counts = _cluster_sums(samples, flat_ids, sample_weight, self.codebook_size)
+        squares = jnp.mean((nearest - unit) ** 2, axis=(1, 2))
 
         if self.is_mutable_collection("codebook") and not self.is_initializing():
             cluster_counts.value = self.ema_decay * cluster_counts.value + (1.0 - self.ema_decay) * counts
@@ -117,7 +123,7 @@ class Quantizer(nn.Module):
         return QuantizerOutput(
             codes=unit + jax.lax.stop_gradient(nearest - unit),
             code_ids=code_ids,
-            commitment_loss=self.commitment_weight * jnp.mean((nearest - unit) ** 2),
+            commitment_loss=self.commitment_weight * jnp.sum(weight * squares) / jnp.maximum(weight.sum(), 1.0),
             unit=unit,
             counts=counts,
         )
@@ -144,40 +150,56 @@ def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps
 
 @functools.partial(jax.jit, static_argnames=("num_clusters", "num_iters"))
 def kmeans(
-    samples: Float[Array, "m c"], key: Array, num_clusters: int, num_iters: int = 10
+    samples: Float[Array, "m c"],
+    key: Array,
+    num_clusters: int,
+    num_iters: int = 10,
+    weight: Float[Array, "m"] | None = None,
 ) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
     """Cluster the directions of `samples` by cosine; return unit means and the counts of the last assignment.
 
     The initial means are distinct random samples, or samples drawn with replacement when there are fewer than
-    `num_clusters`. `key` owns the draw.
+    `num_clusters`. `key` owns the draw. Samples of `weight` 0 take no part.
 
     **Source** the released start, which each process runs on its own images, so that their codebooks begin unlike;
     this one sees the global batch and gives one codebook.
     """
     unit = l2_normalise(samples)
     num_samples = unit.shape[0]
+    weight = jnp.ones(num_samples) if weight is None else weight
+    num_counted = jnp.sum(weight > 0)
+
+    def counted_first(rows):
+        return rows[jnp.argsort(weight[rows] <= 0, stable=True)]
+
+    draws = jax.random.randint(key, (num_clusters,), 0, jnp.maximum(num_counted, 1))
+    chosen = counted_first(jnp.arange(num_samples))[draws]
     if num_samples >= num_clusters:
-        chosen = jax.random.permutation(key, num_samples)[:num_clusters]
-    else:
-        chosen = jax.random.randint(key, (num_clusters,), 0, num_samples)
-    return kmeans_from(unit, unit[chosen], num_iters)
+        distinct = counted_first(jax.random.permutation(key, num_samples))[:num_clusters]
+        chosen = jnp.where(num_counted >= num_clusters, distinct, chosen)
+    return kmeans_from(unit, unit[chosen], num_iters, weight)
 
 
 @functools.partial(jax.jit, static_argnames=("num_iters",))
 def kmeans_from(
-    unit: Float[Array, "m c"], initial_means: Float[Array, "k c"], num_iters: int
+    unit: Float[Array, "m c"],
+    initial_means: Float[Array, "k c"],
+    num_iters: int,
+    weight: Float[Array, "m"] | None = None,
 ) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
     """Run `num_iters` rounds of spherical k-means on unit (or zero) rows from given means.
 
     Each round assigns by the largest cosine and replaces a mean by l2norm(s_k / n_k); an empty cluster keeps its
-    mean. The counts returned are those of the last round's assignment, made before its update.
+    mean. s_k and n_k are sums over the samples, each times its `weight`. The counts returned are those of the last
+    round's assignment, made before its update.
     """
     num_clusters = initial_means.shape[0]
+    weight = jnp.ones(unit.shape[0]) if weight is None else weight
 
     def one_round(_, carry):
         means, _ = carry
         cosines = jnp.matmul(unit, means.T, precision=jax.lax.Precision.HIGHEST)
-        sums, counts = _cluster_sums(unit, jnp.argmax(cosines, axis=-1), num_clusters)
+        sums, counts = _cluster_sums(unit, jnp.argmax(cosines, axis=-1), weight, num_clusters)
         moved = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
         return jnp.where(counts[:, None] > 0, moved, means), counts
 

@@ -91,10 +91,10 @@ class VQKD(nn.Module):
         side = self.image_size // self.encoder["patch_size"]
         return side, side
 
-    def __call__(self, images: Images, *, train: bool) -> VQKDOutput:
-        """Reconstruct teacher features of `images` in [-1, 1]; move the codebook as `Quantizer` says."""
+    def __call__(self, images: Images, weight: Float[Array, "b"] | None = None, *, train: bool) -> VQKDOutput:
+        """Reconstruct teacher features of `images` in [-1, 1]; move the codebook as `Quantizer` says of `weight`."""
         encoder_features, projections = self._project(images, train=train)
-        quantized: QuantizerOutput = self.quantizer(projections, train=train)
+        quantized: QuantizerOutput = self.quantizer(projections, weight, train=train)
         code_image = quantized.codes.reshape(-1, *self.grid, self.code_dim)
         tokens = self.decoder_vit(code_image, train=train).tokens
         decoder_features = self.decoder_norm(tokens[:, 1:])

@@ -4,11 +4,13 @@ The files of this room build a `Task` from a config; `beitv2_jax.training` runs 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxtyping import Array, PRNGKeyArray
 
+from beitv2_jax.data.packing import Encoding
+from beitv2_jax.data.pipeline import TrainIterator
 from beitv2_jax.typing import PyTree, Scalar
 
 Batch = dict[str, Any]
@@ -22,16 +24,20 @@ class Task:
 
     The functions that compute (`init`, `loss`, `evaluate`, `start_codebook`) are pure and are traced by jax; they
     receive the whole global batch, so a mean over it is the global mean. Every stage without a codebook uses `{}`.
-    Batches are dicts of arrays with a leading batch axis; those of `eval_batches` carry `weight` (1 real, 0 padding).
+    Batches are dicts of arrays with a leading batch axis. They carry `weight`: 1, or 0 for a row that must count in
+    nothing, as its image is unreadable or it pads the last batch of an evaluation. `faults`, if there, are the words
+    about unreadable images; they stay on the host.
 
     Attributes:
         name: the stage, as it stands in logs.
         num_train_examples: images in one epoch.
+        splits: names of the train and the eval split, for the list of unreadable records.
         init: `(key) -> {"params", "codebook"}`, values at step 0.
         loss: `(params, codebook, frozen, batch, key, step) -> (loss, (new codebook, metrics))`; metrics are scalars.
         initial: trained values that replace leaves of the trees of `init` at step 0; {} for a start from scratch.
         frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
-        train_batches: `(process_index, process_count) -> ` endless grain iterator of this process's host batches.
+        train_batches: `(process_index, process_count) -> ` endless iterator of this process's host batches with
+            `get_state`, `set_state` and `close`, its state JSON and the same for all processes.
         no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
@@ -48,10 +54,11 @@ class Task:
         [Params, CodebookState, PyTree, Batch, PRNGKeyArray, Array],
         tuple[Scalar, tuple[CodebookState, dict[str, Scalar]]],
     ]
-    train_batches: Callable[[int, int], Iterator[Batch]]
+    train_batches: Callable[[int, int], TrainIterator]
     no_decay: Callable[[str], bool]
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
+    splits: tuple[str, str] = ("train", "validation")
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
     eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None
@@ -67,19 +74,15 @@ class StoreTask:
     Attributes:
         name: the stage, as it stands in logs and in the store.
         frozen: the network's weights.
-        apply: `(frozen, batch) -> ` targets `b *shape` of the batch's views.
-        target: name of the stored feature, "teacher_features" or "code_ids".
-        shape: shape of one view's target.
-        dtype: type in which targets are stored.
-        card: what identifies the network that made them; a reader compares it with what it expects.
+        apply: `(frozen, batch) -> ` targets of the batch's views: features `b n t` or code ids `b n`.
+        encoding: how targets are stored.
+        card: what identifies the network that made them and their encoding; a reader compares it with what it expects.
         sources: the train and the eval split.
     """
 
     name: str
     frozen: PyTree
     apply: Callable[[PyTree, Batch], Array]
-    target: str
-    shape: tuple[int, ...]
-    dtype: Any
+    encoding: Encoding
     card: dict[str, Any]
     sources: tuple[Any, Any]

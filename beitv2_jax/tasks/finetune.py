@@ -1,16 +1,22 @@
-"""Stage 3, classification: train a classifier on labels, here from scratch (the quickstart's teacher is one)."""
+"""Stage 3, classification: fine-tune a pre-trained backbone on labels, or train a classifier from scratch.
+
+The published recipe changes images in three places: random views and RandAugment on the host, random erasing, mixup and
+CutMix inside the step (`config.augment`).
+"""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import preprocess
+from beitv2_jax.models import mixing, preprocess
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import accuracy, smoothed_cross_entropy
+from beitv2_jax.tasks.losses import smoothed_cross_entropy, smoothed_targets, soft_cross_entropy, weighted_mean
 
 
 def make_model(config) -> Classifier:
@@ -24,22 +30,59 @@ def build(config) -> Task:
     Raises:
         UserError: the data set is missing or has no labels, or its class count differs from the model's.
     """
-    source, eval_source = inputs.open_sources(config)
+    sources = inputs.open_sources(config)
+    source = sources[0]
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",
             "num_classes belongs to another data set.",
             f"--config.model.num_classes={source.num_classes}",
         )
+    return make_task(config, inputs.Opened(sources))
+
+
+def make_task(config, opened: inputs.Opened) -> Task:
+    """Build the classification task on data that are open."""
+    source, eval_source = opened.sources
     model = make_model(config)
 
     def student_images(batch):
         return preprocess.normalize(inputs.view_pixels(batch), *preprocess.NORMALIZATIONS[config.normalization])
 
+    augment = config.augment
+
+    def mixed(images, labels, weight, key):
+        """Return images and their targets after mixup or CutMix."""
+        targets = smoothed_targets(labels, config.model.num_classes, config.label_smoothing)
+        return mixing.mix(
+            images,
+            targets,
+            weight,
+            key,
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            probability=augment.mix_probability,
+            switch_probability=augment.switch_probability,
+        )
+
     def loss(params, codebook, frozen, batch, key, step):
-        logits = model.apply({"params": params}, student_images(batch), train=True, rngs={"drop_path": key})
-        cross_entropy = smoothed_cross_entropy(logits, batch["labels"], config.label_smoothing).mean()
-        return cross_entropy, (codebook, {"accuracy": accuracy(logits, batch["labels"])})
+        key_drop, key_erase, key_mix = jax.random.split(key, 3)
+        images, labels, weight = student_images(batch), batch["labels"], batch["weight"]
+        if augment.erasing:
+            images = mixing.random_erasing(images, key_erase, probability=augment.erasing)
+        targets = None
+        if augment.mixup or augment.cutmix:
+            images, targets = mixed(images, labels, weight, key_mix)
+            # what an image mostly shows counts as its label
+            labels = jnp.argmax(targets, axis=-1)
+        logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key_drop})
+        if targets is None:
+            cross_entropy = smoothed_cross_entropy(logits, labels, config.label_smoothing)
+        else:
+            cross_entropy = soft_cross_entropy(logits, targets)
+        hits = jnp.argmax(logits, axis=-1) == labels
+        metrics = {"accuracy": weighted_mean(hits, weight), "unreadable": jnp.sum(1.0 - weight)}
+        return weighted_mean(cross_entropy, weight), (codebook, metrics)
 
     def evaluate(params, codebook, frozen, batch):
         logits = model.apply({"params": params}, student_images(batch), train=False)
@@ -56,7 +99,8 @@ def build(config) -> Task:
         loss=loss,
         frozen={},
         num_train_examples=len(source),
-        train_batches=inputs.train_batches(config, source),
+        splits=(source.split, eval_source.split),
+        train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),
         eval_batches=functools.partial(inputs.eval_batches, eval_source, config),
         evaluate=evaluate,
         summarize=summarize,
@@ -64,6 +108,14 @@ def build(config) -> Task:
         layer_of=functools.partial(layer_of, depth=config.model.depth),
         num_layers=config.model.depth,
     )
+
+
+def rand_augment(config) -> RandAugment | None:
+    """Return the RandAugment of a finetune config; None where it has no operations."""
+    augment = config.augment
+    if not augment.randaugment_ops:
+        return None
+    return RandAugment(augment.randaugment_ops, augment.randaugment_magnitude, augment.randaugment_std)
 
 
 def layer_of(path: str, *, depth: int) -> int:

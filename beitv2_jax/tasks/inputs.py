@@ -1,9 +1,9 @@
 """What the stages share: views and their identity, evaluation batches, targets beside them, decay grouping."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from absl import logging
 from beitv2_jax.convert.adapt import for_run
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
+from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
+from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.models import preprocess
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
-
-EVAL_CROP_FRACTION = 0.875
-"""Share of the resized shorter side that the centre crop keeps (facts: released evaluation below 384 pixels)."""
 
 
 def init_variables(model, key, *args, **kwargs) -> dict[str, PyTree]:
@@ -62,18 +62,44 @@ def released_no_decay(path: str) -> bool:
     return re.search(r"(bias|scale|gamma_[12]|cls_token|pos_embed)$", path) is not None
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a trained stage learns from.
+
+    Attributes:
+        sources: the train and the eval split.
+        stored: readers of their stored targets, where those are stored.
+        network: the teacher or tokenizer that makes the targets in the step, where they are not.
+        frozen: its weights, by its name.
+    """
+
+    sources: tuple[Source, Source]
+    stored: tuple[TargetReader | None, TargetReader | None] = (None, None)
+    network: Any = None
+    frozen: PyTree = dataclasses.field(default_factory=dict)
+
+
 def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
     return tuple(open_source(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
 
 
-def train_batches(config, source: Source, *, mask: dict | None = None, targets: TargetReader | None = None):
+def train_batches(
+    config,
+    source: Source,
+    *,
+    mask: dict | None = None,
+    targets: TargetReader | None = None,
+    randaugment: RandAugment | None = None,
+):
     """Return the factory (process_index, process_count) -> iterator of training batches of random views.
 
-    Each example comes with its mask (`mask`: arguments of `block_mask`) and its stored targets where asked for.
+    Each example comes with its mask (`mask`: arguments of `block_mask`) and its stored targets where asked for; these
+    make a tokenizer's own view needless.
     """
-    transform = pipeline.TrainTransform(seed=config.seed, mask=mask, targets=targets, **config.views)
+    views = {**config.views, **({} if targets is None else _ONE_VIEW)}
+    transform = TrainTransform(seed=config.seed, mask=mask, targets=targets, randaugment=randaugment, **views)
 
     def batches(process_index: int, process_count: int):
         return pipeline.train_iterator(
@@ -81,93 +107,60 @@ def train_batches(config, source: Source, *, mask: dict | None = None, targets: 
             transform,
             batch_size=config.run.batch_size,
             seed=config.seed,
-            num_threads=config.data.num_threads,
             process_index=process_index,
             process_count=process_count,
+            **reading(config),
         )
 
     return batches
 
 
-def view_pixels(batch: dict) -> jnp.ndarray:
-    """Return the view's pixels, float32 0..255, after the colour jitter drawn for it (if any)."""
-    if "jitter_factors" in batch:
-        return preprocess.color_jitter(batch["images"], batch["jitter_factors"], batch["jitter_order"])
-    return batch["images"].astype(jnp.float32)
+_ONE_VIEW = {"tokenizer_image_size": 0, "tokenizer_interpolation": ""}
 
 
-def store_card(config, source: Source, part: str) -> dict:
-    """Return what identifies the views of one part of a store: equal cards mean equal pixels per view.
+class TokenizerView(NamedTuple):
+    """The view that the tokenizer sees of an image: side in pixels, and how it was resized to it."""
 
-    `part` is "views" (the `num_views` random views of the train split) or "centre" (one centre crop of the eval split).
-    """
+    image_size: int
+    interpolation: str
+
+
+def tokenizer_view(config) -> TokenizerView:
+    """Return the tokenizer's view of a mim config, which is the model's unless the config says otherwise."""
     views = config.views
-    common = {"source": source.name, "split": source.split, "num_examples": len(source), "image_size": views.image_size}
-    if part == "centre":
-        return {**common, "num_views": 1, "crop_fraction": EVAL_CROP_FRACTION}
-    drawn = {key: views[key] for key in ("num_views", "min_scale", "color_jitter", "interpolation")}
-    return {**common, **drawn, "seed": config.seed}
+    return TokenizerView(
+        views.tokenizer_image_size or views.image_size, views.tokenizer_interpolation or views.interpolation
+    )
 
 
-def open_store(
-    directory: str, config, sources: tuple[Source, Source], grid: tuple[int, int], made_with: dict | None = None
-):
-    """Open both parts of the store that an extract or tokenize stage left in `directory`: (views, centre).
-
-    `made_with` holds further entries that its card must have.
-
-    Raises:
-        UserError: there is no finished store, or it was made from other views, other data, with other choices or on
-            another grid.
-    """
-    readers = []
-    for part, source in zip(("views", "centre"), sources, strict=True):
-        reader = TargetReader(os.path.join(directory, part), source.split)
-        reader.check({**store_card(config, source, part), "grid": list(grid), **(made_with or {})})
-        readers.append(reader)
-    return tuple(readers)
+def reading(config) -> dict:
+    """Return how a config wants batches to be prepared, as arguments of `pipeline.Reading`; no result depends on it."""
+    return {"num_threads": config.data.num_threads, "num_workers": config.data.num_workers}
 
 
-TEACHER_CHOICES = ("num_heads", "normalization", "output", "activation", "grid_match", "position_resize")
-"""Keys of a config's `teacher` that say how its weights are used."""
-
-
-def teacher_arguments(config, patch_size: int) -> dict:
-    """Return what a config says of its teacher, as keyword arguments of `load_teacher`.
-
-    `patch_size` is the tokenizer's: the teacher is to give one feature for each of its patches.
-    """
-    teacher = {key: config.teacher[key] for key in ("weights", *TEACHER_CHOICES)}
-    grid = (config.views.image_size // patch_size,) * 2
-    return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
-
-
-def teacher_card(teacher) -> dict:
-    """Return what identifies the features of a teacher, in the card of their store."""
-    return {
-        "grid": list(teacher.grid),
-        "teacher": teacher.name,
-        "teacher_hash": teacher.weights_hash,
-        "teacher_width": teacher.width,
-        **{f"teacher_{key}": value for key, value in teacher.choices.items()},
-    }
-
-
-def stated_choices(config) -> dict:
-    """Return the choices that a config states of its teacher, as a store's card has them; '' and 0 state nothing."""
-    return {f"teacher_{key}": config.teacher[key] for key in TEACHER_CHOICES if config.teacher[key]}
+def view_pixels(batch: dict, view: str = "images") -> jnp.ndarray:
+    """Return the pixels of a view, float32 0..255, after the colour jitter drawn for the image (if any)."""
+    if "jitter_factors" in batch:
+        return preprocess.color_jitter(
+            batch[view], batch["jitter_factors"], batch["jitter_order"], batch["jitter_gray"]
+        )
+    return batch[view].astype(jnp.float32)
 
 
 def eval_batches(source: Source, config, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:
-    """Return every example of `source` once as a centre crop, padded to whole batches (`weight` 0 marks padding)."""
+    """Return every example of `source` once as a centre crop, and as the tokenizer's own one where it has another size.
+
+    The last batch is padded; `weight` 0 marks padding and unreadable images.
+    """
     return pipeline.eval_batches(
         source,
         image_size=config.views.image_size,
+        tokenizer_image_size=config.views.get("tokenizer_image_size", 0),
         batch_size=config.run.batch_size,
-        crop_fraction=EVAL_CROP_FRACTION,
-        num_threads=config.data.num_threads,
+        crop_fraction=eval_crop_fraction(config.views.image_size),
         process_index=process_index,
         process_count=process_count,
+        **reading(config),
     )
 
 
@@ -175,17 +168,6 @@ def eval_batches_with(extra: Callable[[dict], dict], source: Source, config, pro
     """Yield `eval_batches` with entries added that `extra` computes from the batch on the host: targets, masks."""
     for batch in eval_batches(source, config, process_index, process_count):
         yield {**batch, **extra(batch)}
-
-
-def stored_views(key: str, reader: TargetReader | None) -> Callable[[dict], dict]:
-    """Return an `extra` for `eval_batches_with` that reads the stored targets of view 0 of each example under `key`."""
-
-    def extra(batch: dict) -> dict:
-        if reader is None:
-            return {}
-        return {key: np.stack([reader[int(i), 0] for i in batch["example_ids"]])}
-
-    return extra
 
 
 def eval_masks(config, grid: tuple[int, int], masking: dict) -> Callable[[dict], dict]:

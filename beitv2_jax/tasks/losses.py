@@ -39,9 +39,37 @@ def smoothed_cross_entropy(
     return (1.0 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(axis=-1)
 
 
+def smoothed_targets(
+    labels: Int[Array, "b"], num_classes: int, label_smoothing: float
+) -> Float[Array, "b {num_classes}"]:
+    """Return the probabilities that a label stands for: s / k for every class, 1 - s more for its own."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+
+def soft_cross_entropy(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, "b"]:
+    """Return - sum over classes of target * log p, in nats.
+
+    With `smoothed_targets` this is `smoothed_cross_entropy`; with mixed ones it is the loss of mixup and CutMix.
+    """
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
 def accuracy(logits: Float[Array, "*b k"], labels: Int[Array, "*b"]) -> Scalar:
     """Return the share of arg-max hits, in [0, 1]."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+
+def weighted_mean(values: Float[Array, "b ..."], weight: Float[Array, "b"]) -> Scalar:
+    """Return the mean of `values` over the global batch, row i counting `weight[i]` times; 0 if no row counts.
+
+    With all weights 1 this is the plain mean. Rows of weight 0 are unreadable images: their values do not matter, be
+    they infinite or not a number, and no gradient passes through them.
+    """
+    values = values.astype(jnp.float32)
+    counted = weight.astype(jnp.float32).reshape(-1, *(1,) * (values.ndim - 1))
+    total = jnp.sum(jnp.where(counted > 0, counted * values, 0.0))
+    per_row = values.size // values.shape[0]
+    return total / jnp.maximum(per_row * counted.sum(), 1.0)
 
 
 def segmentation_loss(

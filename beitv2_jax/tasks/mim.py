@@ -1,7 +1,8 @@
 """Stage 2, MIM: predict the codes of hidden patches, from the last layer and through the patch-aggregation head.
 
 Code ids come either from the store that the tokenize stage wrote (`tokenizer.codes`) or from the tokenizer inside the
-step (`tokenizer.run`). Both see the same pixels, colour jitter included, as in the released recipe.
+step (`tokenizer.run`), which may have a view of its own, the same box at another size or resized otherwise. Every view
+is seen with its colour jitter, as in the released recipe.
 """
 
 import functools
@@ -9,12 +10,13 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax.data.packing import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import preprocess
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
-from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import accuracy, masked_cross_entropy
+from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_mean
 from beitv2_jax.tasks.tokenize import load_tokenizer
 
 
@@ -39,17 +41,20 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, code store or tokenizer is missing, or the tokenizer does not fit the model.
     """
-    source, eval_source = inputs.open_sources(config)
-    model = make_model(config, **config.efficiency)
-    grid = (config.views.image_size // config.model.patch_size,) * 2
+    return make_task(config, open_inputs(config))
+
+
+def open_inputs(config) -> inputs.Opened:
+    """Open the data, and the code store or the tokenizer; raises as `build` does."""
+    sources = inputs.open_sources(config)
+    grid = _grid(config)
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
-        stored = inputs.open_store(config.tokenizer.codes, config, (source, eval_source), grid)
+        stored = stores.open_store(config.tokenizer.codes, config, sources, CODE_IDS, grid)
         codebook_size = stored[0].card["codebook_size"]
     else:
-        tokenizer, frozen["tokenizer"] = load_tokenizer(
-            config.tokenizer.run, config.views.image_size, config.efficiency.dtype
-        )
+        tokenizer_size = inputs.tokenizer_view(config).image_size
+        tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)
         _check_grid(tokenizer, grid, config)
         codebook_size = tokenizer.model.codebook_size
     if codebook_size != config.model.codebook_size:
@@ -58,11 +63,22 @@ def build(config) -> Task:
             "the tokenizer was trained with another codebook_size.",
             f"--config.model.codebook_size={codebook_size}",
         )
+    return inputs.Opened(sources, stored, tokenizer, frozen)
+
+
+def make_task(config, opened: inputs.Opened) -> Task:
+    """Build the MIM task on inputs that are open."""
+    source, eval_source = opened.sources
+    stored, tokenizer = opened.stored, opened.network
+    grid = _grid(config)
+    model = make_model(config, **config.efficiency)
 
     def code_ids(frozen, batch, images):
-        return (
-            batch["code_ids"].astype(jnp.int32) if tokenizer is None else tokenizer.encode(frozen["tokenizer"], images)
-        )
+        if tokenizer is None:
+            return batch["code_ids"]
+        if "tokenizer_images" in batch:
+            images = inputs.view_pixels(batch, "tokenizer_images")
+        return tokenizer.encode(frozen["tokenizer"], images)
 
     def student_images(images):
         return preprocess.normalize(images, *preprocess.NORMALIZATIONS[config.normalization])
@@ -78,17 +94,16 @@ def build(config) -> Task:
             rngs={"drop_path": key},
         )
         targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], config.masking.num_masked)
-        total = final = masked_cross_entropy(output.logits, targets).mean()
-        metrics = {"final_loss": final, "final_accuracy": accuracy(output.logits, targets)}
-        if output.aggregation_logits is not None:
-            aggregated = masked_cross_entropy(output.aggregation_logits, targets).mean()
-            total = final + aggregated
-            metrics["aggregation_loss"] = aggregated
-            metrics["aggregation_accuracy"] = accuracy(output.aggregation_logits, targets)
-        return total, (codebook, metrics)
+        losses, metrics = [], {}
+        for name, logits in (("final", output.logits), ("aggregation", output.aggregation_logits)):
+            if logits is not None:
+                losses.append(weighted_mean(masked_cross_entropy(logits, targets), batch["weight"]))
+                hits = jnp.argmax(logits, axis=-1) == targets
+                metrics |= {f"{name}_loss": losses[-1], f"{name}_accuracy": weighted_mean(hits, batch["weight"])}
+        return sum(losses), (codebook, metrics)
 
     def evaluate(params, codebook, frozen, batch):
-        images = batch["images"].astype(jnp.float32)
+        images = inputs.view_pixels(batch)
         num_masked = config.masking.num_masked
         output = model.apply(
             {"params": params}, student_images(images), batch["mask"], num_masked=num_masked, train=False
@@ -103,7 +118,7 @@ def build(config) -> Task:
         return sums
 
     masking = mask_arguments(config)
-    eval_targets = inputs.stored_views("code_ids", stored[1])
+    eval_targets = stores.stored_views(stored[1])
     eval_masks = inputs.eval_masks(config, grid, masking)
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     first_mask = jnp.arange(grid[0] * grid[1])[None] < config.masking.num_masked
@@ -114,8 +129,9 @@ def build(config) -> Task:
         ),
         initial=inputs.initial_variables(config, "mim", model),
         loss=loss,
-        frozen=frozen,
+        frozen=opened.frozen,
         num_train_examples=len(source),
+        splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
         eval_batches=functools.partial(
             inputs.eval_batches_with, lambda batch: eval_targets(batch) | eval_masks(batch), eval_source, config
@@ -126,13 +142,17 @@ def build(config) -> Task:
     )
 
 
+def _grid(config) -> tuple[int, int]:
+    return (config.views.image_size // config.model.patch_size,) * 2
+
+
 def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
     """Raise UserError unless the tokenizer gives one code per patch of the model's `grid`."""
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
         raise UserError(
-            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {config.views.image_size} pixels, the "
-            f"model has {grid[0]}x{grid[1]} patches.",
+            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {tokenizer.model.image_size} "
+            f"pixels, the model has {grid[0]}x{grid[1]} patches.",
             "the two have different patch sizes.",
             f"--config.model.patch_size={config.views.image_size // rows}, or another tokenizer.",
         )

@@ -9,7 +9,7 @@ import jax
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
-from beitv2_jax.data.targets import code_id_dtype
+from beitv2_jax.data.packing import CodeEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
@@ -53,7 +53,8 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
         raise UserError(
             f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
             "one of the two image sizes is a slip.",
-            f"--config.views.image_size={trained.views.image_size}",
+            f"--config.views.image_size={trained.views.image_size}, or for the tokenizer's view of a mim stage alone "
+            f"--config.views.tokenizer_image_size={trained.views.image_size}",
         )
     model = vqkd.make_model(trained, run.params["decode_task"]["fc2"]["kernel"].shape[-1], dtype=dtype)
     side = image_size // trained.model.encoder.patch_size
@@ -73,20 +74,21 @@ def build(config) -> StoreTask:
     def apply(frozen, batch):
         return tokenizer.encode(frozen, inputs.view_pixels(batch))
 
-    num_patches = tokenizer.grid[0] * tokenizer.grid[1]
+    encoding = CodeEncoding(tokenizer.model.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
     card = {
         "grid": list(tokenizer.grid),
         "codebook_size": tokenizer.model.codebook_size,
         "tokenizer": tokenizer.name,
         "tokenizer_hash": tokenizer.weights_hash,
+        "target": encoding.target,
+        "dtype": encoding.dtype,
+        "compute_dtype": config.efficiency.dtype,
     }
     return StoreTask(
         name="tokenize",
         frozen=variables,
         apply=apply,
-        target="code_ids",
-        shape=(num_patches,),
-        dtype=code_id_dtype(tokenizer.model.codebook_size),
+        encoding=encoding,
         card=card,
         sources=sources,
     )

@@ -11,12 +11,13 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.teachers import load_teacher
+from beitv2_jax.data.packing import FEATURES, decode_features
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import cosine_distillation
+from beitv2_jax.tasks.losses import cosine_distillation, weighted_mean
 
 
 def make_model(config, teacher_width: int, *, dtype: str, remat: bool = False) -> VQKD:
@@ -36,35 +37,48 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, store or teacher is missing, or the store was made otherwise than this config says.
     """
-    source, eval_source = inputs.open_sources(config)
+    return make_task(config, open_inputs(config))
+
+
+def open_inputs(config) -> inputs.Opened:
+    """Open the data, and the feature store or the teacher; raises as `build` does."""
+    sources = inputs.open_sources(config)
     patch_size = config.model.encoder.patch_size
-    grid = (config.views.image_size // patch_size,) * 2
-    teacher, frozen, stored = None, {}, (None, None)
     if config.teacher.features:
-        made_with = inputs.stated_choices(config)
-        stored = inputs.open_store(config.teacher.features, config, (source, eval_source), grid, made_with)
-        teacher_width = stored[0].card["teacher_width"]
-    else:
-        teacher, frozen["teacher"] = load_teacher(**inputs.teacher_arguments(config, patch_size))
-        teacher_width = teacher.width
+        grid = (config.views.image_size // patch_size,) * 2
+        made_with = stores.stated_choices(config)
+        stored = stores.open_store(config.teacher.features, config, sources, FEATURES, grid, made_with)
+        return inputs.Opened(sources, stored)
+    teacher, weights = load_teacher(**stores.teacher_arguments(config, patch_size))
+    return inputs.Opened(sources, network=teacher, frozen={"teacher": weights})
+
+
+def make_task(config, opened: inputs.Opened) -> Task:
+    """Build the VQ-KD task on inputs that are open."""
+    source, eval_source = opened.sources
+    stored, teacher = opened.stored, opened.network
+    teacher_width = stored[0].card["teacher_width"] if teacher is None else teacher.width
     model = make_model(config, teacher_width, **config.efficiency)
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
 
     def targets(frozen, batch):
-        if teacher is None:
-            return batch["teacher_features"]
-        return teacher.features(frozen["teacher"], batch["images"])
+        if teacher is not None:
+            return teacher.features(frozen["teacher"], batch["images"])
+        # what a store holds for an unreadable image is zeros, which have no direction and whose gradient is no number
+        return jnp.where(batch["weight"][:, None, None] > 0, decode_features(batch), 1.0)
 
     def loss(params, codebook, frozen, batch, key, step):
         state = roll_window(codebook["quantizer"], step, window)
         output, updated = model.apply(
             {"params": params, "codebook": {"quantizer": state}},
             to_unit_range(batch["images"]),
+            batch["weight"],
             train=True,
             mutable=["codebook"],
             rngs={"drop_path": key},
         )
-        reconstruction_loss = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean()
+        distance = cosine_distillation(output.reconstruction, targets(frozen, batch))
+        reconstruction_loss = weighted_mean(distance, batch["weight"])
         state = updated["codebook"]["quantizer"]
         counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
         metrics = {
@@ -87,7 +101,8 @@ def build(config) -> Task:
             {"params": params, "codebook": codebook}, to_unit_range(batch["images"]), method=VQKD.project
         )
         samples = projections.reshape(-1, projections.shape[-1])
-        means, _ = kmeans(samples, key, config.model.codebook_size)
+        weight = jnp.repeat(batch["weight"], projections.shape[1])
+        means, _ = kmeans(samples, key, config.model.codebook_size, weight=weight)
         return {"quantizer": {**codebook["quantizer"], "codebook": means}}
 
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
@@ -96,12 +111,11 @@ def build(config) -> Task:
         init=lambda key: inputs.init_variables(model, key, jnp.zeros(image_shape), train=False),
         initial=inputs.initial_variables(config, "vqkd", model),
         loss=loss,
-        frozen=frozen,
+        frozen=opened.frozen,
         num_train_examples=len(source),
+        splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
-        eval_batches=functools.partial(
-            inputs.eval_batches_with, inputs.stored_views("teacher_features", stored[1]), eval_source, config
-        ),
+        eval_batches=functools.partial(inputs.eval_batches_with, stores.stored_views(stored[1]), eval_source, config),
         evaluate=evaluate,
         summarize=summarize,
         start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,

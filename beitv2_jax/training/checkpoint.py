@@ -1,13 +1,11 @@
 """Checkpoints of a run: state and data position written together, asynchronously, restored onto any mesh.
 
 One step is four Orbax items: `params` and `codebook` (absent when empty) so that later stages read them alone, `train`
-(step, optimizer, averages) and `data` (the position of the iterator).
+(step, optimizer, averages) and `data` (the position in the data, as JSON that any number of processes can read).
 """
 
-import json
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
@@ -31,6 +29,9 @@ class Checkpointer:
             handler = ocp.StandardCheckpointHandler()
             registry.add(item, ocp.args.StandardSave, handler)
             registry.add(item, ocp.args.StandardRestore, handler)
+        position = ocp.JsonCheckpointHandler()
+        registry.add("data", ocp.args.JsonSave, position)
+        registry.add("data", ocp.args.JsonRestore, position)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies)),
@@ -41,20 +42,19 @@ class Checkpointer:
         """Return the number of finished steps in the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
-        """Start writing `state` after `step` finished steps, with the iterator standing at the same step.
+    def save(self, step: int, state: TrainState, position: dict[str, int]) -> None:
+        """Start writing `state` after `step` finished steps, with the `position` in the data at the same step.
 
-        Returns once the arrays are copied to the host; they may then be donated and the iterator moved on.
+        Returns once the arrays are copied to the host; they may then be donated and the data moved on.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, data=grain.checkpoint.CheckpointSave(iterator)))
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(position)))
 
-    def restore(self, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """Return the newest state, laid out as `abstract` says, and move `iterator` to where it stood.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """Return the newest state, laid out as `abstract` says, and the position saved with it.
 
         Args:
             abstract: shapes, dtypes and shardings of the state of this run.
-            iterator: a new iterator over the same data.
 
         Raises:
             UserError: the checkpoint holds another structure.
@@ -62,14 +62,12 @@ class Checkpointer:
         step = self.latest_step()
         wanted = _items(abstract)
         self._check(step, wanted)
-        # The position counts global batches and is equal on all processes: any file serves any number of processes.
-        position = min((self._directory / str(step) / "data").glob("process_*.json"))
-        iterator.set_state(json.loads(position.read_text()))
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return abstract.replace(
+        found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
+        restored = abstract.replace(
             params=found["params"], codebook=found.get("codebook", abstract.codebook), **found["train"]
         )
+        return restored, found["data"]
 
     def close(self) -> None:
         """Wait until everything is written and free the threads."""

@@ -33,16 +33,24 @@ def run_batches(
         total: number of batches, for the progress shown.
         label: what is shown to run.
     """
-    compiled = jax.jit(fn, out_shardings=sharding.batch_sharding(mesh))
     progress = Progress(total, label, "batches", enabled=jax.process_index() == 0)
     tenth = max(1, (total or 100) // 10)
-    placed = sharding.place_weights(frozen, mesh)
-    for number, (batch, outputs) in enumerate(_ahead(compiled, placed, batches, mesh), 1):
-        yield batch, jax.tree.map(_local_rows, outputs)
+    for number, results in enumerate(apply_batches(fn, frozen, batches, mesh), 1):
+        yield results
         progress.advance()
         if number % tenth == 0:
             progress.show({})
     progress.close()
+
+
+def apply_batches(
+    fn: Callable[[PyTree, Batch], PyTree], frozen: PyTree, batches: Iterable[Batch], mesh: Mesh
+) -> Iterator[tuple[Batch, PyTree]]:
+    """Do what `run_batches` does without showing it; the mesh may be of this process's devices alone."""
+    compiled = jax.jit(fn, out_shardings=sharding.batch_sharding(mesh))
+    placed = sharding.place_weights(frozen, mesh)
+    for batch, outputs in _ahead(compiled, placed, batches, mesh):
+        yield batch, jax.tree.map(_local_rows, outputs)
 
 
 def sum_batches(

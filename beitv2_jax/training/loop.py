@@ -4,13 +4,11 @@ Runs any `tasks.api.Task` under the sections `run`, `optim`, `mesh` and the seed
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,13 +16,13 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from beitv2_jax import config as config_lib
 from beitv2_jax import rng
-from beitv2_jax.errors import UserError
+from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import inference, optim, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
+from beitv2_jax.training.ledger import Ledger, Plan
 from beitv2_jax.training.state import TrainState
 from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
 from beitv2_jax.typing import PyTree
@@ -41,7 +39,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
 
     Raises:
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
-            in a row were not finite.
+            in a row were not finite, or more records than `data.max_bad_share` allows were unreadable.
     """
     plan = Plan.from_config(config, task.num_train_examples)
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", keep_every=plan.keep_every)
@@ -51,49 +49,6 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
             logging.info("%s: the checkpoint stands at step %d of %d", task.name, start, plan.num_steps)
             return _final_figures(read_metrics(workdir), start, seconds=0.0)
         return _run(task, config, plan, Path(workdir), checkpointer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Hold when things happen, in steps; 0 means never."""
-
-    batch_size: int
-    num_steps: int
-    warmup_steps: int
-    log_every: int
-    checkpoint_every: int
-    keep_every: int
-    eval_every: int
-    max_nonfinite_steps: int
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, num_examples: int) -> "Plan":
-        """Resolve the durations of a config."""
-        run = config.run
-        steps = functools.partial(config_lib.steps, batch_size=run.batch_size, num_examples=num_examples)
-        every = {name: steps(run[name]) for name in ("log_every", "checkpoint_every", "keep_every", "eval_every")}
-        return cls(
-            batch_size=run.batch_size,
-            num_steps=steps(run.duration),
-            warmup_steps=steps(config.optim.warmup),
-            max_nonfinite_steps=run.max_nonfinite_steps,
-            **every,
-        )
-
-    def logs(self, step: int) -> bool:
-        """Tell whether the figures of the step are written; so they are wherever else something happens."""
-        return self._due(step, self.log_every) or self.evaluates(step)
-
-    def evaluates(self, step: int) -> bool:
-        """Tell whether an evaluation follows the step."""
-        return self._due(step, self.eval_every)
-
-    def saves(self, step: int) -> bool:
-        """Tell whether a checkpoint follows the step."""
-        return self._due(step, self.checkpoint_every, self.keep_every)
-
-    def _due(self, step: int, *periods: int) -> bool:
-        return step == self.num_steps or any(period and step % period == 0 for period in periods)
 
 
 def make_train_step(
@@ -127,94 +82,10 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
             "nonfinite_steps": state_lib.nonfinite_steps(moved),
+            "unreadable": jnp.sum(batch["weight"] == 0),
         }
 
     return train_step
-
-
-class Ledger:
-    """Keep what the host knows of the steps: figures not read yet, the clock, steps in a row that were not finite."""
-
-    def __init__(self, plan: Plan, writer: MetricWriter, progress: Progress, nonfinite_steps: int):
-        self._plan, self._writer, self._progress = plan, writer, progress
-        self._unread: list[tuple[int, dict[str, jax.Array]]] = []
-        self._nonfinite_steps, self._nonfinite_run = nonfinite_steps, 0
-        self._window = self._total = _Window()
-        self.restart_clock()
-        self.figures: dict[str, float] = {}
-
-    @property
-    def images_per_second(self) -> float:
-        """Rate over all steps so far, without evaluations and checkpoints."""
-        total = self._total
-        return total.steps * self._plan.batch_size / total.seconds if total.seconds else 0.0
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take over the figures of a step that may still be running."""
-        self._unread.append((step, metrics))
-
-    def read(self, *, leave: int = 0) -> None:
-        """Fetch the figures of all steps but the newest `leave`, and write those that the plan wants logged.
-
-        Raises:
-            UserError: `max_nonfinite_steps` steps in a row were not finite.
-        """
-        while len(self._unread) > leave:
-            step, metrics = self._unread.pop(0)
-            figures = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            self._lap()
-            self._progress.advance()
-            self._refuse_nonfinite(step, figures)
-            if self._plan.logs(step):
-                window, self._window = self._window, _Window()
-                speed = window.steps * self._plan.batch_size / window.seconds
-                self.figures = {
-                    **figures,
-                    "images_per_second": speed,
-                    "data_wait_share": window.waited / window.seconds,
-                }
-                self._writer.write(step, self.figures)
-                self._progress.show({"loss": figures["loss"], "images/s": speed})
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time spent inside as waiting for data."""
-        started = time.monotonic()
-        yield
-        self._window = dataclasses.replace(self._window, waited=self._window.waited + time.monotonic() - started)
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last step was read: it went into something else than training."""
-        self._clock = time.monotonic()
-
-    def _lap(self) -> None:
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        self._window, self._total = (
-            dataclasses.replace(window, steps=window.steps + 1, seconds=window.seconds + seconds)
-            for window in (self._window, self._total)
-        )
-
-    def _refuse_nonfinite(self, step: int, figures: dict[str, float]) -> None:
-        new = figures["nonfinite_steps"] > self._nonfinite_steps
-        self._nonfinite_run = self._nonfinite_run + 1 if new else 0
-        self._nonfinite_steps = figures["nonfinite_steps"]
-        if new:
-            logging.warning("step %d changed nothing: loss %s", step, figures["loss"])
-        if self._nonfinite_run >= self._plan.max_nonfinite_steps > 0:
-            raise UserError(
-                f"{self._nonfinite_run} steps in a row, up to step {step}, had a loss or gradient that is not finite",
-                "the learning rate is too high, the warm-up too short, or the data is broken",
-                "lower --config.optim.peak_lr, set --config.optim.clip_norm=3.0, or look at the data; the parameters "
-                "in the newest checkpoint are those of the last finite step",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
 
 
 def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer) -> dict[str, float]:
@@ -222,23 +93,40 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
     mesh = sharding.make_mesh(**config.mesh)
     optimizer, schedule = make_optimizer(task, config.optim, plan.warmup_steps, plan.num_steps)
     iterator = task.train_batches(jax.process_index(), jax.process_count())
-    state, fresh = _start(task, config, optimizer, mesh, checkpointer, iterator)
+    state, position = _start(task, config, optimizer, mesh, checkpointer)
+    iterator.set_state(position)
     start = int(state.step)
     frozen = sharding.place_weights(task.frozen, mesh)
-    batch = sharding.place_batch(next(iterator), mesh)
-    if fresh and task.start_codebook is not None:
+    bad_records = BadRecords(workdir, jax.process_index())
+
+    def next_batch() -> Batch:
+        host_batch = next(iterator)
+        bad_records.note(host_batch, task.splits[0])
+        return sharding.place_batch(host_batch, mesh)
+
+    batch = next_batch()
+    if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
 
     train_step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
     compiled = compile_step(train_step, state, frozen, batch, mesh)
-    evaluate = _make_evaluation(task, mesh)
+    evaluate = _make_evaluation(task, mesh, bad_records)
 
     is_main = jax.process_index() == 0
     writer = MetricWriter(workdir, enabled=is_main, resume_step=start)
     progress = Progress(plan.num_steps, task.name, "steps", done=start, enabled=is_main)
-    ledger = Ledger(plan, writer, progress, int(state_lib.nonfinite_steps(state)))
+    ledger = Ledger(
+        plan,
+        writer,
+        progress,
+        workdir=workdir,
+        nonfinite_steps=int(state_lib.nonfinite_steps(state)),
+        unreadable=position["unreadable"],
+    )
     eval_figures: dict[str, float] = {}
-    with contextlib.closing(iterator), contextlib.closing(writer), contextlib.closing(progress):
+    with contextlib.ExitStack() as stack:
+        for thing in (ledger, progress, writer, iterator):
+            stack.enter_context(contextlib.closing(thing))
         for step in range(start + 1, plan.num_steps + 1):
             state, metrics = compiled(state, frozen, batch)
             ledger.add(step, metrics)
@@ -251,12 +139,12 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
                 writer.flush()
                 if plan.saves(step):
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
-                    checkpointer.save(step, state, iterator)
+                    checkpointer.save(step, state, {**iterator.get_state(), "unreadable": ledger.unreadable})
                 ledger.restart_clock()
             if step < plan.num_steps:
+                # while the step runs: its devices get the next batch before they are done with this one
                 with ledger.waiting_for_data():
-                    host_batch = next(iterator)
-                batch = sharding.place_batch(host_batch, mesh)
+                    batch = next_batch()
             ledger.read(leave=1)
     figures = [{**ledger.figures, **eval_figures, "images_per_second": ledger.images_per_second}]
     return _final_figures(figures, plan.num_steps, seconds=time.monotonic() - started)
@@ -268,8 +156,8 @@ def _start(
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     checkpointer: Checkpointer,
-    iterator: grain.DatasetIterator,
-) -> tuple[TrainState, bool]:
+) -> tuple[TrainState, dict[str, int]]:
+    """Return the state to go on from and the position in the data that belongs to it."""
     arguments = dict(mesh=mesh, seed=config.seed, keep_ema=config.optim.ema_decay > 0)
     abstract = state_lib.abstract(task, optimizer, **arguments)
     if unmatched := sharding.unmatched(abstract.params):
@@ -277,9 +165,9 @@ def _start(
     step = checkpointer.latest_step()
     if step is None:
         logging.info("%s: starting at step 0 from %s", task.name, "init_from" if task.initial else "scratch")
-        return state_lib.create(task, optimizer, **arguments), True
+        return state_lib.create(task, optimizer, **arguments), {"next_batch": 0, "unreadable": 0}
     logging.info("%s: continuing from the checkpoint at step %d", task.name, step)
-    return checkpointer.restore(abstract, iterator), False
+    return checkpointer.restore(abstract)
 
 
 def make_optimizer(
@@ -322,18 +210,26 @@ def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, ba
     return state.replace(codebook=codebook)
 
 
+def lower_step(
+    train_step: TrainStep, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Return the step as it goes to the compiler, for arrays or for shapes with shardings."""
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
+    with sharding.activation_rules(mesh):
+        return jax.jit(train_step, out_shardings=shardings, donate_argnames="state").lower(state, frozen, batch)
+
+
 def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainStep:
     """Compile ahead of time: called with anything else than it was compiled for, the step fails, never recompiles."""
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
     started = time.monotonic()
-    with sharding.activation_rules(mesh):
-        lowered = jax.jit(train_step, out_shardings=shardings, donate_argnames="state").lower(state, frozen, batch)
-    compiled = lowered.compile()
+    compiled = lower_step(train_step, state, frozen, batch, mesh).compile()
     logging.info("compiled the step in %.1f s for %s", time.monotonic() - started, dict(mesh.shape))
     return compiled
 
 
-def _make_evaluation(task: Task, mesh: Mesh) -> Callable[[TrainState, PyTree], dict[str, float]]:
+def _make_evaluation(
+    task: Task, mesh: Mesh, bad_records: BadRecords
+) -> Callable[[TrainState, PyTree], dict[str, float]]:
     """Return the function that runs the whole evaluation pass; it is compiled at its first use only."""
     if task.eval_batches is None:
         return lambda state, frozen: {}
@@ -347,7 +243,8 @@ def _make_evaluation(task: Task, mesh: Mesh) -> Callable[[TrainState, PyTree], d
         batches = task.eval_batches(jax.process_index(), jax.process_count())
         if batches is None:
             return {}
-        totals = inference.sum_batches(compiled, (state.params, state.codebook, frozen), batches, mesh)
+        noted = bad_records.noted(batches, task.splits[1])
+        totals = inference.sum_batches(compiled, (state.params, state.codebook, frozen), noted, mesh)
         return {f"eval/{name}": float(value) for name, value in task.summarize(totals).items()}
 
     return evaluate

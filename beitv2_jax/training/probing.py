@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe, ProbeSettings, probe_features
 from beitv2_jax.training.inference import run_batches
@@ -44,7 +45,7 @@ def cached_features(feature_set: FeatureSet, source, config, mesh, workdir: str)
         for batch, outputs in run_batches(
             feature_set.apply,
             feature_set.frozen,
-            batches,
+            BadRecords(workdir).noted(batches, source.split),
             mesh,
             total=len(batches),
             label=f"features {feature_set.name}",

@@ -6,7 +6,7 @@ Used by everything that compiles or places arrays; models only say logical axis 
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from flax import linen as nn
@@ -36,16 +36,26 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange the devices in a mesh with axes `data`, `fsdp`, `tensor`; -1 (one axis at most) takes what is left.
 
     Sizes whose product is smaller than the number of devices use the first devices only.
 
+    Args:
+        devices: by default those of all processes.
+
     Raises:
         UserError: the devices cannot be arranged so.
     """
+    devices = devices or jax.devices()
+    sizes = mesh_sizes(len(devices), data, fsdp, tensor)
+    used = math.prod(sizes.values())
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+
+
+def mesh_sizes(have: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    """Return the sizes of the axes of a mesh over `have` devices, as `make_mesh` takes them; raises as it does."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    have = len(jax.devices())
     known = math.prod(size for size in sizes.values() if size != -1)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -59,10 +69,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         )
     for axis in open_axes:
         sizes[axis] = have // known
-    used = math.prod(sizes.values())
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:used]
-    )
+    return sizes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -98,14 +105,16 @@ def unmatched(tree: PyTree) -> list[str]:
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Put this process's host rows on the devices as one global batch.
+    """Put this process's host rows on the devices as one global batch; `faults`, which are words, stay behind.
 
     Raises:
         UserError: the rows cannot be divided evenly over the devices that share them.
     """
     sharding = batch_sharding(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for rows in {leaf.shape[0] * jax.process_count() for leaf in jax.tree.leaves(batch)}:
+    batch = {name: rows for name, rows in batch.items() if name != "faults"}
+    sharing = len({device.process_index for device in mesh.devices.flat})
+    for rows in {leaf.shape[0] * sharing for leaf in jax.tree.leaves(batch)}:
         if rows % parts:
             raise UserError(
                 f"a batch of {rows} rows cannot be divided over {parts} devices (data x fsdp)",

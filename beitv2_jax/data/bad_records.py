@@ -1,0 +1,89 @@
+"""The list of unreadable records that a stage met: `bad_records.jsonl` in its workdir, each example once.
+
+Beside the data pipeline: it takes the host batches on their way to the device and reads their `faults`.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+
+class BadRecords:
+    """Append every unreadable example to a file, once in the life of the workdir.
+
+    Process k of several writes `bad_records-k.jsonl`, since appends of several machines to one file can be lost;
+    process 0 and a lone process write `bad_records.jsonl`. An example stands in one of the files only.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, process_index: int = 0):
+        self._workdir = pathlib.Path(workdir)
+        self.path = self._workdir / (f"bad_records-{process_index}.jsonl" if process_index else "bad_records.jsonl")
+        self._known = {_key(record) for record in read_bad_records(workdir)}
+
+    def note(self, batch: dict[str, np.ndarray], split: str) -> None:
+        """Record the faults of a host batch of `split`, and log one warning if there are new ones."""
+        faults = batch.get("faults")
+        if faults is None or not any(faults):
+            return
+        met = [
+            bad_record(split, int(example_id), str(fault))
+            for example_id, fault in zip(batch["example_ids"], faults, strict=True)
+            if fault
+        ]
+        if not {_key(record) for record in met} - self._known:
+            return
+        self._known |= {_key(record) for record in read_bad_records(self._workdir)}  # what other processes found
+        new = list({_key(record): record for record in met if _key(record) not in self._known}.values())
+        if new:
+            self._append(new)
+            logging.warning(
+                "%d unreadable records so far, the newest %s: %s; listed in %s",
+                len(self._known),
+                new[-1]["where"],
+                new[-1]["cause"],
+                self.path,
+            )
+
+    def noted(self, batches: Iterable[dict], split: str) -> Iterator[dict]:
+        """Yield `batches` as they are, recording their faults."""
+        for batch in batches:
+            self.note(batch, split)
+            yield batch
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            text = "\n" + text  # a line cut off by a crash is left behind, not glued to the next one
+        with self.path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._known |= {_key(record) for record in records}
+
+
+def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return what all processes of a stage recorded, as {"split", "example_id", "where", "cause"}."""
+    records = []
+    for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:  # the line that a crash cut off
+                continue
+    return records
+
+
+def _key(record: dict[str, Any]) -> tuple[str, int]:
+    return record["split"], record["example_id"]
+
+
+def bad_record(split: str, example_id: int, fault: str) -> dict[str, Any]:
+    """Return the line of an unreadable example, from its `faults` entry."""
+    where, _, cause = fault.partition(": ")
+    return {"split": split, "example_id": example_id, "where": where, "cause": cause}

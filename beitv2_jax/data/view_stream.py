@@ -1,0 +1,74 @@
+"""Every view of chosen examples as batches for a frozen network, each image decoded once.
+
+Between the sources and the stages that write a store. A batch holds one view of up to `batch_size` consecutive
+examples, so that what is in it depends neither on who asks for it nor on which other views are wanted.
+"""
+
+import collections
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
+
+from beitv2_jax.data.transform import Example
+
+
+def view_stream(
+    load: Callable[[int], list[Example]],
+    chunks: Iterable[range],
+    views: range,
+    *,
+    batch_size: int,
+    num_threads: int,
+    num_workers: int,
+) -> Iterator[Example]:
+    """Yield, for every chunk of example ids and every view, one batch of `batch_size` rows.
+
+    The next chunk is drawn, and its images are decoded, while the batches of the last one are used; what is held in
+    memory are two chunks. Rows beyond the chunk repeat its last one with weight 0, no fault and example id -1.
+
+    Args:
+      load: example id -> its rows, one for each of `views`.
+      chunks: ranges of at most `batch_size` ids.
+      num_threads: images decoded at the same time.
+      num_workers: processes that decode in place of the threads; 0 for none.
+    """
+    waiting: collections.deque = collections.deque()
+    with _executor(load, num_threads, num_workers) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append([pool.submit(_load if num_workers else load, example_id) for example_id in chunk])
+                if len(waiting) > 1:
+                    yield from _batches(waiting.popleft(), views, batch_size)
+            if waiting:
+                yield from _batches(waiting.popleft(), views, batch_size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _executor(load: Callable[[int], list[Example]], num_threads: int, num_workers: int) -> Executor:
+    if not num_workers:
+        return ThreadPoolExecutor(max(1, num_threads))
+    # not forked: a process that runs jax has threads whose locks would be copied
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_set_load, initargs=(load,))
+
+
+def _set_load(load: Callable[[int], list[Example]]) -> None:
+    global _load  # of a worker process: sent once, not with every example
+    _load = load
+
+
+def _load(example_id: int) -> list[Example]:
+    raise RuntimeError("a worker process was not told what to load")
+
+
+def _batches(loading: list, views: range, batch_size: int) -> Iterator[Example]:
+    examples = [future.result() for future in loading]
+    padding = batch_size - len(examples)
+    for place, view in enumerate(views):
+        rows = [rows[place] for rows in examples]
+        rows += [{**rows[-1], "example_ids": np.int64(-1), "weight": np.float32(0), "faults": np.str_("")}] * padding
+        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        yield {**batch, "views": np.full(batch_size, view, np.int32)}

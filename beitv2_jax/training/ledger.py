@@ -1,0 +1,205 @@
+"""What the host knows of a run: when things happen, the figures of its steps, and why it must stop.
+
+Between the training loop, which hands over the figures of each step, and the writer, which shows them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.training.writer import MetricWriter, Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Hold when things happen, in steps; 0 means never. And how many of the records may be unreadable."""
+
+    batch_size: int
+    num_examples: int
+    max_bad_share: float
+    num_steps: int
+    warmup_steps: int
+    log_every: int
+    checkpoint_every: int
+    keep_every: int
+    eval_every: int
+    max_nonfinite_steps: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, num_examples: int) -> "Plan":
+        """Resolve the durations of a config."""
+        run = config.run
+        steps = functools.partial(config_lib.steps, batch_size=run.batch_size, num_examples=num_examples)
+        every = {name: steps(run[name]) for name in ("log_every", "checkpoint_every", "keep_every", "eval_every")}
+        return cls(
+            batch_size=run.batch_size,
+            num_examples=num_examples,
+            max_bad_share=config.data.max_bad_share,
+            num_steps=steps(run.duration),
+            warmup_steps=steps(config.optim.warmup),
+            max_nonfinite_steps=run.max_nonfinite_steps,
+            **every,
+        )
+
+    def logs(self, step: int) -> bool:
+        """Tell whether the figures of the step are written; so they are wherever else something happens."""
+        return self._due(step, self.log_every) or self.evaluates(step)
+
+    def evaluates(self, step: int) -> bool:
+        """Tell whether an evaluation follows the step."""
+        return self._due(step, self.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """Tell whether a checkpoint follows the step."""
+        return self._due(step, self.checkpoint_every, self.keep_every)
+
+    def _due(self, step: int, *periods: int) -> bool:
+        return step == self.num_steps or any(period and step % period == 0 for period in periods)
+
+
+class Ledger:
+    """Keep what the host knows of the steps: figures not read yet, the clock, bad steps in a row, unreadable rows."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        writer: MetricWriter,
+        progress: Progress,
+        *,
+        workdir: str | Path,
+        nonfinite_steps: int = 0,
+        unreadable: int = 0,
+    ):
+        self._plan, self._writer, self._progress, self._workdir = plan, writer, progress, workdir
+        self._unread: list[_Step] = []
+        self._watch = futures.ThreadPoolExecutor(1, "step")
+        self._nonfinite_steps, self._nonfinite_run = nonfinite_steps, 0
+        self.unreadable = unreadable
+        self._window = self._total = _Window()
+        self.restart_clock()
+        self.figures: dict[str, float] = {}
+
+    @property
+    def images_per_second(self) -> float:
+        """Rate over all steps so far, without evaluations and checkpoints."""
+        total = self._total
+        return total.steps * self._plan.batch_size / total.seconds if total.seconds else 0.0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take over the figures of a step that may still be running."""
+        self._unread.append(_Step(step, metrics, self._watch.submit(_end_of, metrics["loss"])))
+
+    def read(self, *, leave: int = 0) -> None:
+        """Fetch the figures of all steps but the newest `leave`, and write those that the plan wants logged.
+
+        Raises:
+            UserError: `max_nonfinite_steps` steps in a row were not finite, or too many records were unreadable.
+        """
+        while len(self._unread) > leave:
+            oldest = self._unread.pop(0)
+            step = oldest.step
+            figures = {name: value.item() for name, value in jax.device_get(oldest.metrics).items()}
+            self._lap(oldest.starved())
+            self._progress.advance()
+            self._refuse_nonfinite(step, figures)
+            self._refuse_unreadable(step, figures)
+            if self._plan.logs(step):
+                window, self._window = self._window, _Window()
+                speed = window.steps * self._plan.batch_size / window.seconds
+                share = window.waited / window.seconds
+                self.figures = {**figures, "images_per_second": speed, "data_wait_share": share}
+                self._writer.write(step, self.figures)
+                self._progress.show({"loss": figures["loss"], "images/s": speed, "data wait share": share})
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count, of the time spent inside, what came after the end of the last step: then the devices had no work."""
+        started = time.monotonic()
+        yield
+        if self._unread:
+            self._unread[-1].wait = started, time.monotonic()
+        else:
+            self._window = self._window.waiting(time.monotonic() - started)
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step was read: it went into something else than training."""
+        self._clock = time.monotonic()
+
+    def close(self) -> None:
+        """End the thread that watches the steps."""
+        self._watch.shutdown()
+
+    def _lap(self, waited: float) -> None:
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self._window, self._total = (window.lap(seconds).waiting(waited) for window in (self._window, self._total))
+
+    def _refuse_nonfinite(self, step: int, figures: dict[str, float]) -> None:
+        new = figures["nonfinite_steps"] > self._nonfinite_steps
+        self._nonfinite_run = self._nonfinite_run + 1 if new else 0
+        self._nonfinite_steps = figures["nonfinite_steps"]
+        if new:
+            logging.warning("step %d changed nothing: loss %s", step, figures["loss"])
+        if self._nonfinite_run >= self._plan.max_nonfinite_steps > 0:
+            raise UserError(
+                f"{self._nonfinite_run} steps in a row, up to step {step}, had a loss or gradient that is not finite",
+                "the learning rate is too high, the warm-up too short, or the data is broken",
+                "lower --config.optim.peak_lr, set --config.optim.clip_norm=3.0, or look at the data; the parameters "
+                "in the newest checkpoint are those of the last finite step",
+            )
+
+    def _refuse_unreadable(self, step: int, figures: dict[str, float]) -> None:
+        # the figure is that of the global batch, so all processes stop at the same step
+        self.unreadable += int(figures["unreadable"])
+        seen = max(step * self._plan.batch_size, self._plan.num_examples)
+        if self.unreadable > self._plan.max_bad_share * seen:
+            raise UserError(
+                f"{self.unreadable} unreadable records up to step {step} are {self.unreadable / seen:.3%} of {seen}; "
+                f"data.max_bad_share allows {self._plan.max_bad_share:.3%}",
+                "the data set was copied in part or is damaged; a few bad files would have been left out by weight",
+                f"mend or remove the files listed in {Path(self._workdir) / 'bad_records.jsonl'}, or, to go on without "
+                "them, a higher --config.data.max_bad_share",
+            )
+
+
+@dataclasses.dataclass
+class _Step:
+    """A step that was started: its figures, when it ended, and from when to when the next batch was waited for."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    ended: futures.Future
+    wait: tuple[float, float] = (0.0, 0.0)
+
+    def starved(self) -> float:
+        """Return for how many seconds the devices, done with this step, waited for the next batch."""
+        started, ready = self.wait
+        return max(0.0, ready - max(started, self.ended.result()))
+
+
+def _end_of(array: jax.Array) -> float:
+    array.block_until_ready()
+    return time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def lap(self, seconds: float) -> "_Window":
+        return dataclasses.replace(self, steps=self.steps + 1, seconds=self.seconds + seconds)
+
+    def waiting(self, seconds: float) -> "_Window":
+        return dataclasses.replace(self, waited=self.waited + seconds)

@@ -1,0 +1,340 @@
+"""A run planned before any hardware is there: does its step fit, what binds it, how long and how many chip-hours.
+
+`make` compiles the real training step for a described topology, from the config alone. `compute` gives the same figures
+by arithmetic. Both return a `Plan`, whose `compiled` says which it is.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.tasks import described
+from beitv2_jax.training import accounting, loop, sharding, targets
+from beitv2_jax.training import state as state_lib
+from beitv2_jax.training.chips import Network
+from beitv2_jax.training.collectives import Collective, find_collectives
+from beitv2_jax.training.figures import Memory, Plan, batch_parts
+from beitv2_jax.training.targets import Target
+from beitv2_jax.typing import PyTree
+
+USABLE_SHARE = 0.95
+"""Of a GPU's memory; the rest is the allocator's and the libraries'. TPU compilers state what is usable themselves."""
+STATE_TRAFFIC = 140
+"""Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
+ACTIVATION_TRAFFIC = 11.0
+"""Times that a step moves each byte kept for the backward pass. Both are fitted to the TPU compiler's counts."""
+OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
+"""Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
+
+_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training step as its config describes it, before any mesh: the same for every target.
+
+    `state`, `frozen` and `batch` hold the shapes of the whole run. `notes` say what the config left open. `frozen_vit`
+    is that of `tasks.described.Description`. `function` and `traced` are None where there is arithmetic only.
+    """
+
+    config: Any
+    num_examples: int
+    notes: tuple[str, ...]
+    function: Callable | None
+    state: PyTree
+    frozen: PyTree
+    batch: PyTree
+    parts: list[accounting.Component]
+    frozen_vit: Mapping[str, Mapping[str, int]]
+    traced: accounting.TracedFlops | None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the configured schedule."""
+        return _steps(self.config, self.num_examples)[1]
+
+    def placed(self, mesh: Mesh | AbstractMesh) -> "Stage":
+        """Return the stage with its shapes on a mesh.
+
+        Raises:
+            UserError: the batch cannot be divided over it.
+        """
+        parts, batch_size = batch_parts(dict(mesh.shape)), self.config.run.batch_size
+        if batch_size % parts:
+            raise UserError(
+                f"A batch of {batch_size} cannot be divided over {parts} chips (data x fsdp).",
+                "the batch size was chosen for fewer chips.",
+                f"--config.run.batch_size={-(-batch_size // parts) * parts}, or a smaller target.",
+            )
+        rows = sharding.batch_sharding(mesh)
+        return dataclasses.replace(
+            self,
+            state=_placed(self.state, sharding.param_shardings(self.state, mesh)),
+            frozen=_placed(self.frozen, sharding.param_shardings(self.frozen, mesh)),
+            batch=_placed(self.batch, jax.tree.map(lambda _: rows, self.batch)),
+        )
+
+
+def prepare(config, num_examples: int = 0) -> Stage:
+    """Describe the stage that a config trains; what the config leaves open is what the published recipe used.
+
+    Args:
+        num_examples: images of an epoch; 0 takes those of the data set.
+
+    Raises:
+        UserError: the config is inconsistent, of a stage without training, or of a set of unknown length.
+    """
+    config, notes = described.complete(config)
+    config_lib.validate(config)
+    num_examples = described.count_examples(config, num_examples)
+    config_lib.validate(config, num_examples)
+    return _stage(config, num_examples, notes)
+
+
+def varied(stage: Stage, **keys) -> Stage:
+    """Return the stage of the same config with other values of `{"section.key": value}`."""
+    return _stage(_changed(stage.config, keys), stage.num_examples, stage.notes)
+
+
+def estimated(stage: Stage, **keys) -> Stage:
+    """Return what `varied` does, at once and for arithmetic only; `keys` must leave the network's shapes alone."""
+    config = _changed(stage.config, keys)
+    batch_size = config.run.batch_size
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in stage.batch.items()
+    }
+    parts = accounting.components(config, stage.frozen_vit)
+    return dataclasses.replace(stage, config=config, batch=batch, parts=parts, function=None, traced=None)
+
+
+def _changed(config, keys: Mapping[str, Any]):
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(keys)
+    return config.lock()
+
+
+def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
+    description = described.describe(config, num_examples)
+    task, ema_decay = description.task, config.optim.ema_decay
+    optimizer, schedule = loop.make_optimizer(task, config.optim, *_steps(config, num_examples))
+    mesh = AbstractMesh((1,) * len(sharding.AXES), sharding.AXES)
+    state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_ema=ema_decay > 0)
+    function = loop.make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=ema_decay)
+    return Stage(
+        config,
+        num_examples,
+        notes,
+        function,
+        state,
+        task.frozen,
+        description.batch,
+        accounting.components(config, description.frozen_vit),
+        description.frozen_vit,
+        accounting.traced_flops(function, state, task.frozen, description.batch),
+    )
+
+
+def start_compilers() -> None:
+    """Let compilers start for chips that are not here; call it before jax looks for devices."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    jax.config.update("jax_platforms", "cpu")  # jax has read its environment already
+
+
+def make(stage: Stage, target: Target) -> Plan:
+    """Compile the step of a stage for a target, on the mesh that its config asks for, and return its plan.
+
+    Raises:
+        UserError: the compiler is missing, or batch and mesh do not fit the target.
+    """
+    mesh = sharding.make_mesh(**stage.config.mesh, devices=targets.devices(target))
+    network = target.network(list(mesh.devices.flat))
+    stage = stage.placed(mesh)
+    plan = _computed(stage, target, dict(mesh.shape), network)
+    started = time.monotonic()
+    try:
+        compiled = _compile(stage, mesh, target)
+    except jax.errors.JaxRuntimeError as error:
+        refused = _refusal(str(error))
+        if refused is None:
+            raise
+        used, usable = refused
+        note = "the compiler refused the step: memory is its count, bytes moved and collectives are computed"
+        return dataclasses.replace(
+            plan,
+            memory=Memory(plan.memory.arguments, used - plan.memory.arguments, used, usable),
+            compile_s=time.monotonic() - started,
+            notes=(*plan.notes, note),
+        )
+    return _measured(plan, compiled, stage, network, time.monotonic() - started)
+
+
+def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None) -> Plan:
+    """Return the plan of a stage by arithmetic: nothing is compiled, no compiler is needed.
+
+    Args:
+        mesh: sizes of the axes, those of the config if None.
+
+    Raises:
+        UserError: batch and mesh do not fit the target.
+    """
+    sizes = sharding.mesh_sizes(target.count, **(mesh or stage.config.mesh))
+    axis_types = (AxisType.Auto,) * len(sizes)
+    placed = stage.placed(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types))
+    return _computed(placed, target, sizes, target.network())
+
+
+def _steps(config, num_examples: int) -> tuple[int, int]:
+    """Return warm-up and length of the schedule in steps."""
+    sizes = {"batch_size": config.run.batch_size, "num_examples": num_examples}
+    return config_lib.steps(config.optim.warmup, **sizes), config_lib.steps(config.run.duration, **sizes)
+
+
+def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
+
+
+def _compile(stage: Stage, mesh: Mesh, target: Target):
+    logging.info("compiling the step for %s on %s", dict(mesh.shape), target.name)
+    lowered = loop.lower_step(stage.function, stage.state, stage.frozen, stage.batch, mesh)
+    return lowered.compile(compiler_options=OPTIONS[target.chip.platform])
+
+
+def _refusal(message: str) -> tuple[int, int] | None:
+    """Return (bytes needed, bytes usable) of a TPU compiler's refusal, None of another fault."""
+    match = _REFUSED.search(message)
+    if match is None:
+        return None
+    used, used_unit, usable, usable_unit = match.groups()
+    return int(float(used) * _UNITS[used_unit.upper()]), int(float(usable) * _UNITS[usable_unit.upper()])
+
+
+def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Network) -> Plan:
+    chip, config = target.chip, stage.config
+    images = config.run.batch_size / batch_parts(shape)
+    share = config.run.batch_size / math.prod(shape.values())
+    frozen_bytes = accounting.device_bytes(stage.frozen)
+    arguments = accounting.device_bytes(stage.state) + frozen_bytes + accounting.device_bytes(stage.batch)
+    temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params)
+    memory = Memory(arguments, int(temporaries), int(arguments + temporaries), int(USABLE_SHARE * chip.hbm_bytes))
+    collectives = expected_collectives(stage, shape, images)
+    kept = sum(part.kept for part in stage.parts)
+    local_params = accounting.device_bytes(stage.state.params) / accounting.FLOAT32
+    moved = STATE_TRAFFIC * local_params + ACTIVATION_TRAFFIC * images * kept + frozen_bytes
+    plain, exact = (share * accounting.total_flops(stage.parts, exact=value) for value in (False, True))
+    return Plan(
+        target=target,
+        mesh=shape,
+        config=config,
+        compiled=False,
+        num_examples=stage.num_examples,
+        num_steps=stage.num_steps,
+        parts=stage.parts,
+        memory=memory,
+        arithmetic_flops=plain + exact,
+        traced_flops=stage.traced and stage.traced.total / math.prod(shape.values()),
+        compiler_flops=None,
+        bytes_moved=moved,
+        collectives=collectives,
+        compute_s=plain / chip.flops + exact / chip.exact_flops,
+        hbm_s=moved / chip.hbm_rate,
+        interconnect_s=_exchange_seconds(collectives, network),
+        notes=stage.notes,
+    )
+
+
+def _exchange_seconds(collectives: Iterable[Collective], network: Network) -> float:
+    return sum(collective.count * network.seconds(collective) for collective in collectives)
+
+
+def _measured(plan: Plan, compiled, stage: Stage, network: Network, seconds: float) -> Plan:
+    """Return the plan with what a compiled program says in place of arithmetic."""
+    chip, count = plan.target.chip, plan.target.count
+    sizes = compiled.memory_analysis()
+    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    # outputs that are not written into arguments, and the program itself, need room too
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    code = sizes.generated_code_size_in_bytes
+    peak = max(getattr(sizes, "peak_memory_in_bytes", 0), arguments + temporaries + outputs + code)
+    collectives = find_collectives(compiled.as_text(), count)
+    costs = compiled.cost_analysis() or {}
+    flops, moved, notes = None, plan.bytes_moved, list(plan.notes)
+    if costs.get("flops"):
+        missed = stage.traced.missed / count
+        flops = costs["flops"] + missed
+        moved = costs["bytes accessed"] * (flops / costs["flops"])
+        if missed:
+            notes.append(
+                "the compiler counts the body of a loop once: its FLOPs are corrected by the traced program's, and its "
+                "bytes in the same proportion"
+            )
+    else:
+        notes.append("this compiler counts neither FLOPs nor bytes: bytes moved are computed")
+    return dataclasses.replace(
+        plan,
+        compiled=True,
+        compile_s=seconds,
+        memory=Memory(arguments, temporaries, peak, plan.memory.usable),
+        compiler_flops=flops,
+        bytes_moved=moved,
+        collectives=collectives,
+        hbm_s=moved / chip.hbm_rate,
+        interconnect_s=_exchange_seconds(collectives, network),
+        notes=tuple(notes),
+    )
+
+
+def expected_collectives(stage: Stage, shape: dict[str, int], images: float) -> list[Collective]:
+    """Return the collectives that a step on a mesh must run, by arithmetic; `images` are those of one chip.
+
+    Gradients are summed over `data` and, in shares, over `fsdp`, where weights are gathered for the forward and for the
+    backward pass. Over `tensor` each block sums its two outputs, forward and backward. The tokenizer sums its code
+    statistics over the whole batch.
+    """
+    config, local = stage.config, accounting.device_bytes(stage.state.params)
+    found = []
+
+    def add(kind: str, size: float, axes: tuple[str, ...], count: int = 1) -> None:
+        group = _first_group(shape, axes)
+        if len(group) > 1 and count:
+            parts = len(group) if kind == "reduce-scatter" else 1
+            numbers = int(size) // accounting.FLOAT32 // parts
+            found.append(Collective(kind, (("f32", (numbers,)),), (group,), count))
+
+    if shape["fsdp"] > 1:
+        whole = local * shape["fsdp"]
+        add("all-gather", whole, ("fsdp",), 2)
+        add("reduce-scatter", whole, ("fsdp",))
+    add("all-reduce", local, ("data",))
+    if shape["tensor"] > 1:
+        for blocks in accounting.transformers(config):
+            size = images * accounting.FLOAT32 * blocks.tokens * blocks.width
+            add("all-reduce", size, ("tensor",), 4 * blocks.depth)
+    if config.stage == "vqkd":
+        add(
+            "all-reduce",
+            accounting.FLOAT32 * config.model.codebook_size * (config.model.code_dim + 1),
+            ("data", "fsdp"),
+        )
+    return found
+
+
+def _first_group(shape: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the devices that differ from the first one in `axes` alone."""
+    ids = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+    return tuple(ids[tuple(slice(None) if axis in axes else 0 for axis in shape)].reshape(-1).tolist())

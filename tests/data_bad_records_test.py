@@ -1,0 +1,83 @@
+"""The list of unreadable records: each example once, across batches, resumes and processes, whatever a crash left."""
+
+import json
+
+import numpy as np
+import pytest
+
+from beitv2_jax.data.bad_records import BadRecords, read_bad_records
+
+
+def batch(*faulty, size=5, first=10):
+    faults = np.array([f"file {i}: torn: at {i}" if i in faulty else "" for i in range(first, first + size)])
+    return {"example_ids": np.arange(first, first + size), "faults": faults}
+
+
+def record(i, split="train"):
+    return {"split": split, "example_id": i, "where": f"file {i}", "cause": f"torn: at {i}"}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    shown = []
+    monkeypatch.setattr("absl.logging.warning", lambda text, *values: shown.append(text % values))
+    return shown
+
+
+def test_every_example_stands_there_once(tmp_path, warnings):
+    records = BadRecords(tmp_path)
+    assert records.path == tmp_path / "bad_records.jsonl"
+    records.note(batch(), "train")
+    records.note({"example_ids": np.arange(3)}, "train")  # a batch of views that cannot be unreadable
+    assert not records.path.exists()
+    records.note(batch(11, 13), "train")
+    records.note(batch(11, 13), "train")
+    records.note(batch(13, 14), "train")
+    records.note(batch(13), "validation")
+    assert read_bad_records(tmp_path) == [record(11), record(13), record(14), record(13, "validation")]
+    again = BadRecords(tmp_path)  # a run that is continued
+    again.note(batch(11, 12), "train")
+    assert read_bad_records(tmp_path)[4:] == [record(12)]
+    # one line for a batch with news
+    assert [line.split(";")[0] for line in warnings] == [
+        "2 unreadable records so far, the newest file 13: torn: at 13",
+        "3 unreadable records so far, the newest file 14: torn: at 14",
+        "4 unreadable records so far, the newest file 13: torn: at 13",
+        "5 unreadable records so far, the newest file 12: torn: at 12",
+    ]
+    assert all(str(records.path) in line for line in warnings)
+
+
+def test_an_example_twice_in_a_batch_stands_there_once(tmp_path):
+    twice = batch(11)
+    twice = {key: np.concatenate([value, value]) for key, value in twice.items()}
+    BadRecords(tmp_path).note(twice, "train")
+    assert read_bad_records(tmp_path) == [record(11)]
+
+
+def test_processes_write_files_of_their_own_and_no_example_twice(tmp_path):
+    first, second = BadRecords(tmp_path), BadRecords(tmp_path, process_index=1)
+    first.note(batch(11), "train")
+    second.note(batch(11, 12), "train")  # the next epoch gives example 11 to the other process
+    first.note(batch(12, 13), "train")
+    files = {path.name: [json.loads(line) for line in path.open()] for path in tmp_path.iterdir()}
+    assert files == {"bad_records.jsonl": [record(11), record(13)], "bad_records-1.jsonl": [record(12)]}
+    assert sorted(r["example_id"] for r in read_bad_records(tmp_path)) == [11, 12, 13]
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_line_cut_off_by_a_crash_costs_only_itself(tmp_path, cut):
+    records = BadRecords(tmp_path)
+    records.note(batch(11, 12), "train")
+    records.path.write_bytes(records.path.read_bytes()[:-cut])
+    again = BadRecords(tmp_path)
+    again.note(batch(12, 14), "train")
+    # without its line break the last line is whole still
+    assert read_bad_records(tmp_path) == [record(11), record(12), record(14)]
+
+
+def test_noted_batches_pass_unchanged(tmp_path):
+    batches = [batch(10), batch(16, first=15)]
+    passed = list(BadRecords(tmp_path / "new" / "folder").noted(batches, "validation"))
+    assert all(new is old for new, old in zip(passed, batches, strict=True))
+    assert read_bad_records(tmp_path / "new" / "folder") == [record(10, "validation"), record(16, "validation")]

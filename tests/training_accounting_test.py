@@ -1,0 +1,185 @@
+"""FLOPs, parameters and bytes by arithmetic: against numbers worked out by hand, jax's trace, and the CPU compiler."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from without_data import CONFIGS
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.models.layers import Block
+from beitv2_jax.tasks import described
+from beitv2_jax.training import accounting, loop, sharding, state
+from beitv2_jax.training.accounting import Transformer, total_flops, traced_flops
+
+SMALL = {
+    "mim": {
+        "views.image_size": 48,
+        "masking.num_masked": 5,
+        "masking.min_patches": 2,
+        "model.width": 24,
+        "model.depth": 3,
+        "model.num_heads": 3,
+        "model.mlp_dim": 40,
+        "model.codebook_size": 29,
+        "model.early_layer": 2,
+        "tokenizer.codes": "somewhere",
+        "run.batch_size": 7,
+    },
+    "vqkd": {
+        "views.image_size": 48,
+        "model.encoder.width": 24,
+        "model.encoder.depth": 3,
+        "model.encoder.num_heads": 3,
+        "model.encoder.mlp_dim": 40,
+        "model.decoder.width": 20,
+        "model.decoder.depth": 2,
+        "model.decoder.num_heads": 5,
+        "model.decoder.mlp_dim": 36,
+        "model.codebook_size": 29,
+        "model.code_dim": 6,
+        "teacher.features": "somewhere",
+        "run.batch_size": 7,
+    },
+    "finetune": {
+        "views.image_size": 48,
+        "model.width": 24,
+        "model.depth": 3,
+        "model.num_heads": 3,
+        "model.mlp_dim": 40,
+        "model.num_classes": 13,
+        "run.batch_size": 7,
+    },
+}
+
+
+def small(stage, **keys):
+    config = config_lib.load(f"{CONFIGS / stage}.py").copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({**SMALL[stage], **keys})
+    config.efficiency.update(dtype="float32")
+    return described.complete(config.lock())[0]
+
+
+def step_of(config):
+    description = described.describe(config, 1000)
+    optimizer, schedule = loop.make_optimizer(description.task, config.optim, 2, 10)
+    before = state.abstract(description.task, optimizer, sharding.make_mesh(), config.seed)
+    step = loop.make_train_step(description.task, optimizer, schedule=schedule, seed=0, ema_decay=0.0)
+    return description, (step, before, description.task.frozen, description.batch)
+
+
+def test_a_block_by_hand():
+    block = Transformer(tokens=197, width=768, depth=1, mlp_dim=3072, num_heads=12)
+    # 12 d^2 products a token, and 2 l d for the attention, a multiply-add being two
+    assert sum(block.block_flops().values()) == 2 * 197 * (12 * 768**2 + 2 * 197 * 768)
+    assert block.block_params() == 12 * 768**2 + 13 * 768 - 768  # no key bias
+    assert dataclasses.replace(block, layer_scale=True).block_params() - block.block_params() == 2 * 768
+
+
+def test_a_published_network_by_hand():
+    # ViT-B/16 at 224 pixels is known as 17.6 GFLOPs forward (multiply-adds), its head of 1000 classes included
+    blocks = Transformer(tokens=197, width=768, depth=12, mlp_dim=3072, num_heads=12)
+    forward = blocks.flops(frozen=True) + 2 * 196 * 768 * 768 + 2 * 768 * 1000
+    assert forward / 2 == pytest.approx(17.58e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("mim", {}),
+        ("mim", {"efficiency.remat": True}),
+        ("mim", {"model.shared_head": False, "model.position": "relative"}),
+        ("mim", {"model.patch_aggregation": False, "model.position": "absolute", "model.layer_scale_init": 0.0}),
+        ("vqkd", {}),
+        ("vqkd", {"efficiency.remat": True}),
+        ("finetune", {}),
+        ("finetune", {"efficiency.remat": True, "model.position": "relative_shared"}),
+    ],
+)
+def test_arithmetic_is_the_traced_program(stage, keys):
+    config = small(stage, **keys)
+    description, step = step_of(config)
+    parts = accounting.components(config, description.frozen_vit)
+    assert traced_flops(*step).total == config.run.batch_size * total_flops(parts)
+    assert sum(part.params for part in parts) == sum(leaf.size for leaf in jax.tree.leaves(step[1].params))
+
+
+@pytest.mark.parametrize(("stage", "live"), [("mim", "tokenizer.codes"), ("vqkd", "teacher.features")])
+def test_frozen_networks_in_the_step_count_forward_only(stage, live):
+    with_store = total_flops(accounting.components(small(stage)))
+    config = small(stage, **{live: ""})
+    description, step = step_of(config)
+    parts = accounting.components(config, description.frozen_vit)
+    assert traced_flops(*step).total == config.run.batch_size * total_flops(parts)
+    base = Transformer(tokens=10, width=768, depth=12, mlp_dim=3072, num_heads=12).flops(frozen=True)
+    assert base < total_flops(parts) - with_store < 1.1 * base
+    assert {part.name for part in parts if part.frozen} >= {live.split(".")[0]}
+
+
+def test_the_compiler_counts_the_same_products_and_some_arithmetic_more():
+    block = Block(num_heads=4, mlp_dim=1024, dtype=jnp.float32)
+    tokens = jax.ShapeDtypeStruct((16, 65, 256), jnp.float32)
+    params = jax.eval_shape(block.init, jax.random.key(0), tokens)
+
+    def loss(params, tokens):
+        return jnp.sum(block.apply(params, tokens) ** 2)
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    counted = jax.jit(gradients).lower(params, tokens).compile().cost_analysis()["flops"]
+    by_hand = 16 * Transformer(tokens=65, width=256, depth=1, mlp_dim=1024, num_heads=4).flops()
+    assert traced_flops(gradients, params, tokens).total == by_hand
+    assert by_hand < counted < 1.04 * by_hand
+
+
+def test_a_scan_is_counted_as_often_as_it_runs_and_what_a_compiler_misses_is_known():
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    x, weights = jax.ShapeDtypeStruct((64, 96), jnp.float32), jax.ShapeDtypeStruct((5, 96, 96), jnp.float32)
+    counted = traced_flops(layers, x, weights)
+    one = 2 * 64 * 96 * 96
+    assert (counted.total, counted.missed) == (5 * one, 4 * one)
+    compiler = jax.jit(layers).lower(x, weights).compile().cost_analysis()["flops"]
+    assert compiler + counted.missed == pytest.approx(5 * one, rel=0.03)
+
+
+def test_nested_scans_conditions_and_calls():
+    def inner(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
+
+    def outer(x, w):
+        x = jax.lax.scan(lambda x, _: (inner(x, w), None), x, None, length=2)[0]
+        return jax.lax.cond(x[0, 0] > 0, lambda x: jax.jit(jnp.matmul)(x, w), lambda x: x, x)
+
+    x, w = jax.ShapeDtypeStruct((7, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    one = 2 * 7 * 5 * 5
+    assert traced_flops(outer, x, w) == accounting.TracedFlops(7 * one, 5 * one)
+
+
+def test_convolutions_are_counted():
+    image, kernel = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+
+    def stem(image, kernel):
+        return jax.lax.conv_general_dilated(image, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert traced_flops(stem, image, kernel).total == 2 * (2 * 4 * 4 * 5) * 27
+
+
+def test_bytes_of_a_device():
+    mesh = sharding.make_mesh(2, 2, 2)
+    tree = {"fc1": {"kernel": jnp.zeros((6, 10)), "bias": jnp.zeros((10,))}, "ids": jnp.zeros((3,), jnp.int8)}
+    shapes = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        sharding.param_shardings(tree, mesh),
+    )
+    assert accounting.device_bytes(shapes) == 4 * (3 * 5 + 10) + 3
+
+
+def test_remat_keeps_less_and_computes_more():
+    plain = Transformer(tokens=197, width=768, depth=12, mlp_dim=3072, num_heads=12)
+    remat = dataclasses.replace(plain, remat=True)
+    assert remat.kept() < plain.kept() / 3
+    assert 1.2 * plain.flops() < remat.flops() < 4 / 3 * plain.flops()
+    assert dataclasses.replace(remat, layer_scale=True).flops() * 3 == plain.flops() * 4
