@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "benchmarks": ["PyTurboJPEG>=1.8,<2", "opencv-python-headless>=5"],
+        "benchmarks": ["opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],

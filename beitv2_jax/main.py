@@ -206,9 +206,7 @@ def run(argv: Sequence[str]) -> None:
         from beitv2_jax.planning import run_plan
 
         workdir = os.path.abspath(values.workdir) if values.workdir else ""
-        run_plan(
-            values.config, values.plan, workdir, num_examples=values.plan_examples, compile_it=values.plan_compile
-        )
+        run_plan(values.config, values.plan, workdir, num_examples=values.plan_examples, compile_it=values.plan_compile)
         return
     config_lib.validate(values.config)
     start_jax(values.distributed, values.compilation_cache)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from beitv2_jax.data.packing import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
-from beitv2_jax.data.storage import record_bytes
-from beitv2_jax.data.targets import TargetReader
-from beitv2_jax.data.targets_writer import TargetStore
+from beitv2_jax.data.store.packing import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.store.storage import record_bytes
+from beitv2_jax.data.store.writer import TargetStore
 
 CARD = {
     **{"part": "views", "compute_dtype": "float32", "source": "drawn", "split": "train", "image_size": 224},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from beitv2_jax.data import augment
-from beitv2_jax.data.scenes import draw_scene
+from beitv2_jax.data.embedded.scenes import draw_scene
 from beitv2_jax.errors import UserError
 from beitv2_jax.rng import host_rng
 

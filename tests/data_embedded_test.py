@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from beitv2_jax import rng as streams
-from beitv2_jax.data import drawing, embedded, scene_objects, scenes
+from beitv2_jax.data import embedded
+from beitv2_jax.data.embedded import drawing, scene_objects, scenes
 from beitv2_jax.errors import UserError
 
 NUM_CLASSES = len(scenes.CLASS_NAMES)

@@ -1,4 +1,4 @@
-"""tf.train.Example without TensorFlow: any bytes give an image and a label or nothing; the order of features is fixed."""
+"""tf.train.Example without TensorFlow: any bytes give an image and a label or nothing; features stand in fixed order."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import hypothesis
 from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
-from beitv2_jax.data.examples import image_and_label, in_fixed_order
+from beitv2_jax.data.sources.examples import image_and_label, in_fixed_order
 
 
 def _example(features: dict) -> tf_example_pb2.Example:
@@ -47,7 +47,7 @@ def test_an_example_without_image_is_none():
 SERIALIZE = """
 import sys
 from tensorflow_datasets.proto import tf_example_pb2
-from beitv2_jax.data.examples import in_fixed_order
+from beitv2_jax.data.sources.examples import in_fixed_order
 example = tf_example_pb2.Example()
 for key in sys.argv[1:]:
     example.features.feature[key].bytes_list.value.append(key.encode())

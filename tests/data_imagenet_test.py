@@ -14,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from beitv2_jax.data import imagenet, prepare
+from beitv2_jax.data.prepare import __main__ as prepare
+from beitv2_jax.data.prepare import imagenet
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.errors import UserError
 
@@ -221,7 +222,7 @@ def _raw(directory, images):
 
 KILLED = """
 import os, signal, sys
-from beitv2_jax.data import imagenet
+from beitv2_jax.data.prepare import imagenet
 write, calls = imagenet._write_shard, []
 def dying(path, records, count):
     calls.append(path)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from beitv2_jax.data.packing import (
+from beitv2_jax.data.store.packing import (
     CODE_IDS,
     FEATURE_DTYPES,
     FEATURES,

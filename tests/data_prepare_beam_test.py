@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from beitv2_jax.data import prepare_beam
+from beitv2_jax.data.prepare import beam as prepare_beam
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "launch" / "beam"
 ARGUMENTS = ["--input=/a b/*.tar", "--name=birds", "--data_dir=/data"]
@@ -30,7 +30,7 @@ def _run(name, *arguments, **environment):
 
 def test_without_beam_it_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    monkeypatch.delitem(sys.modules, "beitv2_jax.data.beam_images", raising=False)
+    monkeypatch.delitem(sys.modules, "beitv2_jax.data.prepare.beam_images", raising=False)
     assert prepare_beam.main(ARGUMENTS) == 2
     assert "pip install -e '.[beam]'" in capsys.readouterr().err
 
@@ -40,7 +40,7 @@ def test_a_dry_run_shows_a_command_that_the_parser_takes(name):
     done = _run(name, *ARGUMENTS, "--dry-run", "--num_shards=7", **NEEDED[name])
     assert done.returncode == 0, done.stderr
     _, *command = shlex.split(done.stdout)
-    assert command[:2] == ["-m", "beitv2_jax.data.prepare_beam"]
+    assert command[:2] == ["-m", "beitv2_jax.data.prepare.beam"]
     options, beam_arguments = prepare_beam._parser().parse_known_args(command[2:])
     assert (options.input, options.name, options.data_dir, options.num_shards) == ("/a b/*.tar", "birds", "/data", 7)
     assert f"--runner={RUNNERS[name]}" in beam_arguments and "--dry-run" not in beam_arguments

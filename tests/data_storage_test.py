@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from target_stores import CODE_CARD, FEATURE_CARD
 
-from beitv2_jax.data import storage
-from beitv2_jax.data.packing import CodeEncoding, FeatureEncoding
-from beitv2_jax.data.targets_writer import TargetStore
+from beitv2_jax.data.store import storage
+from beitv2_jax.data.store.packing import CodeEncoding, FeatureEncoding
+from beitv2_jax.data.store.writer import TargetStore
 
 TOLERANCE = 0.005
 """Largest relative difference between the table and the files, whose ends are counted apart."""

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from target_stores import CODE_CARD, FEATURE_CARD, fill
 
-from beitv2_jax.data import targets
-from beitv2_jax.data.card import card_fields, encoding_of, read_card
-from beitv2_jax.data.packing import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
-from beitv2_jax.data.targets import TargetReader, view_split
-from beitv2_jax.data.targets_writer import TargetStore
+from beitv2_jax.data.store import reader as reader_module
+from beitv2_jax.data.store.card import card_fields, encoding_of, read_card
+from beitv2_jax.data.store.packing import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
+from beitv2_jax.data.store.reader import TargetReader, view_split
+from beitv2_jax.data.store.writer import TargetStore
 from beitv2_jax.errors import UserError
 
 
@@ -109,7 +109,7 @@ def test_views_are_closed_again(feature_store, monkeypatch):
     for view in (0, 0, 1, 0, 1, 1, 0, 2, 2, 1, 1):
         reader[3, view]
     assert opened == ["train_v0", "train_v1", "train_v2", "train_v1"]
-    assert reader._views.cache_info().maxsize == targets.OPEN_VIEWS
+    assert reader._views.cache_info().maxsize == reader_module.OPEN_VIEWS
 
 
 def test_reader_goes_to_other_processes(feature_store):

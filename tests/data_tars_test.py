@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from ilsvrc_archives import pack
 
-from beitv2_jax.data.tars import tar_files
+from beitv2_jax.data.prepare.tars import tar_files
 
 
 def _contents(archive: bytes) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax import stages
 from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.data.sources import open_source
-from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

@@ -14,9 +14,9 @@ import warnings
 import numpy as np
 from target_stores import FEATURE_CARD
 
-from beitv2_jax.data.card import encoding_of
-from beitv2_jax.data.claims import Claims
-from beitv2_jax.data.targets_writer import TargetStore
+from beitv2_jax.data.store.card import encoding_of
+from beitv2_jax.data.store.claims import Claims
+from beitv2_jax.data.store.writer import TargetStore
 from beitv2_jax.training.storing import Filler
 
 CARD = {**FEATURE_CARD, "num_examples": 83, "num_views": 3}

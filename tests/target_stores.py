@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from beitv2_jax.data.card import encoding_of
-from beitv2_jax.data.targets import TargetReader
-from beitv2_jax.data.targets_writer import TargetStore
+from beitv2_jax.data.store.card import encoding_of
+from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.store.writer import TargetStore
 
 FEATURE_CARD = {
     "part": "views",

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storing_workers import CARD, SHARD_EXAMPLES, UNREADABLE, features, rows, work
 
-from beitv2_jax.data import claims
-from beitv2_jax.data.card import encoding_of
-from beitv2_jax.data.targets import TargetReader
-from beitv2_jax.data.targets_writer import ShardLost, TargetStore
+from beitv2_jax.data.store import claims
+from beitv2_jax.data.store.card import encoding_of
+from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.store.writer import ShardLost, TargetStore
 from beitv2_jax.errors import UserError
 
 
@@ -168,9 +168,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("place", range(0, 14))
 def test_killed_at_each_step_of_the_finish(undisturbed, tmp_path, monkeypatch, place):
-    from beitv2_jax.data import targets_writer
+    from beitv2_jax.data.store import writer
 
-    real, calls = targets_writer.os.replace, []
+    real, calls = writer.os.replace, []
 
     def replace(source, target):
         if len(calls) == place:
@@ -178,7 +178,7 @@ def test_killed_at_each_step_of_the_finish(undisturbed, tmp_path, monkeypatch, p
         calls.append(target)
         real(source, target)
 
-    monkeypatch.setattr(targets_writer.os, "replace", replace)
+    monkeypatch.setattr(writer.os, "replace", replace)
     try:
         work(str(tmp_path / "views"))
     except Killed:
@@ -228,10 +228,10 @@ def test_an_incomplete_shard_is_never_published(tmp_path):
 
 
 def test_a_file_that_reads_back_otherwise_is_never_published(tmp_path, monkeypatch):
-    from beitv2_jax.data import targets_writer
+    from beitv2_jax.data.store import writer
 
     store = TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=SHARD_EXAMPLES)
-    real = targets_writer._reread
+    real = writer._reread
     monkeypatch.setattr(targets_writer, "_reread", lambda path: (real(path)[0], real(path)[1] ^ ("v1" in path.name)))
     writer, encoding = store.open_shard(0), encoding_of(CARD)
     for view in store.views:

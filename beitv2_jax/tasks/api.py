@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxtyping import Array, PRNGKeyArray
 
-from beitv2_jax.data.packing import Encoding
 from beitv2_jax.data.pipeline import TrainIterator
+from beitv2_jax.data.store.packing import Encoding
 from beitv2_jax.typing import PyTree, Scalar
 
 Batch = dict[str, Any]

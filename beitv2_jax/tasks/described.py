@@ -20,8 +20,8 @@ from PIL import Image
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.packing import CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.store.packing import CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.teachers import NormalisedViT, Teacher, vit_tokens
 from beitv2_jax.models.vqkd import VQKD

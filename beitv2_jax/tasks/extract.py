@@ -1,7 +1,7 @@
 """Extract: write the teacher's features of every image's fixed views, so that VQ-KD need not run the teacher."""
 
 from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.packing import FeatureEncoding
+from beitv2_jax.data.store.packing import FeatureEncoding
 from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import StoreTask
 

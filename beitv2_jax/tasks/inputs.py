@@ -17,7 +17,7 @@ from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
-from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.models import preprocess
 from beitv2_jax.rng import host_rng

@@ -10,7 +10,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.data.packing import CODE_IDS
+from beitv2_jax.data.store.packing import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import preprocess
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked

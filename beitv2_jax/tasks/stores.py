@@ -12,7 +12,7 @@ import numpy as np
 
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
-from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
 

@@ -9,7 +9,7 @@ import jax
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
-from beitv2_jax.data.packing import CodeEncoding
+from beitv2_jax.data.store.packing import CodeEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD

@@ -11,7 +11,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.packing import FEATURES, decode_features
+from beitv2_jax.data.store.packing import FEATURES, decode_features
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window
 from beitv2_jax.models.vqkd import VQKD

@@ -29,6 +29,8 @@ class Component:
         exact: float32 products in full precision, for which chips are slower.
         kept: bytes that the forward pass keeps for the backward pass, or holds at its widest where there is none.
         frozen: not trained.
+        passed: bytes of all that the forward pass makes, kept or not, weighted by how often a step runs through it:
+            1 for a forward and a backward pass. 0 means `kept`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Component:
     exact: bool = False
     kept: int = 0
     frozen: bool = False
+    passed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,19 @@ class Transformer:
         and the MLP, and the attention weights in float32. With `remat` it keeps the residual stream once, and one
         block's all is there while that block is differentiated.
         """
+        block, stream = self._block_bytes(), FLOAT32 * self.tokens * self.width
+        return self.depth * stream + block if self.remat else self.depth * block
+
+    def passed(self, *, frozen: bool = False) -> int:
+        """Return the bytes of all that the blocks make: a third of a step's passes where frozen, four with `remat`."""
+        passes = 1 if frozen else 4 if self.remat else 3
+        return passes * self.depth * self._block_bytes() // 3
+
+    def _block_bytes(self) -> int:
         stream = FLOAT32 * self.tokens * self.width
         entered = self.itemsize * self.tokens * (8 * self.width + (4 if self.gated else 2) * self.mlp_dim)
         weights = FLOAT32 * self.num_heads * self.tokens**2
-        block = 2 * stream + entered + weights
-        return self.depth * stream + block if self.remat else self.depth * block
+        return 2 * stream + entered + weights
 
 
 def components(config: Any, frozen_vit: Mapping[str, Mapping[str, int]] | None = None) -> list[Component]:
@@ -180,7 +191,13 @@ def _mim(config) -> list[Component]:
     tokens = 2 * model.width + positions.get(model.position, 0)  # [CLS], the mask token
     parts = [
         _stem(model, patches),
-        Component("blocks", model.depth * blocks.block_params() + tokens, blocks.flops(), kept=blocks.kept()),
+        Component(
+            "blocks",
+            model.depth * blocks.block_params() + tokens,
+            blocks.flops(),
+            kept=blocks.kept(),
+            passed=blocks.passed(),
+        ),
     ]
     head = _linear("output layer", masked, model.width, model.codebook_size)
     head = dataclasses.replace(
@@ -190,7 +207,7 @@ def _mim(config) -> list[Component]:
         more = dataclasses.replace(blocks, depth=model.head_depth)
         table = model.head_depth * table if model.position == "relative" else 0
         params = model.head_depth * more.block_params() + table
-        parts.append(Component("aggregation head", params, more.flops(), kept=more.kept()))
+        parts.append(Component("aggregation head", params, more.flops(), kept=more.kept(), passed=more.passed()))
         second = 0 if model.shared_head else head.params
         head = dataclasses.replace(head, flops=2 * head.flops, kept=2 * head.kept, params=head.params + second)
     return [*parts, head]
@@ -207,7 +224,11 @@ def _vqkd(config) -> list[Component]:
     return [
         _stem(encoder, patches),
         Component(
-            "encoder", encoder.depth * encoding.block_params() + extras(encoder), encoding.flops(), kept=encoding.kept()
+            "encoder",
+            encoder.depth * encoding.block_params() + extras(encoder),
+            encoding.flops(),
+            kept=encoding.kept(),
+            passed=encoding.passed(),
         ),
         _join(
             "projection to codes",
@@ -217,7 +238,11 @@ def _vqkd(config) -> list[Component]:
         _lookup(patches, model.codebook_size, model.code_dim),
         _linear("code embedding", patches, model.code_dim, decoder.width),
         Component(
-            "decoder", decoder.depth * decoding.block_params() + extras(decoder), decoding.flops(), kept=decoding.kept()
+            "decoder",
+            decoder.depth * decoding.block_params() + extras(decoder),
+            decoding.flops(),
+            kept=decoding.kept(),
+            passed=decoding.passed(),
         ),
         _join(
             "projection to features",
@@ -252,7 +277,7 @@ def _finetune(config) -> list[Component]:
     head = _linear("head", 1, model.width, model.num_classes)
     return [
         _stem(model, side * side),
-        Component("blocks", params, blocks.flops(), kept=blocks.kept()),
+        Component("blocks", params, blocks.flops(), kept=blocks.kept(), passed=blocks.passed()),
         dataclasses.replace(head, params=head.params + 2 * model.width),
     ]
 
@@ -272,7 +297,7 @@ def _frozen(name: str, sizes: Mapping[str, int], config) -> list[Component]:
     flops = blocks.flops(frozen=True) + 2 * (tokens - 1) * sizes["patch_inputs"] * width
     flops += 2 * tokens * width * sizes["projection"]
     kept = dataclasses.replace(blocks, depth=1).kept()
-    parts = [Component(name, 0, flops, kept=kept, frozen=True)]
+    parts = [Component(name, 0, flops, kept=kept, frozen=True, passed=blocks.passed(frozen=True))]
     if name == "tokenizer":
         code_dim = sizes["code_dim"]
         projected = 2 * (tokens - 1) * width * (width + code_dim)

@@ -33,7 +33,7 @@ USABLE_SHARE = 0.95
 STATE_TRAFFIC = 140
 """Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
 ACTIVATION_TRAFFIC = 11.0
-"""Times that a step moves each byte kept for the backward pass. Both are fitted to the TPU compiler's counts."""
+"""Times that a step moves each byte that passes through it. Both are fitted to the TPU compiler's counts."""
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
@@ -233,9 +233,9 @@ def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Netw
     temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params)
     memory = Memory(arguments, int(temporaries), int(arguments + temporaries), int(USABLE_SHARE * chip.hbm_bytes))
     collectives = expected_collectives(stage, shape, images)
-    kept = sum(part.kept for part in stage.parts)
+    passed = sum(part.passed or part.kept for part in stage.parts)
     local_params = accounting.device_bytes(stage.state.params) / accounting.FLOAT32
-    moved = STATE_TRAFFIC * local_params + ACTIVATION_TRAFFIC * images * kept + frozen_bytes
+    moved = STATE_TRAFFIC * local_params + ACTIVATION_TRAFFIC * images * passed + frozen_bytes
     plain, exact = (share * accounting.total_flops(stage.parts, exact=value) for value in (False, True))
     return Plan(
         target=target,

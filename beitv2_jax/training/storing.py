@@ -15,9 +15,9 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.data.bad_records import bad_record
-from beitv2_jax.data.card import read_card
-from beitv2_jax.data.claims import Claims
-from beitv2_jax.data.targets_writer import ShardLost, ShardWriter, TargetStore
+from beitv2_jax.data.store.card import read_card
+from beitv2_jax.data.store.claims import Claims
+from beitv2_jax.data.store.writer import ShardLost, ShardWriter, TargetStore
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import inputs, stores

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from beitv2_jax.data.packing import CODE_IDS
-from beitv2_jax.data.targets import TargetReader
+from beitv2_jax.data.store.packing import CODE_IDS
+from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.rng import host_rng

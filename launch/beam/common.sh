@@ -1,4 +1,4 @@
-# Sourced by the scripts in this folder: prepare_in EXTRA ARGUMENTS... runs beitv2_jax.data.prepare_beam in the environment
+# Sourced by the scripts in this folder: prepare_in EXTRA ARGUMENTS... runs beitv2_jax.data.prepare.beam in the environment
 # of launch/venv.sh with that extra; with --dry-run among the arguments it prints the command and does nothing else.
 
 cd "$(dirname "$0")/../.." || exit 1
@@ -11,14 +11,14 @@ prepare_in() {
         if [ "$argument" = --dry-run ]; then dry=1; else set -- "$@" "$argument"; fi
     done
     if [ -n "$dry" ]; then
-        printf '%s' "${VENV:-.venv}/bin/python -m beitv2_jax.data.prepare_beam"
+        printf '%s' "${VENV:-.venv}/bin/python -m beitv2_jax.data.prepare.beam"
         for argument; do printf " '%s'" "$argument"; done
         echo
         return
     fi
     EXTRAS=${EXTRAS:+$EXTRAS,}$extra
     . launch/venv.sh
-    exec "$VENV_PYTHON" -m beitv2_jax.data.prepare_beam "$@"
+    exec "$VENV_PYTHON" -m beitv2_jax.data.prepare.beam "$@"
 }
 
 need() {

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from beitv2_jax.data import beam_images, prepare_beam
+from beitv2_jax.data.prepare import beam as prepare_beam
+from beitv2_jax.data.prepare import beam_images
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.errors import UserError
 

@@ -14,7 +14,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as vision
 
 from beitv2_jax.data import augment, randaugment
-from beitv2_jax.data.scenes import draw_scene
+from beitv2_jax.data.embedded.scenes import draw_scene
 from beitv2_jax.models import mixing, preprocess
 from beitv2_jax.rng import host_rng
 

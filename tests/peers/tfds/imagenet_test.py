@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from beitv2_jax.data import imagenet
+from beitv2_jax.data.prepare import imagenet
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 For the quickstart and for tests. Every picture, 96 x 96 pixels, shows one object (bird, butterfly, car, cat, fish,
 flower, house, mushroom, sailboat or tree) in varied surroundings and comes with its class and a segmentation mask.
 Classes differ by parts and patterns; pose, colours, background, light, distractors and what stands in front are drawn
-alike for all (`data.scenes`, `data.scene_objects`). `data.sources` opens it as `embedded[/CONFIG]`.
+alike for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as `embedded[/CONFIG]`.
 
 Example `index` of a split is a pure function of (seed, split, index): the same bytes in every run and for every number
 of processes. The class is index % 10, so each is equally frequent.
@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from beitv2_jax import rng as streams
-from beitv2_jax.data import scenes
+from beitv2_jax.data.embedded import scenes
 from beitv2_jax.errors import UserError
 
 JPEG_QUALITY = 92

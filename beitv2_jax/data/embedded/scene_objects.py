@@ -1,6 +1,6 @@
 """Draw the ten object classes of the embedded data set, each told by its parts and patterns and never by its colours.
 
-`OBJECTS` maps class name -> (draw function, largest tilt in degrees); `data.scenes` chooses pose, place and
+`OBJECTS` maps class name -> (draw function, largest tilt in degrees); `data.embedded.scenes` chooses pose, place and
 surroundings. Every function fills about [-1, 1] x [-1, 1] (x right, y down), takes all colours from the one palette
 and varies the proportions, the number of parts and the density of its pattern.
 """
@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from beitv2_jax.data import drawing
-from beitv2_jax.data.drawing import Palette, Pen, darker, ellipse, ellipses, lighter, mix, smooth
-from beitv2_jax.data.scene_animals import draw_bird, draw_butterfly, draw_cat, draw_fish
+from beitv2_jax.data.embedded import drawing
+from beitv2_jax.data.embedded.drawing import Palette, Pen, darker, ellipse, ellipses, lighter, mix, smooth
+from beitv2_jax.data.embedded.scene_animals import draw_bird, draw_butterfly, draw_cat, draw_fish
 
 Rng = np.random.Generator
 

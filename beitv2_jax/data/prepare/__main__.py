@@ -1,6 +1,6 @@
 """Prepare a data set once, for `data.sources` to open: python -m beitv2_jax.data.prepare imagenet2012 --archives=DIR.
 
-TensorFlow is not needed. Large sets of many archives have their own command, `beitv2_jax.data.prepare_beam`.
+TensorFlow is not needed. Large sets of many archives have their own command, `beitv2_jax.data.prepare.beam`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.set_verbosity(logging.INFO)
     # imported here: a slip in an argument should show before TFDS is loaded
-    from beitv2_jax.data import imagenet
+    from beitv2_jax.data.prepare import imagenet
 
     try:
         directory = imagenet.prepare(options.archives, options.data_dir)

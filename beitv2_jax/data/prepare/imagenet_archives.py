@@ -1,7 +1,7 @@
 """What lies where in the official ILSVRC 2012 archives: the devkit's classes, and every image's place in its tar.
 
-Read by `data.imagenet`, which writes the images as a TFDS data set. Only headers are read here: an image stays where it
-is, known by its offset, so that no archive has to be unpacked or held in memory.
+Read by `data.prepare.imagenet`, which writes the images as a TFDS data set. Only headers are read here: an image stays
+where it is, known by its offset, so that no archive has to be unpacked or held in memory.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from beitv2_jax.data.progress import progress
-from beitv2_jax.data.tars import tar_files
+from beitv2_jax.data.prepare.progress import progress
+from beitv2_jax.data.prepare.tars import tar_files
 from beitv2_jax.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"

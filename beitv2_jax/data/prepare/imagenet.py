@@ -20,10 +20,10 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from beitv2_jax.data import imagenet_archives as archives
 from beitv2_jax.data.decode import CorruptImageError, decode_image
-from beitv2_jax.data.examples import in_fixed_order
-from beitv2_jax.data.progress import progress
+from beitv2_jax.data.prepare import imagenet_archives as archives
+from beitv2_jax.data.prepare.progress import progress
+from beitv2_jax.data.sources.examples import in_fixed_order
 from beitv2_jax.errors import UserError
 
 NAME = "imagenet2012"

@@ -1,6 +1,6 @@
 """What a store of targets costs: bytes per view and per data set, and the read rate that training from it needs.
 
-    python -m beitv2_jax.data.storage
+    python -m beitv2_jax.data.store.storage
 
 prints the table of docs/data.md. Sizes are those of the files, ArrayRecord's and the record's own bytes included; only
 what every file adds, `FILE_BYTES` at most, is left out.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from beitv2_jax.data.packing import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.data.store.packing import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
 
 NUM_PATCHES = 196  # 224 pixels in patches of 16
 TEACHERS = {

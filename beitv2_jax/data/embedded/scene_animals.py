@@ -1,12 +1,12 @@
 """Draw the four animals among the classes of the embedded data set: fish, bird, butterfly and cat.
 
-Same rules as in `data.scene_objects`, which lists them with the other classes for `data.scenes`.
+Same rules as in `data.embedded.scene_objects`, which lists them with the other classes for `data.embedded.scenes`.
 """
 
 import numpy as np
 
-from beitv2_jax.data import drawing
-from beitv2_jax.data.drawing import Palette, Pen, darker, ellipse, ellipses, lighter, mix, smooth
+from beitv2_jax.data.embedded import drawing
+from beitv2_jax.data.embedded.drawing import Palette, Pen, darker, ellipse, ellipses, lighter, mix, smooth
 
 Rng = np.random.Generator
 

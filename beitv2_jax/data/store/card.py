@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from beitv2_jax.data.packing import CODE_IDS, FEATURE_DTYPES, FEATURES, CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.data.store.packing import CODE_IDS, FEATURE_DTYPES, FEATURES, CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.errors import UserError
 
 SCHEMA_VERSION = 2

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax.data.card import CARD_FILE, SCHEMA_VERSION, check_card, encoding_of, plain, read_card
-from beitv2_jax.data.targets import BAD_RECORDS_FILE, open_tfds, view_split
+from beitv2_jax.data.store.card import CARD_FILE, SCHEMA_VERSION, check_card, encoding_of, plain, read_card
+from beitv2_jax.data.store.reader import BAD_RECORDS_FILE, open_tfds, view_split
 from beitv2_jax.errors import UserError
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"

@@ -1,6 +1,6 @@
 """Draw filled and patterned shapes under an affine pose: the pen behind the embedded data set.
 
-Serves `data.scene_objects` (what a class looks like) and `data.scenes` (the picture around it). Shapes are arrays of
+Serves `scene_objects` (what a class looks like) and `scenes` (the picture around it). Shapes are arrays of
 points `p 2`, many shapes of one kind `k p 2`; x points right, y down, an object fills about [-1, 1] in both.
 """
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax.data.examples import image_and_label
-from beitv2_jax.data.image_features import ImageFeatures
-from beitv2_jax.data.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
+from beitv2_jax.data.sources.examples import image_and_label
+from beitv2_jax.data.sources.image_features import ImageFeatures
+from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.errors import UserError
 
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")

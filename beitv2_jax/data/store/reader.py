@@ -1,6 +1,6 @@
 """Store of what a frozen network said about every fixed view: teacher features or code ids, as TFDS sets.
 
-Written by the stages extract and tokenize (`data.targets_writer`), read by the data pipeline of the stages that follow.
+Written by the stages extract and tokenize (`data.store.writer`), read by the data pipeline of the stages that follow.
 A part of a store is one TFDS set, `tfds.builder_from_directory(directory)` opens it, with one split a view
 (`train_v0`, `train_v1` ...), so that reading a view touches no other. Record i of every split belongs to example i of
 the source. `card.json` beside the records says what they were computed from, `bad_records.jsonl` which examples could
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax.data.card import check_card, encoding_of, read_card
+from beitv2_jax.data.store.card import check_card, encoding_of, read_card
 from beitv2_jax.errors import UserError
 
 BAD_RECORDS_FILE = "bad_records.jsonl"

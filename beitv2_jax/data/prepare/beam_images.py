@@ -1,6 +1,6 @@
 """A TFDS data set of images from one tar or folder a class, made by Apache Beam on one machine or many.
 
-For sets of the size of ImageNet-22k; `beitv2_jax.data.prepare_beam` is its command and `data.sources` opens the result.
+For sets of the size of ImageNet-22k; `beitv2_jax.data.prepare.beam` is its command and `data.sources` opens the result.
 TFDS's Beam writer hashes the file names, gives every shard a range of the hashes, sorts it and moves it in place whole,
 so the records depend neither on the runner nor on its workers. Every file that does not become a record is listed.
 """
@@ -25,8 +25,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from tensorflow_datasets.core import writer
 
 from beitv2_jax.data.decode import CorruptImageError, decode_image
-from beitv2_jax.data.examples import in_fixed_order
-from beitv2_jax.data.tars import tar_files
+from beitv2_jax.data.prepare.tars import tar_files
+from beitv2_jax.data.sources.examples import in_fixed_order
 from beitv2_jax.errors import UserError
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"

@@ -1,6 +1,6 @@
 """Draw the natural-looking scenes of the embedded data set: one object in varied surroundings.
 
-`draw_scene` composes background, distractors behind, the object (`data.scene_objects`) and occluders in front, then
+`draw_scene` composes background, distractors behind, the object (`scene_objects`) and occluders in front, then
 adds light, shadow, texture and sensor noise and evens out the brightnesses. Background, distractors, colours, place and
 light are drawn alike for all classes, so neither colour statistics nor single pixels tell the class. `data.embedded`
 turns scenes into a TFDS data set.
@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
-from beitv2_jax.data import drawing, scene_objects
-from beitv2_jax.data.drawing import Color, Pen, darker, ellipses, lighter, mix, random_color
+from beitv2_jax.data.embedded import drawing, scene_objects
+from beitv2_jax.data.embedded.drawing import Color, Pen, darker, ellipses, lighter, mix, random_color
 
 IMAGE_SIZE = 96
 SUPERSAMPLE = 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax.data.splits import EVALUATION_SPLITS, refuse_slice, resolve_split
+from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, refuse_slice, resolve_split
 from beitv2_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

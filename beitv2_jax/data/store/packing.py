@@ -1,6 +1,6 @@
 """How one view's targets become bytes: features in 8, 16 or 32 bits a number, code ids in ceil(log2 K) bits each.
 
-Used by the store of targets (`data.targets`); `shrink` also runs inside the compiled step of the extract stage, so that
+Used by the store of targets (`data.store`); `shrink` also runs inside the compiled step of the extract stage, so that
 no more leaves the device than is stored.
 """
 

@@ -1,4 +1,4 @@
-"""Prepare a large set of images with Apache Beam: python -m beitv2_jax.data.prepare_beam --input=DIR --name=NAME.
+"""Prepare a large set of images with Apache Beam: python -m beitv2_jax.data.prepare.beam --input=DIR --name=NAME.
 
 Needs the extra `beam`, but no TensorFlow. Arguments that are not its own go to Beam, such as --runner=DataflowRunner.
 """
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _module():
     try:
-        from beitv2_jax.data import beam_images
+        from beitv2_jax.data.prepare import beam_images
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "apache_beam":
             raise
@@ -48,7 +48,7 @@ def _module():
 def _parser() -> argparse.ArgumentParser:
     text = f"{__doc__.partition(': ')[0]}. Arguments that are not listed here go to Beam."
     parser = argparse.ArgumentParser(
-        prog="python -m beitv2_jax.data.prepare_beam", description=text, allow_abbrev=False
+        prog="python -m beitv2_jax.data.prepare.beam", description=text, allow_abbrev=False
     )
     parser.add_argument(
         "--input", required=True, help="glob of <class>.tar, or a directory of tars or of class folders"
