@@ -16,13 +16,12 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import Teacher, classifier_tokens, vit_tokens
-from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vit import backbone_arguments
 from beitv2_jax.typing import PyTree
 
 GRID_MATCHES = ("resize_input", "resample_features")
 POSITION_RESIZES = ("bicubic", "offset", "antialias")
 _OFFSET = 0.1
-_BACKBONE_KEYS = sorted(VisionTransformer.__dataclass_fields__.keys() - {"parent", "name"})
 
 
 def load_teacher(
@@ -177,7 +176,7 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
     params = run.params
     if config["stage"] == "mim":
         model = MaskedImageModel(**arguments)
-        arguments = {key: getattr(model, key) for key in _BACKBONE_KEYS if hasattr(model, key)} | {"mask_token": True}
+        arguments = backbone_arguments(model) | {"mask_token": True}
         params = {"backbone": params["backbone"], "norm": params["norm"]}
     return run.name, TeacherWeights(
         arguments=arguments,

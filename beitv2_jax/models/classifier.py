@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from beitv2_jax.models.layers import LayerNorm, Linear
-from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
 from beitv2_jax.typing import Images, Tokens
 
 
@@ -50,22 +50,7 @@ class Classifier(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.backbone = VisionTransformer(
-            self.image_size,
-            self.patch_size,
-            self.width,
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
-            position=self.position,
-            layer_scale_init=self.layer_scale_init,
-            drop_path_rate=self.drop_path_rate,
-            qkv_bias=self.qkv_bias,
-            norm_eps=self.norm_eps,
-            stem=self.stem,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        self.backbone = VisionTransformer(**backbone_arguments(self))
         if self.pooling == "mean":
             self.fc_norm = LayerNorm(self.norm_eps)
         else:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from beitv2_jax.models.layers import LayerNorm, Linear, apply_block, drop_path_rates
-from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
 from beitv2_jax.typing import Images, Mask
 
 Patches = Float[Array, "b n d"]
@@ -74,23 +74,7 @@ class MaskedImageModel(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.backbone = VisionTransformer(
-            self.image_size,
-            self.patch_size,
-            self.width,
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
-            position=self.position,
-            layer_scale_init=self.layer_scale_init,
-            drop_path_rate=self.drop_path_rate,
-            mask_token=True,
-            norm_eps=self.norm_eps,
-            param_init=self.param_init,
-            stem=self.stem,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        self.backbone = VisionTransformer(**backbone_arguments(self), mask_token=True)
         self.norm = LayerNorm(self.norm_eps)
         self.lm_head = self._output_layer()
         if self.patch_aggregation:

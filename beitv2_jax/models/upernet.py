@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from beitv2_jax.models.layers import uniform_init
-from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
 from beitv2_jax.typing import Images
 
 FeatureMap = Float[Array, "b h w c"]
@@ -235,21 +235,7 @@ class Segmenter(nn.Module):
 
     def setup(self):
         dtype = jnp.dtype(self.dtype)
-        self.backbone = VisionTransformer(
-            self.image_size,
-            self.patch_size,
-            self.width,
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
-            position=self.position,
-            layer_scale_init=self.layer_scale_init,
-            drop_path_rate=self.drop_path_rate,
-            qkv_bias=self.qkv_bias,
-            norm_eps=self.norm_eps,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        self.backbone = VisionTransformer(**backbone_arguments(self))
         self.fpn1 = FineLevel(self.width, dtype)
         self.fpn2 = Upsample(self.width, dtype)
         self.decode_head = PyramidHead(self.channels, self.num_classes, dropout_rate=self.dropout_rate, dtype=dtype)

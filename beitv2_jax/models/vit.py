@@ -224,3 +224,9 @@ class VisionTransformer(nn.Module):
     def _special_tokens(self, name: str, count: int, batch: int) -> Tokens:
         tokens = self.param(name, normal_init(self.param_init), (1, count, self.width))
         return jnp.broadcast_to(tokens, (batch, count, self.width))
+
+
+def backbone_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the fields that a model shares with `VisionTransformer`, as keyword arguments for its backbone."""
+    shared = VisionTransformer.__dataclass_fields__.keys() - {"parent", "name"}
+    return {name: getattr(model, name) for name in model.__dataclass_fields__ if name in shared}

@@ -81,8 +81,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         else:
             cross_entropy = soft_cross_entropy(logits, targets)
         hits = jnp.argmax(logits, axis=-1) == labels
-        metrics = {"accuracy": weighted_mean(hits, weight), "unreadable": jnp.sum(1.0 - weight)}
-        return weighted_mean(cross_entropy, weight), (codebook, metrics)
+        return weighted_mean(cross_entropy, weight), (codebook, {"accuracy": weighted_mean(hits, weight)})
 
     def evaluate(params, codebook, frozen, batch):
         logits = model.apply({"params": params}, student_images(batch), train=False)

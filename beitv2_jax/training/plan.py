@@ -30,9 +30,9 @@ from beitv2_jax.typing import PyTree
 
 USABLE_SHARE = 0.95
 """Of a GPU's memory; the rest is the allocator's and the libraries'. TPU compilers state what is usable themselves."""
-STATE_TRAFFIC = 140
+STATE_TRAFFIC = 110
 """Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
-ACTIVATION_TRAFFIC = 11.0
+ACTIVATION_TRAFFIC = 12.0
 """Times that a step moves each byte that passes through it. Both are fitted to the TPU compiler's counts."""
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
