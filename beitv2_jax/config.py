@@ -23,6 +23,8 @@ HARMLESS = (
     "efficiency",
     "mesh",
     "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_every",
     "data.num_threads",
     "data.num_workers",
     "data.max_bad_share",
@@ -208,13 +210,14 @@ def from_json(text: str | Mapping[str, Any]) -> ConfigDict:
     return _freeze(json.loads(text) if isinstance(text, str) else text).lock()
 
 
-def changed(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
+def changed(old: ConfigDict, new: ConfigDict, *, harmless: bool = False) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) of every setting that differs and would change results.
 
-    `HARMLESS` keys are left out. A key that one side lacks has None there; tuples are compared as lists.
+    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that one side lacks has None
+    there; tuples are compared as lists.
     """
     before, after = flatten(_plain(old)), flatten(_plain(new))
-    keys = [key for key in sorted(before | after) if not _harmless(key)]
+    keys = [key for key in sorted(before | after) if _harmless(key) == harmless]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 

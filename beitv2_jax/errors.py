@@ -1,4 +1,4 @@
-"""The one exception shown to users instead of a traceback."""
+"""The exceptions that end the program without a traceback."""
 
 
 class UserError(Exception):
@@ -15,3 +15,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.happened}\n  Probably: {self.meant}\n  Instead:  {self.instead}"
+
+
+class Preempted(Exception):
+    """Say that a run was told to end, has saved, and goes on where it is when it is started again.
+
+    `beitv2_jax.main` prints it and exits with `EXIT_CODE`, on which the launchers start a run again.
+    """
+
+    EXIT_CODE = 75

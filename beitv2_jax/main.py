@@ -15,10 +15,20 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import Preempted, UserError
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
-FLAG_NAMES = ("config", "workdir", "task", "plan", "plan_examples", "plan_compile", "distributed", "compilation_cache")
+FLAG_NAMES = (
+    "config",
+    "workdir",
+    "task",
+    "allow_config_change",
+    "plan",
+    "plan_examples",
+    "plan_compile",
+    "distributed",
+    "compilation_cache",
+)
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -38,6 +48,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "run",
         ["run", "verify"],
         "'verify' compares a random sample of a finished store (extract, tokenize) with the network's live answer.",
+        values,
+    )
+    flags.DEFINE_boolean(
+        "allow_config_change",
+        False,
+        "Continue the run in --workdir although a key that changes its result has another value than before.",
         values,
     )
     flags.DEFINE_string(
@@ -203,7 +219,7 @@ def run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     start_logging(values["verbosity"].present)
     if values.plan:
-        from beitv2_jax.planning import run_plan
+        from beitv2_jax.planning.command import run_plan
 
         workdir = os.path.abspath(values.workdir) if values.workdir else ""
         run_plan(values.config, values.plan, workdir, num_examples=values.plan_examples, compile_it=values.plan_compile)
@@ -213,17 +229,23 @@ def run(argv: Sequence[str]) -> None:
     # imported here: jax must be started first, and a slip in a flag should show before the stack is loaded
     from beitv2_jax import stages
 
-    start = stages.verify_stage if values.task == "verify" else stages.run_stage
-    start(values.config, os.path.abspath(values.workdir))
+    workdir = os.path.abspath(values.workdir)
+    if values.task == "verify":
+        stages.verify_stage(values.config, workdir)
+    else:
+        stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change)
 
 
 def main() -> None:
-    """Run the program; a UserError is printed without a traceback and ends it with exit code 2."""
+    """Run the program; UserError and Preempted are printed without a traceback, the exit codes are 2 and 75."""
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        sys.exit(Preempted.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ A workdir holds `config.json` (resolved), the stage's own outputs, and `summary.
 a list of stages in sub-folders of one workdir, each finding what the former wrote.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import time
 import uuid
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -17,7 +19,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import loop, probing, storing, verifying
+from beitv2_jax.training import holding, loop, probing, storing, verifying
 
 RUNNERS = {
     "finetune": loop.train,
@@ -34,21 +36,24 @@ STORES = ("extract", "tokenize")
 """Stages whose workdir is a store of targets: it can be extended to more views, and verified."""
 
 
-def run_stage(config: ConfigDict, workdir: str) -> dict:
+def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a store of targets goes
-    on where `views.num_views` has been raised. Processes that run a store stage at the same time share the work.
+    on where `views.num_views` has been raised. Processes that run a store stage at the same time share the work; any
+    other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
+    config; a finished stage stays as it is.
 
     Raises:
-        UserError: the config is inconsistent, the workdir is not writable or belongs to another config, or an input of
-            the stage is missing. Nothing is written before the inputs have been opened.
+        UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
+            input of the stage is missing. Nothing is written before the inputs have been opened.
+        Preempted: the stage was told to end; it is saved and will continue.
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        return run_pipeline(config, workdir)
+        return run_pipeline(config, workdir, allow_config_change=allow_config_change)
     finished = read_summary(workdir)
-    refuse_other_config(config, workdir)
+    refuse_other_config(config, workdir, allowed=allow_config_change)
     if finished is not None and not _is_to_grow(config, finished):
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
@@ -58,10 +63,11 @@ def run_stage(config: ConfigDict, workdir: str) -> dict:
     if isinstance(task, Task):
         config_lib.validate(config, task.num_train_examples)
     os.makedirs(workdir, exist_ok=True)
-    write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-    figures = RUNNERS[config.stage](task, config, workdir)
-    summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
-    write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    with contextlib.nullcontext() if config.stage in STORES else holding.held(workdir):
+        write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        figures = RUNNERS[config.stage](task, config, workdir)
+        summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
+        write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -89,7 +95,7 @@ def verify_stage(config: ConfigDict, workdir: str) -> dict:
     return verifying.verify(task, config, workdir)
 
 
-def run_pipeline(config: ConfigDict, workdir: str) -> dict:
+def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
     """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole."""
     stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
     for stage in stages.values():
@@ -98,7 +104,7 @@ def run_pipeline(config: ConfigDict, workdir: str) -> dict:
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
-        summaries[name] = run_stage(stage, os.path.join(workdir, name))
+        summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
     print(write_pipeline_report(stages, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
 
@@ -112,8 +118,11 @@ def read_summary(workdir: str) -> dict | None:
         return json.load(file)
 
 
-def refuse_other_config(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in a key that changes the result."""
+def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
+    """Raise UserError if `workdir` holds a run whose config differs in a key that changes the result.
+
+    Changes that are harmless, or `allowed`, are logged.
+    """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         return
@@ -124,13 +133,20 @@ def refuse_other_config(config: ConfigDict, workdir: str) -> None:
         for key, old, new in config_lib.changed(former, config)
         if not (config.stage in STORES and key == "views.num_views" and new > old)
     ]
-    if differences:
-        listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences[:5])
+    if differences and not allowed:
         raise UserError(
-            f"{workdir} holds a run of another config ({listed}).",
+            f"{workdir} holds a run of another config ({_listed(differences[:5])}).",
             "a setting was changed and the workdir kept.",
-            "another --workdir, or the former values to continue that run.",
+            "another --workdir, or the former values to continue that run; --allow_config_change goes on with these.",
         )
+    if differences:
+        logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(differences))
+    if harmless := config_lib.changed(former, config, harmless=True):
+        logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+
+
+def _listed(differences: list[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:

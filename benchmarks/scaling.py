@@ -18,9 +18,8 @@ from absl import app, flags
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.main import start_logging
+from beitv2_jax.planning import planner, topologies
 from beitv2_jax.report.pipeline import markdown_table
-from beitv2_jax.training import plan as plan_lib
-from beitv2_jax.training import targets
 
 ROOT = Path(__file__).parents[1]
 IMAGENET22K = {"data.source": "folder:imagenet22k"}
@@ -56,22 +55,22 @@ _CHIPS = flags.DEFINE_list("chips", [str(count) for count in CHIPS], "Chip count
 _DOCS = flags.DEFINE_string("docs", str(ROOT / "docs" / "scaling.md"), "File whose tables are written.")
 
 
-def stage_of(name: str, **keys) -> plan_lib.Stage:
+def stage_of(name: str, **keys) -> planner.Stage:
     """Return a recipe, described."""
     spec, changes = RECIPES[name]
     stem, _, arg = spec.partition(":")
     config = config_lib.load(f"{ROOT / 'configs' / stem}.py:{arg}").copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({**changes, **keys})
-    return plan_lib.prepare(config.lock())
+    return planner.prepare(config.lock())
 
 
-def key_of(name: str, target: targets.Target, stage: plan_lib.Stage) -> str:
+def key_of(name: str, target: topologies.Target, stage: planner.Stage) -> str:
     """Return what identifies a plan in docs/scaling.json."""
     remat = ", remat" if stage.config.efficiency.remat else ""
     return f"{name}, {target.name}, batch {stage.config.run.batch_size}{remat}"
 
 
-def plans(name: str, kind: str, known: dict, *, growing: bool) -> Iterator[tuple[targets.Target, dict | str]]:
+def plans(name: str, kind: str, known: dict, *, growing: bool) -> Iterator[tuple[topologies.Target, dict | str]]:
     """Yield (target, figures) of a recipe at every chip count; words where there is no plan.
 
     `growing` batches keep the images of a chip at those of 64 chips, or what the recipe's batch gives 8.
@@ -79,16 +78,16 @@ def plans(name: str, kind: str, known: dict, *, growing: bool) -> Iterator[tuple
     plain = stage_of(name)
     per_chip = plain.config.run.batch_size // 64
     for count in CHIPS:
-        target = targets.parse(f"{kind}:{count}")
-        stage = plan_lib.estimated(plain, **{"run.batch_size": per_chip * count}) if growing else plain
+        target = topologies.parse(f"{kind}:{count}")
+        stage = planner.estimated(plain, **{"run.batch_size": per_chip * count}) if growing else plain
         try:
-            plan = plan_lib.compute(stage, target)
+            plan = planner.compute(stage, target)
         except UserError as error:
             yield target, error.happened
             continue
         if not plan.fits:
-            remat = plan_lib.estimated(stage, **{"efficiency.remat": True})
-            plan = plan_lib.compute(remat, target)
+            remat = planner.estimated(stage, **{"efficiency.remat": True})
+            plan = planner.compute(remat, target)
             stage = remat
         compiled = known.get(key_of(name, target, stage))
         yield target, {**plan.figures(), **(compiled or {})}
@@ -132,14 +131,14 @@ def compile_plans(names: list[str], counts: list[int], kind: str, path: Path) ->
     for name in RECIPES if names == ["all"] else names:
         for count in counts:
             known = json.loads(path.read_text()) if path.exists() else {}
-            target, stage = targets.parse(f"{kind}:{count}"), stage_of(name)
+            target, stage = topologies.parse(f"{kind}:{count}"), stage_of(name)
             try:
-                if not plan_lib.compute(stage, target).fits:
+                if not planner.compute(stage, target).fits:
                     stage = stage_of(name, **LARGE)
                 key = key_of(name, target, stage)
                 if key in known:
                     continue
-                figures = plan_lib.make(stage, target).figures()
+                figures = planner.make(stage, target).figures()
             except UserError as error:
                 print(f"{name}, {target.name}: {error.happened}")
                 continue
@@ -152,7 +151,7 @@ def main(argv: list[str]) -> None:
     """Compile what is asked for and write the tables."""
     del argv
     start_logging(False)
-    plan_lib.start_compilers()
+    planner.start_compilers()
     docs, kind = Path(_DOCS.value), _KIND.value
     path = docs.with_suffix(".json")
     compile_plans(_COMPILE.value, [int(count) for count in _CHIPS.value], kind, path)

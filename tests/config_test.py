@@ -200,6 +200,17 @@ def test_changed_lists_what_changes_results():
     }
     expected = [("data.source", "x", "y"), ("gone", 1, None), ("meshes", None, 1), ("run.batch_size", 8, 9)]
     assert config_lib.changed(ConfigDict(old), ConfigDict(new)) == expected
+    harmless = config_lib.changed(ConfigDict(old), ConfigDict(new), harmless=True)
+    assert [key for key, _, _ in harmless] == [
+        "data.data_dir",
+        "data.max_bad_share",
+        "data.num_threads",
+        "data.num_workers",
+        "efficiency.dtype",
+        "mesh.data",
+        "run.log_every",
+    ]
+    assert harmless[-1] == ("run.log_every", "1 step", "2 steps")
     nested = [(f"stages.mim.{key}", before, after) for key, before, after in expected]
     assert config_lib.changed(ConfigDict({"stages": {"mim": old}}), ConfigDict({"stages": {"mim": new}})) == nested
     assert config_lib.changed(ConfigDict(old), config_lib.from_json(config_lib.to_json(ConfigDict(old)))) == []

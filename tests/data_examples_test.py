@@ -1,4 +1,4 @@
-"""tf.train.Example without TensorFlow: any bytes give an image and a label or nothing; features stand in fixed order."""
+"""tf.train.Example without TensorFlow: any bytes give an image and a label, or nothing; features have a fixed order."""
 
 import subprocess
 import sys

@@ -100,7 +100,7 @@ STAGES = """
 import os
 import runpy
 
-def run_stage(config, workdir):
+def run_stage(config, workdir, allow_config_change):
     import jax
     from jax.experimental import multihost_utils
 
@@ -109,7 +109,6 @@ def run_stage(config, workdir):
     with open(f"{workdir}-{jax.process_index()}", "w") as file:
         file.write(f"{config.stage} {jax.process_count()} {jax.device_count()} {jax.default_backend()} {total}")
 
-verify_stage = run_stage
 """
 
 

@@ -151,9 +151,10 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     code = (
         "import sys, types\n"
         "stages = types.ModuleType('beitv2_jax.stages')\n"
-        f"def {task}_stage(config, workdir):\n"
+        f"def {task}_stage(config, workdir, allow_config_change=False):\n"
         "    import jax\n"
-        "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir)\n"
+        "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir, end=' ')\n"
+        "    print(allow_config_change)\n"
         "    return {'figures': {}}\n"
         f"stages.{task}_stage = {task}_stage\n"
         "sys.modules['beitv2_jax.stages'] = stages\n"
@@ -163,10 +164,10 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     result = _run(
         "--config=configs/vqkd.py:smoke",
         "--workdir=relative",
-        *([] if task == "run" else [f"--task={task}"]),
+        "--allow_config_change" if task == "run" else f"--task={task}",
         "--config.teacher.weights=x",
         f"--compilation_cache={tmp_path}/cache",
         code=code,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["vqkd", "x", str(ROOT / "relative"), f"{tmp_path}/cache"]
+    assert result.stdout.split() == ["vqkd", "x", str(ROOT / "relative"), f"{tmp_path}/cache", str(task == "run")]

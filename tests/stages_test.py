@@ -230,7 +230,7 @@ def test_tfds_opens_the_stores(pipeline):
 
     workdir, _ = pipeline
     for name, feature, dtype, shape in (
-        ("extract", "teacher_features", np.float32, (16, 64)),
+        ("extract", "teacher_features", np.float32, (16, 32)),
         ("tokenize", "packed_code_ids", np.uint8, (8,)),  # 16 ids of 4 bits
     ):
         source = tfds.builder_from_directory(os.path.join(workdir, name, "views")).as_data_source("train_v0")

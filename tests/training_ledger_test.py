@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 
+import numpy as np
 import pytest
 import training_toy as toy
 
@@ -79,6 +80,6 @@ def test_one_unreadable_record_in_a_thousand_is_allowed_from_the_first_step(tmp_
     ],
 )
 def test_waiting_counts_from_the_end_of_the_step_on(ended, wait, starved):
-    step = ledger._Step(1, {}, concurrent.futures.Future(), wait)
+    step = ledger._Step(1, {}, np.arange(3), concurrent.futures.Future(), wait)
     step.ended.set_result(ended)
     assert step.starved() == starved

@@ -1,8 +1,11 @@
 """The loop: exact resume, one compilation, figures, evaluation, the first batch, and the stop at bad steps."""
 
 import json
+import logging
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import training_toy as toy
 
 from beitv2_jax import rng
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.training import loop, optim
 from beitv2_jax.training.writer import read_metrics
 
@@ -23,18 +26,26 @@ TIMING = ("images_per_second", "data_wait_share")
 TESTS = Path(__file__).parent
 
 
+def start_elsewhere(workdir, options, **environment):
+    """Start the toy in a fresh process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])} | environment
+    command = [sys.executable, str(TESTS / "training_toy.py"), str(workdir), json.dumps(options)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def train_elsewhere(workdir, **task):
     """Run the toy in a fresh process and return its exit status; negative is the signal that killed it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
-    command = [sys.executable, str(TESTS / "training_toy.py"), str(workdir), json.dumps({"task": task})]
-    return subprocess.run(command, env=environment, capture_output=True, check=False, timeout=300).returncode
+    process = start_elsewhere(workdir, {"task": task})
+    process.communicate(timeout=300)
+    return process.returncode
 
 
 def outcome(workdir):
     """Return what a run leaves: the newest checkpoint as read by Orbax alone, the next ids, figures without timing."""
     manager = ocp.CheckpointManager(Path(workdir) / "checkpoints")
     step = manager.latest_step()
-    items = {name: ocp.args.StandardRestore() for name in ("params", "codebook", "train")}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the devices that saved are not there
+    items = {name: ocp.args.StandardRestore(fallback_sharding=here) for name in ("params", "codebook", "train")}
     found = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
     manager.close()
     iterator = toy.batches(8, seed=3)
@@ -115,7 +126,7 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
 
 def test_run_killed_at_a_random_step_and_continued_equals_the_unbroken_one(unbroken, tmp_path):
     killed_at = random.SystemRandom().randrange(1, 19)
-    assert train_elsewhere(tmp_path, stop_at=killed_at, kill=True) == -9
+    assert train_elsewhere(tmp_path, stop_at=killed_at, signals=[signal.SIGKILL]) == -signal.SIGKILL
     loop.train(toy.make_task(), toy.config(), tmp_path)
     try:
         assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
@@ -123,8 +134,64 @@ def test_run_killed_at_a_random_step_and_continued_equals_the_unbroken_one(unbro
         raise AssertionError(f"killed when batch {killed_at} was drawn") from error
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("told_at", [8, 18])
+def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, told_at):
+    """Told while step `told_at` runs, it does one more, which may be the last of all."""
+    assert train_elsewhere(tmp_path, stop_at=told_at, signals=[signal.SIGTERM]) == Preempted.EXIT_CODE == 75
+    assert outcome(tmp_path)[0] == told_at + 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, told_at + 2))
+    assert train_elsewhere(tmp_path) == 0
+    assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
+
+
+def test_told_twice_it_ends_at_once(tmp_path):
+    assert train_elsewhere(tmp_path, stop_at=8, signals=[signal.SIGTERM] * 2) == -signal.SIGTERM
+    assert not (tmp_path / "checkpoints" / "9").exists()
+
+
+def test_the_loop_gives_the_signal_back(tmp_path):
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="after step 3"):
+        loop.train(toy.make_task(stop_at=2, signals=[signal.SIGTERM]), toy.config(), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, tmp_path):
+    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
+
+    def train_together(*, saves, told=None):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        running = []
+        for index in (0, 1):
+            # jax looks for the signal once a second
+            task = {"pause": 0 if told is None else 0.2}
+            task |= {"stop_at": 4, "signals": [signal.SIGTERM]} if index == told else {}
+            place = {"coordinator_address": address, "num_processes": 2, "process_id": index}
+            options = {"task": task, "place": place, "config": {"run.checkpoint_every": f"{saves} steps"}}
+            running.append(start_elsewhere(tmp_path, options, **one_device))
+        texts = [process.communicate(timeout=120)[0] for process in running]
+        return [process.returncode for process in running], texts
+
+    codes, texts = train_together(saves=3, told=1)
+    assert codes == [75, 75], texts
+    step = outcome(tmp_path)[0]
+    assert 5 <= step < 19
+    assert all(f"saved after step {step}" in text for text in texts)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 1))
+    # the newest checkpoint torn, both agree on the one before
+    (tmp_path / "checkpoints" / str(step) / "train" / "_METADATA").unlink()
+    assert train_together(saves=0)[0] == [0, 0]
+    assert (tmp_path / "checkpoints" / f"{step}.torn").is_dir()
+    found, expected = outcome(tmp_path), outcome(unbroken[0])
+    assert [line["ids"] for line in found[3]] == [line["ids"] for line in expected[3]]
+    chex.assert_trees_all_close(found[1], expected[1], atol=1e-5)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path, caplog):
     task = toy.make_task(nan_steps=(2, 6, 7, 8))
+    caplog.set_level(logging.WARNING)
     with pytest.raises(UserError, match="3 steps in a row, up to step 9") as caught:
         loop.train(task, toy.config(), tmp_path)
     assert "peak_lr" in caught.value.instead
@@ -133,3 +200,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkp
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
     assert [line["nonfinite_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 2, 3]
     assert lines[2]["loss"] is None
+    told = [record.args for record in caplog.records if "changed nothing" in record.msg]
+    assert [step for step, *_ in told] == [3, 7, 8, 9]
+    iterator = toy.batches(8, seed=3)
+    ids = {step: " ".join(map(str, next(iterator)["example_ids"])) for step in range(1, 10)}
+    assert [listed for *_, listed in told] == [ids[step] for step in (3, 7, 8, 9)]

@@ -232,7 +232,7 @@ def test_a_file_that_reads_back_otherwise_is_never_published(tmp_path, monkeypat
 
     store = TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=SHARD_EXAMPLES)
     real = writer._reread
-    monkeypatch.setattr(targets_writer, "_reread", lambda path: (real(path)[0], real(path)[1] ^ ("v1" in path.name)))
+    monkeypatch.setattr(writer, "_reread", lambda path: (real(path)[0], real(path)[1] ^ ("v1" in path.name)))
     writer, encoding = store.open_shard(0), encoding_of(CARD)
     for view in store.views:
         writer.write(view, encoding.pack(encoding.shrink(np.ones((SHARD_EXAMPLES, 21, 5)))))

@@ -5,8 +5,8 @@ Run as a program it trains in a fresh process: `python training_toy.py WORKDIR J
 
 import json
 import os
-import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +54,18 @@ class Source:
 
 
 class Interrupted:
-    """Kill the process, or raise, when batch `at` is drawn: the harshest moments a run can end at."""
+    """Send the process `signals`, or raise, when batch `at` is drawn: the harshest moments a run can end at."""
 
-    def __init__(self, inner, at, kill):
-        self._inner, self._at, self._kill = inner, at, kill
+    def __init__(self, inner, at, signals, pause):
+        self._inner, self._at, self._signals, self._pause = inner, at, signals, pause
 
     def __next__(self):
+        time.sleep(self._pause)
         if self._inner.get_state()["next_batch"] == self._at:
-            if self._kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
+            if not self._signals:
+                raise KeyboardInterrupt
+            for number in self._signals:
+                os.kill(os.getpid(), number)
         return next(self._inner)
 
     def get_state(self):
@@ -92,7 +94,8 @@ def make_task(
     batch_size=8,
     seed=3,
     stop_at=-1,
-    kill=False,
+    signals=(),
+    pause=0.0,
     nan_steps=(),
     unreadable=(),
     on_trace=lambda: None,
@@ -137,7 +140,7 @@ def make_task(
         init=init,
         loss=loss,
         train_batches=lambda index, count: Interrupted(
-            batches(batch_size, seed, index, count, unreadable), stop_at, kill
+            batches(batch_size, seed, index, count, unreadable), stop_at, signals, pause
         ),
         no_decay=lambda path: path.endswith("bias"),
         layer_of=lambda path: {"fc1": 0, "fc2": 1, "odd": None}[path.split("/")[0]],
@@ -192,8 +195,15 @@ def mesh_of(data, fsdp, tensor):
 if __name__ == "__main__":
     from absl import flags
 
+    from beitv2_jax.errors import Preempted
     from beitv2_jax.training.loop import train
 
     flags.FLAGS(["training_toy"])
     options = json.loads(sys.argv[2])
-    train(make_task(**options.get("task", {})), config(**options.get("config", {})), sys.argv[1])
+    if "place" in options:
+        jax.distributed.initialize(**options["place"])
+    try:
+        train(make_task(**options.get("task", {})), config(**options.get("config", {})), sys.argv[1])
+    except Preempted as preempted:
+        print(preempted)
+        sys.exit(Preempted.EXIT_CODE)

@@ -2,15 +2,20 @@
 
 One step is four Orbax items: `params` and `codebook` (absent when empty) so that later stages read them alone, `train`
 (step, optimizer, averages) and `data` (the position in the data, as JSON that any number of processes can read).
+A folder named by its step is complete: it is renamed to that last of all, with the checksums of its files inside.
 """
 
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.training.checksums import find_damage, write_checksums
 from beitv2_jax.training.sharding import path_name
 from beitv2_jax.training.state import TrainState
 from beitv2_jax.typing import PyTree
@@ -19,10 +24,18 @@ KEPT = 2
 
 
 class Checkpointer:
-    """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`."""
+    """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
+
+    A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.torn`, and named in the log.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; then they are left as they are.
+    """
 
     def __init__(self, directory: str | Path, *, keep_every: int = 0):
         self._directory = Path(directory).absolute()
+        self._saving: int | None = None
+        _set_torn_aside(self._directory)
         policies = [LatestN(KEPT)] + ([EveryNSteps(keep_every)] if keep_every else [])
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ("params", "codebook", "train"):
@@ -34,7 +47,10 @@ class Checkpointer:
         registry.add("data", ocp.args.JsonRestore, position)
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            ),
             handler_registry=registry,
         )
 
@@ -48,6 +64,8 @@ class Checkpointer:
         Returns once the arrays are copied to the host; they may then be donated and the data moved on.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(position)))
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
@@ -69,10 +87,20 @@ class Checkpointer:
         )
         return restored, found["data"]
 
+    def reached_preemption(self, step: int) -> bool:
+        """Tell whether the processes of a run, one of which is to end, agreed to save after `step`."""
+        return self._manager.reached_preemption(step)
+
     def close(self) -> None:
         """Wait until everything is written and free the threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _add_checksums(self) -> None:
+        # Orbax calls this when all files of all processes are written, before the rename that makes them valid
+        if jax.process_index() == 0:
+            (unfinished,) = self._directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
+            write_checksums(unfinished)
 
     def _check(self, step: int, wanted: dict[str, PyTree]) -> None:
         metadata = self._manager.item_metadata(step)
@@ -88,6 +116,41 @@ class Checkpointer:
                     "the model or the optimizer was changed since this workdir was started",
                     "use a new --workdir, or the configuration that stands in the workdir's config.json",
                 )
+
+
+def _set_torn_aside(directory: Path) -> None:
+    """Rename the damaged checkpoints that are newer than the newest whole one; process 0 does it for all."""
+    damage = _newest_damage(directory) if jax.process_index() == 0 else {}
+    none_is_whole = bool(damage) and None not in damage.values()
+    if jax.process_count() > 1:
+        none_is_whole = bool(multihost_utils.broadcast_one_to_all(np.bool_(none_is_whole)))
+    if none_is_whole:
+        listed = "; ".join(f"{step}: {found}" for step, found in damage.items()) or "see the log of process 0"
+        raise UserError(
+            f"no checkpoint in {directory} is whole ({listed})",
+            "the disk failed, or files were deleted or copied in part",
+            f"bring the missing files back, or delete {directory} to start at step 0",
+        )
+    for step, found in damage.items():
+        if found is not None:
+            aside = directory / f"{step}.torn"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            logging.error("the checkpoint at step %d is torn (%s): set aside as %s", step, found, aside)
+            (directory / str(step)).rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("torn checkpoints are set aside")
+
+
+def _newest_damage(directory: Path) -> dict[int, str | None]:
+    """Return {step: what is wrong with its checkpoint}, newest first, up to the first that is whole."""
+    steps = (int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    damage: dict[int, str | None] = {}
+    for step in sorted(steps, reverse=True):
+        damage[step] = find_damage(directory / str(step))
+        if damage[step] is None:
+            break
+    return damage
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

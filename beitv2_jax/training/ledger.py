@@ -12,6 +12,7 @@ from concurrent import futures
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -95,9 +96,9 @@ class Ledger:
         total = self._total
         return total.steps * self._plan.batch_size / total.seconds if total.seconds else 0.0
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take over the figures of a step that may still be running."""
-        self._unread.append(_Step(step, metrics, self._watch.submit(_end_of, metrics["loss"])))
+    def add(self, step: int, metrics: dict[str, jax.Array], example_ids: np.ndarray) -> None:
+        """Take over the figures of a step that may still be running, and the ids of this process's rows in it."""
+        self._unread.append(_Step(step, metrics, example_ids, self._watch.submit(_end_of, metrics["loss"])))
 
     def read(self, *, leave: int = 0) -> None:
         """Fetch the figures of all steps but the newest `leave`, and write those that the plan wants logged.
@@ -111,7 +112,7 @@ class Ledger:
             figures = {name: value.item() for name, value in jax.device_get(oldest.metrics).items()}
             self._lap(oldest.starved())
             self._progress.advance()
-            self._refuse_nonfinite(step, figures)
+            self._refuse_nonfinite(step, figures, oldest.example_ids)
             self._refuse_unreadable(step, figures)
             if self._plan.logs(step):
                 window, self._window = self._window, _Window()
@@ -144,12 +145,18 @@ class Ledger:
         seconds, self._clock = now - self._clock, now
         self._window, self._total = (window.lap(seconds).waiting(waited) for window in (self._window, self._total))
 
-    def _refuse_nonfinite(self, step: int, figures: dict[str, float]) -> None:
+    def _refuse_nonfinite(self, step: int, figures: dict[str, float], example_ids: np.ndarray) -> None:
         new = figures["nonfinite_steps"] > self._nonfinite_steps
         self._nonfinite_run = self._nonfinite_run + 1 if new else 0
         self._nonfinite_steps = figures["nonfinite_steps"]
         if new:
-            logging.warning("step %d changed nothing: loss %s", step, figures["loss"])
+            logging.warning(
+                "step %d changed nothing: loss %s, gradient norm %s, example ids here %s",
+                step,
+                figures["loss"],
+                figures["grad_norm"],
+                " ".join(map(str, example_ids)),
+            )
         if self._nonfinite_run >= self._plan.max_nonfinite_steps > 0:
             raise UserError(
                 f"{self._nonfinite_run} steps in a row, up to step {step}, had a loss or gradient that is not finite",
@@ -174,10 +181,11 @@ class Ledger:
 
 @dataclasses.dataclass
 class _Step:
-    """A step that was started: its figures, when it ended, and from when to when the next batch was waited for."""
+    """A step that was started: figures, ids, when it ended, and from when to when the next batch was waited for."""
 
     step: int
     metrics: dict[str, jax.Array]
+    example_ids: np.ndarray
     ended: futures.Future
     wait: tuple[float, float] = (0.0, 0.0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
@@ -18,8 +19,9 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords
+from beitv2_jax.errors import Preempted
 from beitv2_jax.tasks.api import Batch, Task
-from beitv2_jax.training import inference, optim, sharding
+from beitv2_jax.training import inference, optim, preemption, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
 from beitv2_jax.training.ledger import Ledger, Plan
@@ -40,6 +42,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
     Raises:
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
             in a row were not finite, or more records than `data.max_bad_share` allows were unreadable.
+        Preempted: the run was told to end; it is saved and will continue.
     """
     plan = Plan.from_config(config, task.num_train_examples)
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", keep_every=plan.keep_every)
@@ -99,12 +102,12 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
     frozen = sharding.place_weights(task.frozen, mesh)
     bad_records = BadRecords(workdir, jax.process_index())
 
-    def next_batch() -> Batch:
+    def next_batch() -> tuple[Batch, np.ndarray]:
         host_batch = next(iterator)
         bad_records.note(host_batch, task.splits[0])
-        return sharding.place_batch(host_batch, mesh)
+        return sharding.place_batch(host_batch, mesh), host_batch["example_ids"]
 
-    batch = next_batch()
+    batch, example_ids = next_batch()
     if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
 
@@ -127,24 +130,29 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
     with contextlib.ExitStack() as stack:
         for thing in (ledger, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
+        told_to_end = stack.enter_context(preemption.notices(checkpointer))
         for step in range(start + 1, plan.num_steps + 1):
             state, metrics = compiled(state, frozen, batch)
-            ledger.add(step, metrics)
-            if plan.evaluates(step) or plan.saves(step):
+            ledger.add(step, metrics, example_ids)
+            ends = told_to_end(step)
+            if plan.evaluates(step) or plan.saves(step) or ends:
                 ledger.read()
                 if plan.evaluates(step):
                     eval_figures = evaluate(state, frozen)
                     writer.write(step, eval_figures)
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
                 writer.flush()
-                if plan.saves(step):
+                if plan.saves(step) or ends:
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
                     checkpointer.save(step, state, {**iterator.get_state(), "unreadable": ledger.unreadable})
+                if ends:
+                    logging.warning("%s: told to end, saving after step %d", task.name, step)
+                    raise Preempted(f"{task.name} was told to end: saved after step {step}, goes on if started again.")
                 ledger.restart_clock()
             if step < plan.num_steps:
                 # while the step runs: its devices get the next batch before they are done with this one
                 with ledger.waiting_for_data():
-                    batch = next_batch()
+                    batch, example_ids = next_batch()
             ledger.read(leave=1)
     figures = [{**ledger.figures, **eval_figures, "images_per_second": ledger.images_per_second}]
     return _final_figures(figures, plan.num_steps, seconds=time.monotonic() - started)

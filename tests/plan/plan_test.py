@@ -1,24 +1,23 @@
 """Small steps compiled for eight v5e chips: which collectives a TPU would run. Needs the extra `plan`."""
 
 import pytest
-from training_accounting_test import small
+from planning_accounting_test import small
 
-from beitv2_jax.training import plan as plan_lib
-from beitv2_jax.training import targets
+from beitv2_jax.planning import planner, topologies
 
-TARGET = targets.parse("v5e:2x4")
+TARGET = topologies.parse("v5e:2x4")
 FASTER = {"run.batch_size": 32, "efficiency.dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compilers():
-    plan_lib.start_compilers()
+    planner.start_compilers()
 
 
 def make(stage, **keys):
     config = small(stage, **keys).copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(FASTER)
-    return plan_lib.make(plan_lib.prepare(config.lock(), 1000), TARGET)
+    return planner.make(planner.prepare(config.lock(), 1000), TARGET)
 
 
 def parameters(plan):

@@ -6,17 +6,16 @@ import math
 
 import jax
 import pytest
-from training_accounting_test import small
+from planning_accounting_test import small
 from without_data import CONFIGS
 
 from beitv2_jax import config as config_lib
-from beitv2_jax import planning
 from beitv2_jax.errors import UserError
+from beitv2_jax.planning import command, planner, search, topologies
+from beitv2_jax.planning.chips import CHIPS
+from beitv2_jax.planning.planner import _refusal
 from beitv2_jax.tasks import described
-from beitv2_jax.training import plan as plan_lib
-from beitv2_jax.training import search, sharding, targets
-from beitv2_jax.training.chips import CHIPS
-from beitv2_jax.training.plan import _refusal
+from beitv2_jax.training import sharding
 
 
 def load(name, arg="", **keys):
@@ -41,9 +40,9 @@ def load(name, arg="", **keys):
     ],
 )
 def test_targets_are_read(text, name, count):
-    target = targets.parse(text)
+    target = topologies.parse(text)
     assert (target.name, target.count) == (name, count)
-    assert targets.parse(target.name) == target
+    assert topologies.parse(target.name) == target
     assert len(target.network().slices) == count
 
 
@@ -62,13 +61,13 @@ def test_targets_are_read(text, name, count):
 )
 def test_targets_that_do_not_exist(text, said, instead):
     with pytest.raises(UserError) as caught:
-        targets.parse(text)
+        topologies.parse(text)
     assert said in caught.value.happened and instead in caught.value.instead
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_every_kind_of_chip_is_rented_from_one_to_256(chip):
-    counts = [target.count for target in targets.rented(chip)]
+    counts = [target.count for target in topologies.rented(chip)]
     assert counts[0] == 1 and counts[-1] == 256
 
 
@@ -84,7 +83,7 @@ def test_the_described_batch_is_that_of_the_data_pipeline(name):
 
 def test_a_described_task_is_the_real_one_without_its_weights():
     """The state of a stage whose inputs are described is that of one whose inputs are open."""
-    stage = plan_lib.prepare(small("mim"), 100)
+    stage = planner.prepare(small("mim"), 100)
     assert jax.tree.structure(stage.state.params) == jax.tree.structure(stage.state.opt_state[1].mu)
     assert stage.frozen == {} and stage.batch["code_ids"].shape == (7, 9)
 
@@ -131,11 +130,11 @@ def test_stages_that_train_nothing_have_no_plan(name, stage):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return plan_lib.prepare(small("mim", **{"run.batch_size": 64}), 1000)
+    return planner.prepare(small("mim", **{"run.batch_size": 64}), 1000)
 
 
 def test_a_computed_plan_by_hand(tiny):
-    plan = plan_lib.compute(tiny, targets.parse("v5e:2x4"))
+    plan = planner.compute(tiny, topologies.parse("v5e:2x4"))
     params = sum(leaf.size for leaf in jax.tree.leaves(tiny.state.params))
     assert plan.mesh == {"data": 8, "fsdp": 1, "tensor": 1} and not plan.compiled
     assert plan.memory.arguments == pytest.approx(
@@ -157,9 +156,9 @@ def _bytes(leaf):
 
 
 def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
-    target = targets.parse("v5e:2x4")
-    whole = plan_lib.compute(tiny, target)
-    shared = plan_lib.compute(tiny, target, {"data": 2, "fsdp": 4, "tensor": 1})
+    target = topologies.parse("v5e:2x4")
+    whole = planner.compute(tiny, target)
+    shared = planner.compute(tiny, target, {"data": 2, "fsdp": 4, "tensor": 1})
     assert shared.memory.arguments < 0.7 * whole.memory.arguments
     kinds = {collective.kind: collective for collective in shared.collectives}
     assert set(kinds) == {"all-gather", "reduce-scatter", "all-reduce"}
@@ -168,8 +167,8 @@ def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
 
 
 def test_exact_products_cost_their_own_rate():
-    stage = plan_lib.prepare(small("vqkd"), 100)
-    plan = plan_lib.compute(stage, targets.parse("v5e:1"))
+    stage = planner.prepare(small("vqkd"), 100)
+    plan = planner.compute(stage, topologies.parse("v5e:1"))
     exact = sum(part.flops for part in plan.parts if part.exact)
     assert exact > 0
     plain = sum(part.flops for part in plan.parts) - exact
@@ -178,7 +177,7 @@ def test_exact_products_cost_their_own_rate():
 
 def test_a_batch_that_cannot_be_divided(tiny):
     with pytest.raises(UserError, match="batch_size=256"):
-        plan_lib.compute(tiny, targets.parse("v5e:256"))
+        planner.compute(tiny, topologies.parse("v5e:256"))
 
 
 def test_the_refusal_of_a_tpu_compiler_is_read():
@@ -186,18 +185,29 @@ def test_the_refusal_of_a_tpu_compiler_is_read():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
         "Used 45.40G of 15.75G hbm. Exceeded hbm capacity by 29.65G."
     )
-    used, usable = _refusal(message)
-    assert used == pytest.approx(45.40 * 2**30) and usable == pytest.approx(15.75 * 2**30)
-    assert _refusal("INTERNAL: something else") is None
+    memory = _refusal(message, 2**30)
+    assert memory.peak == pytest.approx(45.40 * 2**30) and memory.usable == pytest.approx(15.75 * 2**30)
+    assert memory.temporaries + memory.arguments == memory.peak and memory.over > 0
+    assert _refusal("INTERNAL: something else", 1) is None
+
+
+def test_a_refusal_that_tells_of_the_temporaries_alone():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.85G) exceeds "
+        "available HBM (15.75G)."
+    )
+    memory = _refusal(message, 2**30)
+    assert memory.temporaries == pytest.approx(18.85 * 2**30) and memory.peak == memory.temporaries + 2**30
+    assert memory.usable == pytest.approx(15.75 * 2**30)
 
 
 def test_a_compiled_program_takes_the_place_of_arithmetic(tiny):
     """What `make` does with a TPU's program, done with one of the CPU's eight devices."""
     mesh = sharding.make_mesh()
-    stage, target = tiny.placed(mesh), targets.parse("v5e:2x4")
+    stage, target = tiny.placed(mesh), topologies.parse("v5e:2x4")
     network = target.network()
-    computed = plan_lib._computed(stage, target, dict(mesh.shape), network)
-    plan = plan_lib._measured(computed, plan_lib._compile(stage, mesh, target), stage, network, 1.0)
+    computed = planner._computed(stage, target, dict(mesh.shape), network)
+    plan = planner._measured(computed, planner._compile(stage, mesh, target), stage, network, 1.0)
     assert plan.compiled and plan.memory.arguments > 0 and plan.memory.temporaries > 0
     assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
     reduced = sum(c.count * c.bytes for c in plan.collectives if c.kind == "all-reduce")
@@ -209,13 +219,13 @@ def test_a_compiled_program_takes_the_place_of_arithmetic(tiny):
 
 @pytest.fixture(scope="module")
 def base():
-    return plan_lib.prepare(load("mim", **{"tokenizer.codes": "stored"}))
+    return planner.prepare(load("mim", **{"tokenizer.codes": "stored"}))
 
 
 def test_a_step_that_does_not_fit_names_what_helps(base):
     stage = base
-    target = targets.parse("v5e:2x4")
-    plan = plan_lib.compute(stage, target)
+    target = topologies.parse("v5e:2x4")
+    plan = planner.compute(stage, target)
     assert not plan.fits and plan.memory.over > 2**30
     words = search.with_switches(plan, stage, confirm=False).switches
     assert any("remat" in line for line in words) and any("fsdp" in line for line in words)
@@ -232,8 +242,8 @@ def test_the_best_of_many_fit_and_are_in_order(base):
 
 def test_arithmetic_without_tracing_is_the_same(tiny):
     keys = {"run.batch_size": 32, "efficiency.remat": True, "mesh.fsdp": 2}
-    quick, full = (make(tiny, **keys) for make in (plan_lib.estimated, plan_lib.varied))
-    quick, full = (plan_lib.compute(stage, targets.parse("v5e:2x4")) for stage in (quick, full))
+    quick, full = (make(tiny, **keys) for make in (planner.estimated, planner.varied))
+    quick, full = (planner.compute(stage, topologies.parse("v5e:2x4")) for stage in (quick, full))
     assert quick.traced_flops is None and full.traced_flops == full.arithmetic_flops
     assert dataclasses.replace(quick, config=full.config, traced_flops=full.traced_flops) == full
 
@@ -244,21 +254,21 @@ def test_nothing_fits(base):
 
 
 def test_a_missing_tpu_compiler_is_named_with_its_extra(monkeypatch, tiny):
-    monkeypatch.setattr(targets, "is_installed", lambda platform: False)
+    monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
     with pytest.raises(UserError) as caught:
-        plan_lib.make(tiny, targets.parse("v5e:2x4"))
+        planner.make(tiny, topologies.parse("v5e:2x4"))
     assert "libtpu" in caught.value.happened and "pip install -e '.[plan]'" in caught.value.instead
 
 
 def test_a_missing_gpu_compiler_leaves_arithmetic_and_says_so(monkeypatch, tiny):
-    monkeypatch.setattr(targets, "is_installed", lambda platform: False)
-    plan = planning.make_plan(tiny, targets.parse("h100:8"))
+    monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
+    plan = command.make_plan(tiny, topologies.parse("h100:8"))
     assert not plan.compiled and any("plan-gpu" in note for note in plan.notes)
 
 
 def test_the_command_prints_and_keeps_a_plan(tmp_path, capsys):
     config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
-    figures = planning.run_plan(config, "v5e:2x4", str(tmp_path / "w"), num_examples=80, compile_it=False)
+    figures = command.run_plan(config, "v5e:2x4", str(tmp_path / "w"), num_examples=80, compile_it=False)
     printed = capsys.readouterr().out
     assert "v5e:2x4" in printed and "computed" in printed and "binds" in printed
     assert json.loads((tmp_path / "w/plan.json").read_text()) == json.loads(json.dumps(figures))
@@ -268,12 +278,12 @@ def test_the_command_prints_and_keeps_a_plan(tmp_path, capsys):
 
 def test_plans_are_compared_in_a_table(tmp_path, capsys):
     config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
-    figures = planning.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
+    figures = command.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
     assert len(figures["best"]) == len([line for line in capsys.readouterr().out.splitlines() if "v5e:2x4" in line])
 
 
 def test_memory_over_is_never_negative(tiny):
-    plan = plan_lib.compute(tiny, targets.parse("v5p:8"))
+    plan = planner.compute(tiny, topologies.parse("v5p:8"))
     assert plan.fits and plan.memory.over == 0
     full = dataclasses.replace(plan.memory, peak=plan.memory.usable + 5)
     assert full.over == 5 and not dataclasses.replace(plan, memory=full).fits

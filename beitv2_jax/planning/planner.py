@@ -19,17 +19,18 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.planning import accounting, topologies
+from beitv2_jax.planning.chips import Network
+from beitv2_jax.planning.collectives import Collective, find_collectives
+from beitv2_jax.planning.figures import Memory, Plan, batch_parts
+from beitv2_jax.planning.topologies import Target
 from beitv2_jax.tasks import described
-from beitv2_jax.training import accounting, loop, sharding, targets
+from beitv2_jax.training import loop, sharding
 from beitv2_jax.training import state as state_lib
-from beitv2_jax.training.chips import Network
-from beitv2_jax.training.collectives import Collective, find_collectives
-from beitv2_jax.training.figures import Memory, Plan, batch_parts
-from beitv2_jax.training.targets import Target
 from beitv2_jax.typing import PyTree
 
-USABLE_SHARE = 0.95
-"""Of a GPU's memory; the rest is the allocator's and the libraries'. TPU compilers state what is usable themselves."""
+USABLE_SHARE = {"cuda": 0.95, "tpu": 15.75 / 16}
+"""Of a chip's memory: what a GPU's allocator and libraries leave, and what the TPU compiler takes for available."""
 STATE_TRAFFIC = 110
 """Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
 ACTIVATION_TRAFFIC = 12.0
@@ -38,6 +39,9 @@ OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
 _REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_REFUSED_TEMPORARIES = re.compile(
+    r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -160,7 +164,7 @@ def make(stage: Stage, target: Target) -> Plan:
     Raises:
         UserError: the compiler is missing, or batch and mesh do not fit the target.
     """
-    mesh = sharding.make_mesh(**stage.config.mesh, devices=targets.devices(target))
+    mesh = sharding.make_mesh(**stage.config.mesh, devices=topologies.devices(target))
     network = target.network(list(mesh.devices.flat))
     stage = stage.placed(mesh)
     plan = _computed(stage, target, dict(mesh.shape), network)
@@ -168,14 +172,13 @@ def make(stage: Stage, target: Target) -> Plan:
     try:
         compiled = _compile(stage, mesh, target)
     except jax.errors.JaxRuntimeError as error:
-        refused = _refusal(str(error))
+        refused = _refusal(str(error), plan.memory.arguments)
         if refused is None:
             raise
-        used, usable = refused
         note = "the compiler refused the step: memory is its count, bytes moved and collectives are computed"
         return dataclasses.replace(
             plan,
-            memory=Memory(plan.memory.arguments, used - plan.memory.arguments, used, usable),
+            memory=refused,
             compile_s=time.monotonic() - started,
             notes=(*plan.notes, note),
         )
@@ -215,13 +218,24 @@ def _compile(stage: Stage, mesh: Mesh, target: Target):
     return lowered.compile(compiler_options=OPTIONS[target.chip.platform])
 
 
-def _refusal(message: str) -> tuple[int, int] | None:
-    """Return (bytes needed, bytes usable) of a TPU compiler's refusal, None of another fault."""
-    match = _REFUSED.search(message)
-    if match is None:
-        return None
-    used, used_unit, usable, usable_unit = match.groups()
-    return int(float(used) * _UNITS[used_unit.upper()]), int(float(usable) * _UNITS[usable_unit.upper()])
+def _refusal(message: str, arguments: int) -> Memory | None:
+    """Return the memory that a TPU compiler says a step lacks when it refuses it, None of another fault.
+
+    Args:
+        message: which tells of everything, or of the temporaries alone.
+        arguments: bytes of the step's arguments.
+    """
+    if match := _REFUSED.search(message):
+        used, usable = _size(*match.groups()[:2]), _size(*match.groups()[2:])
+        return Memory(arguments, used - arguments, used, usable)
+    if match := _REFUSED_TEMPORARIES.search(message):
+        temporaries, usable = _size(*match.groups()[:2]), _size(*match.groups()[2:])
+        return Memory(arguments, temporaries, arguments + temporaries, usable)
+    return None
+
+
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit.upper()])
 
 
 def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Network) -> Plan:
@@ -231,7 +245,9 @@ def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Netw
     frozen_bytes = accounting.device_bytes(stage.frozen)
     arguments = accounting.device_bytes(stage.state) + frozen_bytes + accounting.device_bytes(stage.batch)
     temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params)
-    memory = Memory(arguments, int(temporaries), int(arguments + temporaries), int(USABLE_SHARE * chip.hbm_bytes))
+    memory = Memory(
+        arguments, int(temporaries), int(arguments + temporaries), int(USABLE_SHARE[chip.platform] * chip.hbm_bytes)
+    )
     collectives = expected_collectives(stage, shape, images)
     passed = sum(part.passed or part.kept for part in stage.parts)
     local_params = accounting.device_bytes(stage.state.params) / accounting.FLOAT32

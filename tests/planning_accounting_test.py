@@ -9,9 +9,10 @@ from without_data import CONFIGS
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.layers import Block
+from beitv2_jax.planning import accounting
+from beitv2_jax.planning.accounting import Transformer, total_flops, traced_flops
 from beitv2_jax.tasks import described
-from beitv2_jax.training import accounting, loop, sharding, state
-from beitv2_jax.training.accounting import Transformer, total_flops, traced_flops
+from beitv2_jax.training import loop, sharding, state
 
 SMALL = {
     "mim": {

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.training.chips import Chip, Network, find_chip, grid_network, tpu_network
+from beitv2_jax.planning.chips import Chip, Network, find_chip, grid_network, tpu_network
 
 _TARGET = re.compile(r"([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?")
 PIP = {"tpu": "pip install -e '.[plan]'", "cuda": "pip install -e '.[plan-gpu]'"}

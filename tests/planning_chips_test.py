@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.training.chips import CHIPS, find_chip, grid_network
-from beitv2_jax.training.collectives import Collective
+from beitv2_jax.planning.chips import CHIPS, find_chip, grid_network
+from beitv2_jax.planning.collectives import Collective
 
 MEGA = 1_000_000
 

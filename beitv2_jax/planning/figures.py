@@ -1,6 +1,6 @@
 """What a plan says: memory, FLOPs, exchanges and the times that follow from them.
 
-Made by `training.plan`, printed by `report.plan`.
+Made by `planning.planner`, printed by `planning.report`.
 """
 
 import dataclasses
@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from beitv2_jax.planning.accounting import Component
+from beitv2_jax.planning.collectives import Collective, totals
+from beitv2_jax.planning.topologies import Target
 from beitv2_jax.training import sharding
-from beitv2_jax.training.accounting import Component
-from beitv2_jax.training.collectives import Collective, totals
-from beitv2_jax.training.targets import Target
 
 _BOUNDS = ("compute", "HBM", "interconnect")
 

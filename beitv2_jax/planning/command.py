@@ -6,11 +6,10 @@ import os
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.report.plan import compare_plans, describe_plan
+from beitv2_jax.planning import planner, search, topologies
+from beitv2_jax.planning.figures import Plan
+from beitv2_jax.planning.report import compare_plans, describe_plan
 from beitv2_jax.stages import check_writable, write_text
-from beitv2_jax.training import plan as plan_lib
-from beitv2_jax.training import search, targets
-from beitv2_jax.training.figures import Plan
 
 
 def run_plan(
@@ -29,15 +28,15 @@ def run_plan(
     """
     if workdir:
         check_writable(workdir)
-    plan_lib.start_compilers()
-    stage = plan_lib.prepare(config, num_examples)
+    planner.start_compilers()
+    stage = planner.prepare(config, num_examples)
     if wanted.startswith("auto:"):
         plans = search.auto(stage, wanted.removeprefix("auto:"), compile_it=compile_it)
         print(compare_plans(plans))
         figures = {"target": wanted, "best": [plan.figures() for plan in plans]}
     else:
-        plan = make_plan(stage, targets.parse(wanted), compile_it=compile_it)
-        plan = search.with_switches(plan, stage, confirm=compile_it)
+        plan = make_plan(stage, topologies.parse(wanted), compile_it=compile_it)
+        plan = search.with_switches(plan, stage, confirm=plan.compile_s > 0)
         print(describe_plan(plan))
         figures = plan.figures()
     if workdir:
@@ -46,13 +45,13 @@ def run_plan(
     return figures
 
 
-def make_plan(stage: plan_lib.Stage, target: targets.Target, *, compile_it: bool = True) -> Plan:
+def make_plan(stage: planner.Stage, target: topologies.Target, *, compile_it: bool = True) -> Plan:
     """Return the compiled plan of a stage, or the computed one where that is asked for.
 
     Without the CUDA plugin a GPU's plan is computed, and says so. Without libtpu there is an error.
     """
     platform = target.chip.platform
-    if compile_it and platform == "cuda" and not targets.is_installed(platform):
-        note = f"no compiler for {target.chip.name} is installed ({targets.PIP[platform]}): all figures are computed"
-        return plan_lib.compute(dataclasses.replace(stage, notes=(*stage.notes, note)), target)
-    return plan_lib.make(stage, target) if compile_it else plan_lib.compute(stage, target)
+    if compile_it and platform == "cuda" and not topologies.is_installed(platform):
+        note = f"no compiler for {target.chip.name} is installed ({topologies.PIP[platform]}): all figures are computed"
+        return planner.compute(dataclasses.replace(stage, notes=(*stage.notes, note)), target)
+    return planner.make(stage, target) if compile_it else planner.compute(stage, target)

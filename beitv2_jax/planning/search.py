@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.training import plan as plan_lib
-from beitv2_jax.training import targets
-from beitv2_jax.training.chips import find_chip
-from beitv2_jax.training.figures import Plan, batch_parts
-from beitv2_jax.training.plan import Stage
-from beitv2_jax.training.targets import Target
+from beitv2_jax.planning import planner, topologies
+from beitv2_jax.planning.chips import find_chip
+from beitv2_jax.planning.figures import Plan, batch_parts
+from beitv2_jax.planning.planner import Stage
+from beitv2_jax.planning.topologies import Target
 
 SHOWN = 5
 NEAR = 1.1
@@ -24,15 +23,15 @@ def switches(refused: Plan, stage: Stage, *, confirm: bool) -> tuple[str, ...]:
     should fit is compiled.
     """
     target, usable = refused.target, refused.memory.usable
-    scale = refused.memory.peak / plan_lib.compute(stage, target).memory.peak
+    scale = refused.memory.peak / planner.compute(stage, target).memory.peak
     words, confirmed = [], not confirm
 
     def fits(name: str, **keys) -> bool:
         nonlocal confirmed
         try:
-            need, how = plan_lib.compute(plan_lib.estimated(stage, **keys), target).memory.peak * scale, "computed"
+            need, how = planner.compute(planner.estimated(stage, **keys), target).memory.peak * scale, "computed"
             if need <= usable and not confirmed:
-                tried = plan_lib.make(plan_lib.varied(stage, **keys), target)
+                tried = planner.make(planner.varied(stage, **keys), target)
                 need, how, confirmed = tried.memory.peak, "compiled", tried.fits
         except UserError as error:
             words.append(f"{name}: not possible. {error.happened}")
@@ -79,8 +78,8 @@ def auto(stage: Stage, kind: str, *, compile_it: bool) -> list[Plan]:
     Raises:
         UserError: no such chip or target, or nothing fits.
     """
-    chosen = [targets.parse(kind)] if ":" in kind else targets.rented(find_chip(kind))
-    both = [plan_lib.estimated(stage, **{"efficiency.remat": remat}) for remat in (False, True)]
+    chosen = [topologies.parse(kind)] if ":" in kind else topologies.rented(find_chip(kind))
+    both = [planner.estimated(stage, **{"efficiency.remat": remat}) for remat in (False, True)]
     tried = [plan for one in both for target in chosen for plan in _meshes(one, target)]
     fitting = [plan for plan in tried if plan.fits]
     if not fitting:
@@ -96,7 +95,7 @@ def auto(stage: Stage, kind: str, *, compile_it: bool) -> list[Plan]:
     plans = sorted(near, key=lambda plan: plan.hours)[:SHOWN]
     if not compile_it:
         return plans
-    made = [plan_lib.make(plan_lib.varied(stage, **_keys(plan)), plan.target) for plan in plans]
+    made = [planner.make(planner.varied(stage, **_keys(plan)), plan.target) for plan in plans]
     return sorted((plan for plan in made if plan.fits), key=lambda plan: plan.hours) or made
 
 
@@ -105,7 +104,7 @@ def _meshes(stage: Stage, target: Target) -> Iterator[Plan]:
         for tensor in (size for size in (1, 2, 4) if (target.count // fsdp) % size == 0):
             data = target.count // fsdp // tensor
             if stage.config.run.batch_size % (data * fsdp) == 0:
-                yield plan_lib.compute(stage, target, {"data": data, "fsdp": fsdp, "tensor": tensor})
+                yield planner.compute(stage, target, {"data": data, "fsdp": fsdp, "tensor": tensor})
 
 
 def _keys(plan: Plan) -> dict[str, object]:

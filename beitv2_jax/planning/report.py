@@ -1,9 +1,9 @@
 """A plan in words and tables, for the terminal."""
 
+from beitv2_jax.planning.accounting import total_flops
+from beitv2_jax.planning.collectives import totals
+from beitv2_jax.planning.figures import Plan, batch_parts
 from beitv2_jax.report.pipeline import markdown_table
-from beitv2_jax.training.accounting import total_flops
-from beitv2_jax.training.collectives import totals
-from beitv2_jax.training.figures import Plan, batch_parts
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
 
@@ -11,7 +11,10 @@ GIB, TERA, GIGA = 2**30, 1e12, 1e9
 def describe_plan(plan: Plan) -> str:
     """Return all that a plan says, as text."""
     chip, memory = plan.target.chip, plan.memory
-    made = f"compiled in {plan.compile_s:.0f} s" if plan.compiled else "computed by arithmetic, nothing was compiled"
+    made = "computed by arithmetic, nothing was compiled"
+    if plan.compile_s:
+        made = f"{'compiled' if plan.compiled else 'refused by the compiler'} after {plan.compile_s:.0f} s"
+    sized = "the compiler's" if plan.compile_s else "computed"
     compiler = (
         f"{plan.compiler_flops / TERA:.3f} by the compiler" if plan.compiler_flops else "not counted by the compiler"
     )
@@ -28,7 +31,7 @@ def describe_plan(plan: Plan) -> str:
         f"chips         {plan.target.count} x {chip.name}, mesh {mesh}, {images:g} images a chip",
         f"parameters    {trained:,} trained",
         f"memory        {verdict}: peak {memory.peak / GIB:.2f} of {memory.usable / GIB:.2f} GiB usable a chip "
-        f"(arguments {memory.arguments / GIB:.2f}, temporaries {memory.temporaries / GIB:.2f}; {how})",
+        f"(arguments {memory.arguments / GIB:.2f}, temporaries {memory.temporaries / GIB:.2f}; {sized})",
         f"FLOPs         {plan.arithmetic_flops / TERA:.3f} T a step and chip by arithmetic, {traced}{compiler}",
         f"bytes moved   {plan.bytes_moved / GIGA:.1f} GB a step and chip ({counted})",
     ]

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from beitv2_jax.planning.collectives import find_collectives, totals
 from beitv2_jax.training import sharding
-from beitv2_jax.training.collectives import find_collectives, totals
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

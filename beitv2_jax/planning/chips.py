@@ -11,7 +11,7 @@ import numpy as np
 
 from beitv2_jax.config import nearest
 from beitv2_jax.errors import UserError
-from beitv2_jax.training.collectives import Collective
+from beitv2_jax.planning.collectives import Collective
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 

@@ -1,0 +1,63 @@
+"""A workdir belongs to one training run at a time: a lock that the system takes back when the process ends.
+
+Around everything that a stage writes to its workdir.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import jax
+from absl import logging
+
+from beitv2_jax.errors import UserError
+
+LOCK_FILE = "lock"
+PATIENCE_SECONDS, POLL_SECONDS = 120.0, 2.0
+"""How long the lock of another machine is waited for: a file server keeps that of a machine it lost for 90 s or so."""
+
+
+@contextlib.contextmanager
+def held(workdir: str | Path) -> Iterator[None]:
+    """Hold `workdir` for the run of this process, or of all processes if this is process 0 of several.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(Path(workdir) / LOCK_FILE, "a+") as file:
+        try:
+            _lock(file, workdir)
+        except OSError as error:
+            logging.warning("%s is on a file system without locks (%s): start no second run there", workdir, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str], workdir: str | Path) -> None:
+    started = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read()
+            nearby = holder.endswith(f" on {socket.gethostname()}")
+            if nearby or time.monotonic() - started > PATIENCE_SECONDS:
+                raise UserError(
+                    f"{workdir} is in use by another run: {holder}",
+                    "the same command was started twice, or a former start still runs",
+                    "wait for that run or end it, or another --workdir",
+                ) from error
+        logging.info("%s is held by %s: waiting for it up to %d s", workdir, holder, PATIENCE_SECONDS)
+        time.sleep(POLL_SECONDS)
