@@ -45,7 +45,7 @@ def stored(workdir):
 
 def test_harmless_changes_pass_and_are_named_in_one_line(started, caplog):
     workdir, config, seen = started
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     config.data.num_threads, config.run.log_every, config.run.checkpoint_every = 3, "7 steps", "5 steps"
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(workdir))
@@ -62,7 +62,7 @@ def test_harmless_changes_pass_and_are_named_in_one_line(started, caplog):
 
 def test_changes_of_the_result_pass_only_when_allowed(started, caplog):
     workdir, config, seen = started
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     config.optim.peak_lr, config.data.num_threads = 0.123, 3
     with pytest.raises(UserError, match=r"another config \(optim.peak_lr: .* -> 0.123\)") as caught:
         stages.run_stage(config, str(workdir))

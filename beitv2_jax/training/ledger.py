@@ -117,7 +117,8 @@ class Ledger:
             if self._plan.logs(step):
                 window, self._window = self._window, _Window()
                 speed = window.steps * self._plan.batch_size / window.seconds
-                share = window.waited / window.seconds
+                # a wait is known one step late and may belong to the window before, which was longer
+                share = min(1.0, window.waited / window.seconds)
                 self.figures = {**figures, "images_per_second": speed, "data_wait_share": share}
                 self._writer.write(step, self.figures)
                 self._progress.show({"loss": figures["loss"], "images/s": speed, "data wait share": share})
