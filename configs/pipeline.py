@@ -8,7 +8,7 @@ Command   python -m beitv2_jax.main --config=configs/pipeline.py --workdir=runs/
 they belong to; a stage's own key (--config.stages.mim.efficiency.remat=true) goes before them.
 
 The released code sees a new crop each epoch because both frozen networks run inside the step. Stored targets mean a
-fixed number of views per image instead (4 for the tokenizer: 1 TB of features; 16 for MIM: 8 GB of codes). The preset
+fixed number of views per image instead (4 for the tokenizer: 0.5 TB of features; 16 for MIM: 9 GB of codes). The preset
 `live` is the released way.
 
 Presets
