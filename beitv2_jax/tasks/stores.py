@@ -89,6 +89,8 @@ def view_rows(config, source: Source, part: str, views: range) -> Callable[[int]
 
 @dataclasses.dataclass(frozen=True)
 class ViewRows:
+    """The random `views` of an example id, from one decoding."""
+
     source: Source
     transform: TrainTransform
     views: range
@@ -99,6 +101,8 @@ class ViewRows:
 
 @dataclasses.dataclass(frozen=True)
 class CentreRow:
+    """The one centre crop of an example id."""
+
     source: Source
     transform: EvalTransform
 

@@ -110,15 +110,14 @@ class Ledger:
             oldest = self._unread.pop(0)
             step = oldest.step
             figures = {name: value.item() for name, value in jax.device_get(oldest.metrics).items()}
-            self._lap(oldest.starved())
+            self._lap()
             self._progress.advance()
             self._refuse_nonfinite(step, figures, oldest.example_ids)
             self._refuse_unreadable(step, figures)
             if self._plan.logs(step):
                 window, self._window = self._window, _Window()
                 speed = window.steps * self._plan.batch_size / window.seconds
-                # a wait is known one step late and may belong to the window before, which was longer
-                share = min(1.0, window.waited / window.seconds)
+                share = window.waited / window.seconds
                 self.figures = {**figures, "images_per_second": speed, "data_wait_share": share}
                 self._writer.write(step, self.figures)
                 self._progress.show({"loss": figures["loss"], "images/s": speed, "data wait share": share})
@@ -128,10 +127,13 @@ class Ledger:
         """Count, of the time spent inside, what came after the end of the last step: then the devices had no work."""
         started = time.monotonic()
         yield
+        waited = time.monotonic() - started
         if self._unread:
-            self._unread[-1].wait = started, time.monotonic()
-        else:
-            self._window = self._window.waiting(time.monotonic() - started)
+            last = self._unread[-1]
+            last.wait = started, started + waited
+            # counted at once, in the window that it fell into; a step that still runs kept the devices busy
+            waited = last.starved() if last.ended.done() else 0.0
+        self._window = self._window.waiting(waited)
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step was read: it went into something else than training."""
@@ -141,10 +143,10 @@ class Ledger:
         """End the thread that watches the steps."""
         self._watch.shutdown()
 
-    def _lap(self, waited: float) -> None:
+    def _lap(self) -> None:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        self._window, self._total = (window.lap(seconds).waiting(waited) for window in (self._window, self._total))
+        self._window, self._total = (window.lap(seconds) for window in (self._window, self._total))
 
     def _refuse_nonfinite(self, step: int, figures: dict[str, float], example_ids: np.ndarray) -> None:
         new = figures["nonfinite_steps"] > self._nonfinite_steps
