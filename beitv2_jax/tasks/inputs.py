@@ -126,10 +126,11 @@ class TokenizerView(NamedTuple):
 
 
 def tokenizer_view(config) -> TokenizerView:
-    """Return the tokenizer's view of a mim config, which is the model's unless the config says otherwise."""
+    """Return the tokenizer's view of a config, which is the model's unless the config has another for it."""
     views = config.views
     return TokenizerView(
-        views.tokenizer_image_size or views.image_size, views.tokenizer_interpolation or views.interpolation
+        views.get("tokenizer_image_size", 0) or views.image_size,
+        views.get("tokenizer_interpolation", "") or views.interpolation,
     )
 
 

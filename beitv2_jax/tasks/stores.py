@@ -15,6 +15,7 @@ from beitv2_jax.data.sources import Source
 from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
+from beitv2_jax.tasks import inputs
 
 PARTS = ("views", "centre")
 TEACHER_CHOICES = ("num_heads", "normalization", "output", "activation", "grid_match", "position_resize")
@@ -52,13 +53,13 @@ def store_card(config, source: Source, part: str) -> dict:
 
     In the config of a stage that reads a store of codes it is the tokenizer's own view that counts, where it has one.
     """
-    views = config.views
+    views, seen = config.views, inputs.tokenizer_view(config)
     common = {
         "part": part,
         "source": source.name,
         "split": source.split,
         "num_examples": len(source),
-        "image_size": views.get("tokenizer_image_size", 0) or views.image_size,
+        "image_size": seen.image_size,
         "augmentation_version": AUGMENTATION_VERSION,
     }
     if part == "centre":
@@ -72,7 +73,7 @@ def store_card(config, source: Source, part: str) -> dict:
     return {
         **common,
         "num_views": views.num_views,
-        "interpolation": views.get("tokenizer_interpolation", "") or views.interpolation,
+        "interpolation": seen.interpolation,
         "seed": config.seed,
         "min_scale": float(views.min_scale),
         "color_jitter": float(views.color_jitter),
