@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import time
-import uuid
 from typing import Any
 
 from absl import logging
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.files import write_text
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import holding, loop, probing, storing, verifying
@@ -165,11 +165,3 @@ def check_writable(workdir: str) -> None:
             "a mistyped path or a missing mount.",
             "--workdir=PATH of a folder you may write to, for example runs/mine.",
         )
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file under a name of its own and rename it: nobody sees half of it, several may write it at once."""
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)

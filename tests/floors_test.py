@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "beitv2_jax"
 ROOMS = {
     "typing": 0,
+    "files": 0,
     "rng": 0,
     "errors": 0,
     "config": 0,

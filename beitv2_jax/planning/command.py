@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from beitv2_jax.planning import planner, search, topologies
 from beitv2_jax.planning.figures import Plan
 from beitv2_jax.planning.report import compare_plans, describe_plan
-from beitv2_jax.stages import check_writable, write_text
+from beitv2_jax.files import write_text
+from beitv2_jax.stages import check_writable
 
 
 def run_plan(

@@ -15,6 +15,7 @@ from beitv2_jax.data.store.packing import CODE_IDS
 from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
+from beitv2_jax.files import write_text
 from beitv2_jax.rng import host_rng
 from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import StoreTask
@@ -51,8 +52,7 @@ def verify(task: StoreTask, config, workdir: str) -> dict[str, Any]:
         else:
             report[part] = _compare_features(live, stored, pairs, MIN_COSINE[reader.card["dtype"]])
         logging.info("verify %s: %s", part, report[part])
-    with open(os.path.join(workdir, VERIFY_FILE), "w") as file:
-        file.write(json.dumps(report, indent=2) + "\n")
+    write_text(os.path.join(workdir, VERIFY_FILE), json.dumps(report, indent=2) + "\n")
     for part, figures in report.items():
         _refuse_below(figures, os.path.join(workdir, part))
     return report

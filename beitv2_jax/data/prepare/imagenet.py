@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from beitv2_jax.data import array_files
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.prepare import imagenet_archives as archives
 from beitv2_jax.data.prepare.progress import progress
@@ -143,13 +144,7 @@ def _write_split(directory: pathlib.Path, features, split: str, images: archives
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     stops = _shard_bounds(images)
     shards = np.split(order, stops[:-1])
-    template = tfds.core.ShardedFileTemplate(
-        dataset_name=NAME,
-        data_dir=directory,
-        split=split,
-        filetype_suffix="array_record",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-    )
+    template = array_files.shard_template(NAME, split, directory)
     unreadable: list[str] = []
     records = _records(features, images, shards, unreadable)
     records = progress(records, f"writing {split}", len(order), "images")
@@ -215,7 +210,7 @@ def _records(features, images: archives.Images, shards: list[np.ndarray], unread
 
 def _write_shard(path: str, records: Iterator[bytes], count: int) -> int:
     """Write the next `count` records to a file, check how many it holds, and return their bytes."""
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(path, "group_size:1")
     num_bytes = 0
@@ -223,9 +218,6 @@ def _write_shard(path: str, records: Iterator[bytes], count: int) -> int:
         writer.write(record)
         num_bytes += len(record)
     writer.close()
-    reader = ArrayRecordReader(path)
-    held = reader.num_records()
-    reader.close()
-    if held != count:
+    if (held := array_files.num_records(path)) != count:
         raise OSError(f"{path} holds {held} records after {count} were written")
     return num_bytes

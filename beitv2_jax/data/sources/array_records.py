@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax.data import array_files
 from beitv2_jax.data.sources.examples import image_and_label
 from beitv2_jax.data.sources.image_features import ImageFeatures
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
@@ -145,14 +146,8 @@ def _counted(files: list[str], pattern: str) -> tuple[list[str], list[int]]:
 
 
 def _num_records(file: str) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
     try:
-        reader = ArrayRecordReader(file)
-        try:
-            return reader.num_records()
-        finally:
-            reader.close()
+        return array_files.num_records(file)
     except Exception as error:  # its own class, which it does not export
         raise UserError(
             f"{file} is no whole ArrayRecord file: {error}",

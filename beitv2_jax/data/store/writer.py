@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax.data import array_files
 from beitv2_jax.data.store.card import CARD_FILE, SCHEMA_VERSION, check_card, encoding_of, plain, read_card
 from beitv2_jax.data.store.reader import BAD_RECORDS_FILE, open_tfds, view_split
 from beitv2_jax.errors import UserError
+from beitv2_jax.files import write_text
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record a group: random access reads no other. Uncompressed: neither features nor ids can be made smaller."""
@@ -145,15 +147,7 @@ class TargetStore:
         return pathlib.Path(os.fspath(name))
 
     def _template(self, view: int, directory: pathlib.Path):
-        import tensorflow_datasets as tfds
-
-        return tfds.core.ShardedFileTemplate(
-            dataset_name=self._name,
-            data_dir=directory,
-            split=view_split(self._card["split"], view),
-            filetype_suffix="array_record",
-            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        )
+        return array_files.shard_template(self._name, view_split(self._card["split"], view), directory)
 
     def features(self):
         """Return the TFDS features of a record."""
@@ -192,7 +186,7 @@ class TargetStore:
 
     def _check_count(self, shard: int, view: int) -> None:
         path = self.shard_path(shard, view)
-        found = _num_records(path) if path.exists() else 0
+        found = array_files.num_records(path) if path.exists() else 0
         if found != len(self.shards[shard]):
             self.done_path(shard).unlink(missing_ok=True)
             raise UserError(
@@ -294,29 +288,14 @@ class ShardWriter:
             path.unlink(missing_ok=True)
 
 
-def _num_records(path: pathlib.Path) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(os.fspath(path))
-    try:
-        return reader.num_records()
-    finally:
-        reader.close()
-
-
 def _reread(path: pathlib.Path) -> tuple[int, int]:
     """Return the number of records in a file and the checksum over their bytes, read back in order."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(os.fspath(path))
-    try:
+    with array_files.opened(path) as reader:
         count, checksum = reader.num_records(), 0
         for first in range(0, count, _READ_AT_ONCE):
             for record in reader.read(first, min(first + _READ_AT_ONCE, count)):
                 checksum = zlib.crc32(record, checksum)
-        return count, checksum
-    finally:
-        reader.close()
+    return count, checksum
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -329,7 +308,4 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a file under a name of its own and rename it, so that nobody sees half of it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
