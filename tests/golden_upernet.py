@@ -7,7 +7,9 @@ from golden_files import Golden, channels_last
 from testing import quick_jit
 
 from beitv2_jax.convert.official import from_official, to_official
-from beitv2_jax.models.upernet import Segmenter, resize, slide
+from beitv2_jax.data.windows import window_starts
+from beitv2_jax.models.upernet import Segmenter, moved_statistics, resize
+from beitv2_jax.models.windows import merged_logits
 from beitv2_jax.tasks.losses import segmentation_loss
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -48,16 +50,27 @@ def check_upernet(golden: Golden):
 def check_inference(golden, model, variables):
     config = golden.config["test_cfg"]
     (crop, _), (stride, _) = config["crop_size"], config["stride"]
-
-    def logits_of(images):
-        return resize(model.apply(variables, images).logits, images.shape[1:3])
+    large = channels_last(golden.arrays["in/image_slide"])
+    size = large.shape[1:3]
+    corners = np.array(
+        [(y, x) for y in window_starts(size[0], crop, stride) for x in window_starts(size[1], crop, stride)]
+    )
 
     @quick_jit
     def compute(images, large):
         output = model.apply(variables, images)
-        return output, resize(output.logits, images.shape[1:3]), slide(logits_of, large, crop, stride)
+        cut = [large[:, y : y + crop, x : x + crop] for y, x in corners]
+        cells = jnp.stack([model.apply(variables, window).logits for window in cut], axis=1)
+        view = {
+            "corners": jnp.broadcast_to(corners, (len(large), *corners.shape)),
+            "num_windows": jnp.full(len(large), len(corners)),
+            "view_sizes": jnp.broadcast_to(jnp.array(size), (len(large), 2)),
+        }
+        places = (jnp.arange(size[0]), jnp.arange(size[1]))
+        windows = merged_logits(cells, view, view["view_sizes"], places, crop, False)
+        return output, resize(output.logits, images.shape[1:3]), windows
 
-    output, whole, windows = compute(golden.images, channels_last(golden.arrays["in/image_slide"]))
+    output, whole, windows = compute(golden.images, large)
     for index, features in enumerate(output.features):
         golden.check(f"eval/feature_{index}", channels_first(features))
     golden.check("eval/decode_logits", channels_first(output.logits))
@@ -76,8 +89,11 @@ def check_training(golden, model, variables):
         output, updated = model.apply(
             {**variables, "params": params}, golden.images, train=True, mutable=["batch_stats"]
         )
-        total, metrics = segmentation_loss(output.logits, output.auxiliary_logits, labels, auxiliary_weight=weight)
-        return total, (metrics, updated["batch_stats"])
+        total, pixels, sums = segmentation_loss(
+            output.logits, output.auxiliary_logits, labels, jnp.ones(len(labels)), auxiliary_weight=weight
+        )
+        metrics = {name: value / pixels for name, value in sums.items()}
+        return total / pixels, (metrics, moved_statistics(variables["batch_stats"], updated["batch_stats"]))
 
     (total, (metrics, batch_stats)), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     golden.check("train/total", total)

@@ -1,11 +1,14 @@
 """Pixel work: normalisations by hand, colour jitter against Pillow's own enhancers."""
 
+import colorsys
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from testing import quick_jit
 
 from beitv2_jax.data import augment
 from beitv2_jax.models import preprocess
@@ -116,3 +119,42 @@ def test_resize_stays_within_the_levels():
     images = 255 * (np.indices((8, 8)).sum(axis=0) % 8 > 3).astype(np.uint8)[None, :, :, None].repeat(3, axis=-1)
     resized = np.asarray(preprocess.resize(images, 20))
     assert resized.min() == 0.0 and resized.max() == 255.0
+
+
+def distorted_pixel(pixel, drawn):
+    """Return one pixel after the distortion, by the standard library's HSV; rounding as documented."""
+    brightness, contrast, saturation, hue, contrast_last = (float(value) for value in drawn)
+    pixel = np.floor(np.clip(pixel + np.float32(brightness), 0, 255))
+    if not contrast_last:
+        pixel = np.floor(np.clip(pixel * np.float32(contrast), 0, 255))
+    turn, share, value = colorsys.rgb_to_hsv(*pixel)
+    pixel = np.round(colorsys.hsv_to_rgb(turn, min(1.0, share * saturation), value))
+    turn, share, value = colorsys.rgb_to_hsv(*pixel)
+    pixel = np.round(colorsys.hsv_to_rgb((turn + hue) % 1.0, share, value))
+    return np.floor(np.clip(pixel * np.float32(contrast), 0, 255)) if contrast_last else pixel
+
+
+def test_photometric_distortion_equals_the_standard_library_s_hsv():
+    images = random_images(9)
+    images[:, :3] = np.array([[0, 0, 0], [255, 255, 255], [77, 77, 77]])[:, None]
+    images[:, 3, :, 2] = images[:, 3, :, 0]  # ties among the channels
+    rng = np.random.default_rng(2)
+    drawn = rng.uniform([-32, 0.5, 0.5, -0.1], [32, 1.5, 1.5, 0.1], (6, 4))
+    drawn = np.concatenate([drawn, np.arange(6)[:, None] % 2], axis=1)
+    drawn[0, :4] = 0, 1, 1, 0
+    drawn[1, 3] = drawn[2, 0] = 0
+    drawn = drawn.astype(np.float32)
+    distort = quick_jit(preprocess.photometric_distortion)
+    found = np.asarray(distort(images, drawn))
+    np.testing.assert_array_equal(found[0], images[0])
+    expected = [
+        [distorted_pixel(pixel, one) for pixel in image.reshape(-1, 3)]
+        for image, one in zip(images, drawn, strict=True)
+    ]
+    difference = np.abs(found - np.reshape(expected, found.shape))
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.01  # a tie of rounding, and contrast after it
+    for column in range(4):
+        alone = np.tile(np.float32([0, 1, 1, 0, 0]), (6, 1))
+        alone[:, column] = drawn[:, column]
+        changed = np.asarray(distort(images, alone))
+        assert (changed[3:] != images[3:]).mean() > 0.2

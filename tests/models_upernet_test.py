@@ -8,7 +8,16 @@ import pytest
 from flax import traverse_util
 from testing import drawn_variables
 
-from beitv2_jax.models.upernet import BATCH_STATS, BatchNorm, ConvHead, Segmenter, Upsample, pool_to, resize, slide
+from beitv2_jax.models.upernet import (
+    BATCH_STATS,
+    BatchNorm,
+    ConvHead,
+    Segmenter,
+    Upsample,
+    moved_statistics,
+    pool_to,
+    resize,
+)
 
 TINY = dict(
     image_size=12,
@@ -108,16 +117,30 @@ def test_upsampling_writes_each_pixel_into_its_own_two_by_two_cells():
 def test_batch_norm_in_training_is_of_the_batch_and_moves_the_unbiased_variance():
     model, features = BatchNorm(), 3.0 * normal(2, 5, 7, 4) + 11.0
     variables = drawn(model, features, train=False)
-    out, moved = model.apply(variables, features, train=True, mutable=["batch_stats"])
+    out, of_batch = model.apply(variables, features, train=True, mutable=["batch_stats"])
     scale, bias = variables["params"]["scale"], variables["params"]["bias"]
     mean, var = features.mean((0, 1, 2)), features.var((0, 1, 2))
     np.testing.assert_allclose(out, (features - mean) / np.sqrt(var + 1e-5) * scale + bias, atol=2e-5)
-    before, after = variables["batch_stats"], moved["batch_stats"]
+    before = variables["batch_stats"]
+    after = moved_statistics(before, of_batch["batch_stats"])
     np.testing.assert_allclose(after["mean"], 0.9 * before["mean"] + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(after["var"], 0.9 * before["var"] + 0.1 * features.var((0, 1, 2), ddof=1), rtol=1e-5)
     out = model.apply(variables, features, train=False)
     expected = (features - before["mean"]) / np.sqrt(before["var"] + 1e-5) * scale + bias
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_weight_zero_have_no_part_in_batch_norm():
+    model, features = BatchNorm(), normal(5, 3, 7, 4)
+    variables = drawn(model, features, train=False)
+    kept = np.array([0, 2, 4])
+    expected, statistics = model.apply(variables, features[kept], train=True, mutable=["batch_stats"])
+    weight = np.array([1.0, 0.0, 1.0, 0.0, 1.0], np.float32)
+    out, found = model.apply(variables, features, train=True, weight=weight, mutable=["batch_stats"])
+    np.testing.assert_allclose(out[kept], expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, statistics, rtol=1e-5)
+    nothing, _ = model.apply(variables, features, train=True, weight=0 * weight, mutable=["batch_stats"])
+    assert np.isfinite(nothing).all()
 
 
 def test_batch_statistics_of_one_and_eight_devices_are_those_of_the_whole_batch():
@@ -147,31 +170,3 @@ def test_dropout_takes_whole_channels_in_training_only():
     without = ConvHead(channels=11, num_classes=5, dropout_rate=0.0)
     expected = without.apply(variables, features, train=True, mutable=[BATCH_STATS])[0]
     np.testing.assert_allclose(whole, 2.0 * expected, rtol=1e-5, atol=1e-5)
-
-
-def test_windows_cover_the_image_and_overlaps_are_averaged():
-    images = normal(2, 11, 17, 3)
-    calls = []
-
-    def logits_of(windows):
-        calls.append(windows.shape)
-        # depends on the place inside the window, so that an average differs from any single one
-        return windows[..., :2] * (1.0 + jnp.arange(7)[:, None, None]) + jnp.arange(7)[:, None]
-
-    found = slide(logits_of, jnp.asarray(images), crop=7, stride=5)
-    assert calls == [(2 * 2 * 3, 7, 7, 3)]
-    total, count = np.zeros((2, 11, 17, 2)), np.zeros((11, 17, 1))
-    for top in (0, 4):
-        for left in (0, 5, 10):
-            place = (slice(top, top + 7), slice(left, left + 7))
-            total[:, *place] += logits_of(images[:, *place])
-            count[place] += 1
-    np.testing.assert_allclose(found, total / count, rtol=1e-5, atol=1e-5)
-    assert count.min() == 1 and count.max() > 1
-
-
-def test_one_window_is_the_image_and_smaller_images_are_refused():
-    images = jnp.asarray(normal(2, 7, 7, 3))
-    np.testing.assert_array_equal(slide(lambda windows: windows * 2.0, images, crop=7, stride=5), images * 2.0)
-    with pytest.raises(ValueError, match="7x7 pixels are smaller than a window of 8"):
-        slide(lambda windows: windows, images, crop=8, stride=5)

@@ -178,4 +178,13 @@ def eval_batches(
       UserError: the batch is not divisible by the processes.
     """
     transform = EvalTransform(image_size, crop_fraction, interpolation, tokenizer_image_size)
-    return Batches(EvalRow(source, transform), len(source), batch_size, _checked(batch_size, reading))
+    return finite_batches(EvalRow(source, transform), len(source), batch_size=batch_size, **reading)
+
+
+def finite_batches(load: Callable[[int], Example], num_rows: int, *, batch_size: int, **reading: int) -> Batches:
+    """Return the batches of the rows that `load` gives. `reading` are attributes of `Reading`.
+
+    Raises:
+      UserError: the batch is not divisible by the processes.
+    """
+    return Batches(load, num_rows, batch_size, _checked(batch_size, reading))

@@ -83,7 +83,7 @@ class TrainTransform:
         example_id = example["example_id"]
         view_index = epoch % self.num_views if self.num_views else epoch
         if self.targets is not None and not fault and example_id in self.targets.unreadable:
-            fault = f"{_where(example)}: unreadable when the stored targets were made"
+            fault = f"{words_for(example)}: unreadable when the stored targets were made"
         view = augment.random_view(
             host_rng(self.seed, "view", example_id, view_index), *image.shape[:2], min_scale=self.min_scale
         )
@@ -139,20 +139,25 @@ class EvalTransform:
 
 def readable_image(example: dict[str, Any], grey_size: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
     """Decode a source's record; return its pixels and "", or a grey square of `grey_size` and "where: cause"."""
-    where = _where(example)
+    where = words_for(example)
     try:
         return decode.decode_image(example["image"], where), ""
     except decode.CorruptImageError as error:
         return np.full((grey_size, grey_size, 3), GREY, np.uint8), f"{where}: {error.cause}"
 
 
-def _where(example: dict[str, Any]) -> str:
+def words_for(example: dict[str, Any]) -> str:
+    """Return the words by which errors name a source's record."""
     return example.get("where", f"example {example['example_id']}")
 
 
 def _identity(example: dict[str, Any], fault: str) -> Example:
+    return {"labels": np.int32(example["label"]), **identity(example, fault)}
+
+
+def identity(example: dict[str, Any], fault: str) -> Example:
+    """Return what tells a row from others and whether it counts: `example_ids`, `weight` and `faults`."""
     return {
-        "labels": np.int32(example["label"]),
         "example_ids": np.int64(example["example_id"]),
         "weight": np.float32(not fault),
         "faults": np.str_(fault),

@@ -61,6 +61,48 @@ def color_jitter(
     return images
 
 
+def photometric_distortion(images: ByteImages, drawn: Float[Array, "b 5"]) -> Float[Array, "b H W 3"]:
+    """Change brightness, contrast, saturation and hue of each image; return whole levels 0..255, float32.
+
+    `drawn` holds brightness shift (levels), contrast factor, saturation factor, hue shift (turns), and 1 where contrast
+    comes last instead of second, as `data.segmentation.distortion_draw` draws them; 0, 1, 1, 0 change nothing. The
+    saturation is that of HSV: it and the hue change with the largest channel fixed.
+
+    Source: mmsegmentation's PhotoMetricDistortion, which goes through HSV of 8 bits and so rounds more coarsely.
+    """
+    images = images.astype(jnp.float32)
+    brightness, contrast, saturation, hue, contrast_last = (drawn[:, index, None, None, None] for index in range(5))
+    images = _whole(images + brightness)
+    images = _whole(jnp.where(contrast_last > 0, images, images * contrast))
+    value = images.max(axis=-1, keepdims=True)
+    spread = value - images.min(axis=-1, keepdims=True)
+    # saturation spread / value, at most 1
+    factor = jnp.minimum(saturation, value / jnp.maximum(spread, 1.0))
+    images = jnp.round(value - factor * (value - images))
+    images = jnp.where(hue == 0, images, jnp.round(_turned(images, hue)))
+    return _whole(jnp.where(contrast_last > 0, images * contrast, images))
+
+
+def _whole(images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+    return jnp.floor(jnp.clip(images, 0.0, 255.0))
+
+
+def _turned(images: Float[Array, "b H W 3"], hue: Float[Array, "b 1 1 1"]) -> Float[Array, "b H W 3"]:
+    """Shift the hue by `hue` turns, with value and saturation of HSV kept."""
+    red, green, blue = (images[..., channel, None] for channel in range(3))
+    value = images.max(axis=-1, keepdims=True)
+    spread = value - images.min(axis=-1, keepdims=True)
+    safe = jnp.maximum(spread, 1.0)
+    sixths = jnp.where(
+        value == red,
+        (green - blue) / safe,
+        jnp.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
+    )
+    # each channel is a trapezium over the hue: red is largest around 0, green around 2, blue around 4 sixths
+    offset = jnp.mod(jnp.array([5.0, 3.0, 1.0]) + sixths + 6.0 * hue, 6.0)
+    return value - spread * jnp.clip(jnp.minimum(offset, 4.0 - offset), 0.0, 1.0)
+
+
 def _gray(images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 1"]:
     """Return the grey level of 8-bit pixels by Pillow's 16-bit integer weights (ITU-R 601)."""
     red, green, blue = (images[..., channel, None].astype(jnp.int32) for channel in range(3))

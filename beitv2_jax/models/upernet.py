@@ -1,10 +1,11 @@
 """The segmentation model: a transformer, four feature maps made of its blocks, a pyramid head and an auxiliary head.
 
 Fine-tuned on label maps after pre-training. Images larger than the network was built for are cut into windows
-(`slide`). Batch norm statistics are sums over the batch that jit sees, so any number of devices computes the same.
+(`models.windows`). Batch norm statistics are sums over the batch that jit sees, so any number of devices computes the
+same.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ from jaxtyping import Array, Float
 
 from beitv2_jax.models.layers import uniform_init
 from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
-from beitv2_jax.typing import Images
+from beitv2_jax.typing import Images, PyTree
 
 FeatureMap = Float[Array, "b h w c"]
 Logits = Float[Array, "b h w classes"]
+Weight = Float[Array, "b"]
 BATCH_STATS = "batch_stats"
 
 
@@ -59,35 +61,38 @@ def _cells(length: int, bins: int) -> Float[np.ndarray, "bins length"]:
 class BatchNorm(nn.Module):
     """Normalise channels over the whole batch when training, by running statistics otherwise; float32.
 
-        running = (1 - momentum) * running + momentum * batch statistic
-
-    The batch is normalised by its plain variance; the running one takes n / (n - 1) times that, n values a channel.
+    When training, `batch_stats` becomes the mean of the batch and n / (n - 1) times its variance, n values a channel;
+    `moved_statistics` moves the running ones towards them. Rows whose `weight` is 0 have no part in any of it.
 
     Source: PyTorch's batch norm. Flax's own keeps the plain variance and means the complement by momentum.
     """
 
     epsilon: float = 1e-5
-    momentum: float = 0.1
 
     @nn.compact
-    def __call__(self, features: FeatureMap, *, train: bool) -> FeatureMap:
+    def __call__(self, features: FeatureMap, *, train: bool, weight: Weight | None = None) -> FeatureMap:
         features = features.astype(jnp.float32)
         channels = features.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
-        running_mean = self.variable(BATCH_STATS, "mean", jnp.zeros, channels, jnp.float32)
-        running_var = self.variable(BATCH_STATS, "var", jnp.ones, channels, jnp.float32)
-        mean, var = running_mean.value, running_var.value
+        kept_mean = self.variable(BATCH_STATS, "mean", jnp.zeros, channels, jnp.float32)
+        kept_var = self.variable(BATCH_STATS, "var", jnp.ones, channels, jnp.float32)
+        mean, var = kept_mean.value, kept_var.value
         if train:
-            axes = tuple(range(features.ndim - 1))
-            mean = features.mean(axes)
-            var = jnp.mean((features - mean) ** 2, axes)
+            rows = jnp.ones(len(features)) if weight is None else (weight > 0).astype(jnp.float32)
+            counted = rows[:, None, None, None]
+            count = jnp.maximum(rows.sum() * (features[0].size // channels[0]), 1.0)
+            mean = jnp.sum(counted * features, (0, 1, 2)) / count
+            var = jnp.sum(counted * (features - mean) ** 2, (0, 1, 2)) / count
             if not self.is_initializing():
-                count = features.size // features.shape[-1]
-                unbiased = var * count / max(count - 1, 1)
-                running_mean.value = (1.0 - self.momentum) * running_mean.value + self.momentum * mean
-                running_var.value = (1.0 - self.momentum) * running_var.value + self.momentum * unbiased
+                kept_mean.value = mean
+                kept_var.value = var * count / jnp.maximum(count - 1.0, 1.0)
         return (features - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+
+
+def moved_statistics(running: PyTree, of_batch: PyTree, momentum: float = 0.1) -> PyTree:
+    """Return (1 - momentum) * running + momentum * of_batch for a tree of `batch_stats`."""
+    return jax.tree.map(lambda old, new: (1.0 - momentum) * old + momentum * new, running, of_batch)
 
 
 class ConvNormRelu(nn.Module):
@@ -98,7 +103,7 @@ class ConvNormRelu(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: FeatureMap, *, train: bool) -> FeatureMap:
+    def __call__(self, features: FeatureMap, *, train: bool, weight: Weight | None = None) -> FeatureMap:
         convolution = nn.Conv(
             self.features,
             (self.kernel_size,) * 2,
@@ -108,7 +113,7 @@ class ConvNormRelu(nn.Module):
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             name="conv",
         )
-        return nn.relu(BatchNorm(name="norm")(convolution(features), train=train))
+        return nn.relu(BatchNorm(name="norm")(convolution(features), train=train, weight=weight))
 
 
 class Upsample(nn.Module):
@@ -134,9 +139,9 @@ class FineLevel(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: FeatureMap, *, train: bool) -> FeatureMap:
+    def __call__(self, features: FeatureMap, *, train: bool, weight: Weight | None = None) -> FeatureMap:
         features = Upsample(self.features, self.dtype, name="up_0")(features)
-        features = nn.gelu(BatchNorm(name="norm")(features, train=train), approximate=False)
+        features = nn.gelu(BatchNorm(name="norm")(features, train=train, weight=weight), approximate=False)
         return Upsample(self.features, self.dtype, name="up_1")(features)
 
 
@@ -153,24 +158,25 @@ class PyramidHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: tuple[FeatureMap, ...], *, train: bool) -> Logits:
+    def __call__(self, features: tuple[FeatureMap, ...], *, train: bool, weight: Weight | None = None) -> Logits:
         def convolve(kernel_size, name):
-            return ConvNormRelu(self.channels, kernel_size, self.dtype, name=name)
+            module = ConvNormRelu(self.channels, kernel_size, self.dtype, name=name)
+            return functools.partial(module, train=train, weight=weight)
 
         *fine, coarsest = features
-        levels = [convolve(1, f"lateral_{index}")(level, train=train) for index, level in enumerate(fine)]
+        levels = [convolve(1, f"lateral_{index}")(level) for index, level in enumerate(fine)]
         pooled = [
-            resize(convolve(1, f"pool_{index}")(pool_to(coarsest, bins), train=train), coarsest.shape[1:3])
+            resize(convolve(1, f"pool_{index}")(pool_to(coarsest, bins)), coarsest.shape[1:3])
             for index, bins in enumerate(self.pool_bins)
         ]
         context = jnp.concatenate([coarsest.astype(jnp.float32), *pooled], axis=-1)
-        levels.append(convolve(3, "bottleneck")(context, train=train))
+        levels.append(convolve(3, "bottleneck")(context))
         for index in reversed(range(len(fine))):
             levels[index] += resize(levels[index + 1], levels[index].shape[1:3])
-        outputs = [convolve(3, f"smooth_{index}")(level, train=train) for index, level in enumerate(levels[:-1])]
+        outputs = [convolve(3, f"smooth_{index}")(level) for index, level in enumerate(levels[:-1])]
         outputs.append(levels[-1])
         outputs = [resize(level, outputs[0].shape[1:3]) for level in outputs]
-        fused = convolve(3, "fusion")(jnp.concatenate(outputs, axis=-1), train=train)
+        fused = convolve(3, "fusion")(jnp.concatenate(outputs, axis=-1))
         return _classify(self, fused, train=train)
 
 
@@ -183,8 +189,9 @@ class ConvHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: FeatureMap, *, train: bool) -> Logits:
-        features = ConvNormRelu(self.channels, 3, self.dtype, name="conv_0")(features, train=train)
+    def __call__(self, features: FeatureMap, *, train: bool, weight: Weight | None = None) -> Logits:
+        convolution = ConvNormRelu(self.channels, 3, self.dtype, name="conv_0")
+        features = convolution(features, train=train, weight=weight)
         return _classify(self, features, train=train)
 
 
@@ -201,7 +208,8 @@ class Segmenter(nn.Module):
     `out_layers` are the four blocks (counted from 1) whose patch tokens, not normalised, become the feature maps: the
     first is quadrupled in both sides, the second doubled, the third kept, the fourth halved by its maximum. The
     auxiliary head reads the third. `channels` and `aux_channels` are the widths of the heads. `dtype` is that of the
-    transformer and the convolutions; batch norm and logits are float32. With `train`, make `batch_stats` mutable.
+    transformer and the convolutions; batch norm and logits are float32. With `train`, make `batch_stats` mutable; rows
+    whose `weight` is 0 then have no part in the batch statistics.
 
     Raises:
         ValueError: `out_layers` does not name four of the blocks.
@@ -225,8 +233,12 @@ class Segmenter(nn.Module):
     dropout_rate: float = 0.1
     qkv_bias: str = "qv"
     norm_eps: float = 1e-6
+    stem: str = "linear"
     dtype: Any = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_blocks: bool = False
+    gradient_dtype: Any = "float32"
+    attention: str = "plain"
 
     def __post_init__(self):
         if len(self.out_layers) != 4 or not all(1 <= layer <= self.depth for layer in self.out_layers):
@@ -241,45 +253,17 @@ class Segmenter(nn.Module):
         self.decode_head = PyramidHead(self.channels, self.num_classes, dropout_rate=self.dropout_rate, dtype=dtype)
         self.auxiliary_head = ConvHead(self.aux_channels, self.num_classes, self.dropout_rate, dtype)
 
-    def __call__(self, images: Images, *, train: bool = False) -> SegmenterOutput:
+    def __call__(self, images: Images, *, train: bool = False, weight: Weight | None = None) -> SegmenterOutput:
         hidden = self.backbone(images, train=train).hidden
         maps = [hidden[layer - 1][:, 1:].reshape(len(images), *self.backbone.grid, -1) for layer in self.out_layers]
         features = (
-            self.fpn1(maps[0], train=train),
+            self.fpn1(maps[0], train=train, weight=weight),
             self.fpn2(maps[1]),
             maps[2],
             nn.max_pool(maps[3], (2, 2), strides=(2, 2)),
         )
         return SegmenterOutput(
-            self.decode_head(features, train=train), self.auxiliary_head(features[2], train=train), features
+            self.decode_head(features, train=train, weight=weight),
+            self.auxiliary_head(features[2], train=train, weight=weight),
+            features,
         )
-
-
-def slide(logits_of: Callable[[Images], Logits], images: Images, crop: int, stride: int) -> Logits:
-    """Return logits for images of any size from square windows: the mean over the windows that see a pixel.
-
-    `logits_of` maps `w crop crop 3` to `w crop crop classes`; it is called once with all windows of all images. Windows
-    start every `stride` pixels; the last of a row or column is moved inside.
-
-    Raises:
-        ValueError: images smaller than a window.
-
-    Source: mmsegmentation's slide inference; the released test uses crop 512 and stride 341.
-    """
-    batch, height, width, _ = images.shape
-    if min(height, width) < crop:
-        raise ValueError(f"images of {height}x{width} pixels are smaller than a window of {crop}: enlarge them first")
-    corners = [(y, x) for y in _starts(height, crop, stride) for x in _starts(width, crop, stride)]
-    windows = jnp.concatenate([images[:, y : y + crop, x : x + crop] for y, x in corners])
-    logits = logits_of(windows).reshape(len(corners), batch, crop, crop, -1)
-    total = jnp.zeros((batch, height, width, logits.shape[-1]), logits.dtype)
-    count = np.zeros((height, width, 1), np.float32)
-    for (y, x), window in zip(corners, logits, strict=True):
-        total = total.at[:, y : y + crop, x : x + crop].add(window)
-        count[y : y + crop, x : x + crop] += 1
-    return total / count
-
-
-def _starts(length: int, crop: int, stride: int) -> list[int]:
-    steps = -(-(length - crop) // stride)
-    return [min(step * stride, length - crop) for step in range(steps + 1)]

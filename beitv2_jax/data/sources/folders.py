@@ -33,7 +33,7 @@ class FolderSource:
         self.num_classes = len(self.class_names)
         _check_classes(self._root, class_directory, self.class_names)
         folders = self.class_names or ("",)
-        self._files = _Names(_images(self._root / folder) for folder in folders)
+        self._files = _Names(listed_images(self._root / folder) for folder in folders)
         if not len(self._files):
             raise UserError(
                 f"There are no images in {self._root}.",
@@ -96,6 +96,11 @@ class _Names:
         return hasher.hexdigest()
 
 
+def digest_of_names(names: list[str]) -> str:
+    """Return a digest of file names."""
+    return _Names([names]).digest([b""])
+
+
 def _visible(directory: pathlib.Path) -> Iterator[os.DirEntry]:
     if directory.is_dir():
         with os.scandir(directory) as entries:
@@ -107,7 +112,8 @@ def _class_folders(directory: pathlib.Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in _visible(directory) if entry.is_dir()))
 
 
-def _images(directory: pathlib.Path) -> list[str]:
+def listed_images(directory: pathlib.Path) -> list[str]:
+    """Return the sorted names of the visible images in `directory`; none if it does not exist."""
     return sorted(
         entry.name for entry in _visible(directory) if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
     )
@@ -122,7 +128,7 @@ def _check_classes(directory: pathlib.Path, class_directory: pathlib.Path, class
             "the splits hold different classes, so their labels would not agree",
             f"the same class folders in both, or remove {directory / unknown[0]}",
         )
-    if class_names and (loose := _images(directory)):
+    if class_names and (loose := listed_images(directory)):
         raise UserError(
             f"{directory} holds class folders and, beside them, {len(loose)} images such as {loose[0]}.",
             "images without a class got among those with one",

@@ -1,0 +1,92 @@
+"""Draw what a segmentation run says: validation images beside their true and their predicted label maps."""
+
+import colorsys
+import os
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from beitv2_jax.convert.runs import read_run
+from beitv2_jax.data.decode import decode_image
+from beitv2_jax.data.labels import IGNORED
+from beitv2_jax.tasks import segment
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.training import loop
+
+TILE_WIDTH = 300
+"""Width of one picture, in pixels."""
+_TITLE, _GAP = 22, 4
+_COLUMNS = ("image", "true", "predicted", "where wrong")
+
+
+def run(task: Task, config, workdir: str) -> dict[str, float]:
+    """Train as every other stage does, then draw `segmentation.png` from what was learned."""
+    figures = loop.train(task, config, workdir)
+    path = os.path.join(workdir, "segmentation.png")
+    if jax.process_index() == 0 and not os.path.exists(path):
+        draw_segmentations(task, config, workdir, path)
+    return figures
+
+
+def draw_segmentations(task: Task, config, workdir: str, path: str, *, num_images: int = 6) -> None:
+    """Write a picture of up to `num_images` validation images: image, true map, predicted map, wrong pixels.
+
+    The images are evenly spread over the split. Pixels without a true class are black in the true map and never wrong.
+    """
+    trained, model, rows = read_run(workdir), segment.make_model(config), task.eval_batches.rows
+    predict = jax.jit(
+        lambda params, statistics, batch: segment.predict(config, model, params, statistics, batch).label_maps
+    )
+    lines = []
+    for row in np.unique(np.linspace(0, len(rows.order) - 1, num_images).astype(int)):
+        example = rows(row)
+        if example["faults"]:
+            continue
+        batch = {name: array[None] for name, array in example.items() if name != "faults"}
+        height, width = example["sizes"]
+        predicted = np.asarray(predict(trained.params, trained.codebook, batch))[0, :height, :width]
+        image = decode_image(rows.source[rows.order[row]]["image"])
+        lines.append(_line(image, example["label_maps"][:height, :width], predicted))
+    if lines:
+        _sheet(lines).save(path)
+
+
+def class_colors(num_colors: int = 256) -> UInt8[np.ndarray, "n 3"]:
+    """Return a colour for each class, neighbours far apart in hue, and black for labels to ignore."""
+    hues = (np.arange(num_colors) * 0.618034) % 1.0
+    levels = [
+        colorsys.hsv_to_rgb(hue, 0.45 + 0.5 * (index % 3) / 2, 1.0 - 0.45 * (index % 2))
+        for index, hue in enumerate(hues)
+    ]
+    colors = np.round(255 * np.array(levels)).astype(np.uint8)
+    colors[IGNORED:] = 0
+    return colors
+
+
+def _line(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> Image.Image:
+    colors = class_colors()
+    wrong = (true != predicted) & (true != IGNORED)
+    faint = image // 3
+    pictures = (image, colors[true], colors[predicted], np.where(wrong[..., None], np.uint8([230, 40, 40]), faint))
+    height = max(1, round(TILE_WIDTH * image.shape[0] / image.shape[1]))
+    line = Image.new("RGB", (len(pictures) * (TILE_WIDTH + _GAP) - _GAP, height), "white")
+    for column, pixels in enumerate(pictures):
+        sampling = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
+        tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((TILE_WIDTH, height), sampling)
+        line.paste(tile, (column * (TILE_WIDTH + _GAP), 0))
+    return line
+
+
+def _sheet(lines: list[Image.Image]) -> Image.Image:
+    heights = [line.height + _GAP for line in lines]
+    sheet = Image.new("RGB", (lines[0].width, _TITLE + sum(heights) - _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for column, title in enumerate(_COLUMNS):
+        draw.text((column * (TILE_WIDTH + _GAP) + 2, 3), title, fill="black", font=font)
+    top = _TITLE
+    for line, height in zip(lines, heights, strict=True):
+        sheet.paste(line, (0, top))
+        top += height
+    return sheet

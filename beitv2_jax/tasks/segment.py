@@ -1,0 +1,187 @@
+"""Stage 3, segmentation: fine-tune a pre-trained backbone under UPerNet to give every pixel a class.
+
+Batch norm's running statistics are what the `codebook` of this stage's state holds: they move with every step, and no
+optimizer touches them.
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from beitv2_jax.data import pipeline, windows
+from beitv2_jax.data.label_maps import LabelIds
+from beitv2_jax.data.segmentation import CropTransform, WindowRow, window_row
+from beitv2_jax.data.sources.label_maps import open_label_maps
+from beitv2_jax.models.upernet import BATCH_STATS, Segmenter
+from beitv2_jax.models.windows import Segmented, segment
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.tasks.objectives import (
+    init_segmenter,
+    layer_of,
+    normalized_inside,
+    segment_finish,
+    segment_loss,
+)
+
+
+def make_model(config) -> Segmenter:
+    """Build the segmentation model described by a segment config."""
+    return Segmenter(image_size=config.views.image_size, **inputs.compute_arguments(config), **config.model.to_dict())
+
+
+def build(config) -> Task:
+    """Build the segmentation task.
+
+    Raises:
+        UserError: the data set is missing or has no label maps, or the classes do not fit its numbers.
+    """
+    return make_task(config, inputs.Opened(open_sources(config)))
+
+
+def open_sources(config):
+    """Open the train and eval splits that `config.data` names, with their label maps."""
+    data = config.data
+    return tuple(open_label_maps(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+
+
+def make_task(config, opened: inputs.Opened) -> Task:
+    """Build the segmentation task on data that are open."""
+    source, eval_source = opened.sources
+    model = make_model(config)
+
+    def evaluate(params, codebook, frozen, batch):
+        found = predict(config, model, params, codebook, batch)
+        return {"confusion": found.confusion.sum(axis=0)}
+
+    return Task(
+        name="segment",
+        init=functools.partial(init_segmenter, model),
+        initial=_initial(config, model),
+        loss=segment_loss(
+            model,
+            normalization=config.normalization,
+            auxiliary_weight=config.loss.auxiliary_weight,
+            count_unlabelled=config.loss.count_unlabelled,
+        ),
+        finish=segment_finish,
+        num_train_examples=len(source),
+        splits=(source.split, eval_source.split),
+        train_batches=_train_batches(config, source),
+        eval_batches=EvalBatches(config, eval_source),
+        evaluate=evaluate,
+        summarize=summarize,
+        no_decay=no_decay,
+        layer_of=functools.partial(layer_of, depth=config.model.depth),
+        num_layers=config.model.depth,
+    )
+
+
+def predict(config, model: Segmenter, params, batch_stats, batch) -> Segmented:
+    """Return the classes of every pixel of a batch of windows, and counts of (true, predicted) pairs of each image."""
+
+    def logits_of(images, sizes):
+        return model.apply(
+            {"params": params, BATCH_STATS: batch_stats}, normalized_inside(images, sizes, config.normalization)
+        ).logits
+
+    return segment(logits_of, batch, sliding(config).mirrored)
+
+
+def sliding(config) -> windows.Sliding:
+    """Return how an evaluation of a segment config goes over an image."""
+    evaluation = config.evaluation
+    return windows.Sliding(
+        crop=config.views.image_size,
+        stride=evaluation.stride,
+        long_side=evaluation.long_side,
+        short_side=evaluation.short_side,
+        scales=evaluation.scales,
+        flip=evaluation.flip,
+    )
+
+
+def label_ids(config) -> LabelIds:
+    """Return what the numbers in the label maps of a segment config mean."""
+    return LabelIds(config.model.num_classes, config.labels.offset, config.labels.ignored)
+
+
+def no_decay(path: str) -> bool:
+    """Tell whether the released recipe exempts the parameter at `path` from weight decay: all vectors.
+
+    Unlike the other released recipes it decays [CLS], as its list of exemptions misses the prefix of the backbone.
+    """
+    return re.search(r"(bias|scale|gamma_[12])$", path) is not None
+
+
+def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return mean IoU, mean accuracy and pixel accuracy of a confusion matrix (rows: true, columns: predicted).
+
+        IoU_c = C_cc / (sum_j C_cj + sum_i C_ic - C_cc),   accuracy_c = C_cc / sum_j C_cj
+
+    The means are over the classes for which they exist: those that are there or predicted, and those that are there.
+    """
+    hits, true, predicted = class_counts(sums["confusion"])
+    return {
+        "mean_iou": _mean_of_ratios(hits, true + predicted - hits),
+        "mean_accuracy": _mean_of_ratios(hits, true),
+        "pixel_accuracy": float(hits.sum() / max(true.sum(), 1.0)),
+    }
+
+
+def class_counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, by class, the pixels that are hit, that are there and that are predicted."""
+    return np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+
+
+def _mean_of_ratios(parts: np.ndarray, wholes: np.ndarray) -> float:
+    exists = wholes > 0
+    return float(np.mean(parts[exists] / wholes[exists])) if exists.any() else 0.0
+
+
+def _initial(config, model: Segmenter) -> dict:
+    given = inputs.initial_variables(config, "segmenter", model)
+    return {"codebook" if name == BATCH_STATS else name: tree for name, tree in given.items()}
+
+
+def _train_batches(config, source):
+    views = {name: value for name, value in config.views.items() if name != "distortion"}
+    transform = CropTransform(
+        seed=config.seed, ids=label_ids(config), distortion=config.views.distortion.to_dict(), **views
+    )
+
+    def batches(process_index: int, process_count: int) -> pipeline.TrainIterator:
+        return pipeline.train_iterator(
+            source,
+            transform,
+            batch_size=config.run.batch_size,
+            seed=config.seed,
+            process_index=process_index,
+            process_count=process_count,
+            **inputs.reading(config),
+        )
+
+    return batches
+
+
+class EvalBatches:
+    """Every example of a split as its windows; how much room they need is found out at the first call."""
+
+    def __init__(self, config, source):
+        self._config, self._source = config, source
+
+    @functools.cached_property
+    def rows(self) -> WindowRow:
+        """The rows of the batches, as host arrays."""
+        return window_row(self._source, label_ids(self._config), sliding(self._config))
+
+    def __call__(self, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:
+        return pipeline.finite_batches(
+            self.rows,
+            len(self._source),
+            batch_size=self._config.evaluation.batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            **inputs.reading(self._config),
+        )
