@@ -4,19 +4,18 @@ A config is a locked `ConfigDict` that a file in `configs/` builds. This module 
 loop. The config files import nothing of the package but this module.
 """
 
-import difflib
 import importlib.util
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 
 UNITS = ("epochs", "steps", "examples")
 HARMLESS = (
@@ -25,18 +24,24 @@ HARMLESS = (
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_every",
+    "run.hang_timeout",
+    "run.on_failed_save",
     "data.num_threads",
     "data.num_workers",
     "data.max_bad_share",
     "output.verify_examples",
     "data.data_dir",
 )
-"""Sections and keys that may change between two starts of one run: they move no result, or only its rounding."""
+"""Sections and keys that may change between two starts of one run.
+
+They move no result, or only its rounding; `efficiency.accumulation_steps` also moves what is drawn in the step (stochastic
+depth, mixup), as every micro-batch draws anew.
+"""
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s+([A-Za-z]+)\s*")
 _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
 _CHOICES = {
-    "stage": ("finetune", "extract", "vqkd", "tokenize", "mim", "probe", "pipeline"),
+    "stage": ("finetune", "extract", "vqkd", "tokenize", "mim", "probe", "segment", "pipeline"),
     "views.interpolation": ("bicubic", "bilinear", "lanczos"),
     "views.tokenizer_interpolation": ("", "bicubic", "bilinear", "lanczos"),
     "teacher.normalization": ("", "half", "imagenet", "clip"),
@@ -50,14 +55,16 @@ _CHOICES = {
     "model.stem": ("linear", "conv"),
     "model.param_init": ("normal", "clipped", "scaled"),
     "model.encoder.stem": ("linear", "conv"),
+    "run.on_failed_save": ("continue", "stop"),
+    "optim.schedule": ("cosine", "linear"),
     "efficiency.dtype": ("float32", "bfloat16", "float16"),
+    "efficiency.gradient_dtype": ("float32", "bfloat16"),
+    "efficiency.remat": ("none", "dots", "full"),
+    "efficiency.attention": ("auto", "plain", "cudnn", "pallas"),
+    "efficiency.nearest_code": ("auto", "plain", "scan", "pallas"),
+    "efficiency.cross_entropy": ("auto", "plain", "tiled"),
     "output.dtype": ("int8", "bfloat16", "float16", "float32"),
 }
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return the entry of `valid` that is spelled most like `name` (ties: alphabetical order)."""
-    return max(sorted(valid), key=lambda candidate: difflib.SequenceMatcher(None, name, candidate).ratio())
 
 
 def parse_duration(duration: str) -> tuple[float, str]:
@@ -250,6 +257,9 @@ def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -
         instead = " or ".join(f"--config.{prefix}{key}={value}" for value in values)
         raise UserError(f"{prefix}{key}={flat.get(key)!r}: {problem}", meant, instead)
 
+    if str(flat.get("efficiency.remat")).lower() in ("true", "false"):
+        kept = {"true": "full", "false": "none"}[str(flat["efficiency.remat"]).lower()]
+        refuse("efficiency.remat", "it names a policy.", "the switch of an earlier version.", kept)
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
             refuse(key, f"not one of {', '.join(valid)}.", "a slip of spelling.", nearest(str(flat[key]), valid))
@@ -259,6 +269,8 @@ def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
     _check_reading(flat, refuse)
+    _check_efficiency(flat, refuse)
+    _check_windows(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
 
 
@@ -332,9 +344,42 @@ def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
     for key in ("data.num_threads", "data.num_workers"):
         if flat.get(key, 0) < 0:
             refuse(key, "there is no such number of them.", "none.", 0)
+    if flat.get("optim.spike_factor", 0.0) and flat["optim.spike_factor"] <= 1:
+        refuse("optim.spike_factor", "every other step would be a spike.", "no guard, or many times the usual.", 0, 10)
+    if flat.get("run.hang_timeout", 0) < 0:
+        refuse("run.hang_timeout", "there is no such time.", "no watch at all.", 0)
     share = flat.get("data.max_bad_share", 0.0)
     if not 0 <= share <= 1:
         refuse("data.max_bad_share", "a share lies between 0 and 1.", "per cent.", share / 100)
+
+
+def _check_efficiency(flat: dict[str, Any], refuse: Callable) -> None:
+    steps, batch_size = flat.get("efficiency.accumulation_steps", 1), flat.get("run.batch_size", 1)
+    if steps < 1 or batch_size % steps:
+        fitting = max(count for count in range(1, max(steps, 1) + 1) if batch_size % count == 0)
+        problem = f"run.batch_size={batch_size} cannot be cut into so many equal parts."
+        refuse("efficiency.accumulation_steps", problem, "a divisor of the batch size.", fitting)
+
+
+def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check what a segmentation cuts out of its images, to train on and to evaluate."""
+    if "evaluation.stride" not in flat:
+        return
+    side = flat["views.image_size"]
+    if not 1 <= flat["evaluation.stride"] <= side:
+        refuse("evaluation.stride", f"windows of {side} pixels would leave gaps.", "two thirds.", round(2 * side / 3))
+    for section in ("views", "evaluation"):
+        long_side, short_side = flat[f"{section}.long_side"], flat[f"{section}.short_side"]
+        if not 1 <= short_side <= long_side:
+            refuse(f"{section}.short_side", f"{section}.long_side={long_side} is shorter.", "the other way.", long_side)
+    if not flat["evaluation.scales"] or min(flat["evaluation.scales"]) <= 0:
+        refuse("evaluation.scales", "an image has no such size.", "the plain image alone.", "'(1.0,)'")
+    if not 0 < flat["views.min_ratio"] <= flat["views.max_ratio"]:
+        refuse(
+            "views.min_ratio", f"not between 0 and views.max_ratio={flat['views.max_ratio']}.", "a smaller one.", 0.5
+        )
+    if not 0 < flat["views.max_class_share"] <= 1:
+        refuse("views.max_class_share", "a share lies between 0 and 1.", "the published one.", 0.75)
 
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:

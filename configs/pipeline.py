@@ -5,7 +5,7 @@ Command   python -m beitv2_jax.main --config=configs/pipeline.py --workdir=runs/
           started again, it goes on where it stopped
 
 `data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` stand here once and reach every stage
-they belong to; a stage's own key (--config.stages.mim.efficiency.remat=true) goes before them.
+they belong to; a stage's own key (--config.stages.mim.efficiency.remat=full) goes before them.
 
 The released code sees a new crop each epoch because both frozen networks run inside the step. Stored targets mean a
 fixed number of views per image instead (4 for the tokenizer: 0.5 TB of features; 16 for MIM: 9 GB of codes). The preset
@@ -101,7 +101,16 @@ def get_config(arg=""):
                 "color_jitter": 0.4,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {"dtype": "bfloat16", "remat": False},
+            "efficiency": {
+                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
+                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
+                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
+                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
+                "scan_blocks": False,  # compile the blocks as one loop: compiles faster, wants remat
+                "attention": "auto",  # plain, cudnn (GPU) or pallas (TPU); auto: what is known to run well here
+                "nearest_code": "auto",  # plain, scan or pallas: the search of the codebook
+                "cross_entropy": "auto",  # plain or tiled: of the code ids
+            },
         }
     )
     config.stages = stages = ConfigDict(sort_keys=False)  # they run in this order

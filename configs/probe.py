@@ -67,7 +67,10 @@ def get_config(arg=""):
                 "knn_temperature": 0.07,
                 "validation_share": 0.1,  # share of the training split on which layer and rate are chosen
             },
-            "run": {"batch_size": 1024},  # of the feature pass
+            "run": {
+                "batch_size": 1024,  # of the feature pass
+                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }

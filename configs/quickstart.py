@@ -143,7 +143,16 @@ def get_config(arg=""):
             "tokenizer_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
             "mim_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {"dtype": "float32", "remat": False},
+            "efficiency": {
+                "dtype": "float32",  # of the matrix products; parameters, codebook and losses are float32
+                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
+                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
+                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
+                "scan_blocks": False,  # compile the blocks as one loop: compiles faster, wants remat
+                "attention": "auto",  # plain, cudnn (GPU) or pallas (TPU); auto: what is known to run well here
+                "nearest_code": "auto",  # plain, scan or pallas: the search of the codebook
+                "cross_entropy": "auto",  # plain or tiled: of the code ids
+            },
         }
     )
     stages = _build_stages(config)

@@ -64,7 +64,10 @@ def get_config(arg=""):
                 "shard_examples": 32768,  # what a worker claims at a time, and loses when it is killed
                 "verify_examples": 64,  # that --task=verify computes anew
             },
-            "run": {"batch_size": 256},
+            "run": {
+                "batch_size": 256,
+                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }

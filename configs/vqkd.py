@@ -141,6 +141,7 @@ def get_config(arg=""):
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
                 "clip_norm": 0.0,  # 0: off
+                "spike_factor": 0.0,  # a step with a loss or gradient of so many times the usual is left out; 0: off
                 "layer_decay": 1.0,
                 "ema_decay": 0.0,  # 0: no averaged weights
             },
@@ -151,10 +152,20 @@ def get_config(arg=""):
                 "checkpoint_every": "1 epoch",
                 "keep_every": "20 epochs",
                 "eval_every": "1 epoch",
-                "max_nonfinite_steps": 20,
+                "max_nonfinite_steps": 20,  # so many in a row end the run
+                "on_failed_save": "continue",  # or 'stop'; the last save must not fail
+                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {"dtype": "bfloat16", "remat": False},
+            "efficiency": {
+                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
+                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
+                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
+                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
+                "scan_blocks": False,  # compile the blocks as one loop: compiles faster, wants remat
+                "attention": "auto",  # plain, cudnn (GPU) or pallas (TPU); auto: what is known to run well here
+                "nearest_code": "auto",  # plain, scan or pallas: the search of the codebook
+            },
         }
     )
     # the decay goes by a cosine to its end; constant unless that is set

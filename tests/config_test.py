@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 
 IMAGENET = 1_281_167
 
@@ -67,9 +67,9 @@ def test_epochs_are_whole_batches(epochs, batch_size, extra):
 
 
 def test_nearest():
-    assert config_lib.nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
-    assert config_lib.nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
-    assert config_lib.nearest("x", ("b", "a")) == "a"
+    assert nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
+    assert nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
+    assert nearest("x", ("b", "a")) == "a"
 
 
 def _presets(calls):
@@ -233,7 +233,7 @@ MIM = {
     },
     "optim": {"warmup": "1 epoch", "betas": (0.9, 0.98)},
     "run": {"batch_size": 8, "duration": "10 steps", "log_every": "1 step"},
-    "efficiency": {"dtype": "float32"},
+    "efficiency": {"dtype": "float32", "gradient_dtype": "float32", "accumulation_steps": 4, "remat": "dots"},
 }
 VQKD = {
     "stage": "vqkd",
@@ -245,7 +245,23 @@ VQKD = {
 }
 
 
-@pytest.mark.parametrize("good", [MIM, VQKD])
+SEGMENT = {
+    "stage": "segment",
+    "data": {"source": "folder:somewhere"},
+    "views": {
+        "image_size": 48,
+        "long_side": 90,
+        "short_side": 60,
+        "min_ratio": 0.5,
+        "max_ratio": 2.0,
+        "max_class_share": 0.75,
+    },
+    "evaluation": {"long_side": 90, "short_side": 60, "stride": 32, "scales": (1.0,), "batch_size": 2},
+    "model": {"patch_size": 16, "width": 64, "num_heads": 1, "depth": 4},
+}
+
+
+@pytest.mark.parametrize("good", [MIM, VQKD, SEGMENT])
 def test_validate_accepts(good):
     config_lib.validate(ConfigDict(good))
     pipeline = ConfigDict({"stage": "pipeline", "stages": {"one": good, "two": good}})
@@ -267,6 +283,16 @@ def test_validate_accepts(good):
         (MIM, "tokenizer.run", "", ["tokenizer.codes", "tokenizer.run"]),
         (MIM, "tokenizer.codes", "DIR2", ["tokenizer.codes", "tokenizer.run='DIR'"]),
         (MIM, "data.source", "", ["data.source"]),
+        (SEGMENT, "data.source", "", ["data.source"]),
+        (SEGMENT, "evaluation.stride", 49, ["evaluation.stride", "48 pixels", "=32"]),
+        (SEGMENT, "evaluation.stride", 0, ["evaluation.stride"]),
+        (SEGMENT, "evaluation.short_side", 91, ["evaluation.short_side", "evaluation.long_side=90"]),
+        (SEGMENT, "views.short_side", 0, ["views.short_side", "=90"]),
+        (SEGMENT, "evaluation.scales", (), ["evaluation.scales"]),
+        (SEGMENT, "evaluation.scales", (1.0, -0.5), ["evaluation.scales", "(1.0,)"]),
+        (SEGMENT, "evaluation.batch_size", 0, ["evaluation.batch_size"]),
+        (SEGMENT, "views.min_ratio", 2.5, ["views.min_ratio", "views.max_ratio=2.0", "=0.5"]),
+        (SEGMENT, "views.max_class_share", 75.0, ["views.max_class_share", "=0.75"]),
         (MIM, "data.num_workers", -1, ["data.num_workers", "=0"]),
         (MIM, "data.num_threads", -2, ["data.num_threads", "=0"]),
         (MIM, "data.max_bad_share", 2.0, ["data.max_bad_share", "=0.02"]),
@@ -279,6 +305,11 @@ def test_validate_accepts(good):
         (MIM, "optim.betas", (0.9,), ["optim.betas"]),
         (MIM, "optim.betas", (0.9, 1.0), ["optim.betas"]),
         (MIM, "efficiency.dtype", "bf16", ["efficiency.dtype", "=bfloat16"]),
+        (MIM, "efficiency.gradient_dtype", "float16", ["efficiency.gradient_dtype", "=bfloat16"]),
+        (MIM, "efficiency.accumulation_steps", 3, ["efficiency.accumulation_steps", "run.batch_size=8", "=2"]),
+        (MIM, "efficiency.accumulation_steps", 0, ["efficiency.accumulation_steps", "=1"]),
+        (MIM, "efficiency.remat", "True", ["efficiency.remat", "earlier", "=full"]),
+        (MIM, "efficiency.remat", "dot", ["efficiency.remat", "none, dots, full", "=dots"]),
         (VQKD, "teacher.weights", "FILE", ["teacher.features", "teacher.weights='FILE'"]),
         (VQKD, "teacher.features", "", ["teacher.features", "teacher.weights=''"]),
         (VQKD, "teacher.normalization", "klip", ["teacher.normalization", "=clip"]),

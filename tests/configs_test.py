@@ -18,6 +18,7 @@ STAGES = {
     "pipeline": "pipeline",
     "probe": "probe",
     "quickstart": "pipeline",
+    "segment": "segment",
     "teacher": "finetune",
     "tokenize": "tokenize",
     "vqkd": "vqkd",
@@ -138,6 +139,7 @@ def test_published_vqkd_recipe():
         "weight_decay": 1e-4,
         "weight_decay_end": 1e-4,
         "clip_norm": 0.0,
+        "spike_factor": 0.0,
         "layer_decay": 1.0,
         "ema_decay": 0.0,
     }
@@ -177,6 +179,7 @@ def test_published_mim_recipe():
         "weight_decay": 0.05,
         "weight_decay_end": 0.05,
         "clip_norm": 3.0,
+        "spike_factor": 0.0,
         "layer_decay": 1.0,
         "ema_decay": 0.0,
     }
@@ -248,6 +251,45 @@ def test_published_finetuning_recipes(arg):
         "switch_probability": 0.5,
         "erasing": 0.25,
     }
+
+
+PUBLISHED_SEGMENTATION = {
+    # lr, layer decay, drop path, layer-scale init, blocks, width of the head
+    "base1600": (5e-5, 0.75, 0.15, 0.1, (4, 6, 8, 12), 768),
+    "base21k": (5e-5, 0.85, 0.15, 0.1, (4, 6, 8, 12), 768),
+    "large1600": (4e-5, 0.9, 0.2, 1e-6, (8, 12, 16, 24), 1024),
+    "large21k": (3e-5, 0.9, 0.2, 1e-6, (8, 12, 16, 24), 1024),
+}
+
+
+@pytest.mark.parametrize("arg", PUBLISHED_SEGMENTATION)
+def test_published_segmentation_recipes(arg):
+    config = load("segment", arg)
+    model, optim = config.model, config.optim
+    assert PUBLISHED_SEGMENTATION[arg] == (
+        *(optim.peak_lr, optim.layer_decay, model.drop_path_rate, model.layer_scale_init, model.out_layers),
+        model.channels,
+    )
+    # what all of them share
+    assert (model.position, model.num_classes, model.aux_channels, model.dropout_rate) == ("relative", 150, 256, 0.1)
+    assert (optim.schedule, optim.min_lr, optim.warmup) == ("linear", 0.0, "1500 steps")
+    assert (optim.betas, optim.weight_decay, optim.weight_decay_end, optim.clip_norm) == ((0.9, 0.999), 0.05, 0.05, 0.0)
+    assert (config.run.batch_size, config.run.duration, config.run.eval_every) == (16, "160000 steps", "16000 steps")
+    assert config.labels.to_dict() == {"offset": 1, "ignored": (0, 255)}
+    assert config.loss.to_dict() == {"auxiliary_weight": 0.4, "count_unlabelled": True}
+    assert config.views.to_dict() == {
+        "image_size": 512,
+        "long_side": 2048,
+        "short_side": 512,
+        "min_ratio": 0.5,
+        "max_ratio": 2.0,
+        "max_class_share": 0.75,
+        "distortion": {"brightness": 32.0, "contrast": 0.5, "saturation": 0.5, "hue": 18 / 180, "probability": 0.5},
+    }
+    evaluation = config.evaluation
+    assert (evaluation.long_side, evaluation.short_side, evaluation.stride) == (2048, 512, 341)
+    assert (evaluation.scales, evaluation.flip) == ((1.0,), False)
+    assert config.normalization == "imagenet"
 
 
 def test_a_teacher_is_trained_without_augmentation():

@@ -11,7 +11,7 @@ from without_data import CONFIGS, no_data
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.official import official_name, to_official
 from beitv2_jax.tasks import finetune, mim, vqkd
-from beitv2_jax.training import loop, optim
+from beitv2_jax.training import optim
 from beitv2_jax.training.sharding import path_name
 
 SCHEDULE_TOLERANCE = 1e-12  # relative to the largest value of the schedule
@@ -79,7 +79,7 @@ def check_group(golden, group):
     arrays = to_official(kind, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), variables))
     assert {name: list(arrays[name].shape) for name in entries} == {name: released["shapes"][name] for name in entries}
 
-    optimizer, rate = loop.make_optimizer(task, config.optim, warmup_steps=2, num_steps=7)
+    optimizer, rate = optim.for_task(task, config.optim, warmup_steps=2, num_steps=7)
     ones = jax.tree.map(lambda leaf: jnp.ones(()), variables["params"])
     moves, _ = optimizer.update(ones, optimizer.init(ones), ones, step=1)
     scale_error = move_error = 0.0

@@ -16,9 +16,10 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.convert.official import from_official, to_official
 from beitv2_jax.models.preprocess import NORMALIZATIONS, to_unit_range
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import finetune, mim, vqkd
-from beitv2_jax.training import loop, optim
+from beitv2_jax.tasks import finetune, inputs, mim, vqkd
+from beitv2_jax.training import optim
 from beitv2_jax.training.state import TrainState
+from beitv2_jax.training.step import make_train_step
 
 DEAD_BUFFERS = tuple(f"quantize.embedding.{name}" for name in ("cluster_size", "embed_avg", "initted"))
 
@@ -82,7 +83,7 @@ def check_train10_vqkd(golden: Golden):
     # as the released loop does at the start of an epoch
     variables["codebook"]["quantizer"]["cluster_counts"] = np.zeros(config.model.codebook_size, np.float32)
     run = Run("vqkd", golden, task, config, variables)
-    model = vqkd.make_model(config, golden.config["decoder_out_dim"], **config.efficiency)
+    model = vqkd.make_model(config, golden.config["decoder_out_dim"], **inputs.compute_arguments(config))
     encode = quick_jit(lambda variables, images: model.apply(variables, to_unit_range(images), method=VQKD.encode))
     ids = []
     # a step looks its codes up before it moves the codebook
@@ -132,7 +133,7 @@ class Run:
         self.kind, self.golden, self.task, self.config = kind, golden, task, config
         train = golden.config["train"]
         self.warmup_steps, self.num_steps = train["warmup_steps"], train["epochs"] * train["niter_per_ep"]
-        self.optimizer, self.schedule = loop.make_optimizer(task, config.optim, self.warmup_steps, self.num_steps)
+        self.optimizer, self.schedule = optim.for_task(task, config.optim, self.warmup_steps, self.num_steps)
         variables = jax.tree.map(jnp.asarray, variables)
         self.state = TrainState(
             jnp.zeros((), jnp.int32),
@@ -144,7 +145,7 @@ class Run:
 
     def steps(self, batches):
         """Take all steps; return the metrics as arrays over the steps."""
-        step = quick_jit(loop.make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, ema_decay=0.0))
+        step = quick_jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, ema_decay=0.0))
         metrics = []
         for index in range(self.num_steps):
             batch = {key: jnp.asarray(values[index]) for key, values in batches.items()}

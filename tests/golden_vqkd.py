@@ -30,9 +30,9 @@ class QuantizerCase:
         self.module = q.Quantizer(
             codebook_size=sizes["n_embed"],
             code_dim=sizes["dim"],
-            ema_decay=sizes["decay"],
             commitment_weight=sizes["beta"],
         )
+        self.ema_decay = sizes["decay"]
         self.inputs = golden.section(f"in/{name}/")
         zeros = jnp.zeros(sizes["n_embed"])
         self.state = {
@@ -43,8 +43,8 @@ class QuantizerCase:
         }
 
     def step(self, z, train):
-        out, new = self.module.apply({"codebook": self.state}, vectors(z), train=train, mutable=["codebook"])
-        self.state = new["codebook"]
+        out = self.module.apply({"codebook": self.state}, vectors(z))
+        self.state = q.updated_state(self.state, out.statistics, self.ema_decay, move=train)
         return out
 
     def check(self, name, value):
@@ -52,7 +52,7 @@ class QuantizerCase:
 
     def check_step(self, out, z, suffix=""):
         self.check(f"ids{suffix}", out.code_ids.reshape(z.shape[0], *z.shape[2:]))
-        self.check(f"loss{suffix}", out.commitment_loss)
+        self.check(f"loss{suffix}", out.commitment.mean())
 
     def check_state(self, suffix=""):
         self.check(f"codebook_after{suffix}", self.state["codebook"])
@@ -71,8 +71,8 @@ def check_one_step(case):
     z, probe, variables = case.inputs["z"], vectors(case.inputs["probe"]), {"codebook": case.state}
 
     def objective(projections):
-        out = case.module.apply(variables, projections, train=True)
-        return jnp.sum(out.codes * probe) + out.commitment_loss
+        out = case.module.apply(variables, projections)
+        return jnp.sum(out.codes * probe) + out.commitment.mean()
 
     case.check("grad_z", maps(jax.grad(objective)(vectors(z)), z))
     out = case.step(z, train=True)
@@ -156,7 +156,7 @@ def in_tokenizer_range(images):
 def check_eval_outputs(golden, model, variables):
     images = in_tokenizer_range(golden.arrays["in/image"])
     golden.check("eval/pre_processed", np.moveaxis(np.asarray(images), -1, 1))
-    out, new = quick_jit(lambda images: model.apply(variables, images, train=False, mutable=["codebook"]))(images)
+    out = quick_jit(lambda images: model.apply(variables, images, train=False))(images)
     ids = quick_jit(lambda images: model.apply(variables, images, method=model.encode))(images)
     np.testing.assert_array_equal(ids, out.code_ids)
     golden.check("eval/token_ids", ids)
@@ -164,22 +164,23 @@ def check_eval_outputs(golden, model, variables):
     golden.check("eval/to_quantizer_features", out.projections)
     golden.check("eval/z_l2", out.unit)
     golden.check("eval/z_q", maps(out.codes, golden.arrays["out/eval/z_q"]))
-    state = new["codebook"]["quantizer"]
+    state = variables["codebook"]["quantizer"]
+    state = q.updated_state(state, out.statistics, model.ema_decay, move=False)
     golden.check("eval/code_vectors", state["codebook"][out.code_ids])
     golden.check("eval/cluster_size_after", state["cluster_counts"])
     golden.check("eval/decoder_patch_features", out.decoder_features)
     golden.check("eval/rec", out.reconstruction)
     distance = cosine_distillation(out.reconstruction, jnp.asarray(golden.arrays["in/target"])).mean()
     golden.check("eval/rec_loss", distance)
-    golden.check("eval/commit_loss", out.commitment_loss)
-    golden.check("eval/total_loss", distance + out.commitment_loss)
+    golden.check("eval/commit_loss", out.commitment.mean())
+    golden.check("eval/total_loss", distance + out.commitment.mean())
 
 
 def check_training(golden, model, variables):
     def loss(params, codebook, images, target):
-        out, new = model.apply({"params": params, "codebook": codebook}, images, train=True, mutable=["codebook"])
+        out = model.apply({"params": params, "codebook": codebook}, images, train=True)
         distance = cosine_distillation(out.reconstruction, target).mean()
-        return distance + out.commitment_loss, (distance, out, new["codebook"])
+        return distance + out.commitment.mean(), (distance, out)
 
     value_and_gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))
     params, codebook = variables["params"], variables["codebook"]
@@ -189,16 +190,17 @@ def check_training(golden, model, variables):
         strict=True,
     )
     for step, (images, target) in enumerate(batches):
-        (total, (distance, out, codebook)), gradients = value_and_gradient(params, codebook, images, target)
+        (total, (distance, out)), gradients = value_and_gradient(params, codebook, images, target)
+        state = q.updated_state(codebook["quantizer"], out.statistics, model.ema_decay)
+        codebook = {"quantizer": state}
         golden.check(f"train/step{step}/token_ids", out.code_ids)
         golden.check(f"train/step{step}/total_loss", total)
         golden.check(f"train/step{step}/rec_loss", distance)
-        golden.check(f"train/step{step}/commit_loss", out.commitment_loss)
+        golden.check(f"train/step{step}/commit_loss", out.commitment.mean())
         if step == 0:
             official = to_official("vqkd", {"params": gradients, "codebook": codebook})
             gradients = {name: value for name, value in official.items() if not name.startswith("quantize.")}
             golden.check_gradients(gradients, "train/grad/")
         if step in (0, 2):
-            state = codebook["quantizer"]
             golden.check(f"train/after{step + 1}/codebook", state["codebook"])
             golden.check(f"train/after{step + 1}/cluster_size", state["cluster_counts"])

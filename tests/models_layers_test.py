@@ -188,13 +188,12 @@ def test_bfloat16_keeps_the_residual_stream_in_float32():
 def test_drop_path_drops_samples_and_keeps_the_mean():
     rate, samples = 0.3, 20011
     branch = jnp.broadcast_to(tokens(shape=(1, 2, 3)), (samples, 2, 3))
-    dropped = layers.DropPath(rate).apply({}, branch, train=True, rngs={"drop_path": jax.random.key(10)})
+    dropped = layers.drop_path(branch, rate, jax.random.key(10))
     kept = np.asarray(jnp.all(dropped != 0, axis=(1, 2)))
     np.testing.assert_array_equal(kept, jnp.any(dropped != 0, axis=(1, 2)))
     np.testing.assert_allclose(kept.mean(), 1 - rate, atol=4 * math.sqrt(rate * (1 - rate) / samples))
     np.testing.assert_allclose(dropped[kept][0], branch[0] / (1 - rate), rtol=1e-6)
-    chex.assert_trees_all_equal(layers.DropPath(rate).apply({}, branch, train=False), branch)
-    chex.assert_trees_all_equal(layers.DropPath(0.0).apply({}, branch, train=True), branch)
+    chex.assert_trees_all_equal(layers.drop_path(branch, 0.0, jax.random.key(10)), branch)
 
 
 def test_the_two_branches_of_a_block_are_dropped_independently():
@@ -209,6 +208,30 @@ def test_the_two_branches_of_a_block_are_dropped_independently():
     values, counts = np.unique(added, return_counts=True)
     np.testing.assert_array_equal(values, [0, 2, 20, 22])  # every combination of 1/0.5 and 10/0.5 occurs
     np.testing.assert_allclose(counts / samples, 0.25, atol=0.06)
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("gradient_dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_a_linear_map_leave_it_in_the_dtype_asked_for(out_dtype, gradient_dtype):
+    rng = np.random.default_rng(3)
+    sizes = (2, 3, 5), (5, 7), (2, 3, 7), (7,)
+    # numbers that bfloat16 holds, so that only gradients are rounded
+    inputs, kernel, probe, bias = (
+        jnp.asarray(rng.normal(size=size)).astype(jnp.bfloat16).astype(jnp.float32) for size in sizes
+    )
+
+    def value(inputs, kernel, bias):
+        outputs = layers.product(inputs, kernel, jnp.bfloat16, out_dtype, gradient_dtype)
+        return jnp.sum(layers.shifted(outputs, bias) * probe)
+
+    to_inputs, to_kernel, to_bias = jax.grad(value, argnums=(0, 1, 2))(inputs, kernel, bias)
+    assert to_inputs.dtype == to_kernel.dtype == to_bias.dtype == jnp.float32
+    exact = np.einsum("bli,blo->io", inputs, probe)
+    rounded = np.asarray(jnp.asarray(exact).astype(jnp.bfloat16), np.float32)
+    assert np.abs(exact - rounded).max() > 1e-3
+    np.testing.assert_allclose(to_kernel, exact if gradient_dtype == jnp.float32 else rounded, rtol=1e-6)
+    np.testing.assert_allclose(to_bias, np.sum(probe, (0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(to_inputs, np.einsum("blo,io->bli", probe, kernel), rtol=0.01, atol=0.03)
 
 
 def test_drop_path_rates_rise_linearly():

@@ -21,12 +21,13 @@ def projections(seed, batch=BATCH):
 
 def start(seed=0, **kwargs):
     module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM, **kwargs)
-    return module, module.init(jax.random.key(seed), projections(0), train=True)["codebook"]
+    return module, module.init(jax.random.key(seed), projections(0))["codebook"]
 
 
-def apply(module, state, vectors, train):
-    out, new = module.apply({"codebook": state}, vectors, train=train, mutable=["codebook"])
-    return out, new["codebook"]
+def apply(module, state, vectors, ema_decay=0.99):
+    """Return a lookup, and the state that its statistics lead to."""
+    out = module.apply({"codebook": state}, vectors)
+    return out, q.updated_state(state, out.statistics, ema_decay)
 
 
 def reference_lookup(vectors, codebook):
@@ -37,59 +38,59 @@ def reference_lookup(vectors, codebook):
 
 def test_state_is_only_the_codebook_collection_with_unit_rows():
     module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM)
-    variables = module.init(jax.random.key(0), projections(0), train=True)
+    variables = module.init(jax.random.key(0), projections(0))
     assert set(variables) == {"codebook"}
     state = variables["codebook"]
     chex.assert_shape(state["codebook"], (CODES, CODE_DIM))
     np.testing.assert_allclose(np.linalg.norm(state["codebook"], axis=-1), 1.0, atol=1e-6)
     for name in ("cluster_counts", "window_counts", "last_window_counts"):
         np.testing.assert_array_equal(state[name], np.zeros(CODES, np.float32))
-    other = module.init(jax.random.key(1), projections(0), train=True)["codebook"]
+    other = module.init(jax.random.key(1), projections(0))["codebook"]
     assert np.abs(state["codebook"] - other["codebook"]).max() > 0.1
 
 
 def test_output_shapes_dtypes_and_values():
     module, state = start(commitment_weight=0.5)
     vectors = projections(1)
-    out, _ = apply(module, state, vectors, train=True)
+    out, _ = apply(module, state, vectors)
     unit, ids = reference_lookup(vectors, state["codebook"])
     chex.assert_shape([out.codes, out.unit], (BATCH, PATCHES, CODE_DIM))
     assert out.code_ids.dtype == jnp.int32
     np.testing.assert_array_equal(out.code_ids, ids)
     np.testing.assert_allclose(out.unit, unit, atol=1e-6)
     np.testing.assert_allclose(out.codes, np.asarray(state["codebook"])[ids], atol=1e-6)
-    np.testing.assert_array_equal(out.counts, np.bincount(ids.ravel(), minlength=CODES))
-    expected = 0.5 * np.mean((np.asarray(state["codebook"], np.float64)[ids] - unit) ** 2)
-    np.testing.assert_allclose(out.commitment_loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(out.statistics.counts, np.bincount(ids.ravel(), minlength=CODES))
+    expected = 0.5 * np.mean((np.asarray(state["codebook"], np.float64)[ids] - unit) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(out.commitment, expected, rtol=1e-5)
 
 
 def test_bfloat16_projections_are_quantized_in_float32():
     module, state = start()
     vectors = projections(2).astype(jnp.bfloat16)
-    out, new = apply(module, state, vectors, train=True)
-    same, _ = apply(module, state, vectors.astype(jnp.float32), train=True)
+    out, new = apply(module, state, vectors)
+    same, _ = apply(module, state, vectors.astype(jnp.float32))
     chex.assert_trees_all_equal(out, same)
-    chex.assert_type([out.codes, out.unit, out.commitment_loss, *jax.tree.leaves(new)], jnp.float32)
+    chex.assert_type([out.codes, out.unit, out.commitment, *jax.tree.leaves(new)], jnp.float32)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20), ema_decay=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_rows_stay_unit_and_unused_codes_never_move(seed, ema_decay):
-    module, state = start(seed, ema_decay=ema_decay)
+    module, state = start(seed)
     initial = np.asarray(state["codebook"])
     hit = np.zeros(CODES, bool)
     for step in range(3):
-        out, state = apply(module, state, projections(seed + step), train=True)
-        hit |= np.asarray(out.counts) > 0
+        out, state = apply(module, state, projections(seed + step), ema_decay)
+        hit |= np.asarray(out.statistics.counts) > 0
     np.testing.assert_allclose(np.linalg.norm(state["codebook"], axis=-1), 1.0, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(state["codebook"])[~hit], initial[~hit])
     assert np.all(np.abs(np.asarray(state["codebook"])[hit] - initial[hit]).max(axis=-1) > 1e-4)
 
 
 def test_update_is_the_decayed_blend_of_directions():
-    module, state = start(ema_decay=0.75)
+    module, state = start()
     vectors = projections(3)
-    out, new = apply(module, state, vectors, train=True)
+    out, new = apply(module, state, vectors, ema_decay=0.75)
     unit, ids = reference_lookup(vectors, state["codebook"])
     for code in range(CODES):
         row = np.asarray(state["codebook"][code], np.float64)
@@ -98,7 +99,7 @@ def test_update_is_the_decayed_blend_of_directions():
             mean = members.mean(axis=0)
             row = 0.75 * row + 0.25 * mean / np.linalg.norm(mean)
         np.testing.assert_allclose(new["codebook"][code], row / np.linalg.norm(row), atol=1e-6)
-    np.testing.assert_allclose(new["cluster_counts"], 0.25 * np.asarray(out.counts), rtol=1e-6)
+    np.testing.assert_allclose(new["cluster_counts"], 0.25 * np.asarray(out.statistics.counts), rtol=1e-6)
 
 
 def test_straight_through_gradient_is_the_identity_on_unit_projections():
@@ -106,8 +107,8 @@ def test_straight_through_gradient_is_the_identity_on_unit_projections():
     vectors, probe = projections(4), projections(5)
 
     def through(vectors):
-        out = module.apply({"codebook": state}, vectors, train=True)
-        return jnp.sum(out.codes * probe) + out.commitment_loss
+        out = module.apply({"codebook": state}, vectors)
+        return jnp.sum(out.codes * probe) + out.commitment.sum()
 
     def around(vectors):
         return jnp.sum(q.l2_normalise(vectors) * probe)
@@ -121,8 +122,8 @@ def test_no_gradient_reaches_the_codebook_but_commitment_reaches_the_projections
     module, state = start()
 
     def loss(vectors, state):
-        out = module.apply({"codebook": state}, vectors, train=True)
-        return out.commitment_loss + jnp.sum(out.codes**3)
+        out = module.apply({"codebook": state}, vectors)
+        return out.commitment.mean() + jnp.sum(out.codes**3)
 
     to_vectors, to_state = jax.grad(loss, argnums=(0, 1))(projections(6), state)
     assert np.abs(to_vectors).max() > 1e-4
@@ -132,8 +133,8 @@ def test_no_gradient_reaches_the_codebook_but_commitment_reaches_the_projections
 def test_zero_projection_has_finite_outputs_and_gradient():
     module, state = start()
     vectors = projections(7).at[1, 2].set(0.0)
-    gradient = jax.grad(lambda v: module.apply({"codebook": state}, v, train=True).commitment_loss)(vectors)
-    out, _ = apply(module, state, vectors, train=True)
+    gradient = jax.grad(lambda v: module.apply({"codebook": state}, v).commitment.mean())(vectors)
+    out, _ = apply(module, state, vectors)
     chex.assert_tree_all_finite((gradient, out))
     np.testing.assert_array_equal(out.unit[1, 2], np.zeros(CODE_DIM))
 
@@ -144,24 +145,37 @@ def test_permuting_the_batch_permutes_ids_and_moves_the_codebook_alike(seed):
     module, state = start(seed)
     vectors = projections(seed, batch=5)
     order = np.random.default_rng(seed).permutation(5)
-    out, new = apply(module, state, vectors, train=True)
-    shuffled, new_shuffled = apply(module, state, vectors[order], train=True)
+    out, new = apply(module, state, vectors)
+    shuffled, new_shuffled = apply(module, state, vectors[order])
     np.testing.assert_array_equal(shuffled.code_ids, out.code_ids[order])
     chex.assert_trees_all_close(new_shuffled, new, atol=1e-6)
 
 
-def test_eval_moves_counts_and_never_the_codebook():
-    module, state = start(ema_decay=0.9)
-    out, new = apply(module, state, projections(8), train=False)
+def test_counts_can_be_kept_without_moving_the_codebook():
+    module, state = start()
+    out, _ = apply(module, state, projections(8))
+    new = q.updated_state(state, out.statistics, 0.9, move=False)
     np.testing.assert_array_equal(new["codebook"], state["codebook"])
-    np.testing.assert_allclose(new["cluster_counts"], 0.1 * np.asarray(out.counts), rtol=1e-5)
-    frozen = module.apply({"codebook": state}, projections(8), train=False)
-    chex.assert_trees_all_equal(frozen, out)
+    np.testing.assert_allclose(new["cluster_counts"], 0.1 * np.asarray(out.statistics.counts), rtol=1e-5)
+    np.testing.assert_array_equal(new["window_counts"], out.statistics.counts)
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole():
+    module, state = start()
+    vectors, weight = projections(19, batch=6), jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    whole = module.apply({"codebook": state}, vectors, weight).statistics
+    parts = [module.apply({"codebook": state}, vectors[i::3], weight[i::3]).statistics for i in range(3)]
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    np.testing.assert_array_equal(summed.counts, whole.counts)
+    assert whole.counts.sum() == 4 * PATCHES
+    np.testing.assert_allclose(summed.sums, whole.sums, atol=1e-6)
+    counted = module.apply({"codebook": state}, vectors[weight > 0]).statistics
+    np.testing.assert_allclose(counted.sums, whole.sums, atol=1e-6)
 
 
 def test_codes_come_from_the_codebook_before_the_update():
-    module, state = start(ema_decay=0.0)
-    out, new = apply(module, state, projections(9), train=True)
+    module, state = start()
+    out, new = apply(module, state, projections(9), ema_decay=0.0)
     np.testing.assert_allclose(out.codes, state["codebook"][out.code_ids], atol=1e-6)
     assert np.abs(out.codes - new["codebook"][out.code_ids]).max() > 0.01
 
@@ -194,8 +208,8 @@ def test_window_holds_exactly_the_hits_of_its_steps():
             np.testing.assert_array_equal(state["last_window_counts"], sum(hits[0:3]))
         if step in (6, 7):
             np.testing.assert_array_equal(state["last_window_counts"], sum(hits[3:6]))
-        out, state = apply(module, state, projections(20 + step), train=True)
-        hits.append(np.asarray(out.counts))
+        out, state = apply(module, state, projections(20 + step))
+        hits.append(np.asarray(out.statistics.counts))
     np.testing.assert_array_equal(state["window_counts"], hits[6] + hits[7])
 
 
@@ -205,20 +219,20 @@ def shard(array):
 
 
 def test_update_on_eight_devices_equals_one_device():
-    module, state = start(ema_decay=0.5)
+    module, state = start()
     vectors = projections(10, batch=16)
-    step = jax.jit(lambda state, vectors: apply(module, state, vectors, train=True))
+    step = jax.jit(lambda state, vectors: apply(module, state, vectors, ema_decay=0.5))
     out, new = step(state, vectors)
     sharded_out, sharded_new = step(state, shard(vectors))
     np.testing.assert_array_equal(sharded_out.code_ids, out.code_ids)
-    np.testing.assert_array_equal(sharded_out.counts, out.counts)
+    np.testing.assert_array_equal(sharded_out.statistics.counts, out.statistics.counts)
     chex.assert_trees_all_close((sharded_out, sharded_new), (out, new), atol=1e-6)
 
 
 def test_no_device_gathers_the_global_batch():
     module, state = start()
     text = (
-        jax.jit(lambda state, vectors: apply(module, state, vectors, train=True)[1])
+        jax.jit(lambda state, vectors: apply(module, state, vectors)[1])
         .lower(state, shard(projections(10, batch=16)))
         .compile()
         .as_text()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from testing import drawn_variables, quick_jit
 
@@ -158,19 +159,50 @@ def test_only_training_is_random():
     assert (run(True, 6) != run(True, 7)).any()
 
 
-def test_remat_keeps_names_and_gradients():
-    plain, remat = build(drop_path_rate=0.9), build(drop_path_rate=0.9, remat=True)
+def loss_of(model):
+    def loss(variables):
+        output = model.apply(variables, images(), train=True, rngs={"drop_path": jax.random.key(8)})
+        return jnp.sum(output.tokens**2) + sum(jnp.sum(jnp.sin(tokens)) for tokens in output.hidden)
+
+    return loss
+
+
+def test_remat_keeps_names_and_gradients_and_computes_again():
+    models = {remat: build(drop_path_rate=0.9, remat=remat) for remat in ("none", "dots", "full")}
+    variables = drawn_variables(models["none"], images())
+    expected = quick_jit(jax.grad(loss_of(models["none"])))(variables)
+    products = {}
+    for remat, model in models.items():
+        chex.assert_trees_all_equal(variables, drawn_variables(model, images()))
+        products[remat] = str(jax.make_jaxpr(jax.grad(loss_of(model)))(variables)).count("dot_general")
+        chex.assert_trees_all_close(quick_jit(jax.grad(loss_of(model)))(variables), expected, rtol=1e-4, atol=1e-5)
+    assert products["none"] < products["dots"] < products["full"]
+
+
+@pytest.mark.parametrize("position", ["relative", "relative_shared"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_blocks_as_a_loop_keep_names_draws_and_gradients(position, remat):
+    plain, looped = (
+        build(position=position, drop_path_rate=0.6, remat=remat, scan_blocks=value) for value in (False, True)
+    )
     variables = drawn_variables(plain, images())
-    chex.assert_trees_all_equal(variables, drawn_variables(remat, images()))
+    chex.assert_trees_all_equal(variables, drawn_variables(looped, images()))
+    program = str(jax.make_jaxpr(loss_of(looped))(variables))
+    assert program.count("scan[") == 1
+    assert program.count("dot_general") < str(jax.make_jaxpr(loss_of(plain))(variables)).count("dot_general")
+    expected, found = (quick_jit(jax.value_and_grad(loss_of(model)))(variables) for model in (plain, looped))
+    scaled = jax.tree.map(lambda a, b: a / jnp.abs(b).max(), found, expected)
+    chex.assert_trees_all_close(scaled, jax.tree.map(lambda b: b / jnp.abs(b).max(), expected), atol=2e-6)
+    expected, found = (quick_jit(model.apply)(variables, images()) for model in (plain, looped))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
-    def gradient(model):
-        def loss(v):
-            return jnp.sum(model.apply(v, images(), train=True, rngs={"drop_path": jax.random.key(8)}).tokens ** 2)
 
-        assert ("remat" in str(jax.make_jaxpr(loss)(variables))) == model.remat
-        return quick_jit(jax.grad(loss))(variables)
-
-    chex.assert_trees_all_close(gradient(plain), gradient(remat), rtol=1e-4, atol=1e-5)
+def test_activations_are_constrained_once_after_the_embedding_and_after_each_block():
+    variables = drawn_variables(build(), images())
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "x"),)):
+        program = str(jax.make_jaxpr(lambda v: build().apply(v, jnp.zeros((8, SIZE, SIZE, 3))))(variables))
+    assert program.count("sharding_constraint") == 1 + build().depth
 
 
 def test_bfloat16_is_close_and_hands_out_float32():

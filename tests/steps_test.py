@@ -6,16 +6,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 from configs_test import FOLDER, presets
-from without_data import no_data
+from without_data import FakeSource, no_data
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.mim import MaskedImageModel
-from beitv2_jax.tasks import finetune, mim, vqkd
-from beitv2_jax.training import loop, sharding, state
+from beitv2_jax.tasks import finetune, inputs, mim, segment, vqkd
+from beitv2_jax.training import optim, sharding, state
+from beitv2_jax.training.step import make_train_step
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
-BUILDERS = {"finetune": finetune.build, "vqkd": vqkd.build, "mim": mim.build}
+BUILDERS = {
+    "finetune": finetune.build,
+    "vqkd": vqkd.build,
+    "mim": mim.build,
+    "segment": lambda config: segment.make_task(config, inputs.Opened((FakeSource(0),) * 2)),
+}
 TRAINED = [(name, arg) for name in ("teacher", "vqkd", "mim", "finetune") for arg in ("", *presets(name))]
+TRAINED += [("segment", arg) for arg in ("", "smoke")]  # the others differ in rates and sizes alone
 TRAINED += [("mim", "large,300ep"), ("mim", "base,300ep")]
 CHAINED = [(name, arg) for name in ("pipeline", "quickstart") for arg in ("", *presets(name))]
 
@@ -37,7 +44,11 @@ def abstract_batch(config):
         "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         "weight": spec((batch_size,)),
     }
-    if config.views.color_jitter:
+    if config.stage == "segment":
+        batch["label_maps"] = jax.ShapeDtypeStruct((batch_size, size, size), jnp.uint8)
+        batch["sizes"] = jax.ShapeDtypeStruct((batch_size, 2), jnp.int32)
+        batch["distortion"] = spec((batch_size, 5))
+    elif config.views.color_jitter:
         batch["jitter_factors"] = spec((batch_size, 3))
         batch["jitter_gray"] = spec((batch_size,))
         batch["jitter_order"] = jax.ShapeDtypeStruct((batch_size, 3), jnp.int32)
@@ -52,10 +63,10 @@ def abstract_batch(config):
 def traced_step(config):
     """Return (state before, state after, metrics) of one step as shapes."""
     task = BUILDERS[config.stage](config)
-    optimizer, schedule = loop.make_optimizer(task, config.optim, warmup_steps=2, num_steps=10)
+    optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=2, num_steps=10)
     mesh = sharding.make_mesh()
     before = state.abstract(task, optimizer, mesh, config.seed, keep_ema=config.optim.ema_decay > 0)
-    step = loop.make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
+    step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
     after, metrics = jax.eval_shape(step, before, task.frozen, abstract_batch(config))
     return before, after, metrics
 
@@ -143,7 +154,23 @@ def expected_parameters(config):
     ]
     if config.stage == "finetune":
         return total + 2 * model.width + linear(model.width, model.num_classes)
+    if config.stage == "segment":
+        return total + segmentation_heads(model)
     return total + model.width + model.head_depth * one + 2 * model.width + linear(model.width, model.codebook_size)
+
+
+def segmentation_heads(model):
+    """Three upsampling maps, a norm; laterals, pools, bottleneck, smoothings, fusion, classes; the auxiliary head."""
+    width, channels, aux = model.width, model.channels, model.aux_channels
+
+    def convolution(size, inputs_, outputs):
+        return size * size * inputs_ * outputs + 2 * outputs
+
+    total = 3 * (4 * width * width + width) + 2 * width
+    total += 7 * convolution(1, width, channels) + convolution(3, width + 4 * channels, channels)
+    total += 3 * convolution(3, channels, channels) + convolution(3, 4 * channels, channels)
+    total += linear(channels, model.num_classes)
+    return total + convolution(3, width, aux) + linear(aux, model.num_classes)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +184,8 @@ def expected_parameters(config):
         ("finetune", "large1600", 304_430_568),
         ("finetune", "21kbase", 102_557_713),
         ("finetune", "21klarge", 325_792_593),
+        ("segment", "", 163_080_812),
+        ("segment", "large1600", 440_398_636),
     ],
 )
 def test_published_parameter_counts(name, arg, published):

@@ -46,8 +46,8 @@ def params():
 def compiled(task):
     @quick_jit
     def loss(params, batch, key):
-        value, (_, metrics) = task.loss(params, {}, {}, batch, key, 0)
-        return value, metrics
+        total, parts = task.loss(params, {}, {}, batch, key, 0)
+        return total / parts.weight, {name: metric / parts.weight for name, metric in parts.metrics.items()}
 
     return loss
 

@@ -1,11 +1,13 @@
 """Losses against numbers worked out by hand."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import quick_jit
 
 from beitv2_jax.tasks import losses
 
@@ -61,22 +63,60 @@ def test_smoothed_targets_and_soft_cross_entropy_are_smoothed_cross_entropy():
     np.testing.assert_allclose(by_hand, [0.2 * math.log(2) + 0.8 * math.log(4)], rtol=1e-6)
 
 
-def test_weighted_mean_by_hand():
+def test_weighted_sum_by_hand():
     values = jnp.array([[1.0, 3.0], [10.0, 30.0], [5.0, 7.0]])
-    np.testing.assert_allclose(losses.weighted_mean(values, jnp.ones(3)), values.mean(), rtol=1e-6)
-    np.testing.assert_allclose(losses.weighted_mean(values, jnp.array([1.0, 0.0, 1.0])), 4.0)
-    np.testing.assert_allclose(losses.weighted_mean(values[:, 0], jnp.array([3.0, 1.0, 0.0])), 13 / 4)
-    assert losses.weighted_mean(values, jnp.zeros(3)) == 0.0
+    np.testing.assert_allclose(losses.weighted_sum(values, jnp.ones(3)), 2.0 + 20.0 + 6.0)
+    np.testing.assert_allclose(losses.weighted_sum(values, jnp.array([1.0, 0.0, 1.0])), 8.0)
+    np.testing.assert_allclose(losses.weighted_sum(values[:, 0], jnp.array([3.0, 1.0, 0.0])), 13.0)
+    assert losses.weighted_sum(values, jnp.zeros(3)) == 0.0
     hits = jnp.array([[True, False], [True, True], [False, False]])
-    np.testing.assert_allclose(losses.weighted_mean(hits, jnp.array([1.0, 1.0, 0.0])), 0.75)
+    np.testing.assert_allclose(losses.weighted_sum(hits, jnp.array([1.0, 1.0, 0.0])), 1.5)
 
 
-def test_rows_of_weight_zero_do_not_reach_the_mean_whatever_they_hold():
+def test_rows_of_weight_zero_do_not_reach_the_sum_whatever_they_hold():
     weight = jnp.array([1.0, 0.0, 1.0])
 
-    def mean(values):
-        return losses.weighted_mean(jnp.log(values), weight)
+    def total(values):
+        return losses.weighted_sum(jnp.log(values), weight)
 
-    value, gradient = jax.value_and_grad(mean)(jnp.array([math.e, 0.0, math.e]))
-    assert value == 1.0 and gradient[0] > 0
-    assert losses.weighted_mean(jnp.array([1.0, jnp.nan, 3.0]), weight) == 2.0
+    value, gradient = jax.value_and_grad(total)(jnp.array([math.e, 0.0, math.e]))
+    assert value == 2.0 and gradient[0] > 0
+    assert losses.weighted_sum(jnp.array([1.0, jnp.nan, 3.0]), weight) == 4.0
+
+
+def segmentation_loss(*arrays, **options):
+    return quick_jit(functools.partial(losses.segmentation_loss, **options))(*arrays)
+
+
+def test_segmentation_loss_by_hand():
+    """Logits as large as the label map, so that no resize blurs the arithmetic."""
+    probabilities = np.array([[[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], [[[0.6, 0.2, 0.2], [0.25, 0.25, 0.5]]]])
+    auxiliary = np.array([[[[0.2, 0.4, 0.4], [0.1, 0.1, 0.8]]], [[[0.3, 0.6, 0.1], [0.2, 0.2, 0.6]]]])
+    labels = jnp.array([[[0, 255]], [[2, 1]]])
+    maps = [jnp.log(jnp.asarray(values, jnp.float32)) for values in (probabilities, auxiliary)]
+    total, pixels, sums = segmentation_loss(*maps, labels, jnp.ones(2))
+    decode = -math.log(0.5) - math.log(0.2) - math.log(0.25)
+    extra = -0.4 * (math.log(0.2) + math.log(0.1) + math.log(0.2))
+    assert pixels == 4  # the ignored one counts, as released
+    np.testing.assert_allclose(total, decode + extra, rtol=1e-5)
+    np.testing.assert_allclose(sums["decode_loss"], decode, rtol=1e-5)
+    np.testing.assert_allclose(sums["auxiliary_loss"], extra, rtol=1e-5)
+    assert (sums["decode_accuracy"], sums["auxiliary_accuracy"]) == (1, 0)
+    total, pixels, _ = segmentation_loss(*maps, labels, jnp.ones(2), count_unlabelled=False, auxiliary_weight=0.0)
+    assert pixels == 3
+    np.testing.assert_allclose(total, decode, rtol=1e-5)
+    total, pixels, sums = segmentation_loss(*maps, labels, jnp.array([1.0, 0.0]), count_unlabelled=False)
+    assert (pixels, sums["decode_accuracy"]) == (1, 1)
+    np.testing.assert_allclose(total, -math.log(0.5) - 0.4 * math.log(0.2), rtol=1e-5)
+
+
+def test_rows_and_pixels_that_do_not_count_have_no_gradient():
+    labels, weight = jnp.array([[[0, 255]], [[2, 1]]]), jnp.array([1.0, 0.0])
+
+    def loss(maps):
+        return losses.segmentation_loss(maps, maps, labels, weight)[0]
+
+    gradient_of = quick_jit(jax.grad(loss))
+    gradient = gradient_of(jnp.zeros((2, 1, 2, 3)))
+    assert np.any(gradient[0, 0, 0]) and not np.any(gradient[0, 0, 1]) and not np.any(gradient[1])
+    assert np.isfinite(gradient_of(jnp.zeros((2, 1, 2, 3)).at[1].set(jnp.nan))[0]).all()

@@ -29,8 +29,11 @@ def _learn(name):
     def learn(params, batch):
         key = jax.random.key(5)
         loss = jax.value_and_grad(task.loss, has_aux=True)
-        (value, (codebook, metrics)), grads = loss(params, variables["codebook"], {}, batch, key, jnp.int32(1))
-        return {"loss": value, "metrics": metrics, "codebook": codebook, "grads": grads}
+        (total, parts), grads = loss(params, variables["codebook"], {}, batch, key, jnp.int32(1))
+        codebook, _ = task.finish(variables["codebook"], parts.statistics, jnp.int32(1))
+        weight = jnp.maximum(parts.weight, 1.0)
+        means = {"loss": total, "metrics": parts.metrics, "grads": grads}
+        return jax.tree.map(lambda value: value / weight, means) | {"codebook": codebook}
 
     return quick_jit(learn)
 

@@ -55,6 +55,24 @@ def test_schedule_peaks_starts_at_zero_and_never_leaves_its_bounds(warmup_steps,
     np.testing.assert_allclose(rates[-3:], min_lr, rtol=1e-12)
 
 
+def test_the_straight_rate_of_segmentation():
+    published = dict(peak_lr=5e-5, min_lr=0.0, warmup_steps=1500, num_steps=160_000)
+    by_hand = {
+        0: 5e-5 * 1e-6,
+        750: 5e-5 * (1 - 750 / 160_000) * (1 - 0.5 * (1 - 1e-6)),
+        1500: 5e-5 * (1 - 1500 / 160_000),
+        80_000: 2.5e-5,
+        159_999: 5e-5 / 160_000,
+    }
+    for step, value in by_hand.items():
+        np.testing.assert_allclose(optim.linear_rate(step, **published), value, rtol=1e-9)
+    rates = optim.linear_rate(np.arange(12), peak_lr=3.0, min_lr=1.0, warmup_steps=0, num_steps=10)
+    np.testing.assert_allclose(rates, [3, 2.8, 2.6, 2.4, 2.2, 2, 1.8, 1.6, 1.4, 1.2, 1, 1])
+    steps = np.arange(0, 160_000, 997)
+    single = optim.linear_rate(jnp.asarray(steps), **published, xp=jnp)
+    np.testing.assert_allclose(single, optim.linear_rate(steps, **published), rtol=0, atol=3e-7 * 5e-5)
+
+
 def test_a_constant_weight_decay_is_a_number_too():
     params, step = {"kernel": jnp.float32(3.0)}, 4
     for weight_decay in (0.25, lambda step: jnp.float32(0.0625) * step):

@@ -1,6 +1,5 @@
-"""The mesh, the partition table, the activation rules, and that no mesh changes what a step computes."""
+"""The mesh, the partition table and the activation rules; `equality_meshes_test.py` has whole runs on many meshes."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.training import loop, optim, sharding, state
-
-MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+from beitv2_jax.training import optim, sharding, state
 
 
 def test_mesh_takes_what_is_left():
@@ -41,6 +38,9 @@ def test_impossible_mesh_is_refused(sizes, text):
         ("blocks_0/attn/qkv/bias", (10,), P()),
         ("blocks_0/attn/rel_pos_bias/table", (6, 10), P()),
         ("patch_embed/kernel", (6, 10), P()),
+        ("decode_head/fusion/conv/kernel", (3, 3, 6, 10), P(None, None, "fsdp")),
+        ("1/nu/fpn1/up_0/kernel", (2, 2, 6, 10), P(None, None, "fsdp")),
+        ("auxiliary_head/classes/kernel", (6, 10), P()),
         ("noproj/kernel", (6, 10), None),
         ("qkv/kernel_norm", (6, 10), None),
         ("subhead/kernel", (6, 10), None),
@@ -77,44 +77,12 @@ def test_activation_rules_take_effect_inside_jit_and_only_there():
     assert outside.sharding.shard_shape(outside.shape) == (8, 3, 7)
 
 
-def run_steps(mesh_sizes, num_steps=6):
-    """Return the state after some steps on a mesh, compiled as the loop compiles it.
-
-    Adam divides by sqrt(v) + eps: with a small eps it would magnify the rounding of gradients near zero.
-    """
-    mesh = sharding.make_mesh(*mesh_sizes)
+def test_state_lies_where_the_table_says():
     task = toy.make_task()
     optimizer = optim.make_optimizer(
-        schedule=lambda step: 0.02, betas=(0.9, 0.98), eps=1e-3, weight_decay=0.1, no_decay=task.no_decay, clip_norm=1.0
+        schedule=lambda step: 0.02, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, no_decay=task.no_decay, clip_norm=1.0
     )
-    train_state = state.create(task, optimizer, mesh, seed=5, keep_ema=True)
-    step = loop.make_train_step(task, optimizer, schedule=lambda step: 0.02, seed=5, ema_decay=0.5)
-    frozen = sharding.place_weights(task.frozen, mesh)
-    batches = toy.batches(8, seed=3)
-    compiled = None
-    for _ in range(num_steps):
-        batch = sharding.place_batch(next(batches), mesh)
-        compiled = compiled or loop.compile_step(step, train_state, frozen, batch, mesh)
-        train_state, _ = compiled(train_state, frozen, batch)
-    return train_state
-
-
-@pytest.fixture(scope="module")
-def states():
-    return {name: run_steps(sizes) for name, sizes in MESHES.items()}
-
-
-@pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2"])
-def test_every_mesh_computes_the_same(states, name):
-    chex.assert_trees_all_close(jax.device_get(states[name]), jax.device_get(states["1"]), rtol=1e-6, atol=1e-6)
-
-
-def test_two_runs_on_eight_devices_are_equal_to_the_bit(states):
-    chex.assert_trees_all_equal(jax.device_get(run_steps(MESHES["2x2x2"])), jax.device_get(states["2x2x2"]))
-
-
-def test_state_lies_where_the_table_says(states):
-    found = states["2x2x2"]
+    found = state.create(task, optimizer, sharding.make_mesh(2, 2, 2), seed=5, keep_ema=True)
     moments = found.opt_state[1]
     for tree in (found.params, found.ema_params, moments.mu, moments.nu):
         assert tree["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")

@@ -42,7 +42,10 @@ class Classifier(nn.Module):
     norm_eps: float = 1e-6
     stem: str = "linear"
     dtype: Any = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_blocks: bool = False
+    gradient_dtype: Any = "float32"
+    attention: str = "plain"
 
     def __post_init__(self):
         if self.pooling not in ("mean", "cls"):
@@ -56,7 +59,11 @@ class Classifier(nn.Module):
         else:
             self.norm = LayerNorm(self.norm_eps)
         self.head = Linear(
-            self.num_classes, init_scale=self.head_init_scale, dtype=jnp.dtype(self.dtype), out_dtype=jnp.float32
+            self.num_classes,
+            init_scale=self.head_init_scale,
+            dtype=jnp.dtype(self.dtype),
+            out_dtype=jnp.float32,
+            gradient_dtype=jnp.dtype(self.gradient_dtype),
         )
 
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "b classes"]:

@@ -1,19 +1,23 @@
 """The transformer's parts: linear maps with the released initialisations, attention, MLP, stochastic depth, block.
 
 Every network of the project (tokenizer, masked image model, classifier, teachers) is a stack of these blocks.
-Parameters are float32; `dtype` is the dtype of the matrix products. The residual stream, layer norms and the softmax
-stay float32: a large model starts with a LayerScale of 1e-5, which bfloat16 addition would round away.
+Parameters are float32; `dtype` is the dtype of the matrix products, `gradient_dtype` that of the kernels' gradients as
+products give them. The residual stream, layer norms and the softmax stay float32: a large model starts with a
+LayerScale of 1e-5, which bfloat16 addition would round away.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from beitv2_jax.typing import AttentionBias, Tokens
+from beitv2_jax.models.attention import attend
+from beitv2_jax.typing import AttentionBias, Scalar, Tokens
 
 INIT_STD = 0.02
 QKV_BIASES = ("qv", "full", "none")
@@ -22,6 +26,13 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+
+REMAT = {
+    "full": None,  # of a block only its input is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its linear maps give
+}
+"""What of a block is kept for the backward pass, by the name of the policy; the rest is computed again."""
 
 
 def constrain(tokens: Tokens) -> Tokens:
@@ -73,10 +84,58 @@ class LayerNorm(nn.LayerNorm):
     use_fast_variance: bool = False
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(inputs, kernel, out_dtype, gradient_dtype):
+    return jnp.matmul(inputs, kernel.astype(inputs.dtype), preferred_element_type=out_dtype)
+
+
+def _product_forward(inputs, kernel, out_dtype, gradient_dtype):
+    return _product(inputs, kernel, out_dtype, gradient_dtype), (inputs, kernel)
+
+
+def _product_backward(out_dtype, gradient_dtype, kept, outputs):
+    inputs, kernel = kept
+    to_inputs = jnp.matmul(outputs, kernel.astype(inputs.dtype).T, preferred_element_type=inputs.dtype)
+    rows = tuple(range(inputs.ndim - 1))
+    to_kernel = jax.lax.dot_general(inputs, outputs, ((rows, rows), ((), ())), preferred_element_type=gradient_dtype)
+    return to_inputs, to_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def product(
+    inputs: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Any, out_dtype: Any, gradient_dtype: Any
+) -> Float[Array, "*batch o"]:
+    """Return x W computed in `dtype`, given as `out_dtype`; the gradient of W leaves its product as `gradient_dtype`.
+
+    That product sums over the batch, so its dtype is also the one in which devices add up their shares: where a kernel
+    is only cast, the compiler puts this sum before the cast back, in the dtype of the computation.
+    """
+    dtype, out_dtype, gradient_dtype = map(jnp.dtype, (dtype, out_dtype, gradient_dtype))
+    inputs = inputs.astype(dtype)
+    if dtype == out_dtype == gradient_dtype:
+        return inputs @ kernel.astype(dtype)
+    return _product(inputs, kernel, out_dtype, gradient_dtype)
+
+
+@jax.custom_vjp
+def shifted(outputs: Float[Array, "*batch o"], bias: Float[Array, "o"]) -> Float[Array, "*batch o"]:
+    """Return y + b in the dtype of y; the gradient of b, a sum over the batch, is added up in float32."""
+    return outputs + bias.astype(outputs.dtype)
+
+
+def _shifted_backward(bias, outputs):
+    return outputs, jnp.sum(outputs, tuple(range(outputs.ndim - 1)), dtype=jnp.float32).astype(bias.dtype)
+
+
+shifted.defvjp(lambda outputs, bias: (shifted(outputs, bias), bias), _shifted_backward)
+
+
 class Linear(nn.Module):
     """Apply y = x W + b, computed in `dtype`, returned in `out_dtype` (default `dtype`).
 
-    The initial kernel is multiplied by `init_scale`.
+    The initial kernel is multiplied by `init_scale`. `gradient_dtype` is that of `product`.
     """
 
     features: int
@@ -85,6 +144,7 @@ class Linear(nn.Module):
     init_scale: float = 1.0
     dtype: Any = jnp.float32
     out_dtype: Any = None
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -92,10 +152,10 @@ class Linear(nn.Module):
         draw = normal_init(self.param_init)
         kernel = self.param("kernel", lambda key, shape: self.init_scale * draw(key, shape), (fan_in, self.features))
         out_dtype = self.out_dtype or self.dtype
-        outputs = jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=out_dtype)
+        outputs = product(inputs, kernel, self.dtype, out_dtype, self.gradient_dtype)
         if self.use_bias:
             bias_init = uniform_init(fan_in) if self.param_init == "torch" else nn.initializers.zeros
-            outputs = outputs + self.param("bias", bias_init, (self.features,)).astype(out_dtype)
+            outputs = shifted(outputs, self.param("bias", bias_init, (self.features,)))
         return outputs
 
 
@@ -132,24 +192,18 @@ class RelativePositionBias(nn.Module):
         return jnp.take(table, relative_position_index(self.grid), axis=0).transpose(2, 0, 1)
 
 
-class DropPath(nn.Module):
-    """Zero a whole branch of a sample with probability `rate`, dividing kept ones by 1 − rate (stream `drop_path`)."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, branch: Tokens, *, train: bool) -> Tokens:
-        if not train or self.rate == 0.0:
-            return branch
-        keep = jax.random.bernoulli(self.make_rng("drop_path"), 1.0 - self.rate, (branch.shape[0], 1, 1))
-        return jnp.where(keep, branch / (1.0 - self.rate), 0.0)
+def drop_path(branch: Tokens, rate: Scalar | float, key: PRNGKeyArray) -> Tokens:
+    """Zero a whole branch of a sample with probability `rate`, dividing kept ones by 1 − rate."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, (branch.shape[0], 1, 1))
+    return jnp.where(keep, branch / (1.0 - rate), 0.0)
 
 
 class Attention(nn.Module):
     """Attend over all tokens: softmax(q kᵀ / √hd + bias) v, then an output projection.
 
     `qkv_bias`: 'qv' learns biases of queries and values only (a key bias cancels in the softmax), 'full' one vector for
-    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table.
+    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table. `attention` is the form of
+    computing it (`models.attention`).
     """
 
     num_heads: int
@@ -158,31 +212,29 @@ class Attention(nn.Module):
     param_init: str = "normal"
     init_scale: float = 1.0
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, tokens: Tokens, bias: AttentionBias | None = None) -> Tokens:
-        batch, length, width = tokens.shape
+        width = tokens.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not divisible by num_heads {self.num_heads}")
         if self.qkv_bias not in QKV_BIASES:
             raise ValueError(f"unknown qkv_bias {self.qkv_bias!r}: choose one of {', '.join(QKV_BIASES)}")
-        head_dim = width // self.num_heads
-        qkv = Linear(3 * width, self.qkv_bias == "full", self.param_init, dtype=self.dtype, name="qkv")(tokens)
+        linear = functools.partial(
+            Linear, param_init=self.param_init, dtype=self.dtype, gradient_dtype=self.gradient_dtype
+        )
+        qkv = linear(3 * width, self.qkv_bias == "full", name="qkv")(tokens)
         if self.qkv_bias == "qv":
             q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
-            qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        qkv = qkv.reshape(batch, length, 3, self.num_heads, head_dim)
-        queries, keys, values = qkv[:, :, 0] * head_dim**-0.5, qkv[:, :, 1], qkv[:, :, 2]
-
-        logits = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
+            qkv = shifted(qkv, jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]))
         if self.relative_grid is not None:
-            logits = logits + RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, length, width)
-        return Linear(width, True, self.param_init, self.init_scale, self.dtype, name="proj")(mixed)
+            own = RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
+            bias = own if bias is None else bias + own
+        mixed = attend(qkv, bias, self.num_heads, implementation=self.attention)
+        return linear(width, init_scale=self.init_scale, name="proj")(mixed)
 
 
 class Mlp(nn.Module):
@@ -196,18 +248,22 @@ class Mlp(nn.Module):
     param_init: str = "normal"
     init_scale: float = 1.0
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Tokens:
         gated = self.activation == "swiglu"
         fan_out = 2 * self.mlp_dim if gated else self.mlp_dim
-        expanded = Linear(fan_out, True, self.param_init, dtype=self.dtype, name="fc1")(tokens)
+        linear = functools.partial(
+            Linear, param_init=self.param_init, dtype=self.dtype, gradient_dtype=self.gradient_dtype
+        )
+        expanded = linear(fan_out, name="fc1")(tokens)
         if gated:
             gate, values = jnp.split(expanded, 2, axis=-1)
             activated = jax.nn.silu(gate) * values
         else:
             activated = ACTIVATIONS[self.activation](expanded)
-        return Linear(tokens.shape[-1], True, self.param_init, self.init_scale, self.dtype, name="fc2")(activated)
+        return linear(tokens.shape[-1], init_scale=self.init_scale, name="fc2")(activated)
 
 
 class Block(nn.Module):
@@ -216,7 +272,8 @@ class Block(nn.Module):
         x ← x + drop(γ₁ · attention(norm₁ x)),   x ← x + drop(γ₂ · mlp(norm₂ x))
 
     `layer_scale_init` None or 0 leaves the γ out. `layer_index` counts from 1; the kernels that write to the residual
-    stream start divided by √(2 · layer_index).
+    stream start divided by √(2 · layer_index). Stochastic depth draws from `drop_key`, by default from the stream
+    `drop_path`.
 
     Source: released behaviour of all BEiT v2 transformers.
     """
@@ -232,20 +289,44 @@ class Block(nn.Module):
     layer_index: int = 1
     param_init: str = "normal"
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
+    attention: str = "plain"
 
     @nn.compact
-    def __call__(self, tokens: Tokens, bias: AttentionBias | None = None, *, train: bool = False) -> Tokens:
-        output_scale = float(1.0 / np.sqrt(2.0 * self.layer_index))
-        drop_path = DropPath(self.drop_path_rate)
-        attention = Attention(
-            self.num_heads, self.qkv_bias, self.relative_grid, self.param_init, output_scale, self.dtype, name="attn"
+    def __call__(
+        self,
+        tokens: Tokens,
+        bias: AttentionBias | None = None,
+        *,
+        train: bool = False,
+        drop_key: PRNGKeyArray | None = None,
+    ) -> Tokens:
+        shared = dict(
+            param_init=self.param_init,
+            init_scale=float(1.0 / np.sqrt(2.0 * self.layer_index)),
+            dtype=self.dtype,
+            gradient_dtype=self.gradient_dtype,
         )
-        mlp = Mlp(self.mlp_dim, self.activation, self.param_init, output_scale, self.dtype, name="mlp")
+        attention = Attention(
+            self.num_heads, self.qkv_bias, self.relative_grid, **shared, attention=self.attention, name="attn"
+        )
+        mlp = Mlp(self.mlp_dim, self.activation, **shared, name="mlp")
+        drops = [lambda branch: branch] * 2
+        if train and self.drops:
+            drop_key = self.make_rng("drop_path") if drop_key is None else drop_key
+            drops = [
+                functools.partial(drop_path, rate=self.drop_path_rate, key=key) for key in jax.random.split(drop_key)
+            ]
 
         branch = attention(LayerNorm(self.norm_eps, name="norm1")(tokens), bias)
-        tokens = tokens + drop_path(self._scaled("gamma_1", branch), train=train)
+        tokens = tokens + drops[0](self._scaled("gamma_1", branch))
         branch = mlp(LayerNorm(self.norm_eps, name="norm2")(tokens))
-        return tokens + drop_path(self._scaled("gamma_2", branch), train=train)
+        return tokens + drops[1](self._scaled("gamma_2", branch))
+
+    @property
+    def drops(self) -> bool:
+        """Tell whether branches may be dropped in training; a rate known only to the compiler counts as one above 0."""
+        return not isinstance(self.drop_path_rate, float) or self.drop_path_rate > 0.0
 
     def _scaled(self, name: str, branch: Tokens) -> Float[Array, "b l d"]:
         if not self.layer_scale_init:
@@ -253,13 +334,45 @@ class Block(nn.Module):
         return branch * self.param(name, nn.initializers.constant(self.layer_scale_init), (branch.shape[-1],))
 
 
-def apply_block(block: Block, tokens: Tokens, bias: AttentionBias | None, *, train: bool, remat: bool) -> Tokens:
-    """Run a block; with `remat` its activations are recomputed in the backward pass instead of kept."""
+def apply_block(block: Block, tokens: Tokens, bias: AttentionBias | None, *, train: bool, remat: str) -> Tokens:
+    """Run a block; what `remat` (REMAT, or "none") does not keep is computed again in the backward pass."""
 
     def run(block: Block, tokens: Tokens, bias: AttentionBias | None) -> Tokens:
         return block(tokens, bias, train=train)
 
-    return constrain((nn.remat(run) if remat else run)(block, tokens, bias))
+    if remat != "none":
+        run = nn.remat(run, policy=REMAT[remat])
+    return constrain(run(block, tokens, bias))
+
+
+def scan_blocks(
+    blocks: Sequence[Block], tokens: Tokens, bias: AttentionBias | None, *, train: bool, remat: str
+) -> Float[Array, "depth b l d"]:
+    """Run blocks of one kind as the rounds of a loop, which is compiled once; return the tokens after each.
+
+    The parameters stay where they are, one tree a block: they are stacked in here. Every block draws what it draws
+    outside of a loop.
+    """
+    first = blocks[0].clone(parent=None, name=None)
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(block.variables["params"] for block in blocks))
+    rates = keys = None
+    if train and any(block.drops for block in blocks):
+        rates = jnp.array([block.drop_path_rate for block in blocks])
+        keys = jnp.stack([block.make_rng("drop_path") for block in blocks])
+
+    def run(tokens, params, rate, key, bias):
+        block = first if rate is None else first.clone(drop_path_rate=rate)
+        return constrain(block.apply({"params": params}, tokens, bias, train=train, drop_key=key))
+
+    if remat != "none":
+        # the loop itself keeps the compiler from merging the two computations
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+
+    def one_round(tokens, slices):
+        tokens = run(tokens, *slices, bias)
+        return tokens, tokens
+
+    return jax.lax.scan(one_round, tokens, (params, rates, keys))[1]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

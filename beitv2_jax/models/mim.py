@@ -64,7 +64,11 @@ class MaskedImageModel(nn.Module):
     param_init: str = "clipped"
     stem: str = "linear"
     dtype: Any = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_blocks: bool = False
+    gradient_dtype: Any = "float32"
+    attention: str = "plain"
+    cross_entropy: str = "plain"
 
     def __post_init__(self):
         if self.patch_aggregation and not 1 <= self.early_layer <= self.depth:
@@ -90,11 +94,21 @@ class MaskedImageModel(nn.Module):
 
     def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> MIMOutput:
         """Return the logits of the hidden patches in row-major order; `num_masked` is the exact count per image."""
-        patches, aggregated = self._branches(images, mask, train=train)
-        patches = gather_masked(patches, mask, num_masked)
+        return self._logits(*self._masked_branches(images, mask, num_masked, train=train))
+
+    def masked_features(
+        self, images: Images, mask: Mask, *, num_masked: int, train: bool = False
+    ) -> dict[str, Patches]:
+        """Return by branch ('final', 'aggregation') what the output layer would read to give the logits of a call."""
+        patches, aggregated = self._masked_branches(images, mask, num_masked, train=train)
+        features = {"final": self.norm(patches)}
         if aggregated is not None:
-            aggregated = gather_masked(aggregated, mask, num_masked)
-        return self._logits(patches, aggregated)
+            features["aggregation"] = (self.norm if self.shared_head else self.aggregation_norm)(aggregated)
+        return features
+
+    def output_layer_of(self, branch: str) -> str:
+        """Return the name under which the parameters of a branch's output layer stand."""
+        return "lm_head" if branch == "final" or self.shared_head else "aggregation_lm_head"
 
     def logits_everywhere(self, images: Images, mask: Mask | None = None) -> MIMOutput:
         """Return the logits of every patch, hidden or not."""
@@ -111,6 +125,14 @@ class MaskedImageModel(nn.Module):
             aggregated = apply_block(block, aggregated, output.bias, train=train, remat=self.remat)
         return output.tokens[:, 1:], aggregated[:, 1:]
 
+    def _masked_branches(
+        self, images: Images, mask: Mask, num_masked: int, *, train: bool
+    ) -> tuple[Patches, Patches | None]:
+        patches, aggregated = self._branches(images, mask, train=train)
+        if aggregated is not None:
+            aggregated = gather_masked(aggregated, mask, num_masked)
+        return gather_masked(patches, mask, num_masked), aggregated
+
     def _logits(self, patches: Patches, aggregated: Patches | None) -> MIMOutput:
         logits = self.lm_head(self.norm(patches))
         if aggregated is None:
@@ -122,5 +144,9 @@ class MaskedImageModel(nn.Module):
     @nn.nowrap
     def _output_layer(self) -> Linear:
         return Linear(
-            self.codebook_size, param_init=self.param_init, dtype=jnp.dtype(self.dtype), out_dtype=jnp.float32
+            self.codebook_size,
+            param_init=self.param_init,
+            dtype=jnp.dtype(self.dtype),
+            out_dtype=jnp.float32,
+            gradient_dtype=jnp.dtype(self.gradient_dtype),
         )

@@ -1,7 +1,8 @@
 """The codebook: nearest unit code, its moving average, and its k-means start.
 
-Sits between encoder and decoder of the tokenizer. Everything here is float32 whatever the model computes in, and every
-statistic is a plain sum over the batch that jit sees, so any number of devices moves the codebook alike.
+Sits between encoder and decoder of the tokenizer. Everything here is float32 whatever the model computes in. A lookup
+returns statistics, plain sums over the rows that jit sees; those of a whole batch, summed over its micro-batches, move
+the codebook once, so any number of devices and of micro-batches moves it alike.
 """
 
 import functools
@@ -12,19 +13,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from beitv2_jax.models.nearest import cluster_sums, nearest_rows
 from beitv2_jax.typing import Codebook, CodeIds, Codes, PyTree, Scalar
 
 MIN_NORM = 1e-12
 
 
+class CodebookStatistics(NamedTuple):
+    """What moves the codebook: the sum of the unit vectors nearest to each code, and how many they are."""
+
+    sums: Float[Array, "k c"]
+    counts: Float[Array, "k"]
+
+
 class QuantizerOutput(NamedTuple):
-    """What one lookup gives: `codes` carry the straight-through gradient, `counts` are the hits of this batch."""
+    """What one lookup gives: `codes` carry the straight-through gradient, `commitment` is the loss of each row."""
 
     codes: Codes
     code_ids: CodeIds
-    commitment_loss: Scalar
+    commitment: Float[Array, "b"]
     unit: Codes
-    counts: Float[Array, "k"]
+    statistics: CodebookStatistics
 
 
 def l2_normalise(vectors: Float[Array, "... c"]) -> Float[Array, "... c"]:
@@ -37,95 +46,71 @@ def l2_normalise(vectors: Float[Array, "... c"]) -> Float[Array, "... c"]:
     return vectors / jnp.sqrt(jnp.maximum(squared, MIN_NORM**2))
 
 
-def nearest_code(unit: Float[Array, "m c"], codebook: Codebook) -> Int[Array, "m"]:
+def nearest_code(unit: Float[Array, "m c"], codebook: Codebook, *, implementation: str = "scan") -> Int[Array, "m"]:
     """Return argmin_k ‖e_k‖² − 2⟨z, e_k⟩, the id of the nearest code; the lowest id wins a tie.
 
     ‖z‖² is the same for every code and left out. ‖e‖² is kept although rows are unit vectors, because k-means can
-    leave an all-zero row, which is nearer than a unit code of cosine below 1/2.
+    leave an all-zero row, which is nearer than a unit code of cosine below 1/2. `implementation` as `nearest_rows`.
 
     **Source** the released lookup, which takes the inner products in float16 under autocast; ours are float32.
     """
-    products = jnp.matmul(unit, codebook.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2.0 * products, axis=-1).astype(jnp.int32)
+    return nearest_rows(unit, codebook, jnp.sum(codebook**2, axis=-1), implementation=implementation)
 
 
-def _cluster_sums(
-    unit: Float[Array, "m c"], code_ids: Int[Array, "m"], weight: Float[Array, "m"], codebook_size: int
-) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
-    sums = jax.ops.segment_sum(unit * weight[:, None], code_ids, num_segments=codebook_size)
-    counts = jax.ops.segment_sum(weight, code_ids, num_segments=codebook_size)
-    return sums, counts
-
-
-def moved_codebook(
-    codebook: Codebook, sums: Float[Array, "k c"], counts: Float[Array, "k"], ema_decay: float
-) -> Codebook:
+def moved_codebook(codebook: Codebook, statistics: CodebookStatistics, ema_decay: float) -> Codebook:
     """Return l2norm(ema_decay·e_k + (1 − ema_decay)·l2norm(s_k / n_k)) where n_k > 0, and e_k elsewhere.
 
-    `sums` s_k and `counts` n_k are those of one batch; a code without hits stays where it is.
+    The sums s_k and counts n_k are those of one whole batch; a code without hits stays where it is.
 
     **Source** the released quantizer: a blend of directions that does not weigh by counts, unlike the moving average
     of VQ-VAE, and no revival of unused codes.
     """
+    sums, counts = statistics
     means = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
     moved = l2_normalise(ema_decay * codebook + (1.0 - ema_decay) * means)
     return jnp.where(counts[:, None] > 0, moved, codebook)
 
 
 class Quantizer(nn.Module):
-    """Replace every projection by its nearest unit code.
+    """Replace every projection by its nearest unit code; nothing moves here (`updated_state`).
 
     State (collection 'codebook', all float32, no gradient): `codebook` unit rows, at first l2norm(N(0, 1));
     `cluster_counts`, the moving average of hits per code; `window_counts` and `last_window_counts`, the hits of the
     running and of the last finished window (`roll_window`).
 
-    `commitment_weight` multiplies mean((sg(e) − z)²) over all `b n c` elements, so it is 1/code_dim of the squared
-    distance per patch. Rows of weight 0 count in neither this mean nor any statistic.
+    `commitment_weight` multiplies mean((sg(e) − z)²) over the `n c` elements of a row, so it is 1/code_dim of the
+    squared distance per patch. `nearest_code` is the form of the lookup (`models.nearest`); all give the same ids.
 
     **Source** paper section 2.1; the released quantizer, its order of operations included.
     """
 
     codebook_size: int
     code_dim: int
-    ema_decay: float = 0.99
     commitment_weight: float = 1.0
+    nearest_code: str = "scan"
 
     @nn.compact
-    def __call__(
-        self, projections: Float[Array, "b n c"], weight: Float[Array, "b"] | None = None, *, train: bool
-    ) -> QuantizerOutput:
-        """Look up codes with the codebook as it is, then move it.
+    def __call__(self, projections: Float[Array, "b n c"], weight: Float[Array, "b"] | None = None) -> QuantizerOutput:
+        """Look up codes with the codebook as it is.
 
-        The codebook moves when `train` and the collection is mutable; the counts whenever it is mutable. `weight` is 1
-        for the rows that count and 0 for unreadable images; None counts all.
+        `weight` is 1 for the rows that count in the statistics and 0 for unreadable images; None counts all.
         """
-        codebook = self.variable("codebook", "codebook", self._initial_codebook)
-        cluster_counts, window_counts, _ = (
+        codebook = self.variable("codebook", "codebook", self._initial_codebook).value
+        for name in ("cluster_counts", "window_counts", "last_window_counts"):
             self.variable("codebook", name, jnp.zeros, (self.codebook_size,), jnp.float32)
-            for name in ("cluster_counts", "window_counts", "last_window_counts")
-        )
         weight = jnp.ones(projections.shape[0]) if weight is None else weight
         unit = l2_normalise(projections)
         samples = jax.lax.stop_gradient(unit).reshape(-1, self.code_dim)
-        flat_ids = nearest_code(samples, codebook.value)
+        flat_ids = nearest_code(samples, codebook, implementation=self.nearest_code)
         code_ids = flat_ids.reshape(unit.shape[:-1])
-        nearest = jax.lax.stop_gradient(codebook.value[code_ids])
+        nearest = jax.lax.stop_gradient(codebook[code_ids])
         sample_weight = jnp.repeat(weight, unit.shape[1])
-        sums, counts = _cluster_sums(samples, flat_ids, sample_weight, self.codebook_size)
-        squares = jnp.mean((nearest - unit) ** 2, axis=(1, 2))
-
-        if self.is_mutable_collection("codebook") and not self.is_initializing():
-            cluster_counts.value = self.ema_decay * cluster_counts.value + (1.0 - self.ema_decay) * counts
-            window_counts.value = window_counts.value + counts
-            if train:
-                codebook.value = moved_codebook(codebook.value, sums, counts, self.ema_decay)
-
         return QuantizerOutput(
             codes=unit + jax.lax.stop_gradient(nearest - unit),
             code_ids=code_ids,
-            commitment_loss=self.commitment_weight * jnp.sum(weight * squares) / jnp.maximum(weight.sum(), 1.0),
+            commitment=self.commitment_weight * jnp.mean((nearest - unit) ** 2, axis=(1, 2)),
             unit=unit,
-            counts=counts,
+            statistics=CodebookStatistics(*cluster_sums(samples, flat_ids, sample_weight, self.codebook_size)),
         )
 
     def _initial_codebook(self) -> Codebook:
@@ -133,10 +118,23 @@ class Quantizer(nn.Module):
         return l2_normalise(jax.random.normal(self.make_rng("params"), shape, jnp.float32))
 
 
+def updated_state(
+    codebook_state: PyTree, statistics: CodebookStatistics, ema_decay: float, *, move: bool = True
+) -> PyTree:
+    """Return the quantizer's state after a batch with these statistics; without `move` only its counts change."""
+    codebook, counts = codebook_state["codebook"], statistics.counts
+    return {
+        **codebook_state,
+        "codebook": moved_codebook(codebook, statistics, ema_decay) if move else codebook,
+        "cluster_counts": ema_decay * codebook_state["cluster_counts"] + (1.0 - ema_decay) * counts,
+        "window_counts": codebook_state["window_counts"] + counts,
+    }
+
+
 def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps: int) -> PyTree:
     """Start a new usage window when `step` is a multiple of `window_steps`, else return the state as it is.
 
-    Call it before the forward of `step` (counted from 0); then `last_window_counts` holds the hits of exactly
+    Call it before `updated_state` of `step` (counted from 0); then `last_window_counts` holds the hits of exactly
     `window_steps` steps from the first roll after step 0 on. `codebook_state` is the quantizer's own dict.
     """
     rolls: Bool[Array, ""] = jnp.asarray(step) % window_steps == 0
@@ -148,13 +146,14 @@ def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps
     }
 
 
-@functools.partial(jax.jit, static_argnames=("num_clusters", "num_iters"))
+@functools.partial(jax.jit, static_argnames=("num_clusters", "num_iters", "nearest_code"))
 def kmeans(
     samples: Float[Array, "m c"],
     key: Array,
     num_clusters: int,
     num_iters: int = 10,
     weight: Float[Array, "m"] | None = None,
+    nearest_code: str = "scan",
 ) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
     """Cluster the directions of `samples` by cosine; return unit means and the counts of the last assignment.
 
@@ -177,15 +176,16 @@ def kmeans(
     if num_samples >= num_clusters:
         distinct = counted_first(jax.random.permutation(key, num_samples))[:num_clusters]
         chosen = jnp.where(num_counted >= num_clusters, distinct, chosen)
-    return kmeans_from(unit, unit[chosen], num_iters, weight)
+    return kmeans_from(unit, unit[chosen], num_iters, weight, nearest_code)
 
 
-@functools.partial(jax.jit, static_argnames=("num_iters",))
+@functools.partial(jax.jit, static_argnames=("num_iters", "nearest_code"))
 def kmeans_from(
     unit: Float[Array, "m c"],
     initial_means: Float[Array, "k c"],
     num_iters: int,
     weight: Float[Array, "m"] | None = None,
+    nearest_code: str = "scan",
 ) -> tuple[Float[Array, "k c"], Float[Array, "k"]]:
     """Run `num_iters` rounds of spherical k-means on unit (or zero) rows from given means.
 
@@ -198,8 +198,8 @@ def kmeans_from(
 
     def one_round(_, carry):
         means, _ = carry
-        cosines = jnp.matmul(unit, means.T, precision=jax.lax.Precision.HIGHEST)
-        sums, counts = _cluster_sums(unit, jnp.argmax(cosines, axis=-1), weight, num_clusters)
+        ids = nearest_rows(unit, means, jnp.zeros(num_clusters), implementation=nearest_code)
+        sums, counts = cluster_sums(unit, ids, weight, num_clusters)
         moved = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
         return jnp.where(counts[:, None] > 0, moved, means), counts
 

@@ -6,7 +6,7 @@ on devices.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -112,3 +112,42 @@ def classifier_tokens(arguments: dict) -> Callable[[PyTree, Images], Tokens]:
     """Return (params, images) -> normalised tokens in front of the head of a `Classifier` with these arguments."""
     model = Classifier(**arguments)
     return lambda params, images: model.apply({"params": params}, images, method=Classifier.features)
+
+
+def clip_teacher(
+    size: Mapping[str, int], width: int, *, image_size: int, grid: tuple[int, int], dtype: str
+) -> tuple[Teacher, NormalisedViT]:
+    """Return a teacher built as CLIP's published image networks are, without weights, and its network.
+
+    Args:
+        size: row of `sizes.SIZES`; CLIP ViT-B/16 is "base" with features of 512 numbers.
+        width: of its features.
+        image_size: pixels of the views.
+        grid: rows and columns of patches, as many as the tokenizer has.
+    """
+    input_size = grid[0] * size["patch_size"]
+    arguments = {
+        **size,
+        "image_size": input_size,
+        "position": "absolute",
+        "qkv_bias": "full",
+        "pre_norm": True,
+        "patch_bias": False,
+        "norm_eps": 1e-5,
+        "activation": "quick_gelu",
+        "dtype": dtype,
+    }
+    teacher = Teacher(
+        name=f"CLIP ViT/{size['patch_size']}",
+        weights_hash="",
+        choices={},
+        normalization="clip",
+        image_size=image_size,
+        input_size=input_size,
+        network_grid=grid,
+        grid=grid,
+        width=width,
+        num_prefix_tokens=1,
+        tokens=vit_tokens(arguments, width),
+    )
+    return teacher, NormalisedViT(arguments, width)

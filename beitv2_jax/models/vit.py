@@ -15,6 +15,9 @@ from beitv2_jax.models.layers import (
     constrain,
     drop_path_rates,
     normal_init,
+    product,
+    scan_blocks,
+    shifted,
     uniform_init,
 )
 from beitv2_jax.typing import AttentionBias, Images, Mask, Tokens
@@ -44,6 +47,7 @@ class PatchEmbed(nn.Module):
     use_bias: bool = True
     param_init: str = "normal"
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: Images) -> Float[Array, "b n d"]:
@@ -55,10 +59,11 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", kernel_init, (size, size, channels, self.width))
         patches = images.astype(self.dtype).reshape(batch, height // size, size, width // size, size, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, fan_in)
-        tokens = patches @ kernel.astype(self.dtype).reshape(fan_in, self.width)
+        kernel = kernel.reshape(fan_in, self.width)
+        tokens = product(patches, kernel, self.dtype, self.dtype, self.gradient_dtype)
         if self.use_bias:
             bias_init = uniform_init(fan_in) if untouched else nn.initializers.zeros
-            tokens = tokens + self.param("bias", bias_init, (self.width,)).astype(self.dtype)
+            tokens = shifted(tokens, self.param("bias", bias_init, (self.width,)))
         return tokens
 
 
@@ -98,7 +103,9 @@ class VisionTransformer(nn.Module):
 
     `position`: 'absolute' adds a learned embedding; 'relative_shared' biases every attention from one table, 'relative'
     from a table per block. `mask_token` creates the token that replaces patch embeddings where the mask is True.
-    `pre_norm` normalises the tokens before the first block, as CLIP does. `remat` recomputes each block's activations.
+    `pre_norm` normalises the tokens before the first block, as CLIP does. `remat` ("none", "full", "dots") says what is
+    computed again in the backward pass, `scan_blocks` that the blocks are compiled as one loop, `gradient_dtype` in
+    what dtype devices add up the gradients of linear maps, `attention` how it is computed (`models.attention`).
     `stem` embeds patches by one linear map ('linear', as released) or by a `ConvStem` ('conv'). `class_token` False
     leaves [CLS] out, as SigLIP does; `num_registers` learned tokens without position follow it, as in DINOv2.
 
@@ -130,7 +137,10 @@ class VisionTransformer(nn.Module):
     class_token: bool = True
     num_registers: int = 0
     dtype: Any = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan_blocks: bool = False
+    gradient_dtype: Any = "float32"
+    attention: str = "plain"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -175,6 +185,8 @@ class VisionTransformer(nn.Module):
             index + 1,
             param_init or self.param_init,
             jnp.dtype(self.dtype),
+            jnp.dtype(self.gradient_dtype),
+            self.attention,
             name=name,
         )
 
@@ -184,9 +196,13 @@ class VisionTransformer(nn.Module):
         bias = None
         if self.position == "relative_shared":
             bias = RelativePositionBias(self.grid, self.num_heads, name="rel_pos_bias")()
+        rates = drop_path_rates(self.drop_path_rate, self.depth)
+        blocks = [self.block(index, rate, name=f"blocks_{index}") for index, rate in enumerate(rates)]
+        if self.scan_blocks and blocks and not self.is_initializing():
+            hidden = tuple(scan_blocks(blocks, tokens, bias, train=train, remat=self.remat))
+            return ViTOutput(hidden[-1], hidden, bias)
         hidden = []
-        for index, rate in enumerate(drop_path_rates(self.drop_path_rate, self.depth)):
-            block = self.block(index, rate, name=f"blocks_{index}")
+        for block in blocks:
             tokens = apply_block(block, tokens, bias, train=train, remat=self.remat)
             hidden.append(tokens)
         return ViTOutput(tokens, tuple(hidden), bias)
@@ -201,7 +217,15 @@ class VisionTransformer(nn.Module):
         if self.stem == "conv":
             embed = ConvStem(self.patch_size, self.width, dtype, name="patch_embed")
         else:
-            embed = PatchEmbed(self.patch_size, self.width, self.patch_bias, self.param_init, dtype, name="patch_embed")
+            embed = PatchEmbed(
+                self.patch_size,
+                self.width,
+                self.patch_bias,
+                self.param_init,
+                dtype,
+                jnp.dtype(self.gradient_dtype),
+                name="patch_embed",
+            )
         patches = embed(images).astype(jnp.float32)
         draw = normal_init(self.param_init)
         if self.mask_token:

@@ -3,27 +3,50 @@
 The files of this room build a `Task` from a config; `beitv2_jax.training` runs any `Task` and never sees a model.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Array, PRNGKeyArray
 
-from beitv2_jax.data.pipeline import TrainIterator
-from beitv2_jax.data.store.packing import Encoding
 from beitv2_jax.typing import PyTree, Scalar
+
+if TYPE_CHECKING:  # named here, used elsewhere: whoever compiles a step needs nothing that reads data
+    from beitv2_jax.data.pipeline import TrainIterator
+    from beitv2_jax.data.store.packing import Encoding
 
 Batch = dict[str, Any]
 Params = PyTree
 CodebookState = PyTree
 
 
+class LossParts(NamedTuple):
+    """What a loss over some rows of a batch is made of, beside its sum: all of it adds up over the rows.
+
+    Attributes:
+        weight: how much the rows count, in rows or pixels; the loss and `metrics` of the whole batch are divided by it.
+        metrics: sums to be logged as means.
+        statistics: sums that `Task.finish` gets undivided; None where there are none.
+    """
+
+    weight: Scalar
+    metrics: dict[str, Scalar]
+    statistics: PyTree = None
+
+
+def _unchanged(codebook: CodebookState, statistics: PyTree, step: Array) -> tuple[CodebookState, dict[str, Scalar]]:
+    return codebook, {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """Hold what is learned in one stage.
 
-    The functions that compute (`init`, `loss`, `evaluate`, `start_codebook`) are pure and are traced by jax; they
-    receive the whole global batch, so a mean over it is the global mean. Every stage without a codebook uses `{}`.
+    The functions that compute (`init`, `loss`, `finish`, `evaluate`, `start_codebook`) are pure and are traced by jax.
+    `loss` receives rows from every device's share, which are the global batch or one of its micro-batches, so it
+    returns sums; the others receive the whole global batch. Every stage without a codebook uses `{}`.
     Batches are dicts of arrays with a leading batch axis. They carry `weight`: 1, or 0 for a row that must count in
     nothing, as its image is unreadable or it pads the last batch of an evaluation. `faults`, if there, are the words
     about unreadable images; they stay on the host.
@@ -33,7 +56,9 @@ class Task:
         num_train_examples: images in one epoch.
         splits: names of the train and the eval split, for the list of unreadable records.
         init: `(key) -> {"params", "codebook"}`, values at step 0.
-        loss: `(params, codebook, frozen, batch, key, step) -> (loss, (new codebook, metrics))`; metrics are scalars.
+        loss: `(params, codebook, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what is
+            to be minimised in the mean, and its `LossParts`.
+        finish: `(codebook, statistics, step) -> (new codebook, metrics)` after the whole batch; metrics are scalars.
         initial: trained values that replace leaves of the trees of `init` at step 0; {} for a start from scratch.
         frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
         train_batches: `(process_index, process_count) -> ` endless iterator of this process's host batches with
@@ -50,12 +75,10 @@ class Task:
     name: str
     num_train_examples: int
     init: Callable[[PRNGKeyArray], dict[str, PyTree]]
-    loss: Callable[
-        [Params, CodebookState, PyTree, Batch, PRNGKeyArray, Array],
-        tuple[Scalar, tuple[CodebookState, dict[str, Scalar]]],
-    ]
+    loss: Callable[[Params, CodebookState, PyTree, Batch, PRNGKeyArray, Array], tuple[Scalar, LossParts]]
     train_batches: Callable[[int, int], TrainIterator]
     no_decay: Callable[[str], bool]
+    finish: Callable[[CodebookState, PyTree, Array], tuple[CodebookState, dict[str, Scalar]]] = _unchanged
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
     splits: tuple[str, str] = ("train", "validation")

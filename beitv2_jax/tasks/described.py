@@ -23,10 +23,10 @@ from beitv2_jax.convert.teachers import load_teacher
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.store.packing import CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.teachers import NormalisedViT, Teacher, vit_tokens
+from beitv2_jax.models.teachers import clip_teacher
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.sizes import SIZES
-from beitv2_jax.tasks import inputs, stores, vqkd
+from beitv2_jax.tasks import inputs, objectives, stores, vqkd
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.tasks.tokenize import Tokenizer
 from beitv2_jax.typing import PyTree
@@ -34,9 +34,10 @@ from beitv2_jax.typing import PyTree
 KNOWN_SETS = {
     r"imagenet2012|imagenet-?1k": 1_281_167,
     r"imagenet-?2[12]k": 14_197_122,
+    r"(?i)ade(20k|challengedata)": 20_210,
 }
 """Pattern of a source's name -> its training images. Source: the sets' own descriptions; 22k is the release of 2011."""
-TRAINED_STAGES = ("vqkd", "mim", "finetune")
+TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment")
 PUBLISHED = "(published)"
 TEACHER_WIDTH = 512  # of CLIP's projection
 CODE_DIM = 32
@@ -132,10 +133,18 @@ def _with_teacher(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
     side = config.views.image_size // patch_size
     if config.teacher.features:
         encoding = FeatureEncoding(_STORED_FEATURES, side * side, TEACHER_WIDTH)
-        reader = _Targets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
+        reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
         return dataclasses.replace(opened, stored=(reader, reader)), {}
     if config.teacher.weights == PUBLISHED:
-        teacher, weights = _published_teacher(config.views.image_size, (side, side), config.efficiency.dtype)
+        teacher, network = clip_teacher(
+            SIZES["base"],
+            TEACHER_WIDTH,
+            image_size=config.views.image_size,
+            grid=(side, side),
+            dtype=config.efficiency.dtype,
+        )
+        images = jnp.zeros((1, teacher.input_size, teacher.input_size, 3))
+        weights = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
     else:
         teacher, weights = load_teacher(**stores.teacher_arguments(config, patch_size))
     frozen = {"teacher": _shapes(weights)}
@@ -144,45 +153,12 @@ def _with_teacher(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
     return dataclasses.replace(opened, network=teacher, frozen=frozen), {"teacher": vit}
 
 
-def _published_teacher(image_size: int, grid: tuple[int, int], dtype: str) -> tuple[Teacher, PyTree]:
-    """Return CLIP ViT-B/16 as `load_teacher` builds it from its published weights, with shapes for weights."""
-    base = SIZES["base"]
-    input_size = grid[0] * base["patch_size"]
-    arguments = {
-        **base,
-        "image_size": input_size,
-        "position": "absolute",
-        "qkv_bias": "full",
-        "pre_norm": True,
-        "patch_bias": False,
-        "norm_eps": 1e-5,
-        "activation": "quick_gelu",
-        "dtype": dtype,
-    }
-    network = NormalisedViT(arguments, TEACHER_WIDTH)
-    images = jnp.zeros((1, input_size, input_size, 3))
-    teacher = Teacher(
-        name="CLIP ViT-B/16",
-        weights_hash="",
-        choices={},
-        normalization="clip",
-        image_size=image_size,
-        input_size=input_size,
-        network_grid=grid,
-        grid=grid,
-        width=TEACHER_WIDTH,
-        num_prefix_tokens=1,
-        tokens=vit_tokens(arguments, TEACHER_WIDTH),
-    )
-    return teacher, jax.eval_shape(network.init, jax.random.key(0), images)["params"]
-
-
 def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
     side = config.views.image_size // config.model.patch_size
     codebook_size = config.model.codebook_size
     if config.tokenizer.codes:
         encoding = CodeEncoding(codebook_size, side * side)
-        reader = _Targets(encoding, len(opened.sources[0]), config.views.num_views, {"codebook_size": codebook_size})
+        reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"codebook_size": codebook_size})
         return dataclasses.replace(opened, stored=(reader, reader)), {}
     image_size, dtype = inputs.tokenizer_view(config).image_size, config.efficiency.dtype
     if config.tokenizer.run == PUBLISHED:
@@ -200,7 +176,7 @@ def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]
         trained = config_lib.from_json(read_config(config.tokenizer.run))
         model = vqkd.make_model(trained, TEACHER_WIDTH, dtype=dtype)
     images = jnp.zeros((1, image_size, image_size, 3))
-    frozen = jax.eval_shape(lambda key: inputs.init_variables(model, key, images, train=False), jax.random.key(0))
+    frozen = jax.eval_shape(lambda key: objectives.init_variables(model, key, images, train=False), jax.random.key(0))
     tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
     tokens = model.grid[0] * model.grid[1] + 1
     vit = {**vit_sizes({"backbone": frozen["params"]["encoder"]}), "tokens": tokens, "code_dim": model.code_dim}
@@ -260,13 +236,20 @@ class _Source:
         return self.length
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        encoded = io.BytesIO()
-        Image.new("RGB", (_GREY_SIDE, _GREY_SIDE), (128, 128, 128)).save(encoded, "JPEG")
-        return {"image": encoded.getvalue(), "label": 0, "example_id": int(example_id), "where": self.name}
+        image, label_map = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", (_GREY_SIDE, _GREY_SIDE), (128, 128, 128)).save(image, "JPEG")
+        Image.new("L", (_GREY_SIDE, _GREY_SIDE)).save(label_map, "PNG")
+        return {
+            "image": image.getvalue(),
+            "label": 0,
+            "label_map": label_map.getvalue(),
+            "example_id": int(example_id),
+            "where": self.name,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Targets:
+class ZeroTargets:
     """A store of targets of which only the encoding matters: every target is zero."""
 
     encoding: Encoding

@@ -1,12 +1,10 @@
 """What the stages share: views and their identity, evaluation batches, targets beside them, decay grouping."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -19,15 +17,21 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
-from beitv2_jax.models import preprocess
+from beitv2_jax.models import fast_paths
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
 
+COMPUTE_KEYS = ("dtype", "gradient_dtype", "remat", "scan_blocks", *fast_paths.AUTO)
 
-def init_variables(model, key, *args, **kwargs) -> dict[str, PyTree]:
-    """Return {"params", "codebook"} of a fresh model; the codebook is empty for models without one."""
-    variables = model.init({"params": key, "drop_path": key}, *args, **kwargs)
-    return {"params": variables["params"], "codebook": variables.get("codebook", {})}
+
+def compute_arguments(config) -> dict[str, Any]:
+    """Return how a model is to compute, as its keyword arguments; the rest of `config.efficiency` is the step's."""
+    asked = {key: config.efficiency[key] for key in COMPUTE_KEYS if key in config.efficiency}
+    platform = jax.default_backend()
+    chosen = fast_paths.resolved(asked, platform)
+    forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in fast_paths.AUTO if key in chosen]
+    logging.info("forms of computing on %s: %s", platform, ", ".join(forms))
+    return chosen
 
 
 def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
@@ -51,15 +55,6 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
 def _arguments(model) -> dict:
     fields = (field.name for field in dataclasses.fields(model))
     return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
-
-
-def released_no_decay(path: str) -> bool:
-    """Tell whether the released recipes exempt the parameter at `path` ('a/b/c') from weight decay.
-
-    Exempt are all vectors (biases, norms, layer scale), `cls_token` and `pos_embed`. Relative position tables and the
-    mask token are decayed, as released.
-    """
-    return re.search(r"(bias|scale|gamma_[12]|cls_token|pos_embed)$", path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +132,6 @@ def tokenizer_view(config) -> TokenizerView:
 def reading(config) -> dict:
     """Return how a config wants batches to be prepared, as arguments of `pipeline.Reading`; no result depends on it."""
     return {"num_threads": config.data.num_threads, "num_workers": config.data.num_workers}
-
-
-def view_pixels(batch: dict, view: str = "images") -> jnp.ndarray:
-    """Return the pixels of a view, float32 0..255, after the colour jitter drawn for the image (if any)."""
-    if "jitter_factors" in batch:
-        return preprocess.color_jitter(
-            batch[view], batch["jitter_factors"], batch["jitter_order"], batch["jitter_gray"]
-        )
-    return batch[view].astype(jnp.float32)
 
 
 def eval_batches(source: Source, config, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:

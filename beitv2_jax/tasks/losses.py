@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from beitv2_jax.data.labels import IGNORED
 from beitv2_jax.models.upernet import resize
 from beitv2_jax.typing import Scalar, TeacherFeatures
 
@@ -59,49 +60,52 @@ def accuracy(logits: Float[Array, "*b k"], labels: Int[Array, "*b"]) -> Scalar:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-def weighted_mean(values: Float[Array, "b ..."], weight: Float[Array, "b"]) -> Scalar:
-    """Return the mean of `values` over the global batch, row i counting `weight[i]` times; 0 if no row counts.
+def weighted_sum(values: Float[Array, "b ..."], weight: Float[Array, "b"]) -> Scalar:
+    """Return the sum over the rows of `weight[i]` times the mean of `values[i]`.
 
-    With all weights 1 this is the plain mean. Rows of weight 0 are unreadable images: their values do not matter, be
-    they infinite or not a number, and no gradient passes through them.
+    Divided by the sum of the weights it is the mean over batch and patches. Rows of weight 0 are unreadable images:
+    their values do not matter, be they infinite or not a number, and no gradient passes through them.
     """
     values = values.astype(jnp.float32)
     counted = weight.astype(jnp.float32).reshape(-1, *(1,) * (values.ndim - 1))
     total = jnp.sum(jnp.where(counted > 0, counted * values, 0.0))
-    per_row = values.size // values.shape[0]
-    return total / jnp.maximum(per_row * counted.sum(), 1.0)
+    return total / (values.size // values.shape[0])
 
 
 def segmentation_loss(
     logits: Float[Array, "b h w k"],
     auxiliary_logits: Float[Array, "b p q k"],
     labels: Int[Array, "b H W"],
+    weight: Float[Array, "b"],
     *,
     auxiliary_weight: float = 0.4,
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Return decode + auxiliary_weight * auxiliary cross entropy, in nats, and figures of both heads.
+    count_unlabelled: bool = True,
+) -> tuple[Scalar, Scalar, dict[str, Scalar]]:
+    """Return decode + auxiliary_weight * auxiliary cross entropy in nats, the pixels that count, and figures; all sums.
 
-    Both logits are resized to the label map first. `auxiliary_loss` is returned with its weight, as released.
+    Divided by the pixels they are means over the rows of `weight` above 0. Both logits are resized to the label map
+    first. Pixels of the label 255 have no loss and are never hit, but count, unless `count_unlabelled` is off.
+    `auxiliary_loss` is returned with its weight, as released.
+
+    Source: mmsegmentation 0.11, which counts the ignored pixels in its means. PyTorch's own cross entropy does not.
     """
-    logits, auxiliary_logits = (resize(maps, labels.shape[1:]) for maps in (logits, auxiliary_logits))
-    decode = pixel_cross_entropy(logits, labels)
-    auxiliary = auxiliary_weight * pixel_cross_entropy(auxiliary_logits, labels)
-    return decode + auxiliary, {
-        "decode_loss": decode,
-        "auxiliary_loss": auxiliary,
-        "decode_accuracy": accuracy(logits, labels),
-        "auxiliary_accuracy": accuracy(auxiliary_logits, labels),
-    }
+    counted = jnp.broadcast_to(weight.astype(jnp.float32)[:, None, None], labels.shape)
+    if not count_unlabelled:
+        counted = jnp.where(labels != IGNORED, counted, 0.0)
+    figures, factors = {}, {"decode": 1.0, "auxiliary": auxiliary_weight}
+    for (name, factor), maps in zip(factors.items(), (logits, auxiliary_logits), strict=True):
+        maps = resize(maps, labels.shape[1:])
+        figures[f"{name}_loss"] = factor * _counted_sum(pixel_cross_entropy(maps, labels), counted)
+        figures[f"{name}_accuracy"] = _counted_sum(jnp.argmax(maps, axis=-1) == labels, counted)
+    return figures["decode_loss"] + figures["auxiliary_loss"], counted.sum(), figures
 
 
-def pixel_cross_entropy(
-    logits: Float[Array, "b H W k"], labels: Int[Array, "b H W"], ignored_label: int = 255
-) -> Scalar:
-    """Return the mean over all pixels of -log softmax(logits)[label], in nats, with 0 at pixels of `ignored_label`.
-
-    Source: mmsegmentation 0.11, which counts the ignored pixels in the mean (and in its accuracy, where they are never
-    hit). Differs from PyTorch's own cross entropy, which leaves them out of sum and count.
-    """
-    seen = labels != ignored_label
+def pixel_cross_entropy(logits: Float[Array, "b H W k"], labels: Int[Array, "b H W"]) -> Float[Array, "b H W"]:
+    """Return -log softmax(logits)[label] of every pixel, in nats, and 0 at pixels of the label 255."""
+    seen = labels != IGNORED
     nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(seen, labels, 0))
-    return jnp.mean(jnp.where(seen, nll, 0.0))
+    return jnp.where(seen, nll, 0.0)
+
+
+def _counted_sum(values: Float[Array, "b H W"], counted: Float[Array, "b H W"]) -> Scalar:
+    return jnp.sum(jnp.where(counted > 0, counted * values.astype(jnp.float32), 0.0))

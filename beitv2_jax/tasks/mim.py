@@ -12,17 +12,23 @@ import numpy as np
 
 from beitv2_jax.data.store.packing import CODE_IDS
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import preprocess
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
 from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_mean
+from beitv2_jax.tasks.objectives import (
+    code_losses,
+    init_variables,
+    mim_loss,
+    normalized,
+    released_no_decay,
+    view_pixels,
+)
 from beitv2_jax.tasks.tokenize import load_tokenizer
 
 
-def make_model(config, *, dtype: str, remat: bool = False) -> MaskedImageModel:
-    """Build the masked image model described by a mim config."""
-    return MaskedImageModel(image_size=config.views.image_size, dtype=dtype, remat=remat, **config.model.to_dict())
+def make_model(config, **compute) -> MaskedImageModel:
+    """Build the masked image model described by a mim config; `compute` as `inputs.compute_arguments` has it."""
+    return MaskedImageModel(image_size=config.views.image_size, **compute, **config.model.to_dict())
 
 
 def mask_arguments(config) -> dict:
@@ -71,50 +77,32 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     stored, tokenizer = opened.stored, opened.network
     grid = _grid(config)
-    model = make_model(config, **config.efficiency)
+    model = make_model(config, **inputs.compute_arguments(config))
 
     def code_ids(frozen, batch, images):
         if tokenizer is None:
             return batch["code_ids"]
         if "tokenizer_images" in batch:
-            images = inputs.view_pixels(batch, "tokenizer_images")
+            images = view_pixels(batch, "tokenizer_images")
         return tokenizer.encode(frozen["tokenizer"], images)
 
-    def student_images(images):
-        return preprocess.normalize(images, *preprocess.NORMALIZATIONS[config.normalization])
-
-    def loss(params, codebook, frozen, batch, key, step):
-        images = inputs.view_pixels(batch)
-        output = model.apply(
-            {"params": params},
-            student_images(images),
-            batch["mask"],
-            num_masked=config.masking.num_masked,
-            train=True,
-            rngs={"drop_path": key},
-        )
-        targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], config.masking.num_masked)
-        losses, metrics = [], {}
-        for name, logits in (("final", output.logits), ("aggregation", output.aggregation_logits)):
-            if logits is not None:
-                losses.append(weighted_mean(masked_cross_entropy(logits, targets), batch["weight"]))
-                hits = jnp.argmax(logits, axis=-1) == targets
-                metrics |= {f"{name}_loss": losses[-1], f"{name}_accuracy": weighted_mean(hits, batch["weight"])}
-        return sum(losses), (codebook, metrics)
-
     def evaluate(params, codebook, frozen, batch):
-        images = inputs.view_pixels(batch)
+        images = view_pixels(batch)
         num_masked = config.masking.num_masked
-        output = model.apply(
-            {"params": params}, student_images(images), batch["mask"], num_masked=num_masked, train=False
-        )
         targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)
+        found = code_losses(
+            model,
+            params,
+            normalized(images, config.normalization),
+            batch["mask"],
+            targets,
+            num_masked=num_masked,
+            train=False,
+        )
         weight = jnp.broadcast_to(batch["weight"].astype(jnp.float32)[:, None], targets.shape)
         sums = {"patches": weight.sum(), "counts": jnp.zeros(config.model.codebook_size).at[targets].add(weight)}
-        for name, logits in (("final", output.logits), ("aggregation", output.aggregation_logits)):
-            if logits is not None:
-                sums[f"{name}_loss"] = jnp.sum(weight * masked_cross_entropy(logits, targets))
-                sums[f"{name}_accuracy"] = jnp.sum(weight * (jnp.argmax(logits, axis=-1) == targets))
+        for name, (nll, hits) in found.items():
+            sums |= {f"{name}_loss": jnp.sum(weight * nll), f"{name}_accuracy": jnp.sum(weight * hits)}
         return sums
 
     masking = mask_arguments(config)
@@ -124,11 +112,16 @@ def make_task(config, opened: inputs.Opened) -> Task:
     first_mask = jnp.arange(grid[0] * grid[1])[None] < config.masking.num_masked
     return Task(
         name="mim",
-        init=lambda key: inputs.init_variables(
+        init=lambda key: init_variables(
             model, key, jnp.zeros(image_shape), first_mask, num_masked=config.masking.num_masked, train=False
         ),
         initial=inputs.initial_variables(config, "mim", model),
-        loss=loss,
+        loss=mim_loss(
+            model,
+            num_masked=config.masking.num_masked,
+            normalization=config.normalization,
+            code_ids=code_ids,
+        ),
         frozen=opened.frozen,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
@@ -138,7 +131,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         ),
         evaluate=evaluate,
         summarize=summarize,
-        no_decay=inputs.released_no_decay,
+        no_decay=released_no_decay,
     )
 
 

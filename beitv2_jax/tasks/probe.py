@@ -22,7 +22,7 @@ from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import preprocess
 from beitv2_jax.rng import step_key
-from beitv2_jax.tasks import inputs, mim
+from beitv2_jax.tasks import inputs, mim, objectives
 from beitv2_jax.typing import PyTree, Scalar
 
 PIXEL_SIDE = 32
@@ -74,7 +74,9 @@ def build(config) -> Probe:
     num_patches = (trained.views.image_size // trained.model.patch_size) ** 2
     mask = jnp.arange(num_patches)[None] < trained.masking.num_masked
     initialise = jax.jit(
-        lambda key: inputs.init_variables(model, key, image, mask, num_masked=trained.masking.num_masked, train=False)
+        lambda key: objectives.init_variables(
+            model, key, image, mask, num_masked=trained.masking.num_masked, train=False
+        )
     )
     random = initialise(step_key(config.seed, "probe"))["params"]
     return Probe(

@@ -5,16 +5,14 @@ Also the one way in which a trained tokenizer is loaded and called: `load_tokeni
 
 import dataclasses
 
-import jax
-
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.store.packing import CodeEncoding
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, vqkd
 from beitv2_jax.tasks.api import StoreTask
+from beitv2_jax.tasks.objectives import encode, view_pixels
 from beitv2_jax.typing import CodeIds, Images, PyTree
 
 
@@ -29,8 +27,7 @@ class Tokenizer:
 
     def encode(self, variables: PyTree, images: Images) -> CodeIds:
         """Return the code id of every patch; no gradient passes."""
-        ids = self.model.apply(variables, to_unit_range(images), method=VQKD.encode)
-        return jax.lax.stop_gradient(ids)
+        return encode(self.model, variables, images)
 
 
 def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer, PyTree]:
@@ -72,7 +69,7 @@ def build(config) -> StoreTask:
     tokenizer, variables = load_tokenizer(config.tokenizer.run, config.views.image_size, config.efficiency.dtype)
 
     def apply(frozen, batch):
-        return tokenizer.encode(frozen, inputs.view_pixels(batch))
+        return tokenizer.encode(frozen, view_pixels(batch))
 
     encoding = CodeEncoding(tokenizer.model.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
     card = {

@@ -11,22 +11,33 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.store.packing import FEATURES, decode_features
+from beitv2_jax.data.store.packing import FEATURES
 from beitv2_jax.models.preprocess import to_unit_range
-from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window
+from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import cosine_distillation, weighted_mean
+from beitv2_jax.tasks.losses import cosine_distillation
+from beitv2_jax.tasks.objectives import (
+    init_variables,
+    released_no_decay,
+    stored_features,
+    vqkd_finish,
+    vqkd_loss,
+)
 
 
-def make_model(config, teacher_width: int, *, dtype: str, remat: bool = False) -> VQKD:
-    """Build the tokenizer model described by a vqkd config; `teacher_width` is the width of its targets."""
+def make_model(config, teacher_width: int, **compute) -> VQKD:
+    """Build the tokenizer model described by a vqkd config.
+
+    Args:
+        teacher_width: width of its targets.
+        compute: as `inputs.compute_arguments` has it.
+    """
     return VQKD(
         image_size=config.views.image_size,
         teacher_width=teacher_width,
-        dtype=dtype,
-        remat=remat,
+        **compute,
         **config.model.to_dict(),
     )
 
@@ -58,36 +69,13 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     stored, teacher = opened.stored, opened.network
     teacher_width = stored[0].card["teacher_width"] if teacher is None else teacher.width
-    model = make_model(config, teacher_width, **config.efficiency)
+    model = make_model(config, teacher_width, **inputs.compute_arguments(config))
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
 
     def targets(frozen, batch):
         if teacher is not None:
             return teacher.features(frozen["teacher"], batch["images"])
-        # what a store holds for an unreadable image is zeros, which have no direction and whose gradient is no number
-        return jnp.where(batch["weight"][:, None, None] > 0, decode_features(batch), 1.0)
-
-    def loss(params, codebook, frozen, batch, key, step):
-        state = roll_window(codebook["quantizer"], step, window)
-        output, updated = model.apply(
-            {"params": params, "codebook": {"quantizer": state}},
-            to_unit_range(batch["images"]),
-            batch["weight"],
-            train=True,
-            mutable=["codebook"],
-            rngs={"drop_path": key},
-        )
-        distance = cosine_distillation(output.reconstruction, targets(frozen, batch))
-        reconstruction_loss = weighted_mean(distance, batch["weight"])
-        state = updated["codebook"]["quantizer"]
-        counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
-        metrics = {
-            "reconstruction_loss": reconstruction_loss,
-            "commitment_loss": output.commitment_loss,
-            "codebook_usage": codebook_usage(counts),
-            "codebook_perplexity": codebook_perplexity(counts),
-        }
-        return reconstruction_loss + output.commitment_loss, (updated["codebook"], metrics)
+        return stored_features(frozen, batch)
 
     def evaluate(params, codebook, frozen, batch):
         output = model.apply({"params": params, "codebook": codebook}, to_unit_range(batch["images"]), train=False)
@@ -102,15 +90,16 @@ def make_task(config, opened: inputs.Opened) -> Task:
         )
         samples = projections.reshape(-1, projections.shape[-1])
         weight = jnp.repeat(batch["weight"], projections.shape[1])
-        means, _ = kmeans(samples, key, config.model.codebook_size, weight=weight)
+        means, _ = kmeans(samples, key, config.model.codebook_size, weight=weight, nearest_code=model.nearest_code)
         return {"quantizer": {**codebook["quantizer"], "codebook": means}}
 
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     return Task(
         name="vqkd",
-        init=lambda key: inputs.init_variables(model, key, jnp.zeros(image_shape), train=False),
+        init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
         initial=inputs.initial_variables(config, "vqkd", model),
-        loss=loss,
+        loss=vqkd_loss(model, targets),
+        finish=vqkd_finish(model.ema_decay, window),
         frozen=opened.frozen,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
@@ -119,7 +108,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         evaluate=evaluate,
         summarize=summarize,
         start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,
-        no_decay=inputs.released_no_decay,
+        no_decay=released_no_decay,
     )
 
 

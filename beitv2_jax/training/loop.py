@@ -4,13 +4,11 @@ Runs any `tasks.api.Task` under the sections `run`, `optim`, `mesh` and the seed
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -21,15 +19,14 @@ from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import Preempted
 from beitv2_jax.tasks.api import Batch, Task
-from beitv2_jax.training import inference, optim, preemption, sharding
+from beitv2_jax.training import inference, liveness, optim, preemption, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
 from beitv2_jax.training.ledger import Ledger, Plan
 from beitv2_jax.training.state import TrainState
+from beitv2_jax.training.step import TrainStep, lower_step, make_train_step
 from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
 from beitv2_jax.typing import PyTree
-
-TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -41,61 +38,33 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
 
     Raises:
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
-            in a row were not finite, or more records than `data.max_bad_share` allows were unreadable.
+            in a row changed nothing, more records than `data.max_bad_share` allows were unreadable, or the last
+            checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
         Preempted: the run was told to end; it is saved and will continue.
     """
     plan = Plan.from_config(config, task.num_train_examples)
-    checkpointer = Checkpointer(Path(workdir) / "checkpoints", keep_every=plan.keep_every)
-    with contextlib.closing(checkpointer):
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(liveness.Watch(workdir, config.run.hang_timeout))
+        stop = config.run.on_failed_save == "stop"
+        folder = Path(workdir) / "checkpoints"
+        checkpointer = Checkpointer(folder, keep_every=plan.keep_every, stop_on_failure=stop)
+        stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
         if start is not None and start >= plan.num_steps:
             logging.info("%s: the checkpoint stands at step %d of %d", task.name, start, plan.num_steps)
             return _final_figures(read_metrics(workdir), start, seconds=0.0)
-        return _run(task, config, plan, Path(workdir), checkpointer)
+        return _run(task, config, plan, Path(workdir), checkpointer, watch)
 
 
-def make_train_step(
-    task: Task, optimizer: optax.GradientTransformationExtraArgs, *, schedule: Callable, seed: int, ema_decay: float
-) -> TrainStep:
-    """Return the pure function `(state, frozen, batch) -> (state, metrics)` of one optimizer step.
-
-    A step whose loss or gradient norm is not finite changes nothing but `step`; `nonfinite_steps` counts them.
-    `grad_norm` is taken before clipping. The averages are `ema = ema_decay * ema + (1 - ema_decay) * params`.
-    """
-
-    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = rng.step_key(seed, "train", state.step)
-        loss_and_grads = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, (codebook, metrics)), grads = loss_and_grads(
-            state.params, state.codebook, frozen, batch, key, state.step
-        )
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
-        moved = TrainState(state.step, params, opt_state, codebook, ema_params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-        moved = moved.replace(step=state.step + 1)
-        return moved, {
-            **metrics,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
-            "nonfinite_steps": state_lib.nonfinite_steps(moved),
-            "unreadable": jnp.sum(batch["weight"] == 0),
-        }
-
-    return train_step
-
-
-def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer) -> dict[str, float]:
+def _run(
+    task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer, watch: liveness.Watch
+) -> dict[str, float]:
     started = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
-    optimizer, schedule = make_optimizer(task, config.optim, plan.warmup_steps, plan.num_steps)
-    iterator = task.train_batches(jax.process_index(), jax.process_count())
+    accumulation_steps = config.efficiency.accumulation_steps
+    sharding.check_micro_batches(config.run.batch_size, mesh.shape, accumulation_steps)
+    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
+    iterator = task.train_batches(*sharding.row_share(mesh))
     state, position = _start(task, config, optimizer, mesh, checkpointer)
     iterator.set_state(position)
     start = int(state.step)
@@ -111,9 +80,18 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
     if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
 
-    train_step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
+    train_step = make_train_step(
+        task,
+        optimizer,
+        schedule=schedule,
+        seed=config.seed,
+        ema_decay=config.optim.ema_decay,
+        accumulation_steps=accumulation_steps,
+        spike_factor=config.optim.spike_factor,
+    )
+    watch.note("compiling", start)
     compiled = compile_step(train_step, state, frozen, batch, mesh)
-    evaluate = _make_evaluation(task, mesh, bad_records)
+    evaluate = _make_evaluation(task, mesh, bad_records, watch)
 
     is_main = jax.process_index() == 0
     writer = MetricWriter(workdir, enabled=is_main, resume_step=start)
@@ -123,7 +101,7 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
         writer,
         progress,
         workdir=workdir,
-        nonfinite_steps=int(state_lib.nonfinite_steps(state)),
+        skipped_steps=int(state_lib.nonfinite_steps(state) + state.spikes.left_out),
         unreadable=position["unreadable"],
     )
     eval_figures: dict[str, float] = {}
@@ -132,28 +110,35 @@ def _run(task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer
             stack.enter_context(contextlib.closing(thing))
         told_to_end = stack.enter_context(preemption.notices(checkpointer))
         for step in range(start + 1, plan.num_steps + 1):
+            watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
             ledger.add(step, metrics, example_ids)
             ends = told_to_end(step)
             if plan.evaluates(step) or plan.saves(step) or ends:
                 ledger.read()
                 if plan.evaluates(step):
-                    eval_figures = evaluate(state, frozen)
+                    eval_figures = evaluate(state, frozen, step)
                     writer.write(step, eval_figures)
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
-                writer.flush()
+                trouble = writer.flush()
                 if plan.saves(step) or ends:
+                    watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
-                    checkpointer.save(step, state, {**iterator.get_state(), "unreadable": ledger.unreadable})
+                    position = {**iterator.get_state(), "unreadable": ledger.unreadable}
+                    last = ends or step == plan.num_steps
+                    checkpointer.save(step, state, position, last=last, trouble=trouble)
                 if ends:
                     logging.warning("%s: told to end, saving after step %d", task.name, step)
                     raise Preempted(f"{task.name} was told to end: saved after step {step}, goes on if started again.")
                 ledger.restart_clock()
             if step < plan.num_steps:
                 # while the step runs: its devices get the next batch before they are done with this one
+                watch.note("waiting for data", step)
                 with ledger.waiting_for_data():
                     batch, example_ids = next_batch()
+                watch.note("in the step", step)
             ledger.read(leave=1)
+            checkpointer.check()
     figures = [{**ledger.figures, **eval_figures, "images_per_second": ledger.images_per_second}]
     return _final_figures(figures, plan.num_steps, seconds=time.monotonic() - started)
 
@@ -178,35 +163,6 @@ def _start(
     return checkpointer.restore(abstract)
 
 
-def make_optimizer(
-    task: Task, config: ConfigDict, warmup_steps: int, num_steps: int
-) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
-    """Return the optimizer that the section `optim` of a config describes, and its learning rate by step."""
-    schedule = functools.partial(
-        optim.learning_rate,
-        peak_lr=config.peak_lr,
-        min_lr=config.min_lr,
-        warmup_steps=warmup_steps,
-        num_steps=num_steps,
-        xp=jnp,
-    )
-    weight_decay = functools.partial(
-        optim.cosine, start=config.weight_decay, end=config.weight_decay_end, num_steps=num_steps, xp=jnp
-    )
-    optimizer = optim.make_optimizer(
-        schedule=schedule,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        weight_decay=weight_decay,
-        no_decay=task.no_decay,
-        clip_norm=config.clip_norm,
-        layer_decay=config.layer_decay,
-        layer_of=task.layer_of,
-        num_layers=task.num_layers,
-    )
-    return optimizer, schedule
-
-
 def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainState:
     def start(params, codebook, frozen, batch):
         started = task.start_codebook(params, codebook, frozen, batch, rng.step_key(seed, "start_codebook"))
@@ -218,15 +174,6 @@ def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, ba
     return state.replace(codebook=codebook)
 
 
-def lower_step(
-    train_step: TrainStep, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Return the step as it goes to the compiler, for arrays or for shapes with shardings."""
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh))
-    with sharding.activation_rules(mesh):
-        return jax.jit(train_step, out_shardings=shardings, donate_argnames="state").lower(state, frozen, batch)
-
-
 def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainStep:
     """Compile ahead of time: called with anything else than it was compiled for, the step fails, never recompiles."""
     started = time.monotonic()
@@ -236,22 +183,23 @@ def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch
 
 
 def _make_evaluation(
-    task: Task, mesh: Mesh, bad_records: BadRecords
-) -> Callable[[TrainState, PyTree], dict[str, float]]:
+    task: Task, mesh: Mesh, bad_records: BadRecords, watch: liveness.Watch
+) -> Callable[[TrainState, PyTree, int], dict[str, float]]:
     """Return the function that runs the whole evaluation pass; it is compiled at its first use only."""
     if task.eval_batches is None:
-        return lambda state, frozen: {}
+        return lambda state, frozen, step: {}
 
     def sums(weights, batch):
         return task.evaluate(*weights, batch)
 
     compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-    def evaluate(state: TrainState, frozen: PyTree) -> dict[str, float]:
-        batches = task.eval_batches(jax.process_index(), jax.process_count())
+    def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
+        watch.note("evaluating", step)
+        batches = task.eval_batches(*sharding.row_share(mesh))
         if batches is None:
             return {}
-        noted = bad_records.noted(batches, task.splits[1])
+        noted = watch.noted(bad_records.noted(batches, task.splits[1]), "evaluating", step)
         totals = inference.sum_batches(compiled, (state.params, state.codebook, frozen), noted, mesh)
         return {f"eval/{name}": float(value) for name, value in task.summarize(totals).items()}
 

@@ -7,12 +7,15 @@ the schedules.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.tasks.api import Task
 from beitv2_jax.training.sharding import path_name
 
 
@@ -33,6 +36,20 @@ def learning_rate(step, *, peak_lr: float, min_lr: float, warmup_steps: int, num
     return xp.where(step < warmup_steps, warmup, after)
 
 
+def linear_rate(step, *, peak_lr: float, min_lr: float, warmup_steps: int, num_steps: int, xp=np):
+    """Return the rate of step `step` (0-based): a straight line down, multiplied by the warm-up.
+
+        lr(i) = (min_lr + (peak_lr - min_lr) * (1 - i / N)) * (1 - (1 - i / W) * (1 - 1e-6) for i < W, 1 after)
+
+    with `W = warmup_steps` and `N = num_steps`, so the peak is never quite reached.
+
+    Source: mmcv's `poly` policy of power 1 with a linear warm-up, as the released segmentation uses it.
+    """
+    line = min_lr + (peak_lr - min_lr) * (1.0 - xp.clip(step / max(num_steps, 1), 0.0, 1.0))
+    cold = xp.clip(1.0 - step / max(warmup_steps, 1), 0.0, 1.0) if warmup_steps else 0.0
+    return line * (1.0 - cold * (1.0 - 1e-6))
+
+
 def cosine(step, *, start: float, end: float, num_steps: int, xp=np):
     """Return end + (start - end) / 2 * (1 + cos(pi * step / num_steps)), and the ends outside 0..num_steps.
 
@@ -40,6 +57,10 @@ def cosine(step, *, start: float, end: float, num_steps: int, xp=np):
     """
     progress = xp.clip(step / max(num_steps, 1), 0.0, 1.0)
     return end + 0.5 * (start - end) * (1.0 + xp.cos(math.pi * progress))
+
+
+SCHEDULES = {"cosine": learning_rate, "linear": linear_rate}
+"""Value of `optim.schedule` -> learning rate by step."""
 
 
 def layer_scale(layer: int | None, *, layer_decay: float, num_layers: int) -> float:
@@ -89,6 +110,35 @@ def make_optimizer(
         scale = functools.partial(layer_scale, layer_decay=layer_decay, num_layers=num_layers)
         links.append(_scale_by_path(lambda path: scale(layer_of(path))))
     return optax.chain(*links, _descend(schedule))
+
+
+def for_task(
+    task: Task, config: Any, warmup_steps: int, num_steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
+    """Return the optimizer that the section `optim` of a config describes, and its learning rate by step."""
+    schedule = functools.partial(
+        SCHEDULES[config.get("schedule", "cosine")],
+        peak_lr=config.peak_lr,
+        min_lr=config.min_lr,
+        warmup_steps=warmup_steps,
+        num_steps=num_steps,
+        xp=jnp,
+    )
+    weight_decay = functools.partial(
+        cosine, start=config.weight_decay, end=config.weight_decay_end, num_steps=num_steps, xp=jnp
+    )
+    optimizer = make_optimizer(
+        schedule=schedule,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=weight_decay,
+        no_decay=task.no_decay,
+        clip_norm=config.clip_norm,
+        layer_decay=config.layer_decay,
+        layer_of=task.layer_of,
+        num_layers=task.num_layers,
+    )
+    return optimizer, schedule
 
 
 def _by_path(function: Callable[[str], object], tree):

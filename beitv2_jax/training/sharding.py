@@ -6,10 +6,11 @@ Used by everything that compiles or places arrays; models only say logical axis 
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +25,9 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"(qkv|fc1)/kernel", P("fsdp", "tensor")),
     (r"(proj|fc2)/kernel", P("tensor", "fsdp")),
     (r"((\w+_)?head|projection)/kernel", P("fsdp", "tensor")),
-    (r"patch_embed/(conv_\d/)?kernel", P()),
+    # of the segmentation model: rows, columns, in, out
+    (r"(conv|fpn2|up_\d)/kernel", P(None, None, "fsdp")),
+    (r"(patch_embed/(conv_\d/)?|classes/)kernel", P()),
     (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|register_tokens|pos_embed|table", P()),
 )
 
@@ -39,7 +42,8 @@ def path_name(path: tuple) -> str:
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange the devices in a mesh with axes `data`, `fsdp`, `tensor`; -1 (one axis at most) takes what is left.
 
-    Sizes whose product is smaller than the number of devices use the first devices only.
+    Sizes whose product is smaller than the number of devices use the first devices only. Several slices of TPUs share
+    the data axis: its first part lies on the first slice, and so on.
 
     Args:
         devices: by default those of all processes.
@@ -49,8 +53,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """
     devices = devices or jax.devices()
     sizes = mesh_sizes(len(devices), data, fsdp, tensor)
-    used = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+    devices = devices[: math.prod(sizes.values())]
+    axis_types = (AxisType.Auto,) * len(AXES)
+    # what GPUs and CPUs call slices are hosts, whose order is right as it is
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"data={sizes['data']} cannot be divided over {slices} slices",
+            "fsdp and tensor, whose exchange is large, stay inside a slice; between slices there is the slow network",
+            f"use a --config.mesh.data that is a multiple of {slices}",
+        )
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"]),
+        (slices, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(arranged, AXES, axis_types=axis_types)
 
 
 def mesh_sizes(have: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
@@ -91,7 +112,8 @@ def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     def one(path, leaf) -> NamedSharding:
         spec = _rule(path_name(path)) or P()
         axes = [
-            axis if leaf.shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec[: len(leaf.shape)])
+            axis if axis and leaf.shape[i] % mesh.shape[axis] == 0 else None
+            for i, axis in enumerate(spec[: len(leaf.shape)])
         ]
         return NamedSharding(mesh, P(*axes))
 
@@ -104,8 +126,48 @@ def unmatched(tree: PyTree) -> list[str]:
     return [path for path in paths if _rule(path) is None]
 
 
+def check_micro_batches(batch_size: int, sizes: Mapping[str, int], accumulation_steps: int) -> None:
+    """Check that a mesh of these sizes can cut its share of a batch into `accumulation_steps` equal parts.
+
+    Raises:
+        UserError: some device's share cannot be cut so.
+    """
+    share, rest = divmod(batch_size, math.prod(sizes[axis] for axis in BATCH_AXES))
+    if rest == 0 and share % accumulation_steps:
+        fitting = [steps for steps in range(1, share + 1) if share % steps == 0]
+        raise UserError(
+            f"the {share} rows that each device has of a batch of {batch_size} cannot be cut into {accumulation_steps} "
+            "micro-batches",
+            "efficiency.accumulation_steps was chosen for another batch size or number of devices",
+            f"--config.efficiency.accumulation_steps={min(fitting, key=lambda steps: abs(steps - accumulation_steps))}",
+        )
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (index, count): which of how many equal shares of each batch the devices of this process hold.
+
+    There are as many shares as processes, unless `tensor` spans several: these hold the same rows, so each reads them.
+
+    Raises:
+        UserError: the mesh has no device of this process.
+    """
+    places = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held = {device.process_index: set() for device in mesh.devices.flat}
+    for row, devices in enumerate(places):
+        for device in devices:
+            held[device.process_index].add(row)
+    if jax.process_index() not in held:
+        raise UserError(
+            f"the mesh of {mesh.size} devices has none of process {jax.process_index()}",
+            "this configuration was written for fewer machines",
+            f"mesh sizes whose product is {jax.device_count()}, for example --config.mesh.data=-1",
+        )
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Put this process's host rows on the devices as one global batch; `faults`, which are words, stay behind.
+    """Put this process's host rows, its `row_share`, on the devices as one global batch; `faults`, words, stay behind.
 
     Raises:
         UserError: the rows cannot be divided evenly over the devices that share them.
@@ -113,8 +175,8 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     sharding = batch_sharding(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = {name: rows for name, rows in batch.items() if name != "faults"}
-    sharing = len({device.process_index for device in mesh.devices.flat})
-    for rows in {leaf.shape[0] * sharing for leaf in jax.tree.leaves(batch)}:
+    _, shares = row_share(mesh)
+    for rows in {leaf.shape[0] * shares for leaf in jax.tree.leaves(batch)}:
         if rows % parts:
             raise UserError(
                 f"a batch of {rows} rows cannot be divided over {parts} devices (data x fsdp)",
