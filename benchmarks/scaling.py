@@ -1,15 +1,17 @@
 """How every published recipe runs on more and more chips: does it fit, what binds, and how efficiency falls.
 
-    python -m benchmarks.scaling [--kind=v5e] [--compile=NAME,...] [--docs=docs/scaling.md]
+    python -m benchmarks.scaling [--kind=v5e] [--compile=NAME,...] [--chips=64,...] [--docs=docs/scaling.md]
 
-Writes the tables of docs/scaling.md between its markers. A plan is computed by arithmetic in seconds, or compiled in
-about a minute each on an idle machine: `--compile` names the recipes whose plans are compiled at the chip counts of
-`--chips`. Compiled figures are kept in docs/scaling.json and taken from there by the next call, so that the tables can
-be made a part at a time; they are kept as long as recipe, target and batch are the same.
+Writes the tables of docs/scaling.md between its markers; one that has no marker there is printed. A plan is computed by
+arithmetic in seconds, or compiled in about a minute each on an idle machine: `--compile` names the recipes whose plans
+are compiled for `--kind` at the numbers of `--chips`. Compiled figures are kept in docs/scaling.json and taken from
+there by the next call, so that the tables can be made a part at a time; they are kept as long as recipe, target, batch
+and switches are the same.
 """
 
+import functools
 import json
-import sys
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +21,15 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.main import start_logging
 from beitv2_jax.planning import planner, topologies
+from beitv2_jax.planning.chips import CHIPS
+from beitv2_jax.planning.figures import Forecast
 from beitv2_jax.report.pipeline import markdown_table
+from benchmarks.pages import write_between
 
 ROOT = Path(__file__).parents[1]
+GIB, GIGA, TERA = 2**30, 1e9, 1e12
 IMAGENET22K = {"data.source": "folder:imagenet22k"}
-LARGE = {"efficiency.remat": True}
+IMAGENET21K = {"data.source": "folder:imagenet21k"}
 RECIPES = {
     "VQ-KD base": ("vqkd", {}),
     "MIM base 300": ("mim:300ep", {}),
@@ -31,11 +37,18 @@ RECIPES = {
     "MIM large 300": ("mim:large,300ep", {}),
     "MIM large 1600": ("mim:large", {}),
     "MIM large, ImageNet-22k": ("mim:large", {**IMAGENET22K, "run.duration": "150 epochs"}),
-    "fine-tuning base, ImageNet-22k": ("finetune:21kbase", {"data.source": "folder:imagenet21k"}),
-    "fine-tuning large, ImageNet-22k": ("finetune:21klarge", {"data.source": "folder:imagenet21k"}),
+    "fine-tuning base, ImageNet-22k": ("finetune:21kbase", IMAGENET21K),
+    "fine-tuning large, ImageNet-22k": ("finetune:21klarge", IMAGENET21K),
+    "fine-tuning base, ImageNet-1k": ("finetune", {}),
+    "segmentation base": ("segment", {}),
 }
 """Name -> (config, changed keys). The paper gives no schedule for MIM on ImageNet-22k: 150 epochs are an example."""
-CHIPS = (8, 64, 256, 512, 1024)
+GRADIENTS = {"efficiency.gradient_dtype": "bfloat16"}
+SWITCHES = ({}, *({"efficiency.remat": "full", "efficiency.accumulation_steps": steps} for steps in (1, 2, 4, 8)))
+"""What is tried, in this order, to make a step fit."""
+NUMBERS = (8, 64, 256, 512, 1024)
+OTHERS = ("v4:64", "v5e:64", "v5p:64", "v6e:64", "h100:8", "h100:64", "a100:64")
+OTHERS_RECIPE = "MIM base 1600"
 KEPT = (
     "memory_per_chip",
     "flops_per_chip",
@@ -49,102 +62,205 @@ KEPT = (
     "source_of_figures",
     "compile_seconds",
 )
-_KIND = flags.DEFINE_string("kind", "v5e", "Chip of the tables.")
+_KIND = flags.DEFINE_string("kind", "v5e", "Chip of the first two tables.")
 _COMPILE = flags.DEFINE_list("compile", [], "Recipes whose fixed-batch plans are compiled; 'all' for every one.")
-_CHIPS = flags.DEFINE_list("chips", [str(count) for count in CHIPS], "Chip counts at which they are.")
+_CHIPS = flags.DEFINE_list("chips", [str(count) for count in NUMBERS], "Numbers of chips for which they are.")
 _DOCS = flags.DEFINE_string("docs", str(ROOT / "docs" / "scaling.md"), "File whose tables are written.")
 
 
-def stage_of(name: str, **keys) -> planner.Stage:
-    """Return a recipe, described."""
+def config_of(name: str, **keys):
+    """Return the config of a recipe."""
     spec, changes = RECIPES[name]
     stem, _, arg = spec.partition(":")
     config = config_lib.load(f"{ROOT / 'configs' / stem}.py:{arg}").copy_and_resolve_references().unlock()
-    config.update_from_flattened_dict({**changes, **keys})
-    return planner.prepare(config.lock())
+    config.update_from_flattened_dict({**changes, **GRADIENTS, **keys})
+    return config.lock()
 
 
-def key_of(name: str, target: topologies.Target, stage: planner.Stage) -> str:
+@functools.cache
+def stage_of(name: str, platform: str = "tpu") -> planner.Stage:
+    """Return a recipe, described."""
+    return planner.prepare(config_of(name), platform=platform)
+
+
+def key_of(name: str, target: topologies.Target, config) -> str:
     """Return what identifies a plan in docs/scaling.json."""
-    remat = ", remat" if stage.config.efficiency.remat else ""
-    return f"{name}, {target.name}, batch {stage.config.run.batch_size}{remat}"
+    efficiency = config.efficiency
+    key = f"{name}, {target.name}, batch {config.run.batch_size}"
+    key += f", remat {efficiency.remat}" if efficiency.remat != "none" else ""
+    return key + (f", {efficiency.accumulation_steps} parts" if efficiency.accumulation_steps > 1 else "")
+
+
+def fitting(name: str, target: topologies.Target, **keys) -> tuple[Forecast, dict[str, object]]:
+    """Return the plan of a recipe by arithmetic with the first of SWITCHES that makes it fit, and the changed keys.
+
+    Raises:
+        UserError: the batch cannot be divided over the target.
+    """
+    for switches in SWITCHES:
+        changed = {**keys, **switches}
+        try:
+            forecast = planner.compute(planner.estimated(stage_of(name), **changed), target)
+        except UserError:
+            if not switches:
+                raise
+            break  # no image is left to divide: the plan before it is the last
+        last = forecast, changed
+        if forecast.fits:
+            break
+    return last
+
+
+def plan_figures(name: str, target: topologies.Target, known: dict, **keys) -> dict | str:
+    """Return the figures of a plan, compiled where they are known; words where there is none."""
+    try:
+        forecast, _ = fitting(name, target, **keys)
+    except UserError as error:
+        return error.happened
+    return {**forecast.figures(), **known.get(key_of(name, target, forecast.config), {})}
 
 
 def plans(name: str, kind: str, known: dict, *, growing: bool) -> Iterator[tuple[topologies.Target, dict | str]]:
-    """Yield (target, figures) of a recipe at every chip count; words where there is no plan.
+    """Yield (target, figures) of a recipe for every number of chips.
 
     `growing` batches keep the images of a chip at those of 64 chips, or what the recipe's batch gives 8.
     """
-    plain = stage_of(name)
-    per_chip = plain.config.run.batch_size // 64
-    for count in CHIPS:
+    per_chip = max(stage_of(name).config.run.batch_size // 64, 1)
+    for count in NUMBERS:
         target = topologies.parse(f"{kind}:{count}")
-        stage = planner.estimated(plain, **{"run.batch_size": per_chip * count}) if growing else plain
-        try:
-            plan = planner.compute(stage, target)
-        except UserError as error:
-            yield target, error.happened
-            continue
-        if not plan.fits:
-            remat = planner.estimated(stage, **{"efficiency.remat": True})
-            plan = planner.compute(remat, target)
-            stage = remat
-        compiled = known.get(key_of(name, target, stage))
-        yield target, {**plan.figures(), **(compiled or {})}
-
-
-def rows_of(name: str, kind: str, known: dict, *, growing: bool) -> list[tuple[str, ...]]:
-    """Return the rows of a table for one recipe."""
-    rows, best = [], None
-    for target, figures in plans(name, kind, known, growing=growing):
-        if isinstance(figures, str):
-            rows.append((name, str(target.count), figures, *[""] * 8))
-            continue
-        memory, bounds = figures["memory_per_chip"], figures["roofline_seconds"]
-        per_chip = figures["images_per_second"] / target.count
-        best = best or per_chip
-        needs = f"{memory['peak'] / 2**30:.1f} GiB" + (", remat" if figures["efficiency"]["remat"] else "")
-        rows.append(
-            (
-                name,
-                str(target.count),
-                f"{figures['batch_size']} ({figures['images_per_chip']:g} a chip)",
-                needs if memory["fits"] else f"{needs}: {memory['over'] / 2**30:.1f} over",
-                *(f"{1e3 * bounds[bound]:.1f}" for bound in ("compute", "HBM", "interconnect")),
-                f"{figures['images_per_second']:,.0f}",
-                f"{per_chip / best:.0%}",
-                f"{figures['hours']:,.1f} / {figures['chip_hours']:,.0f}",
-                figures["source_of_figures"],
-            )
-        )
-    return rows
+        keys = {"run.batch_size": per_chip * count} if growing else {}
+        yield target, plan_figures(name, target, known, **keys)
 
 
 HEADER = (
-    "recipe", "chips", "batch", "memory of a chip", "compute ms", "HBM ms", "exchange ms", "images/s",
-    "images/s of a chip", "hours / chip-hours", "",
+    "chips", "batch", "memory of a chip", "compute ms", "HBM ms", "exchange ms", "binds", "images/s",
+    "hours / chip-hours", "",
 )  # fmt: skip
 
 
-def compile_plans(names: list[str], counts: list[int], kind: str, path: Path) -> None:
+def cells(target: topologies.Target, figures: dict | str) -> tuple[str, ...]:
+    """Return what stands in a row of a table below HEADER."""
+    if isinstance(figures, str):
+        return (str(target.count), figures, *[""] * (len(HEADER) - 2))
+    memory, bounds, efficiency = figures["memory_per_chip"], figures["roofline_seconds"], figures["efficiency"]
+    steps = efficiency["accumulation_steps"]
+    needs = f"{memory['peak'] / GIB:.1f} GiB" + (", remat" if efficiency["remat"] != "none" else "")
+    needs += f", {steps} parts" if steps > 1 else ""
+    return (
+        str(target.count),
+        f"{figures['batch_size']} ({figures['images_per_chip']:g} a chip)",
+        needs if memory["fits"] else f"{needs}: {memory['over'] / GIB:.1f} over",
+        *(f"{1e3 * bounds[bound]:.1f}" for bound in ("compute", "HBM", "interconnect")),
+        bounds["binds"],
+        f"{figures['images_per_second']:,.0f}",
+        f"{figures['hours']:,.1f} / {figures['chip_hours']:,.0f}",
+        figures["source_of_figures"],
+    )
+
+
+def scaling_table(kind: str, known: dict, *, growing: bool) -> str:
+    """Return the table of all recipes; its column 'per chip' is relative to the first plan of each recipe."""
+    rows = [("recipe", *HEADER[:-2], "per chip", *HEADER[-2:])]
+    for name in RECIPES:
+        best = None
+        for target, figures in plans(name, kind, known, growing=growing):
+            row, share = cells(target, figures), ""
+            if isinstance(figures, dict):
+                per_chip = figures["images_per_second"] / target.count
+                best = best or per_chip
+                share = f"{per_chip / best:.0%}"
+            rows.append((name, *row[:-2], share, *row[-2:]))
+    return markdown_table(rows)
+
+
+def others_table(known: dict) -> str:
+    """Return the table of one recipe on every kind of chip."""
+    rows = [("target", *HEADER)]
+    for text in OTHERS:
+        target = topologies.parse(text)
+        rows.append((target.name, *cells(target, plan_figures(OTHERS_RECIPE, target, known))))
+    return markdown_table(rows)
+
+
+def differences_table(known: dict) -> str:
+    """Return, for everything that was compiled, arithmetic over compiler: memory, products, FLOPs and bytes."""
+    header = ("plan", "peak GiB", "computed", "TFLOPs", "computed", "GB moved", "computed", "exchange ms", "computed")
+    rows = [header]
+    for key, figures in sorted(known.items()):
+        name, target, batch = _parsed(key)
+        computed, _ = fitting(name, target, **{"run.batch_size": batch})
+        counted = figures["flops_per_chip"]["compiler"]
+        moved = f"{figures['bytes_moved_per_chip'] / GIGA:.1f}" if counted else "not counted"
+        rows.append(
+            (
+                key,
+                f"{figures['memory_per_chip']['peak'] / GIB:.2f}",
+                _percent(computed.memory.peak, figures["memory_per_chip"]["peak"]),
+                f"{counted / TERA:.2f}" if counted else "not counted",
+                _percent(computed.arithmetic_flops, counted),
+                moved,
+                _percent(computed.bytes_moved, figures["bytes_moved_per_chip"] if counted else None),
+                f"{1e3 * figures['roofline_seconds']['interconnect']:.1f}",
+                _percent(computed.interconnect_s, figures["roofline_seconds"]["interconnect"]),
+            )
+        )
+    return markdown_table(rows)
+
+
+def _parsed(key: str) -> tuple[str, topologies.Target, int]:
+    name = max((name for name in RECIPES if key.startswith(name + ", ")), key=len)
+    target, batch, *_ = key.removeprefix(name + ", ").split(", ")
+    return name, topologies.parse(target), int(batch.removeprefix("batch "))
+
+
+def _percent(computed: float, compiled: float | None) -> str:
+    return f"{computed / compiled - 1:+.0%}" if compiled else ""
+
+
+def chips_table() -> str:
+    """Return the table of peak rates and where they stand."""
+    rates = ("bfloat16 TFLOP/s", "float32 TFLOP/s", "memory GiB", "memory GB/s", "link GB/s", "network GB/s")
+    rows = [("chip", *rates, "source")]
+    for chip in CHIPS.values():
+        rates = (chip.hbm_rate, chip.link_rate, chip.network_rate)
+        rows.append(
+            (
+                chip.name,
+                f"{chip.flops / TERA:g}",
+                f"{chip.exact_flops / TERA:.1f}",
+                f"{chip.hbm_bytes / GIB:.0f}",
+                *(f"{rate / GIGA:g}" for rate in rates),
+                chip.source,
+            )
+        )
+    return markdown_table(rows)
+
+
+def compile_plans(names: list[str], numbers: list[int], kind: str, path: Path) -> None:
     """Compile the fixed-batch plans that are not known yet, and keep each as soon as it is made."""
     for name in RECIPES if names == ["all"] else names:
-        for count in counts:
-            known = json.loads(path.read_text()) if path.exists() else {}
-            target, stage = topologies.parse(f"{kind}:{count}"), stage_of(name)
+        for number in numbers:
+            known, target = read(path), topologies.parse(f"{kind}:{number}")
             try:
-                if not planner.compute(stage, target).fits:
-                    stage = stage_of(name, **LARGE)
-                key = key_of(name, target, stage)
+                forecast, changed = fitting(name, target)
+                key = key_of(name, target, forecast.config)
                 if key in known:
                     continue
-                figures = planner.make(stage, target).figures()
+                figures = planner.make(
+                    planner.varied(stage_of(name, target.chip.platform), **changed), target
+                ).figures()
             except UserError as error:
                 print(f"{name}, {target.name}: {error.happened}")
                 continue
-            known[key] = {field: figures[field] for field in KEPT}
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process so far
+            known[key] = {**{field: figures[field] for field in KEPT}, "compiler_memory": memory}
             path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
             print(f"{key}: {figures['compile_seconds']:.0f} s", flush=True)
+
+
+def read(path: Path) -> dict:
+    """Return the compiled figures that are kept."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main(argv: list[str]) -> None:
@@ -155,20 +271,15 @@ def main(argv: list[str]) -> None:
     docs, kind = Path(_DOCS.value), _KIND.value
     path = docs.with_suffix(".json")
     compile_plans(_COMPILE.value, [int(count) for count in _CHIPS.value], kind, path)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    for title, growing in (("fixed", False), ("growing", True)):
-        rows = [row for name in RECIPES for row in rows_of(name, kind, known, growing=growing)]
-        write_between(docs, f"{title} batch, {kind}", markdown_table([HEADER, *rows]))
-
-
-def write_between(path: Path, name: str, table: str) -> None:
-    """Replace what stands between the markers `<!-- name -->` and `<!-- end -->` of a Markdown file."""
-    text = path.read_text()
-    marker = f"<!-- {name} -->"
-    if marker not in text:
-        sys.exit(f"{path} has no {marker}")
-    before, after = text.split(marker, 1)
-    path.write_text(f"{before}{marker}\n\n{table}\n\n<!-- end -->{after.split('<!-- end -->', 1)[1]}")
+    known = read(path)
+    for name, table in {
+        f"fixed batch, {kind}": scaling_table(kind, known, growing=False),
+        f"growing batch, {kind}": scaling_table(kind, known, growing=True),
+        "other chips": others_table(known),
+        "compiled and computed": differences_table(known),
+        "chips": chips_table(),
+    }.items():
+        write_between(docs, name, table)
 
 
 if __name__ == "__main__":

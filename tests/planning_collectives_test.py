@@ -7,10 +7,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from beitv2_jax.planning.collectives import find_collectives, totals
+from beitv2_jax.planning import collectives
+from beitv2_jax.planning.collectives import totals
+from beitv2_jax.planning.program import read_program
 from beitv2_jax.training import sharding
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def find_collectives(text, num_devices, num_slices=1):
+    return collectives.find_collectives(read_program(text), num_devices, num_slices)
 
 
 def program(*lines, other=""):
@@ -86,7 +92,40 @@ def test_the_end_of_an_asynchronous_operation_is_not_counted_again():
     start = "  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}"
     done = "  %d = f32[8]{0} all-gather-done(%s)"
     use = "  %all-gather.7 = f32[8]{0} add(%all-reduce.3, %d)"
-    assert totals(find_collectives(program(start, done, use), 8)) == {"all-gather": {"count": 1, "bytes": 32}}
+    assert totals(find_collectives(program(start, done, use), 8)) == {
+        "all-gather": {"count": 1, "bytes": 32, "bytes_by_type": {"f32": 32}}
+    }
+
+
+def test_what_goes_between_slices_is_found_where_the_hosts_get_it():
+    handed = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    reduced = (
+        "  %send.2 = (f32[1,1,128]{2,1,0:T(1,128)}, u32[], token[]) send(%a, %after-all.2), channel_id=48, "
+        + handed
+        + '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    moved = (
+        "  %send = (bf16[4,13]{1,0}, u32[], token[]) send(%b, %after-all), channel_id=7, "
+        + handed
+        + '_xla_megascale_target={{100000->200003},{200002->100001}},_xla_megascale_transfer_type="ONE_TO_ONE"}'
+    )
+    received = "  %recv = (f32[1,1,128]{2,1,0}, u32[], token[]) recv(%after-all.2), channel_id=49, " + handed + "}"
+    inside = "  %x = f32[5]{0} reduce-scatter(%p), replica_groups=[1,4]<=[4], dimensions={0}"
+    sum_, permuted, scattered = find_collectives(program(reduced, moved, received, inside), 8, 2)
+    assert (sum_.kind, sum_.bytes, sum_.groups) == ("all-reduce", 512, ((0, 4), (1, 5), (2, 6), (3, 7)))
+    assert (permuted.kind, permuted.bytes, permuted.groups) == ("collective-permute", 104, ((0, 7), (6, 1)))
+    assert (scattered.kind, scattered.groups) == ("reduce-scatter", ((0, 1, 2, 3),))
+
+
+def test_totals_tell_the_element_types():
+    lines = [
+        f"  %x{dtype} = {dtype}[5]{{0}} all-reduce(%p), replica_groups={{}}, to_apply=%add" for dtype in ("f32", "bf16")
+    ]
+    assert totals(find_collectives(program(*lines), 8))["all-reduce"] == {
+        "count": 2,
+        "bytes": 30,
+        "bytes_by_type": {"f32": 20, "bf16": 10},
+    }
 
 
 def test_groups_of_one_exchange_nothing():

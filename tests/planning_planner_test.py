@@ -11,6 +11,7 @@ from without_data import CONFIGS
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import fast_paths
 from beitv2_jax.planning import command, planner, search, topologies
 from beitv2_jax.planning.chips import CHIPS
 from beitv2_jax.planning.planner import _refusal
@@ -166,6 +167,13 @@ def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
     assert kinds["all-reduce"].bytes < 0.7 * whole.collectives[0].bytes
 
 
+def test_forms_of_computing_are_those_of_the_target():
+    stages = {platform: planner.prepare(load("vqkd"), platform=platform) for platform in ("tpu", "cuda")}
+    forms = {platform: stage.config.efficiency for platform, stage in stages.items()}
+    assert forms["tpu"].nearest_code == fast_paths.AUTO["nearest_code"]["tpu"]
+    assert forms["cuda"].nearest_code == fast_paths.AUTO["nearest_code"]["gpu"] != forms["tpu"].nearest_code
+
+
 def test_exact_products_cost_their_own_rate():
     stage = planner.prepare(small("vqkd"), 100)
     plan = planner.compute(stage, topologies.parse("v5e:1"))
@@ -207,7 +215,7 @@ def test_a_compiled_program_takes_the_place_of_arithmetic(tiny):
     stage, target = tiny.placed(mesh), topologies.parse("v5e:2x4")
     network = target.network()
     computed = planner._computed(stage, target, dict(mesh.shape), network)
-    plan = planner._measured(computed, planner._compile(stage, mesh, target), stage, network, 1.0)
+    plan = planner._measured(computed, planner._compile(stage, mesh, target), network, 1.0)
     assert plan.compiled and plan.memory.arguments > 0 and plan.memory.temporaries > 0
     assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
     reduced = sum(c.count * c.bytes for c in plan.collectives if c.kind == "all-reduce")
@@ -227,21 +235,67 @@ def test_a_step_that_does_not_fit_names_what_helps(base):
     target = topologies.parse("v5e:2x4")
     plan = planner.compute(stage, target)
     assert not plan.fits and plan.memory.over > 2**30
-    words = search.with_switches(plan, stage, confirm=False).switches
-    assert any("remat" in line for line in words) and any("fsdp" in line for line in words)
-    assert any("images a chip" in line and line.endswith("fits") for line in words)
+    words = {line.split(":")[0]: line for line in search.with_switches(plan, stage, confirm=None).switches}
+    assert words["--config.efficiency.remat=full"].endswith("GiB a chip (computed), fits")
+    assert words["--config.efficiency.scan_blocks=True --config.efficiency.remat=full"].endswith("fits")
+    assert "GiB over" in words["--config.efficiency.remat=dots"]
+    assert "GiB over" in words["--config.efficiency.accumulation_steps=2"]
+    assert words["--config.efficiency.accumulation_steps=4"].endswith("fits")
+    assert "GiB over" in words["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
+    assert words["--config.run.batch_size=512"].endswith("fits")
+    assert words["In short"] == "In short: --config.efficiency.remat=full"
+
+
+def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(base, monkeypatch):
+    """A compiler that makes twice of all memory refuses what fits by arithmetic."""
+    target, asked = topologies.parse("v5e:2x4"), []
+    monkeypatch.setattr(planner, "varied", planner.estimated)  # there is nothing to trace for
+
+    def double(stage, target):
+        asked.append(stage.config.efficiency.to_dict())
+        made = planner.compute(stage, target)
+        memory = dataclasses.replace(made.memory, peak=2 * made.memory.peak)
+        return dataclasses.replace(made, memory=memory, compile_s=1.0)
+
+    refused = double(base, target)
+    words = search.with_switches(refused, base, confirm=double).switches
+    assert [efficiency["accumulation_steps"] for efficiency in asked] == [1, 8]
+    assert [line.endswith("(compiled), fits") for line in words].count(True) == 1
+    assert "GiB over" in words[1] and words[1].startswith("--config.efficiency.remat=full: ")
+    assert words[-1] == "In short: --config.efficiency.accumulation_steps=8"
 
 
 def test_the_best_of_many_fit_and_are_in_order(base):
-    plans = search.auto(base, "v5e:64", compile_it=False)
+    plans = search.auto(base, "v5e:64", make=None, minutes=0)
     assert 1 <= len(plans) <= 5 and all(plan.fits and plan.target.count == 64 for plan in plans)
     hours = [plan.hours for plan in plans]
     assert hours == sorted(hours)
-    assert len({(tuple(plan.mesh.values()), plan.config.efficiency.remat) for plan in plans}) == len(plans)
+    assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
+
+
+def test_the_best_are_compiled_until_the_time_is_over_and_those_refused_are_left_out(tiny, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
+
+    def make(stage, target):
+        made = planner.compute(stage, target)
+        now[0] += 60
+        size = made.memory.usable + 1 if made.mesh["fsdp"] == 2 else made.memory.peak
+        memory = dataclasses.replace(made.memory, peak=size)
+        return dataclasses.replace(made, memory=memory, compiled=True, compile_s=60.0)
+
+    monkeypatch.setattr(planner, "varied", planner.estimated)
+    computed = search.auto(tiny, "v5e:2x4", make=None, minutes=0)
+    assert {plan.compiled for plan in computed} == {False} and len(computed) == 5
+    best = search.auto(tiny, "v5e:2x4", make=make, minutes=3)
+    assert 1 < now[0] / 60 <= 3 and len(best) == 5
+    tried = [plan.mesh for plan in computed[: int(now[0]) // 60]]
+    assert [plan.mesh for plan in best if plan.compiled] == [mesh for mesh in tried if mesh["fsdp"] != 2]
+    assert any(mesh["fsdp"] == 2 for mesh in tried)
 
 
 def test_arithmetic_without_tracing_is_the_same(tiny):
-    keys = {"run.batch_size": 32, "efficiency.remat": True, "mesh.fsdp": 2}
+    keys = {"run.batch_size": 32, "efficiency.remat": "full", "mesh.fsdp": 2}
     quick, full = (make(tiny, **keys) for make in (planner.estimated, planner.varied))
     quick, full = (planner.compute(stage, topologies.parse("v5e:2x4")) for stage in (quick, full))
     assert quick.traced_flops is None and full.traced_flops == full.arithmetic_flops
@@ -250,7 +304,7 @@ def test_arithmetic_without_tracing_is_the_same(tiny):
 
 def test_nothing_fits(base):
     with pytest.raises(UserError, match="GiB over"):
-        search.auto(base, "v5e:1", compile_it=False)
+        search.auto(planner.estimated(base, **{"run.batch_size": 2**20}), "v5e:1", make=None, minutes=0)
 
 
 def test_a_missing_tpu_compiler_is_named_with_its_extra(monkeypatch, tiny):
@@ -262,7 +316,7 @@ def test_a_missing_tpu_compiler_is_named_with_its_extra(monkeypatch, tiny):
 
 def test_a_missing_gpu_compiler_leaves_arithmetic_and_says_so(monkeypatch, tiny):
     monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
-    plan = command.make_plan(tiny, topologies.parse("h100:8"))
+    plan = command.make_forecast(tiny, topologies.parse("h100:8"))
     assert not plan.compiled and any("plan-gpu" in note for note in plan.notes)
 
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beitv2_jax.config import nearest
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.planning.collectives import Collective
 
 GB, GIB, TERA = 1e9, 2**30, 1e12

@@ -1,7 +1,7 @@
-"""Read the collectives out of a compiled program's text: what is exchanged, how many bytes, between which devices.
+"""Find the collectives of a compiled program: what is exchanged, how many bytes, between which devices.
 
-Used by the plan of a run. The text is what `compiled.as_text()` gives: one program that every device runs, whose
-collectives name devices by their place in the mesh (the flattened order of `mesh.devices`).
+One program that every device runs; its collectives name devices by their place in the mesh (the flattened order of
+`mesh.devices`).
 """
 
 import dataclasses
@@ -10,18 +10,16 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from beitv2_jax.planning.program import Array, Instruction, Program, numbers, width
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_BETWEEN_SLICES = {"ALL_REDUCE": "all-reduce", "ONE_TO_ONE": "collective-permute"}
 Groups = tuple[tuple[int, ...], ...]
 
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,<=]*)\]")
-_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))? ?\{([^}]*)\}")
 _IOTA = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
@@ -40,7 +38,7 @@ class Collective:
     """
 
     kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: tuple[Array, ...]
     groups: Groups
     count: int = 1
     source: str = ""
@@ -53,7 +51,7 @@ class Collective:
         factor = len(self.groups[0]) if self.kind == "reduce-scatter" else 1
         summed: dict[str, int] = defaultdict(int)
         for dtype, shape in self.arrays:
-            summed[dtype] += math.prod(shape) * _width(dtype) * factor
+            summed[dtype] += math.prod(shape) * width(dtype) * factor
         return dict(summed)
 
     @property
@@ -71,103 +69,80 @@ class Collective:
         return tuple(name for name in mesh_shape if name in varying)
 
 
-def find_collectives(text: str, num_devices: int) -> list[Collective]:
+def find_collectives(program: Program, num_devices: int, num_slices: int = 1) -> list[Collective]:
     """Return the collectives of a compiled program in the order of its text, but those between no two devices.
 
     Args:
-        text: of the optimised program.
-        num_devices: that run it, which an operation without groups means.
+        num_devices: of all slices.
+        num_slices: the program of several slices exchanges inside a slice as that of one does, and hands what goes
+            between them to the hosts; both are found.
     """
-    computations = _split(text)
-    times, unknown = _times(computations)
+    per_slice = num_devices // num_slices
     found = []
-    for name, lines in computations.items():
+    for name, lines in program.computations.items():
         for line in lines:
-            match = _OPERATION.match(line)
-            if match is None:
+            kind = _kind(line)
+            if kind is None:
                 continue
-            _, result, kind, start = match.groups()
-            groups = _groups(line, num_devices)
+            between = line.opcode == "send"
+            groups = _slice_groups(line, kind, per_slice, num_slices) if between else _groups(line.rest, per_slice)
             if all(len(set(group)) < 2 for group in groups):
                 continue
-            source = re.search(r'op_name="([^"]*)"', line)
+            source = re.search(r'op_name="([^"]*)"', line.rest)
             found.append(
                 Collective(
                     kind,
-                    _arrays(kind, bool(start), result),
+                    line.arrays[:1] if between else _arrays(kind, line.opcode.endswith("-start"), line.arrays),
                     groups,
-                    times[name],
+                    program.times[name],
                     source[1] if source else "",
-                    name in unknown,
+                    name in program.unknown,
                 )
             )
     return found
 
 
-def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """Return {kind: {"count", "bytes"}} of one step on one device."""
-    sums: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+def _kind(line: Instruction) -> str | None:
+    """Return which of KINDS an operation is or starts, None if it is none."""
+    if line.opcode == "send":
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest)
+        # of another kind what is sent is all that is known: it goes once over the network
+        return _BETWEEN_SLICES.get(transfer[1], "all-to-all") if transfer else None
+    kind = line.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _slice_groups(line: Instruction, kind: str, per_slice: int, num_slices: int) -> Groups:
+    """Return which devices exchange between slices: each with those of its place in the others, or by pairs.
+
+    A device is named there by 100000 times its slice, counted from 1, and its number in the slice.
+    """
+    if kind == "collective-permute":
+        pairs = re.findall(r"(\d+)->(\d+)", line.rest)
+        place = lambda device: (int(device) // 100_000 - 1) * per_slice + int(device) % 100_000  # noqa: E731
+        return tuple((place(source), place(target)) for source, target in pairs)
+    return _rows(np.arange(num_slices * per_slice).reshape(num_slices, per_slice).T)
+
+
+def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, Any]]:
+    """Return {kind: {"count", "bytes", "bytes_by_type"}} of one step on one device."""
+    sums: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0, "bytes_by_type": defaultdict(int)})
     for collective in collectives:
-        sums[collective.kind]["count"] += collective.count
-        sums[collective.kind]["bytes"] += collective.count * collective.bytes
-    return dict(sums)
+        total = sums[collective.kind]
+        total["count"] += collective.count
+        total["bytes"] += collective.count * collective.bytes
+        for dtype, size in collective.dtypes.items():
+            total["bytes_by_type"][dtype] += collective.count * size
+    return {kind: {**total, "bytes_by_type": dict(total["bytes_by_type"])} for kind, total in sums.items()}
 
 
-def _split(text: str) -> dict[str, list[str]]:
-    """Return the lines of each computation by its name; that of the entry is ''."""
-    computations: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for line in text.splitlines():
-        if line.startswith("}"):
-            current = None
-        elif current is not None:
-            current.append(line)
-        elif match := _COMPUTATION.match(line):
-            current = computations.setdefault("" if match[1] else match[2], [])
-    return computations
-
-
-def _times(computations: Mapping[str, list[str]]) -> tuple[dict[str, int], set[str]]:
-    """Return how often a step runs each computation, and those that stand in a loop of unknown length."""
-    callers: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
-    for name, lines in computations.items():
-        for line in lines:
-            is_loop = " while(" in line
-            trips = _TRIPS.search(line)
-            factor = int(trips[1]) if is_loop and trips else 1
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            for other in called:
-                callers[other].append((name, factor, is_loop and not trips))
-    times = {"": 1}
-    unknown: set[str] = set()
-
-    def resolve(name: str) -> int:
-        if name not in times:
-            times[name] = sum(resolve(caller) * factor for caller, factor, _ in callers[name])
-            if any(lost or caller in unknown for caller, _, lost in callers[name]):
-                unknown.add(name)
-        return times[name]
-
-    for name in computations:
-        resolve(name)
-    return times, unknown
-
-
-def _arrays(kind: str, start: bool, result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return types and shapes of what a collective yields, from the text of its result's type."""
-    arrays = tuple((dtype, tuple(_numbers(dims))) for dtype, dims in _SHAPE.findall(result))
+def _arrays(kind: str, start: bool, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return what a collective yields out of all that its start does."""
     if start and kind == "collective-permute":
         return arrays[1:2]  # (operand, result, contexts)
     if start and kind != "all-reduce":
         return arrays[len(arrays) // 2 :]  # (operands, results)
     return arrays
-
-
-def _width(dtype: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    return max(1, bits // 8)
 
 
 def _groups(line: str, num_devices: int) -> Groups:
@@ -182,9 +157,9 @@ def _groups(line: str, num_devices: int) -> Groups:
         return _mesh_groups(_MESH.match(written))
     if written.startswith("["):
         shape, source, order = _IOTA.match(written).groups()
-        return _rows(_iota(source or shape, order).reshape(_numbers(shape)))
+        return _rows(_iota(source or shape, order).reshape(numbers(shape)))
     listed = re.match(r"\{((?:\{[\d,]*\},?)*)\}", written)
-    groups = tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    groups = tuple(tuple(numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     return groups or everyone
 
 
@@ -213,7 +188,7 @@ def _mesh_groups(match: re.Match) -> Groups:
     ids = np.arange(count)
     if devices:
         iota = _IOTA.match(devices)
-        ids = _iota(iota[1], iota[3]) if iota else np.array(_numbers(devices))
+        ids = _iota(iota[1], iota[3]) if iota else np.array(numbers(devices))
     flat = [(name, i) for name, cut in cuts.items() for i in range(len(cut))]
     inside = [place for place, (name, i) in enumerate(flat) if i in chosen[name]]
     outside = [place for place in range(len(flat)) if place not in inside]
@@ -224,14 +199,10 @@ def _mesh_groups(match: re.Match) -> Groups:
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
     """Return the numbers from 0 that `[4,2]T(1,0)` lists: shaped, transposed, flat."""
-    sizes = _numbers(shape)
+    sizes = numbers(shape)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
-    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
+    return (ids.transpose(numbers(order)) if order else ids).reshape(-1)
 
 
 def _rows(array: np.ndarray) -> Groups:
     return tuple(tuple(row) for row in array.tolist())
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]

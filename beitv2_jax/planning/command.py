@@ -6,15 +6,21 @@ import os
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.planning import planner, search, topologies
-from beitv2_jax.planning.figures import Plan
-from beitv2_jax.planning.report import compare_plans, describe_plan
 from beitv2_jax.files import write_text
+from beitv2_jax.planning import planner, search, topologies
+from beitv2_jax.planning.figures import Forecast
+from beitv2_jax.planning.report import compare_forecasts, describe_forecast
 from beitv2_jax.stages import check_writable
 
 
 def run_plan(
-    config: ConfigDict, wanted: str, workdir: str = "", *, num_examples: int = 0, compile_it: bool = True
+    config: ConfigDict,
+    wanted: str,
+    workdir: str = "",
+    *,
+    num_examples: int = 0,
+    compile_it: bool = True,
+    minutes: float = 10,
 ) -> dict:
     """Plan the stage that `config` trains, print the plan, write it to `workdir`/plan.json, and return its figures.
 
@@ -23,6 +29,7 @@ def run_plan(
         workdir: '' writes nothing. Nothing else in it is read or changed.
         num_examples: training images, where the data set is neither known nor here; 0: look.
         compile_it: False takes arithmetic for everything.
+        minutes: after which `auto` begins no further compilation.
 
     Raises:
         UserError: the config is inconsistent, the target unknown, or the TPU compiler is not installed.
@@ -30,29 +37,32 @@ def run_plan(
     if workdir:
         check_writable(workdir)
     planner.start_compilers()
-    stage = planner.prepare(config, num_examples)
+    chip = topologies.chip_of(wanted.removeprefix("auto:"))
+    stage = planner.prepare(config, num_examples, platform=chip.platform)
     if wanted.startswith("auto:"):
-        plans = search.auto(stage, wanted.removeprefix("auto:"), compile_it=compile_it)
-        print(compare_plans(plans))
-        figures = {"target": wanted, "best": [plan.figures() for plan in plans]}
+        make = make_forecast if compile_it else None
+        best = search.auto(stage, wanted.removeprefix("auto:"), make=make, minutes=minutes)
+        print(compare_forecasts(best))
+        figures = {"target": wanted, "best": [forecast.figures() for forecast in best]}
     else:
-        plan = make_plan(stage, topologies.parse(wanted), compile_it=compile_it)
-        plan = search.with_switches(plan, stage, confirm=plan.compile_s > 0)
-        print(describe_plan(plan))
-        figures = plan.figures()
+        make = make_forecast if compile_it else planner.compute
+        forecast = make(stage, topologies.parse(wanted))
+        forecast = search.with_switches(forecast, stage, confirm=make_forecast if forecast.compile_s > 0 else None)
+        print(describe_forecast(forecast))
+        figures = forecast.figures()
     if workdir:
         os.makedirs(workdir, exist_ok=True)
         write_text(os.path.join(workdir, "plan.json"), json.dumps(figures, indent=2) + "\n")
     return figures
 
 
-def make_plan(stage: planner.Stage, target: topologies.Target, *, compile_it: bool = True) -> Plan:
-    """Return the compiled plan of a stage, or the computed one where that is asked for.
+def make_forecast(stage: planner.Stage, target: topologies.Target) -> Forecast:
+    """Return the compiled forecast of a stage.
 
-    Without the CUDA plugin a GPU's plan is computed, and says so. Without libtpu there is an error.
+    Without the CUDA plugin that of a GPU is computed, and says so. Without libtpu there is an error.
     """
     platform = target.chip.platform
-    if compile_it and platform == "cuda" and not topologies.is_installed(platform):
+    if platform == "cuda" and not topologies.is_installed(platform):
         note = f"no compiler for {target.chip.name} is installed ({topologies.PIP[platform]}): all figures are computed"
         return planner.compute(dataclasses.replace(stage, notes=(*stage.notes, note)), target)
-    return planner.make(stage, target) if compile_it else planner.compute(stage, target)
+    return planner.make(stage, target)

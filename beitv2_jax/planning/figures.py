@@ -1,4 +1,4 @@
-"""What a plan says: memory, FLOPs, exchanges and the times that follow from them.
+"""What `--plan` foretells: memory, FLOPs, exchanges and the times that follow from them.
 
 Made by `planning.planner`, printed by `planning.report`.
 """
@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from beitv2_jax.planning.accounting import Component
 from beitv2_jax.planning.collectives import Collective, totals
+from beitv2_jax.planning.parts import Component
 from beitv2_jax.planning.topologies import Target
 from beitv2_jax.training import sharding
 
@@ -32,15 +32,16 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step of a config needs and takes on a target.
+class Forecast:
+    """What a step of a config needs and takes on a target, and a run of such steps.
 
     Attributes:
         compiled: whether memory, `compiler_flops`, `bytes_moved` and `collectives` are those of a compiled program; if
             not, they are computed.
         parameters: trained numbers; `parts` are those and the frozen ones, each with its FLOPs of an image and step.
-        arithmetic_flops, traced_flops, compiler_flops: of one chip in a step: by formulas, in the traced program, and
-            by the compiler, corrected for the loops whose body it counts once. The last counts what is no product too.
+        arithmetic_flops, traced_flops, product_flops, compiler_flops: of one chip in a step: by formulas, in the traced
+            program, the matrix products of the compiled program, and the compiler's own count, which takes in what is
+            no product too. Of a loop, whose body a compiler counts once, every round is in them.
         collectives: of one step.
         compute_s, hbm_s, interconnect_s: the least seconds that each of the three takes in a step.
         notes: what was assumed.
@@ -57,6 +58,7 @@ class Plan:
     memory: Memory
     arithmetic_flops: float
     traced_flops: float | None
+    product_flops: float | None
     compiler_flops: float | None
     bytes_moved: float
     collectives: list[Collective]
@@ -102,6 +104,17 @@ class Plan:
         """Of the configured schedule, at peak rates."""
         return self.hours * self.target.count
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Which figures a compiler gave and which are computed; what follows from both is at peak rates."""
+        how = {True: "compiled", False: "computed"}
+        return {
+            "memory": how[self.compile_s > 0],
+            "bytes_moved": how[self.compiler_flops is not None],
+            "collectives": how[self.compiled],
+            "times": "at peak rates",
+        }
+
     def figures(self) -> dict[str, Any]:
         """Return all figures as plain values, for a file."""
         per_kind = totals(self.collectives)
@@ -115,6 +128,7 @@ class Plan:
             "images_per_chip": self.config.run.batch_size / batch_parts(self.mesh),
             "efficiency": self.config.efficiency.to_dict(),
             "source_of_figures": "compiled" if self.compiled else "computed",
+            "sources": self.sources,
             "compile_seconds": self.compile_s,
             "parameters": sum(part.params for part in self.parts if not part.frozen),
             "parts": {part.name: {"parameters": part.params, "flops_per_image": part.flops} for part in self.parts},
@@ -127,6 +141,7 @@ class Plan:
             "flops_per_chip": {
                 "arithmetic": self.arithmetic_flops,
                 "traced": self.traced_flops,
+                "compiled_products": self.product_flops,
                 "compiler": self.compiler_flops,
             },
             "bytes_moved_per_chip": self.bytes_moved,

@@ -1,7 +1,7 @@
 """A run planned before any hardware is there: does its step fit, what binds it, how long and how many chip-hours.
 
 `make` compiles the real training step for a described topology, from the config alone. `compute` gives the same figures
-by arithmetic. Both return a `Plan`, whose `compiled` says which it is.
+by arithmetic. Both return a `Forecast`, whose `compiled` says which it is.
 """
 
 import dataclasses
@@ -19,25 +19,35 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import fast_paths
 from beitv2_jax.planning import accounting, topologies
 from beitv2_jax.planning.chips import Network
 from beitv2_jax.planning.collectives import Collective, find_collectives
-from beitv2_jax.planning.figures import Memory, Plan, batch_parts
+from beitv2_jax.planning.components import components, transformers
+from beitv2_jax.planning.figures import Forecast, Memory, batch_parts
+from beitv2_jax.planning.parts import FLOAT32, Component, total_flops
+from beitv2_jax.planning.program import missed_costs, product_flops, read_program
 from beitv2_jax.planning.topologies import Target
 from beitv2_jax.tasks import described
-from beitv2_jax.training import loop, sharding
+from beitv2_jax.training import optim, sharding
 from beitv2_jax.training import state as state_lib
+from beitv2_jax.training.step import lower_step, make_train_step
 from beitv2_jax.typing import PyTree
 
 USABLE_SHARE = {"cuda": 0.95, "tpu": 15.75 / 16}
 """Of a chip's memory: what a GPU's allocator and libraries leave, and what the TPU compiler takes for available."""
+TEMPORARIES = {"cuda": 1.3, "tpu": 1.0}
+"""Temporary memory that a compiler takes, over that by arithmetic; a GPU's fuses less. Fitted to a step of MIM base."""
 STATE_TRAFFIC = 110
 """Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
+PART_TRAFFIC = 24
+"""... and for each further part of a batch whose gradients are accumulated: weights read, sums read and written."""
 ACTIVATION_TRAFFIC = 12.0
 """Times that a step moves each byte that passes through it. Both are fitted to the TPU compiler's counts."""
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
+_JAX_NAMES = {"tpu": "tpu", "cuda": "gpu"}
 _REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 _REFUSED_TEMPORARIES = re.compile(
     r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
@@ -50,7 +60,7 @@ class Stage:
     """A training step as its config describes it, before any mesh: the same for every target.
 
     `state`, `frozen` and `batch` hold the shapes of the whole run. `notes` say what the config left open. `frozen_vit`
-    is that of `tasks.described.Description`. `function` and `traced` are None where there is arithmetic only.
+    is that of `tasks.described.Description`. `function` and `traced_flops` are None where there is arithmetic only.
     """
 
     config: Any
@@ -60,9 +70,9 @@ class Stage:
     state: PyTree
     frozen: PyTree
     batch: PyTree
-    parts: list[accounting.Component]
+    parts: list[Component]
     frozen_vit: Mapping[str, Mapping[str, int]]
-    traced: accounting.TracedFlops | None
+    traced_flops: int | None
 
     @property
     def num_steps(self) -> int:
@@ -75,10 +85,12 @@ class Stage:
         Raises:
             UserError: the batch cannot be divided over it.
         """
-        parts, batch_size = batch_parts(dict(mesh.shape)), self.config.run.batch_size
+        batch_size, steps = self.config.run.batch_size, self.config.efficiency.accumulation_steps
+        parts = batch_parts(dict(mesh.shape)) * steps
         if batch_size % parts:
+            chips = f"{parts // steps} chips (data x fsdp)" + (f" in {steps} steps" if steps > 1 else "")
             raise UserError(
-                f"A batch of {batch_size} cannot be divided over {parts} chips (data x fsdp).",
+                f"A batch of {batch_size} cannot be divided over {chips}.",
                 "the batch size was chosen for fewer chips.",
                 f"--config.run.batch_size={-(-batch_size // parts) * parts}, or a smaller target.",
             )
@@ -91,16 +103,19 @@ class Stage:
         )
 
 
-def prepare(config, num_examples: int = 0) -> Stage:
+def prepare(config, num_examples: int = 0, *, platform: str = "tpu") -> Stage:
     """Describe the stage that a config trains; what the config leaves open is what the published recipe used.
 
     Args:
         num_examples: images of an epoch; 0 takes those of the data set.
+        platform: that of the target's chip, whose forms of computing "auto" means.
 
     Raises:
         UserError: the config is inconsistent, of a stage without training, or of a set of unknown length.
     """
     config, notes = described.complete(config)
+    forms = fast_paths.resolved(config.efficiency, _JAX_NAMES[platform])
+    config = _changed(config, {f"efficiency.{key}": value for key, value in forms.items()})
     config_lib.validate(config)
     num_examples = described.count_examples(config, num_examples)
     config_lib.validate(config, num_examples)
@@ -119,8 +134,8 @@ def estimated(stage: Stage, **keys) -> Stage:
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in stage.batch.items()
     }
-    parts = accounting.components(config, stage.frozen_vit)
-    return dataclasses.replace(stage, config=config, batch=batch, parts=parts, function=None, traced=None)
+    parts = components(config, stage.frozen_vit)
+    return dataclasses.replace(stage, config=config, batch=batch, parts=parts, function=None, traced_flops=None)
 
 
 def _changed(config, keys: Mapping[str, Any]):
@@ -132,10 +147,17 @@ def _changed(config, keys: Mapping[str, Any]):
 def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
     description = described.describe(config, num_examples)
     task, ema_decay = description.task, config.optim.ema_decay
-    optimizer, schedule = loop.make_optimizer(task, config.optim, *_steps(config, num_examples))
+    optimizer, schedule = optim.for_task(task, config.optim, *_steps(config, num_examples))
     mesh = AbstractMesh((1,) * len(sharding.AXES), sharding.AXES)
     state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_ema=ema_decay > 0)
-    function = loop.make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=ema_decay)
+    function = make_train_step(
+        task,
+        optimizer,
+        schedule=schedule,
+        seed=config.seed,
+        ema_decay=ema_decay,
+        accumulation_steps=config.efficiency.accumulation_steps,
+    )
     return Stage(
         config,
         num_examples,
@@ -144,7 +166,7 @@ def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
         state,
         task.frozen,
         description.batch,
-        accounting.components(config, description.frozen_vit),
+        components(config, description.frozen_vit),
         description.frozen_vit,
         accounting.traced_flops(function, state, task.frozen, description.batch),
     )
@@ -158,8 +180,8 @@ def start_compilers() -> None:
     jax.config.update("jax_platforms", "cpu")  # jax has read its environment already
 
 
-def make(stage: Stage, target: Target) -> Plan:
-    """Compile the step of a stage for a target, on the mesh that its config asks for, and return its plan.
+def make(stage: Stage, target: Target) -> Forecast:
+    """Compile the step of a stage for a target, on the mesh that its config asks for, and return its forecast.
 
     Raises:
         UserError: the compiler is missing, or batch and mesh do not fit the target.
@@ -167,26 +189,26 @@ def make(stage: Stage, target: Target) -> Plan:
     mesh = sharding.make_mesh(**stage.config.mesh, devices=topologies.devices(target))
     network = target.network(list(mesh.devices.flat))
     stage = stage.placed(mesh)
-    plan = _computed(stage, target, dict(mesh.shape), network)
+    forecast = _computed(stage, target, dict(mesh.shape), network)
     started = time.monotonic()
     try:
         compiled = _compile(stage, mesh, target)
     except jax.errors.JaxRuntimeError as error:
-        refused = _refusal(str(error), plan.memory.arguments)
+        refused = _refusal(str(error), forecast.memory.arguments)
         if refused is None:
             raise
         note = "the compiler refused the step: memory is its count, bytes moved and collectives are computed"
         return dataclasses.replace(
-            plan,
+            forecast,
             memory=refused,
             compile_s=time.monotonic() - started,
-            notes=(*plan.notes, note),
+            notes=(*forecast.notes, note),
         )
-    return _measured(plan, compiled, stage, network, time.monotonic() - started)
+    return _measured(forecast, compiled, network, time.monotonic() - started)
 
 
-def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None) -> Plan:
-    """Return the plan of a stage by arithmetic: nothing is compiled, no compiler is needed.
+def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None) -> Forecast:
+    """Return the forecast of a stage by arithmetic: nothing is compiled, no compiler is needed.
 
     Args:
         mesh: sizes of the axes, those of the config if None.
@@ -214,7 +236,7 @@ def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def _compile(stage: Stage, mesh: Mesh, target: Target):
     logging.info("compiling the step for %s on %s", dict(mesh.shape), target.name)
-    lowered = loop.lower_step(stage.function, stage.state, stage.frozen, stage.batch, mesh)
+    lowered = lower_step(stage.function, stage.state, stage.frozen, stage.batch, mesh)
     return lowered.compile(compiler_options=OPTIONS[target.chip.platform])
 
 
@@ -238,22 +260,26 @@ def _size(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit.upper()])
 
 
-def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Network) -> Plan:
+def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Network) -> Forecast:
     chip, config = target.chip, stage.config
     images = config.run.batch_size / batch_parts(shape)
     share = config.run.batch_size / math.prod(shape.values())
     frozen_bytes = accounting.device_bytes(stage.frozen)
     arguments = accounting.device_bytes(stage.state) + frozen_bytes + accounting.device_bytes(stage.batch)
-    temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params)
-    memory = Memory(
-        arguments, int(temporaries), int(arguments + temporaries), int(USABLE_SHARE[chip.platform] * chip.hbm_bytes)
-    )
+    steps = config.efficiency.accumulation_steps
+    temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params, steps)
+    temporaries = int(TEMPORARIES[chip.platform] * temporaries)
+    usable = int(USABLE_SHARE[chip.platform] * chip.hbm_bytes)
+    memory = Memory(arguments, temporaries, arguments + temporaries, usable)
     collectives = expected_collectives(stage, shape, images)
-    passed = sum(part.passed or part.kept for part in stage.parts)
-    local_params = accounting.device_bytes(stage.state.params) / accounting.FLOAT32
-    moved = STATE_TRAFFIC * local_params + ACTIVATION_TRAFFIC * images * passed + frozen_bytes
-    plain, exact = (share * accounting.total_flops(stage.parts, exact=value) for value in (False, True))
-    return Plan(
+    passed = sum(part.passed or part.kept + part.held for part in stage.parts)
+    local_params = accounting.device_bytes(stage.state.params) / FLOAT32
+    moved = (STATE_TRAFFIC + (steps - 1) * PART_TRAFFIC) * local_params
+    moved += ACTIVATION_TRAFFIC * images * passed + steps * frozen_bytes
+    # what is gathered is written, and read again; what is scattered likewise
+    moved += 2 * sum(c.count * c.bytes for c in collectives if c.kind != "all-reduce")
+    plain, exact = (share * total_flops(stage.parts, exact=value) for value in (False, True))
+    return Forecast(
         target=target,
         mesh=shape,
         config=config,
@@ -263,7 +289,8 @@ def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Netw
         parts=stage.parts,
         memory=memory,
         arithmetic_flops=plain + exact,
-        traced_flops=stage.traced and stage.traced.total / math.prod(shape.values()),
+        traced_flops=stage.traced_flops and stage.traced_flops / math.prod(shape.values()),
+        product_flops=None,
         compiler_flops=None,
         bytes_moved=moved,
         collectives=collectives,
@@ -278,34 +305,35 @@ def _exchange_seconds(collectives: Iterable[Collective], network: Network) -> fl
     return sum(collective.count * network.seconds(collective) for collective in collectives)
 
 
-def _measured(plan: Plan, compiled, stage: Stage, network: Network, seconds: float) -> Plan:
-    """Return the plan with what a compiled program says in place of arithmetic."""
-    chip, count = plan.target.chip, plan.target.count
+def _measured(forecast: Forecast, compiled, network: Network, seconds: float) -> Forecast:
+    """Return the forecast with what a compiled program says in place of arithmetic."""
+    chip, target = forecast.target.chip, forecast.target
     sizes = compiled.memory_analysis()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     # outputs that are not written into arguments, and the program itself, need room too
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     code = sizes.generated_code_size_in_bytes
     peak = max(getattr(sizes, "peak_memory_in_bytes", 0), arguments + temporaries + outputs + code)
-    collectives = find_collectives(compiled.as_text(), count)
+    program = read_program(compiled.as_text())
+    collectives = find_collectives(program, target.count, target.slices)
     costs = compiled.cost_analysis() or {}
-    flops, moved, notes = None, plan.bytes_moved, list(plan.notes)
+    flops, moved, notes = None, forecast.bytes_moved, list(forecast.notes)
     if costs.get("flops"):
-        missed = stage.traced.missed / count
-        flops = costs["flops"] + missed
-        moved = costs["bytes accessed"] * (flops / costs["flops"])
-        if missed:
+        missed = missed_costs(program)
+        flops, moved = costs["flops"] + missed.flops, costs["bytes accessed"] + missed.bytes
+        if missed.flops:
             notes.append(
-                "the compiler counts the body of a loop once: its FLOPs are corrected by the traced program's, and its "
-                "bytes in the same proportion"
+                f"the compiler counts the body of a loop once: {missed.flops / 1e12:.3f} TFLOPs and "
+                f"{missed.bytes / 1e9:.1f} GB of the other rounds are added from the program's text"
             )
     else:
         notes.append("this compiler counts neither FLOPs nor bytes: bytes moved are computed")
     return dataclasses.replace(
-        plan,
+        forecast,
         compiled=True,
         compile_s=seconds,
-        memory=Memory(arguments, temporaries, peak, plan.memory.usable),
+        memory=Memory(arguments, temporaries, peak, forecast.memory.usable),
+        product_flops=product_flops(program),
         compiler_flops=flops,
         bytes_moved=moved,
         collectives=collectives,
@@ -320,31 +348,34 @@ def expected_collectives(stage: Stage, shape: dict[str, int], images: float) -> 
 
     Gradients are summed over `data` and, in shares, over `fsdp`, where weights are gathered for the forward and for the
     backward pass. Over `tensor` each block sums its two outputs, forward and backward. The tokenizer sums its code
-    statistics over the whole batch.
+    statistics over the whole batch. With accumulation what goes over `data` does so once, in float32, as the TPU's
+    compiler moves it out of the loop; the rest happens for each part of the batch.
     """
     config, local = stage.config, accounting.device_bytes(stage.state.params)
+    steps = config.efficiency.accumulation_steps
+    summed = "bf16" if config.efficiency.gradient_dtype == "bfloat16" and steps == 1 else "f32"
     found = []
 
-    def add(kind: str, size: float, axes: tuple[str, ...], count: int = 1) -> None:
+    def add(kind: str, size: float, axes: tuple[str, ...], count: int = 1, dtype: str = "f32") -> None:
         group = _first_group(shape, axes)
         if len(group) > 1 and count:
             parts = len(group) if kind == "reduce-scatter" else 1
-            numbers = int(size) // accounting.FLOAT32 // parts
-            found.append(Collective(kind, (("f32", (numbers,)),), (group,), count))
+            numbers = int(size) // FLOAT32 // parts
+            found.append(Collective(kind, ((dtype, (numbers,)),), (group,), count))
 
     if shape["fsdp"] > 1:
         whole = local * shape["fsdp"]
-        add("all-gather", whole, ("fsdp",), 2)
-        add("reduce-scatter", whole, ("fsdp",))
-    add("all-reduce", local, ("data",))
+        add("all-gather", whole, ("fsdp",), 2 * steps)
+        add("reduce-scatter", whole, ("fsdp",), steps, dtype=summed)
+    add("all-reduce", local, ("data",), dtype=summed)
     if shape["tensor"] > 1:
-        for blocks in accounting.transformers(config):
-            size = images * accounting.FLOAT32 * blocks.tokens * blocks.width
-            add("all-reduce", size, ("tensor",), 4 * blocks.depth)
+        for blocks in transformers(config):
+            size = images / steps * FLOAT32 * blocks.tokens * blocks.width
+            add("all-reduce", size, ("tensor",), 4 * blocks.depth * steps)
     if config.stage == "vqkd":
         add(
             "all-reduce",
-            accounting.FLOAT32 * config.model.codebook_size * (config.model.code_dim + 1),
+            FLOAT32 * config.model.codebook_size * (config.model.code_dim + 1),
             ("data", "fsdp"),
         )
     return found

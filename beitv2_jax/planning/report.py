@@ -1,99 +1,107 @@
 """A plan in words and tables, for the terminal."""
 
-from beitv2_jax.planning.accounting import total_flops
+from beitv2_jax.planning.chips import Chip
 from beitv2_jax.planning.collectives import totals
-from beitv2_jax.planning.figures import Plan, batch_parts
+from beitv2_jax.planning.figures import Forecast, batch_parts
+from beitv2_jax.planning.parts import total_flops
 from beitv2_jax.report.pipeline import markdown_table
 
-GIB, TERA, GIGA = 2**30, 1e12, 1e9
+GIB, TERA, GIGA, MEGA = 2**30, 1e12, 1e9, 1e6
 
 
-def describe_plan(plan: Plan) -> str:
-    """Return all that a plan says, as text."""
-    chip, memory = plan.target.chip, plan.memory
+def describe_forecast(forecast: Forecast) -> str:
+    """Return all that a plan says, as text; each figure with where it comes from."""
+    chip, memory, sources, config = forecast.target.chip, forecast.memory, forecast.sources, forecast.config
     made = "computed by arithmetic, nothing was compiled"
-    if plan.compile_s:
-        made = f"{'compiled' if plan.compiled else 'refused by the compiler'} after {plan.compile_s:.0f} s"
-    sized = "the compiler's" if plan.compile_s else "computed"
-    compiler = (
-        f"{plan.compiler_flops / TERA:.3f} by the compiler" if plan.compiler_flops else "not counted by the compiler"
-    )
-    traced = f"{plan.traced_flops / TERA:.3f} in the traced program, " if plan.traced_flops else ""
-    counted = "compiled" if plan.compiler_flops else "computed"
-    verdict = "fits" if plan.fits else f"DOES NOT FIT: {memory.over / GIB:.2f} GiB over"
-    how = "compiled" if plan.compiled else "computed"
-    images = plan.config.run.batch_size / batch_parts(plan.mesh)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    trained = sum(part.params for part in plan.parts if not part.frozen)
+    if forecast.compile_s:
+        made = f"{'compiled' if forecast.compiled else 'refused by the compiler'} after {forecast.compile_s:.0f} s"
+    verdict = "fits" if forecast.fits else f"DOES NOT FIT: {memory.over / GIB:.2f} GiB over"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in forecast.mesh.items())
+    images, steps = config.run.batch_size / batch_parts(forecast.mesh), config.efficiency.accumulation_steps
+    at_once = f" ({images / steps:g} at once)" if steps > 1 else ""
+    trained = sum(part.params for part in forecast.parts if not part.frozen)
+    compute, hbm, interconnect = (1e3 * seconds for seconds in forecast.bounds)
     lines = [
-        f"Plan of stage {plan.config.stage} for {plan.target.name} ({made})",
+        f"Plan of stage {config.stage} for {forecast.target.name} ({made})",
         "",
-        f"chips         {plan.target.count} x {chip.name}, mesh {mesh}, {images:g} images a chip",
+        f"chips         {forecast.target.count} x {chip.name}, mesh {mesh}, {images:g} images a chip{at_once}",
+        f"peak rates    {_rates(chip)} (source: {chip.source})",
         f"parameters    {trained:,} trained",
         f"memory        {verdict}: peak {memory.peak / GIB:.2f} of {memory.usable / GIB:.2f} GiB usable a chip "
-        f"(arguments {memory.arguments / GIB:.2f}, temporaries {memory.temporaries / GIB:.2f}; {sized})",
-        f"FLOPs         {plan.arithmetic_flops / TERA:.3f} T a step and chip by arithmetic, {traced}{compiler}",
-        f"bytes moved   {plan.bytes_moved / GIGA:.1f} GB a step and chip ({counted})",
-    ]
-    for kind, total in sorted(totals(plan.collectives).items()):
-        lines.append(f"{kind:<13} {total['count']} a step, {total['bytes'] / 1e6:.1f} MB a chip ({how})")
-    if not plan.collectives:
-        lines.append("collectives   none")
-    compute, hbm, interconnect = (1e3 * seconds for seconds in plan.bounds)
-    lines += [
+        f"(arguments {memory.arguments / GIB:.2f}, temporaries {memory.temporaries / GIB:.2f}; {sources['memory']})",
+        f"FLOPs         {_flops(forecast)}",
+        f"bytes moved   {forecast.bytes_moved / GIGA:.1f} GB a step and chip ({sources['bytes_moved']})",
+        *_exchanges(forecast),
         f"roofline      compute {compute:.1f} ms, HBM {hbm:.1f} ms, interconnect {interconnect:.1f} ms: "
-        f"{plan.binds} binds",
-        f"at that rate  {1e3 * plan.step_s:.1f} ms a step, {plan.images_per_second:,.0f} images/s, {plan.num_steps:,} "
-        f"steps of {plan.num_examples:,} images an epoch in {plan.hours:,.1f} hours, {plan.chip_hours:,.0f} chip-hours",
+        f"{forecast.binds} binds (at peak rates, not measured)",
+        f"at that rate  {1e3 * forecast.step_s:.1f} ms a step, {forecast.images_per_second:,.0f} images/s, "
+        f"{forecast.num_steps:,} steps of {forecast.num_examples:,} images an epoch in {forecast.hours:,.1f} hours, "
+        f"{forecast.chip_hours:,.0f} chip-hours",
         "",
-        _parts_table(plan),
+        _parts_table(forecast),
+        *(f"\nNote: {note}" for note in forecast.notes),
     ]
-    lines += [f"\nNote: {note}" for note in plan.notes]
-    if plan.switches:
-        lines += ["", "What would make it fit:", *(f"  {words}" for words in plan.switches)]
+    if forecast.switches:
+        lines += ["", "What would make it fit:", *(f"  {words}" for words in forecast.switches)]
     return "\n".join(lines)
 
 
-def _parts_table(plan: Plan) -> str:
-    whole = total_flops(plan.parts)
+def _rates(chip: Chip) -> str:
+    link = "to the other GPUs of the host" if chip.per_host else "a link"
+    return (
+        f"{chip.flops / TERA:g} TFLOP/s bfloat16, {chip.exact_flops / TERA:.0f} in full float32, "
+        f"{chip.hbm_rate / GIGA:g} GB/s memory, {chip.link_rate / GIGA:g} GB/s {link}, "
+        f"{chip.network_rate / GIGA:g} GB/s network"
+    )
+
+
+def _flops(forecast: Forecast) -> str:
+    counts = [("by arithmetic", forecast.arithmetic_flops), ("in the traced program", forecast.traced_flops)]
+    counts += [("products compiled", forecast.product_flops), ("by the compiler", forecast.compiler_flops)]
+    told = ", ".join(f"{count / TERA:.3f} {how}" for how, count in counts if count)
+    return f"{told} (T a step and chip)"
+
+
+def _exchanges(forecast: Forecast) -> list[str]:
+    lines = []
+    for kind, total in sorted(totals(forecast.collectives).items()):
+        types = ", ".join(f"{size / MEGA:.1f} {dtype}" for dtype, size in sorted(total["bytes_by_type"].items()))
+        lines.append(
+            f"{kind:<13} {total['count']} a step, {total['bytes'] / MEGA:.1f} MB a chip ({types}; "
+            f"{forecast.sources['collectives']})"
+        )
+    return lines or ["collectives   none"]
+
+
+def _parts_table(forecast: Forecast) -> str:
+    whole = total_flops(forecast.parts)
     rows = [("part", "parameters", "GFLOPs an image", "share")]
-    for part in plan.parts:
+    for part in forecast.parts:
         count = "frozen" if part.frozen else f"{part.params:,}"
         rows.append((part.name, count, f"{part.flops / GIGA:.2f}", f"{part.flops / whole:.1%}"))
     return markdown_table(rows)
 
 
-def compare_plans(plans: list[Plan]) -> str:
+def compare_forecasts(forecasts: list[Forecast]) -> str:
     """Return a table of plans, one a row."""
-    rows = [
-        (
-            "target",
-            "mesh",
-            "remat",
-            "images a chip",
-            "peak GiB",
-            "ms a step",
-            "binds",
-            "images/s",
-            "hours",
-            "chip-hours",
-            "",
-        )
-    ]
-    for plan in plans:
+    header = ("target", "mesh", "remat", "images a chip", "in steps of", "peak GiB", "ms a step", "binds", "images/s")
+    rows = [(*header, "hours", "chip-hours", "")]
+    for forecast in forecasts:
+        efficiency, images = forecast.config.efficiency, forecast.config.run.batch_size / batch_parts(forecast.mesh)
         rows.append(
             (
-                plan.target.name,
-                "x".join(map(str, plan.mesh.values())),
-                "yes" if plan.config.efficiency.remat else "no",
-                f"{plan.config.run.batch_size / batch_parts(plan.mesh):g}",
-                f"{plan.memory.peak / GIB:.2f}",
-                f"{1e3 * plan.step_s:.1f}",
-                plan.binds if plan.fits else "does not fit",
-                f"{plan.images_per_second:,.0f}",
-                f"{plan.hours:,.1f}",
-                f"{plan.chip_hours:,.0f}",
-                "compiled" if plan.compiled else "computed",
+                forecast.target.name,
+                "x".join(map(str, forecast.mesh.values())),
+                efficiency.remat,
+                f"{images:g}",
+                f"{images / efficiency.accumulation_steps:g}",
+                f"{forecast.memory.peak / GIB:.2f}",
+                f"{1e3 * forecast.step_s:.1f}",
+                forecast.binds if forecast.fits else "does not fit",
+                f"{forecast.images_per_second:,.0f}",
+                f"{forecast.hours:,.1f}",
+                f"{forecast.chip_hours:,.0f}",
+                "compiled" if forecast.compiled else "computed",
             )
         )
     return markdown_table(rows)

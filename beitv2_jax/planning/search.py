@@ -1,118 +1,162 @@
 """Look for better plans: the switches that make a step fit, and the best meshes and batches for a kind of chip."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+from absl import logging
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import find_chip
-from beitv2_jax.planning.figures import Plan, batch_parts
+from beitv2_jax.planning.figures import Forecast, batch_parts
 from beitv2_jax.planning.planner import Stage
 from beitv2_jax.planning.topologies import Target
 
 SHOWN = 5
 NEAR = 1.1
 """Plans that cost at most so many times the cheapest compete by time."""
+REMAT = ("none", "dots", "full")
+"""From what keeps most to what keeps least."""
+ACCUMULATION = (1, 2, 4, 8)
 GIB = 2**30
 
+Make = Callable[[Stage, Target], Forecast]
 
-def switches(refused: Plan, stage: Stage, *, confirm: bool) -> tuple[str, ...]:
-    """Return words on each switch that might make a step fit: what it would need, and whether that fits.
 
-    Needs are computed and scaled by what the compiler made of the refused step; with `confirm` the first one that
-    should fit is compiled.
+def with_switches(forecast: Forecast, stage: Stage, *, confirm: Make | None) -> Forecast:
+    """Return the forecast, with words on what would make it fit where it does not.
+
+    Each switch is computed, and scaled by what the compiler made of the refused step; the first one that should fit
+    is compiled by `confirm`.
     """
-    target, usable = refused.target, refused.memory.usable
-    scale = refused.memory.peak / planner.compute(stage, target).memory.peak
-    words, confirmed = [], not confirm
-
-    def fits(name: str, **keys) -> bool:
-        nonlocal confirmed
+    if forecast.fits:
+        return forecast
+    usable = forecast.memory.usable
+    scale = forecast.memory.peak / planner.compute(stage, forecast.target).memory.peak
+    words, helping = [], []
+    for keys in _switches(stage, forecast):
+        name = " ".join(f"--config.{key}={value}" for key, value in keys.items())
         try:
-            need, how = planner.compute(planner.estimated(stage, **keys), target).memory.peak * scale, "computed"
-            if need <= usable and not confirmed:
-                tried = planner.make(planner.varied(stage, **keys), target)
-                need, how, confirmed = tried.memory.peak, "compiled", tried.fits
+            need, how = (
+                planner.compute(planner.estimated(stage, **keys), forecast.target).memory.peak * scale,
+                "computed",
+            )
+            if need <= usable and confirm is not None:
+                tried, confirm = confirm(planner.varied(stage, **keys), forecast.target), None
+                need, how = tried.memory.peak, tried.sources["memory"]
         except UserError as error:
             words.append(f"{name}: not possible. {error.happened}")
-            return False
+            continue
         verdict = "fits" if need <= usable else f"is {(need - usable) / GIB:.1f} GiB over"
         words.append(f"{name}: {need / GIB:.1f} GiB a chip ({how}), {verdict}")
-        return need <= usable
-
-    for name, keys in _switches(stage, refused.mesh, target):
-        fits(name, **keys)
-    for remat in sorted({bool(stage.config.efficiency.remat), True}):
-        batch_size, parts = stage.config.run.batch_size, batch_parts(refused.mesh)
-        while batch_size % (2 * parts) == 0:
-            batch_size //= 2
-            name = f"{batch_size // parts} images a chip{' with remat' if remat else ''}, --config.run.batch_size="
-            name += f"{batch_size} or more chips"
-            if fits(name, **{"run.batch_size": batch_size, "efficiency.remat": remat}):
-                break
-    return tuple(words)
+        helping += [name] if need <= usable else []
+    words.append(f"In short: {helping[0] if helping else 'none of these; more chips, or chips with more memory'}")
+    return dataclasses.replace(forecast, switches=tuple(words))
 
 
-def _switches(stage: Stage, mesh: dict[str, int], target: Target) -> Iterator[tuple[str, dict]]:
-    """Yield (name, changed keys) of the switches that leave the batch of a chip as it is."""
-    efficiency = stage.config.efficiency
-    remat = {} if efficiency.remat else {"efficiency.remat": True}
-    share = min(target.count, 8)
-    if remat:
-        yield "--config.efficiency.remat=True", remat
-    if efficiency.get("scan") is False:
-        yield "--config.efficiency.scan=True with remat", {**remat, "efficiency.scan": True}
+def _switches(stage: Stage, refused: Forecast) -> Iterator[dict[str, object]]:
+    """Yield changed keys of a config: those that leave the result as it is, then smaller batches."""
+    efficiency, target, mesh = stage.config.efficiency, refused.target, refused.mesh
+    more = REMAT[REMAT.index(efficiency.remat) + 1 :]
+    for remat in more:
+        yield {"efficiency.remat": remat}
+    if not efficiency.scan_blocks:
+        yield {"efficiency.scan_blocks": True, "efficiency.remat": REMAT[-1]}
+    rows = stage.config.run.batch_size // batch_parts(mesh) // efficiency.accumulation_steps
+    divisors = [share for share in (2, 4, 8, 16) if rows % share == 0]
+    for share in divisors:
+        yield {"efficiency.accumulation_steps": share * efficiency.accumulation_steps}
+    share = min(target.count // target.slices, 8)
     if mesh["fsdp"] == 1 and share > 1:
-        yield f"--config.mesh.fsdp={share}", {"mesh.fsdp": share}
-        if remat:
-            yield f"--config.mesh.fsdp={share} with remat", {**remat, "mesh.fsdp": share}
+        for remat in (efficiency.remat, *more[-1:]):
+            yield {"mesh.fsdp": share, "efficiency.remat": remat}
+    for share in divisors:
+        yield {"run.batch_size": stage.config.run.batch_size // share}
 
 
-def auto(stage: Stage, kind: str, *, compile_it: bool) -> list[Plan]:
-    """Return the best plans for chips of a kind (`v5e`) or for one target (`v5e:64`), the best one first.
+def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[Forecast]:
+    """Return the best SHOWN plans for chips of a kind (`v5e`) or for one target (`v5e:64`), the best one first.
 
-    Meshes, chip counts, and so batches of a chip, and remat are tried by arithmetic. Among the plans that fit and cost
-    at most NEAR times the chip-hours of the cheapest, the faster is better; with `compile_it` the best are then
-    compiled, and those that do not fit after all are dropped.
+    Meshes, numbers of chips, remat and accumulation, and so the batch that a chip holds at once, are tried by
+    arithmetic. Among the plans that fit and cost at most NEAR times the chip-hours of the cheapest, the faster is
+    better; then come the others, the cheaper ones first. From the best one on `make` then compiles them, and leaves out
+    those that do not fit after all, until SHOWN are found; no compilation is begun that would probably end after
+    `minutes`, so that the last may be computed still.
 
     Raises:
         UserError: no such chip or target, or nothing fits.
     """
     chosen = [topologies.parse(kind)] if ":" in kind else topologies.rented(find_chip(kind))
-    both = [planner.estimated(stage, **{"efficiency.remat": remat}) for remat in (False, True)]
-    tried = [plan for one in both for target in chosen for plan in _meshes(one, target)]
-    fitting = [plan for plan in tried if plan.fits]
+    tried = [forecast for target in chosen for forecast in _tried(stage, target)]
+    fitting = [forecast for forecast in tried if forecast.fits]
     if not fitting:
-        least = min((plan.memory.over for plan in tried), default=None)
+        least = min((forecast.memory.over for forecast in tried), default=None)
         raise UserError(
-            f"None of {len(tried)} meshes on {kind} holds this step"
+            f"None of {len(tried)} plans for {kind} holds this step"
             + (f", the best is {least / GIB:.1f} GiB over." if tried else "."),
             "the batch of one chip is too large, or the model." if tried else "the batch has fewer images than chips.",
             "another --config.run.batch_size, or another kind of chip.",
         )
-    cheapest = min(plan.chip_hours for plan in fitting)
-    near = [plan for plan in fitting if plan.chip_hours <= NEAR * cheapest]
-    plans = sorted(near, key=lambda plan: plan.hours)[:SHOWN]
-    if not compile_it:
-        return plans
-    made = [planner.make(planner.varied(stage, **_keys(plan)), plan.target) for plan in plans]
-    return sorted((plan for plan in made if plan.fits), key=lambda plan: plan.hours) or made
+    cheapest = min(forecast.chip_hours for forecast in fitting)
+
+    def rank(forecast: Forecast) -> tuple[bool, float]:
+        near = forecast.chip_hours <= NEAR * cheapest
+        return (not near, forecast.hours if near else forecast.chip_hours)
+
+    best: list[Forecast] = []
+    started, longest = time.monotonic(), 0.0
+    for forecast in sorted(fitting, key=rank):
+        if len(best) == SHOWN:
+            break
+        if make is not None and time.monotonic() - started + longest < 60 * minutes:
+            forecast = make(planner.varied(stage, **_keys(forecast)), forecast.target)
+            longest = max(longest, forecast.compile_s)
+            if not forecast.fits:
+                logging.info("%s, mesh %s: does not fit after all", forecast.target.name, forecast.mesh)
+                continue
+        best.append(forecast)
+    if not best:
+        raise UserError(
+            f"The compiler refused all {len(fitting)} plans for {kind} that fit by arithmetic.",
+            "arithmetic is a few per cent off.",
+            "--plan= of one of them says what is missing, or another --config.run.batch_size.",
+        )
+    return sorted(best, key=rank)
 
 
-def _meshes(stage: Stage, target: Target) -> Iterator[Plan]:
-    for fsdp in (size for size in (1, 2, 4, 8, 16) if target.count % size == 0):
-        for tensor in (size for size in (1, 2, 4) if (target.count // fsdp) % size == 0):
-            data = target.count // fsdp // tensor
-            if stage.config.run.batch_size % (data * fsdp) == 0:
-                yield planner.compute(stage, target, {"data": data, "fsdp": fsdp, "tensor": tensor})
+def _tried(stage: Stage, target: Target) -> Iterator[Forecast]:
+    """Yield, of every mesh, the plans up to the first that fits; accumulation costs least, so it goes before remat."""
+    variants = {
+        (remat, steps): planner.estimated(stage, **{"efficiency.remat": remat, "efficiency.accumulation_steps": steps})
+        for remat, steps in itertools.product(REMAT, ACCUMULATION)
+    }
+    for mesh in _meshes(target):
+        rows, left = divmod(stage.config.run.batch_size, batch_parts(mesh))
+        for (_, steps), variant in variants.items():
+            if left or rows % steps:
+                continue
+            forecast = planner.compute(variant, target, mesh)
+            yield forecast
+            if forecast.fits:
+                break
 
 
-def _keys(plan: Plan) -> dict[str, object]:
-    """Return the keys of a config that ask for a plan's mesh and remat."""
-    sizes = {f"mesh.{axis}": size for axis, size in plan.mesh.items()}
-    return {**sizes, "efficiency.remat": bool(plan.config.efficiency.remat)}
+def _meshes(target: Target) -> Iterator[dict[str, int]]:
+    """Yield meshes over all chips; `fsdp` and `tensor` stay inside a slice."""
+    inside = target.count // target.slices
+    for fsdp in (size for size in (1, 2, 4, 8, 16) if inside % size == 0):
+        for tensor in (size for size in (1, 2, 4) if (inside // fsdp) % size == 0):
+            yield {"data": target.count // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
 
 
-def with_switches(plan: Plan, stage: Stage, *, confirm: bool) -> Plan:
-    """Return the plan, with words on what would make it fit where it does not."""
-    return plan if plan.fits else dataclasses.replace(plan, switches=switches(plan, stage, confirm=confirm))
+def _keys(forecast: Forecast) -> dict[str, object]:
+    """Return the keys of a config that ask for a plan's mesh, remat and accumulation."""
+    efficiency = forecast.config.efficiency
+    sizes = {f"mesh.{axis}": size for axis, size in forecast.mesh.items()}
+    return {
+        **sizes,
+        "efficiency.remat": efficiency.remat,
+        "efficiency.accumulation_steps": efficiency.accumulation_steps,
+    }

@@ -81,6 +81,11 @@ def parse(text: str) -> Target:
     return Target(chip, sizes, slices)
 
 
+def chip_of(text: str) -> Chip:
+    """Return the chip of a target, or of the kind that stands alone; raises as `parse` does."""
+    return parse(text).chip if ":" in text else find_chip(text)
+
+
 def _rented(chip: Chip, count: int, slices: int) -> Target:
     largest = chip.shapes[-1]
     shape = chip.shape_of(count)
