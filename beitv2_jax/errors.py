@@ -1,4 +1,12 @@
-"""The exceptions that end the program without a traceback."""
+"""The exceptions that end the program without a traceback, and what helps to word them."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the entry of `valid` that is spelled most like `name` (ties: alphabetical order)."""
+    return max(sorted(valid), key=lambda candidate: difflib.SequenceMatcher(None, name, candidate).ratio())
 
 
 class UserError(Exception):

@@ -6,18 +6,25 @@ python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqk
 import os
 import re
 import shlex
+import socket
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
-from logging import WARNING, Formatter
+from logging import ERROR, WARNING, Formatter, LogRecord
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import Preempted, UserError
+from beitv2_jax.errors import Preempted, UserError, nearest
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
+HEARTBEAT_SECONDS = 100
+"""A process that jax has not heard of for so long is lost, and jax aborts the others (code 134). A process that hangs
+still beats: `training.liveness` notices that."""
+FAREWELL_SECONDS = 10.0
 FLAG_NAMES = (
     "config",
     "workdir",
@@ -26,9 +33,11 @@ FLAG_NAMES = (
     "plan",
     "plan_examples",
     "plan_compile",
+    "plan_minutes",
     "distributed",
     "compilation_cache",
 )
+SHORTENED_LENGTH = 200
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -66,6 +75,9 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "plan_examples", 0, "Training images of a data set that --plan neither knows nor finds.", flag_values=values
     )
     flags.DEFINE_boolean("plan_compile", True, "Compile the step for --plan; without, all is arithmetic.", values)
+    flags.DEFINE_float(
+        "plan_minutes", 10.0, "After how long --plan=auto begins no further compilation.", flag_values=values
+    )
     flags.DEFINE_boolean(
         "distributed",
         None,
@@ -141,7 +153,7 @@ def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
     """Return the error for an unknown config key; a section's own keys and keys of the same last name come first."""
     inside = [name for name in defaults if name.startswith(key + ".")]
     namesakes = [name for name in defaults if name.split(".")[-1] == key.split(".")[-1]]
-    guess = config_lib.nearest(key, inside or namesakes or defaults)
+    guess = nearest(key, inside or namesakes or defaults)
     return UserError(
         f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
         f"'{guess}' was meant, which is {defaults[guess]!r} now.",
@@ -152,7 +164,7 @@ def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
 def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, object]) -> UserError:
     """Return the three-part form of what absl or the config flags say about `argv`."""
     if isinstance(error, flags.UnrecognizedFlagError):
-        guess = config_lib.nearest(error.flagname, FLAG_NAMES)
+        guess = nearest(error.flagname, FLAG_NAMES)
         return UserError(f"There is no flag --{error.flagname}.", f"--{guess} was meant.", f"--{guess}=VALUE")
     for key in filter(None, map(_overridden, argv)):
         if f"config.{key}" in str(error):
@@ -186,12 +198,20 @@ def told_place(environment: Mapping[str, str]) -> dict[str, int]:
     return {argument: int(environment[name]) for argument, name in names.items() if name in environment}
 
 
+def _shortened(record: LogRecord) -> bool:
+    """Cut what Orbax's threads say of a save that fails, each on many lines: the checkpointer tells it."""
+    if record.levelno >= ERROR and ("/orbax/" in record.pathname or record.name == "asyncio"):
+        record.msg, record.args, record.exc_info = record.getMessage()[:SHORTENED_LENGTH], (), None
+    return True
+
+
 def start_logging(verbosity_given: bool) -> None:
     """Show this package's own messages and the warnings of libraries, unless --verbosity asks for something else."""
     if verbosity_given:
         return
     package = str(Path(__file__).parent)
     handler = logging.get_absl_handler()
+    handler.addFilter(_shortened)
     handler.addFilter(lambda record: record.levelno >= WARNING or record.pathname.startswith(package))
     handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.set_verbosity(logging.INFO)
@@ -210,7 +230,13 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
     if in_cluster(os.environ) if distributed is None else distributed:
-        jax.distributed.initialize(**told_place(os.environ))
+        jax.distributed.initialize(**told_place(os.environ), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        logging.info(
+            "process %d of %d, on %s; what jax calls the leader task or the coordination service is process 0",
+            jax.process_index(),
+            jax.process_count(),
+            socket.gethostname(),
+        )
 
 
 def run(argv: Sequence[str]) -> None:
@@ -222,7 +248,14 @@ def run(argv: Sequence[str]) -> None:
         from beitv2_jax.planning.command import run_plan
 
         workdir = os.path.abspath(values.workdir) if values.workdir else ""
-        run_plan(values.config, values.plan, workdir, num_examples=values.plan_examples, compile_it=values.plan_compile)
+        run_plan(
+            values.config,
+            values.plan,
+            workdir,
+            num_examples=values.plan_examples,
+            compile_it=values.plan_compile,
+            minutes=values.plan_minutes,
+        )
         return
     config_lib.validate(values.config)
     start_jax(values.distributed, values.compilation_cache)
@@ -236,16 +269,33 @@ def run(argv: Sequence[str]) -> None:
         stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change)
 
 
+def leave(code: int) -> None:
+    """End the process with `code`; one of several does so though the others, who may wait for it, say no farewell."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        from beitv2_jax.training import liveness
+
+        # where all end alike they meet here; without that, the end of process 0 would abort the others
+        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(FAREWELL_SECONDS)
+        liveness.end_at_once(code)
+    sys.exit(code)
+
+
 def main() -> None:
     """Run the program; UserError and Preempted are printed without a traceback, the exit codes are 2 and 75."""
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
-        sys.exit(Preempted.EXIT_CODE)
+        leave(Preempted.EXIT_CODE)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 if __name__ == "__main__":

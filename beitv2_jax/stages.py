@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.files import write_text
+from beitv2_jax.report import segmentation
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import holding, loop, probing, storing, verifying
+from beitv2_jax.training import holding, loop, preemption, probing, storing, verifying
 
 RUNNERS = {
     "finetune": loop.train,
@@ -28,12 +29,15 @@ RUNNERS = {
     "tokenize": storing.run,
     "mim": loop.train,
     "probe": probing.run,
+    "segment": segmentation.run,
 }
 """Stage name -> how it runs; what it computes is `beitv2_jax.tasks.<name>.build`."""
 
 
 STORES = ("extract", "tokenize")
 """Stages whose workdir is a store of targets: it can be extended to more views, and verified."""
+LOOPLESS = (*STORES, "probe")
+"""Stages without a training loop, which listens itself for the notice to end."""
 
 
 def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
@@ -59,7 +63,10 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
         return finished
     check_writable(workdir)
     started = time.monotonic()
-    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+    with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_told:
+        task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+        if stop_if_told:
+            stop_if_told()
     if isinstance(task, Task):
         config_lib.validate(config, task.num_train_examples)
     os.makedirs(workdir, exist_ok=True)

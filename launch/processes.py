@@ -12,7 +12,8 @@ import sys
 import time
 from subprocess import Popen
 
-GRACE, stop_requests = 60.0, []  # seconds from SIGTERM to SIGKILL: time to save
+GRACE = float(os.environ.get("GRACE", 60))  # seconds from SIGTERM to SIGKILL: time to save
+stop_requests: list[int] = []
 
 
 def start(count: int, arguments: list[str]) -> list[Popen]:

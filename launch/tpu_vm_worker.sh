@@ -6,6 +6,18 @@ cd "$(dirname "$0")/.." || exit 1
 export VENV="$HOME/venv" EXTRAS=tpu
 uv=$HOME/.local/bin/uv
 
+# maintenance and preemption are announced in the metadata of the machine, not by a signal: make one of their change
+notices() {
+    for key in maintenance-event preempted; do
+        curl -sfm 5 -H 'Metadata-Flavor: Google' "metadata.google.internal/computeMetadata/v1/instance/$key" && echo
+    done
+}
+heed_notices() {
+    before=$(notices) && while sleep "${POLL:-5}"; do
+        now=$(notices) && [ "$now" != "$before" ] && echo "told by the machine: $now" && kill "$(cat run.pid)" && return
+    done
+}
+
 case ${1:-} in
 install)
     # the machine images bring Python 3.10
@@ -26,11 +38,14 @@ run)
         done
         kill -KILL "$former" 2>/dev/null
     fi
+    heed_notices &
+    heeding=$!
     # `exec` twice (here and in local.sh): the number of this shell becomes that of the program
     {
         sh -c 'echo $$ >run.pid; exec sh launch/local.sh --distributed "$@"' run "$@"
         echo $? >run.code
     } 2>&1 | tee "$HOME/run.log"
+    kill "$heeding" 2>/dev/null
     exit "$(cat run.code)"
     ;;
 *)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from beitv2_jax.checksums import write_checksums
 from beitv2_jax.convert.runs import read_run, weights_hash
 from beitv2_jax.errors import UserError
 
@@ -34,6 +35,8 @@ def write_run(workdir, steps, with_codebook=True):
         manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()}))
     manager.wait_until_finished()
     manager.close()
+    for step in steps:
+        write_checksums(workdir / "checkpoints" / str(step))
     return workdir
 
 
@@ -52,6 +55,26 @@ def test_a_run_without_codebook_has_an_empty_one(tmp_path):
     run = read_run(str(write_run(tmp_path / "mim", steps=[3], with_codebook=False)))
     assert run.codebook == {}
     chex.assert_shape(run.params["layer"]["kernel"], (16, 3))
+
+
+@pytest.mark.parametrize("item", ["params", "codebook", "train"])
+def test_a_damaged_newest_checkpoint_is_refused_and_left_as_it_is(tmp_path, item):
+    workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
+    folder = workdir / "checkpoints" / "13"
+    damaged = max((path for path in (folder / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    if item == "train":  # of no use here
+        assert read_run(str(workdir)).step == 13
+        return
+    with pytest.raises(UserError, match=f"step 13, is damaged: {item}/.* holds other bytes") as caught:
+        read_run(str(workdir))
+    assert str(workdir) in caught.value.happened and str(folder) in caught.value.instead
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    folder.rename(workdir / "away")
+    assert read_run(str(workdir)).step == 7
 
 
 def test_errors_name_what_is_missing(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import teacher_cases
 from testing import drawn_variables, quick_jit
 
+from beitv2_jax.checksums import write_checksums
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.teachers import load_teacher, resize_positions
 from beitv2_jax.errors import UserError
@@ -43,6 +44,7 @@ def save_run(workdir, stage, image_size, model, params):
     manager.save(17, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     manager.wait_until_finished()
     manager.close()
+    write_checksums(workdir / "checkpoints" / "17")
     return workdir
 
 

@@ -34,6 +34,8 @@ def flat(variables):
         ("classifier", dict(position="absolute", heads=1, head_width=64), set()),  # as published
         ("mim", dict(position="relative_shared", depth=5), {"early_layer"}),  # block 1, read as 5 - 3
         ("mim", dict(position="relative_shared", depth=4), set()),
+        ("segmenter", dict(position="relative", depth=3), {"out_layers"}),  # blocks 1, 1, 1, 3, read as 1, 1, 2, 3
+        ("segmenter", dict(position="relative", depth=2), set()),
     ],
 )
 def test_what_a_released_file_cannot_tell_is_said(kind, sizes, untold, tmp_path):
@@ -55,7 +57,7 @@ def test_official_files_come_back_exactly(kind, ending, tmp_path):
 
 
 @pytest.mark.parametrize("position", ("absolute", "relative", "relative_shared"))
-@pytest.mark.parametrize("kind", ("vqkd", "mim", "classifier"))
+@pytest.mark.parametrize("kind", KINDS)
 def test_runs_come_back_exactly(kind, position, tmp_path):
     weights = drawn_weights(kind, position=position)
     weights = dataclasses.replace(weights, arguments=weights.arguments | ({} if kind == "vqkd" else {"norm_eps": 1e-5}))
@@ -165,8 +167,6 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
         write(weights, str(tmp_path / "there"), "run")
     with pytest.raises(UserError, match=r"ends in none of \.safetensors, \.npz, \.pth"):
         write(weights, str(tmp_path / "weights.bin"), "official")
-    with pytest.raises(UserError, match="No stage trains a model of kind 'segmenter'"):
-        write(drawn_weights("segmenter"), str(tmp_path / "run"), "run")
     headless = {name: array for name, array in drawn_state("classifier").items() if not name.startswith("head.")}
     np.savez(tmp_path / "there" / "headless.npz", **headless)
     with pytest.raises(UserError, match="has no head"):

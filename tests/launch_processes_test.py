@@ -84,6 +84,26 @@ def test_one_that_does_not_end_is_killed(tmp_path, monkeypatch):
     processes[0].stdout.close()
 
 
+def test_a_stopped_process_is_killed_and_all_start_again(tmp_path):
+    program = (
+        "if attempt == 1 and rank == 1:\n"
+        "    told('stops'); os.kill(os.getpid(), signal.SIGSTOP); told('went on')\n"
+        "if attempt == 1:\n"
+        "    await_file('stops-1-1'); sys.exit(75)\n"
+    )
+    result = run(tmp_path, 3, 1, program, env=os.environ | {"GRACE": "0.5"})
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path) == [
+        "started-1-0",
+        "started-1-1",
+        "started-1-2",
+        "started-2-0",
+        "started-2-1",
+        "started-2-2",
+        "stops-1-1",
+    ]
+
+
 def test_sigterm_is_passed_on_and_ends_it(tmp_path):
     program = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntold('ready')\ntime.sleep(50)"
     prelude = "import pathlib, os, signal, sys, time\nrank = os.environ['JAX_PROCESS_ID']\n"

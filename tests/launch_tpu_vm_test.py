@@ -226,10 +226,9 @@ def test_the_type_tells_image_and_chip(repository, kind, chip):
 # ---- what a worker does ----
 
 
-def work(repository, *arguments, **environment):
+def work(repository, *arguments, program='echo "out of $$"\nexit ${CODE:-0}\n', **environment):
     home = repository.parent / "home"
-    body = '#!/bin/sh\nprintf "%s\\n" "$*" >>"$HOME/log"\necho "out of $$"\nexit ${CODE:-0}\n'
-    write_script(home / "venv/bin/python", body)
+    write_script(home / "venv/bin/python", '#!/bin/sh\nprintf "%s\\n" "$*" >>"$HOME/log"\n' + program)
     (home / "venv/.installed-tpu").touch()
     return subprocess.run(
         ["sh", str(repository / "launch/tpu_vm_worker.sh"), *arguments],
@@ -259,6 +258,22 @@ def test_a_worker_ends_what_a_lost_connection_left(repository):
     assert result.returncode == 0 and time.monotonic() - started < 30
     reaper.join()
     assert left.returncode == -signal.SIGTERM
+
+
+def test_a_worker_tells_the_program_of_maintenance(repository):
+    script = 'echo "$*" >>"$HOME/asked"\ncase $* in *maintenance-event) cat "$HOME/notice";; *) echo FALSE;; esac\n'
+    write_script(repository.parent / "tools/curl", "#!/bin/sh\n" + script)
+    home = repository.parent / "home"
+    home.mkdir()
+    (home / "notice").write_text("NONE\n")
+    body = "trap 'echo saved; exit 75' TERM\nsleep 0.5\necho TERMINATE_ON_HOST_MAINTENANCE >$HOME/notice\n"
+    body += "while :; do sleep 0.05; done\n"
+    path = {"PATH": f"{repository.parent}/tools:{os.environ['PATH']}"}
+    result, home = work(repository, "run", program=body, POLL="0.1", **path)
+    assert result.returncode == 75 and "saved" in result.stdout
+    assert "told by the machine: TERMINATE_ON_HOST_MAINTENANCE" in result.stdout
+    asked = (home / "asked").read_text()
+    assert "-H Metadata-Flavor: Google metadata.google.internal/computeMetadata/v1/instance/preempted" in asked
 
 
 def test_a_worker_installs_with_a_python_of_its_own(repository):

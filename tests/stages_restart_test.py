@@ -4,15 +4,20 @@ import json
 import logging
 import os
 import pathlib
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import stages
+from beitv2_jax.convert.runs import read_run
 from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.training.holding import held
 
@@ -140,3 +145,36 @@ def test_the_program_told_to_end_saves_and_exits_with_75(tmp_path):
     assert text.rstrip().endswith(f"was told to end: saved after step {step}, goes on if started again.")
     assert "Traceback" not in text and f"told to end, saving after step {step}" in text
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_runs_that_fail_exit_with_2_and_keep_the_last_good_checkpoint(tmp_path):
+    """Too many steps that are not finite, and a checkpoint that cannot be written: the whole way, in real processes."""
+    command = [sys.executable, "-m", "beitv2_jax.main", f"--config={ROOT}/configs/teacher.py:smoke"]
+    command += ["--compilation_cache=", "--config.run.eval_every=0 steps", "--config.run.duration=9 steps"]
+    small = ["depth=1", "width=16", "num_heads=2", "mlp_dim=16"]
+    command += [f"--config.model.{size}" for size in small] + ["--config.views.image_size=32"]
+    cases = {
+        "nonfinite": [
+            "--config.optim.peak_lr=1e38",
+            "--config.optim.clip_norm=0.0",
+            "--config.run.max_nonfinite_steps=3",
+        ],
+        "full": ["--config.run.on_failed_save=stop"],
+    }
+    processes = {}
+    for name, flags in cases.items():
+        full = [*command, *flags, f"--workdir={tmp_path / name}"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+        processes[name] = subprocess.Popen(full, **pipes)
+    resource.prlimit(processes["full"].pid, resource.RLIMIT_FSIZE, (3000, 3000))
+    texts = {name: process.communicate(timeout=200)[1] for name, process in processes.items()}
+    assert {name: process.returncode for name, process in processes.items()} == {"nonfinite": 2, "full": 2}, texts
+    assert re.search(
+        r"Error: 3 steps in a row, up to step \d, .* not finite\n  Probably: .*\n  Instead:  ", texts["nonfinite"]
+    )
+    params = read_run(str(tmp_path / "nonfinite")).params
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)) and "changed nothing" in texts["nonfinite"]
+    folder = tmp_path / "full" / "checkpoints"
+    text = f"Error: the checkpoint of step 2 could not be written to {folder}: File too large"
+    assert text in texts["full"] and "there is none yet\n  Probably: " in texts["full"]
+    assert list(folder.iterdir()) == [] and not (tmp_path / "full" / "summary.json").exists()

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -122,16 +121,6 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
     assert outcome(tmp_path)[0] == 10
     assert train_elsewhere(tmp_path) == 0
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
-
-
-def test_run_killed_at_a_random_step_and_continued_equals_the_unbroken_one(unbroken, tmp_path):
-    killed_at = random.SystemRandom().randrange(1, 19)
-    assert train_elsewhere(tmp_path, stop_at=killed_at, signals=[signal.SIGKILL]) == -signal.SIGKILL
-    loop.train(toy.make_task(), toy.config(), tmp_path)
-    try:
-        assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
-    except AssertionError as error:
-        raise AssertionError(f"killed when batch {killed_at} was drawn") from error
 
 
 @pytest.mark.parametrize("told_at", [8, 18])

@@ -319,7 +319,7 @@ def test_a_claim_without_a_heartbeat_is_free_after_a_while(tmp_path):
 def test_claims_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    owner = {"machine": claims._machine(), "pid": gone.pid, "token": "x"}
+    owner = {"machine": claims.machine(), "pid": gone.pid, "token": "x"}
     for content, free in (
         (json.dumps(owner), True),
         (json.dumps({**owner, "machine": "elsewhere"}), False),

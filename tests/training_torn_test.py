@@ -13,12 +13,12 @@ import training_toy as toy
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import sharding, state
 from beitv2_jax.training.checkpoint import Checkpointer
-from beitv2_jax.training.loop import make_optimizer
+from beitv2_jax.training.optim import for_task
 
 
 def make(mesh, create):
     task = toy.make_task()
-    optimizer, _ = make_optimizer(task, toy.config().optim, 3, 19)
+    optimizer, _ = for_task(task, toy.config().optim, 3, 19)
     made = (state.create if create else state.abstract)(task, optimizer, mesh, seed=5)
     if create:
         # large enough to lie in a file of its own, where Orbax keeps no checksum of it

@@ -1,21 +1,27 @@
 """A task small enough to train in a test: a perceptron, and a running state in place of a codebook.
 
-Run as a program it trains in a fresh process: `python training_toy.py WORKDIR JSON`, where JSON overrides `config()`.
+Run as a program it trains in a fresh process: `python training_toy.py WORKDIR JSON`, where JSON overrides `config()`;
+or in several at once, each in WORKDIR/<name>, where JSON is {"each": {name: JSON}}.
 """
 
+import contextlib
 import json
 import os
+import resource
 import sys
 import time
+import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from forks import forked
 from ml_collections import ConfigDict
 
 from beitv2_jax.data.pipeline import train_iterator
-from beitv2_jax.tasks.api import Task
+from beitv2_jax.tasks.api import LossParts, Task
 
 NUM_EXAMPLES, WIDTH, HIDDEN, CLASSES = 61, 12, 20, 7
 
@@ -54,14 +60,27 @@ class Source:
 
 
 class Interrupted:
-    """Send the process `signals`, or raise, when batch `at` is drawn: the harshest moments a run can end at."""
+    """Send the process `signals`, or raise, when batch `at` is drawn: the harshest moments a run can end at. Or hang.
 
-    def __init__(self, inner, at, signals, pause):
+    `limits` is {batch: how many bytes a file may have from then on}; `locked` the batches between which nothing of the
+    workdir may be written. Both begin and end when no save is under way.
+    """
+
+    def __init__(self, inner, at, signals, pause, hang_at, limits, locked):
         self._inner, self._at, self._signals, self._pause = inner, at, signals, pause
+        self._hang_at, self._limits, self._locked = hang_at, limits, locked
 
     def __next__(self):
-        time.sleep(self._pause)
-        if self._inner.get_state()["next_batch"] == self._at:
+        time.sleep(self._pause if self._inner.get_state()["next_batch"] != self._hang_at else 1000)
+        batch = self._inner.get_state()["next_batch"]
+        size = self._limits.get(str(batch))
+        if size is not None or batch in self._locked:
+            await_saves(Path(sys.argv[1]))
+        if size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        if batch in self._locked:
+            lock(sys.argv[1], batch == self._locked[0])
+        if batch == self._at:
             if not self._signals:
                 raise KeyboardInterrupt
             for number in self._signals:
@@ -76,6 +95,23 @@ class Interrupted:
 
     def close(self):
         self._inner.close()
+
+
+def await_saves(workdir):
+    """Wait until no save is under way, but no longer than a failed one takes: that is cleared away between batches."""
+    until = time.monotonic() + 3
+    with contextlib.suppress(PermissionError):
+        while any(workdir.glob("checkpoints/*tmp*")) and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+def lock(folder, on):
+    """Take the right to write from all in `folder`, or give it back; root, who always has it, becomes another user."""
+    if os.getuid() == 0:
+        os.seteuid(65534 if on else 0)
+    else:
+        for path in (folder, *Path(folder).rglob("*")):
+            os.chmod(path, 0o500 if on else 0o700)
 
 
 def batches(batch_size, seed, process_index=0, process_count=1, unreadable=()):
@@ -96,7 +132,11 @@ def make_task(
     stop_at=-1,
     signals=(),
     pause=0.0,
+    hang_at=-1,
+    limits=None,
+    locked=(),
     nan_steps=(),
+    spike_steps=(),
     unreadable=(),
     on_trace=lambda: None,
     evaluation=True,
@@ -112,12 +152,18 @@ def make_task(
         images = batch["images"] * frozen["scale"] + 0.3 * jax.random.uniform(key)
         logits = model.apply({"params": params}, images)
         targets = jax.nn.one_hot(batch["labels"], CLASSES)
-        value = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+        value = -jnp.sum(targets * jax.nn.log_softmax(logits))
+        for high in spike_steps:
+            value = value * jnp.where(step == high, 20.0, 1.0)
         for bad in nan_steps:
             value = value * jnp.where(step == bad, jnp.nan, 1.0)
+        statistics = {"images": batch["images"][:5], "ids": batch["example_ids"].sum()}
+        return value, LossParts(jnp.float32(len(images)), {}, statistics)
+
+    def finish(codebook, statistics, step):
         state = codebook["quantizer"]
-        new = {"codebook": 0.9 * state["codebook"] + 0.1 * batch["images"][:5], "seen": state["seen"] + 1.0}
-        return value, ({"quantizer": new}, {"ids": batch["example_ids"].sum()})
+        new = {"codebook": 0.9 * state["codebook"] + 0.1 * statistics["images"], "seen": state["seen"] + 1.0}
+        return {"quantizer": new}, {"ids": statistics["ids"]}
 
     def evaluate(params, codebook, frozen, batch):
         logits = model.apply({"params": params}, batch["images"] * frozen["scale"])
@@ -139,8 +185,9 @@ def make_task(
         num_train_examples=NUM_EXAMPLES,
         init=init,
         loss=loss,
+        finish=finish,
         train_batches=lambda index, count: Interrupted(
-            batches(batch_size, seed, index, count, unreadable), stop_at, signals, pause
+            batches(batch_size, seed, index, count, unreadable), stop_at, signals, pause, hang_at, limits or {}, locked
         ),
         no_decay=lambda path: path.endswith("bias"),
         layer_of=lambda path: {"fc1": 0, "fc2": 1, "odd": None}[path.split("/")[0]],
@@ -161,6 +208,7 @@ def config(**overrides):
             "seed": 3,
             "data": {"num_threads": 2, "num_workers": 0, "max_bad_share": 0.1},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "efficiency": {"accumulation_steps": 1},
             "optim": {
                 "peak_lr": 0.05,
                 "min_lr": 1e-3,
@@ -170,6 +218,7 @@ def config(**overrides):
                 "weight_decay": 0.1,
                 "weight_decay_end": 0.2,
                 "clip_norm": 1.0,
+                "spike_factor": 0.0,
                 "layer_decay": 0.75,
                 "ema_decay": 0.9,
             },
@@ -181,6 +230,8 @@ def config(**overrides):
                 "keep_every": "0 steps",
                 "eval_every": "7 steps",
                 "max_nonfinite_steps": 3,
+                "on_failed_save": "continue",
+                "hang_timeout": 600,
             },
         }
     )
@@ -192,18 +243,52 @@ def mesh_of(data, fsdp, tensor):
     return {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
 
 
-if __name__ == "__main__":
+def run(workdir, options):
+    """Train as the program does, and end the process."""
     from absl import flags
 
     from beitv2_jax.errors import Preempted
+    from beitv2_jax.main import leave
     from beitv2_jax.training.loop import train
 
     flags.FLAGS(["training_toy"])
-    options = json.loads(sys.argv[2])
+    sys.argv[1] = workdir
     if "place" in options:
         jax.distributed.initialize(**options["place"])
     try:
-        train(make_task(**options.get("task", {})), config(**options.get("config", {})), sys.argv[1])
+        train(make_task(**options.get("task", {})), config(**options.get("config", {})), workdir)
     except Preempted as preempted:
         print(preempted)
-        sys.exit(Preempted.EXIT_CODE)
+        leave(Preempted.EXIT_CODE)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+
+
+def run_each(folder, plans):
+    """Train in one process for each plan, with its `environment`; print {name: (exit status, what it printed)}."""
+    import beitv2_jax.main
+    import beitv2_jax.training.loop  # noqa: F401
+
+    processes = {}
+    for name, plan in plans.items():
+        os.environ.update(plan.pop("environment", {}))
+        # a pipe, as files have their limits here
+        reading, writing = os.pipe()
+        workdir = str(Path(folder, plan.pop("workdir", name)))
+        with open(writing, "w") as output:
+            processes[name] = forked(run, workdir, plan, output=output), reading
+    ended = {}
+    for name, (process, reading) in processes.items():
+        with open(reading, errors="replace") as output:
+            text = output.read()
+        ended[name] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), text
+    print(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2])
+    if "each" in options:
+        run_each(sys.argv[1], options["each"])
+    else:
+        run(sys.argv[1], options)

@@ -22,7 +22,7 @@ _FRESH = {
     "classifier": ("fc_norm/", "norm/", "head/"),
     "segmenter": ("fpn1/", "fpn2/", "decode_head/", "auxiliary_head/"),
 }
-"""Beginnings of the params that may start fresh where the weights have none such, by kind of the new model."""
+"""Beginnings of the variables that may start fresh where the weights have none such, by kind of the new model."""
 
 _REPLACEABLE = {
     "vqkd": ("decode_task/fc2/",),
@@ -30,7 +30,7 @@ _REPLACEABLE = {
     "classifier": ("head/",),
     "segmenter": ("decode_head/classes/", "auxiliary_head/classes/"),
 }
-"""Beginnings of the params that also start fresh where theirs have another shape: what counts classes or codes."""
+"""Beginnings of the variables that also start fresh where theirs have another shape: what counts classes or codes."""
 
 _LEFT_OUT = (
     ("backbone/mask_token", "serves pre-training only"),
@@ -47,7 +47,7 @@ _LEFT_OUT = (
     ("auxiliary_head/", "serves segmentation only"),
     ("decode_head/", "serves segmentation only"),
 )
-"""Beginnings of the params that may stay behind where the new model has none such, with the reason."""
+"""Beginnings of the variables that may stay behind where the new model has none such, with the reason."""
 
 
 def for_run(weights: Weights, kind: str, arguments: dict) -> Weights:
@@ -127,7 +127,8 @@ def _encoder_alone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _begins(path: str, starts: tuple[str, ...]) -> bool:
-    return path.startswith(tuple(f"params/{start}" for start in starts))
+    # of any collection: batch statistics lie where the params lie that they belong to
+    return path.partition("/")[2].startswith(starts)
 
 
 def _misfit(kind: str, problem: str, meant: str) -> UserError:

@@ -233,9 +233,14 @@ def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], 
         filled["early_layer"] = max(1, depth - 3)
         note(f"early_layer={filled['early_layer']}: three blocks before the last, as published (9 of 12, 21 of 24)")
     if "out_layers" in filled and filled["out_layers"] is None:
-        filled["out_layers"] = tuple(max(1, depth * sixths // 6) for sixths in (2, 3, 4, 6))
+        filled["out_layers"] = published_out_layers(depth)
         note(f"out_layers={filled['out_layers']}: a third, half, two thirds and all of the blocks, as published")
     return filled
+
+
+def published_out_layers(depth: int) -> tuple[int, ...]:
+    """Return the blocks, counted from 1, that a segmentation model reads: a third, half, two thirds and all of them."""
+    return tuple(max(1, depth * sixths // 6) for sixths in (2, 3, 4, 6))
 
 
 def _is_dict(value) -> bool:

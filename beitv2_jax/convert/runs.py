@@ -15,9 +15,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from beitv2_jax.checksums import find_damage, write_checksums
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
+
+ITEMS = ("params", "codebook")
+"""What later stages read of a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,11 @@ def read_run(workdir: str) -> Run:
 
     `codebook` is empty for runs that have none.
 
+    The run is another's: nothing in it is changed.
+
     Raises:
-        UserError: no such directory, no config.json, or no complete checkpoint in it.
+        UserError: no such directory, no config.json, no complete checkpoint in it, or the newest is damaged. That one
+            is the result of the run, so none before it is taken in its place.
     """
     directory = Path(workdir).absolute()
     config_file = directory / "config.json"
@@ -60,12 +67,17 @@ def read_run(workdir: str) -> Run:
     )
     if newest is None:
         raise _not_a_run(workdir, "holds no complete checkpoint")
+    if damage := find_damage(Path(newest.path), ITEMS):
+        raise UserError(
+            f"The newest checkpoint of {workdir}, that of step {newest.step}, is damaged: {damage}.",
+            "the disk failed, or the folder was copied in part.",
+            f"copy it again from where it is whole, or move {newest.path} away and the newest before it is read.",
+        )
     return Run(
         name=f"{directory.name}@{newest.step}",
         config=json.loads(config_file.read_text()),
         step=newest.step,
-        params=_read_item(Path(newest.path) / "params"),
-        codebook=_read_item(Path(newest.path) / "codebook"),
+        **{name: _read_item(Path(newest.path) / name) for name in ITEMS},
     )
 
 
@@ -77,9 +89,10 @@ def write_run(workdir: str, config: dict, variables: dict[str, PyTree]) -> None:
     directory = Path(workdir).absolute()
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    items = {name: variables[name] for name in ("params", "codebook") if variables.get(name)}
+    items = {name: variables[name] for name in ITEMS if variables.get(name)}
     with ocp.CheckpointManager(directory / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
+    write_checksums(directory / "checkpoints" / "0")
 
 
 def weights_hash(tree: PyTree) -> str:

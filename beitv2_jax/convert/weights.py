@@ -14,7 +14,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from beitv2_jax.convert import huggingface, timm_beit, torch_writer
-from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, settle
+from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, published_out_layers, settle
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
@@ -22,8 +22,10 @@ from beitv2_jax.convert.runs import is_run, read_run, write_run
 from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
 
-STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune"}
-"""Kind of weights -> the stage that trains them; segmentation has none."""
+STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
+"""Kind of weights -> the stage that trains them."""
+_MOVING = {"segmenter": "batch_stats"}
+"""Kind of weights -> the collection that its runs keep as their codebook: what steps move without an optimizer."""
 
 _NUM_MASKED = 75 / 196  # share of hidden patches in the published pre-training
 RELEASED_EPSILON = 1e-6
@@ -149,10 +151,12 @@ def _from_run(path: str) -> Weights:
     arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
     if kind == "vqkd":
         arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    if kind == "segmenter":
+        arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
     return Weights(
         kind=kind,
         arguments=arguments,
-        variables={"params": run.params, "codebook": run.codebook},
+        variables={"params": run.params, "codebook": {}, _MOVING.get(kind, "codebook"): run.codebook},
         layout="run",
         normalization=run.config.get("normalization", ""),
     )
@@ -213,7 +217,9 @@ def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str
 
 def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     config = run_config(weights)
-    return lambda path: write_run(str(path), config, weights.variables), {}
+    moving = weights.variables.get(_MOVING.get(weights.kind, "codebook"), {})
+    variables = {"params": weights.variables["params"], "codebook": moving}
+    return lambda path: write_run(str(path), config, variables), {}
 
 
 _WRITERS = {
@@ -228,14 +234,8 @@ def run_config(weights: Weights) -> dict:
     """Return what later stages read of the config of a run; it is no config that the run could be continued with.
 
     Raises:
-        UserError: no stage trains models of this kind, or a classifier without classes.
+        UserError: a classifier without classes.
     """
-    if weights.kind not in STAGES:
-        raise UserError(
-            f"No stage trains a model of kind {weights.kind!r}.",
-            "a run directory was to be made of a segmentation model.",
-            "--layout=official or --layout=huggingface.",
-        )
     if weights.arguments.get("num_classes") == 0:
         raise UserError(
             "The classifier has no head, and the stages know none without.",
@@ -267,6 +267,8 @@ def _untold(weights: Weights) -> dict[str, str]:
             untold["num_heads"] = f"{part['num_heads']} has no place in this layout: read it with --num_heads"
     if arguments.get("patch_aggregation") and arguments["early_layer"] != max(1, arguments["depth"] - 3):
         untold["early_layer"] = f"{arguments['early_layer']} has no place in this layout, read as three before the last"
+    if "out_layers" in arguments and tuple(arguments["out_layers"]) != published_out_layers(arguments["depth"]):
+        untold["out_layers"] = f"{arguments['out_layers']} has no place in this layout, read as the published ones"
     return untold
 
 

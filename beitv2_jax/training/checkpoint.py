@@ -5,6 +5,10 @@ One step is four Orbax items: `params` and `codebook` (absent when empty) so tha
 A folder named by its step is complete: it is renamed to that last of all, with the checksums of its files inside.
 """
 
+import contextlib
+import os
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -14,59 +18,86 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from beitv2_jax.checksums import find_damage, write_checksums
 from beitv2_jax.errors import UserError
-from beitv2_jax.training.checksums import find_damage, write_checksums
 from beitv2_jax.training.sharding import path_name
 from beitv2_jax.training.state import TrainState
+from beitv2_jax.training.troubles import agreed, cause_of, free_space, reserved
 from beitv2_jax.typing import PyTree
 
 KEPT = 2
+CLEARINGS, CLEARING_SECONDS = 10, 0.05
 
 
 class Checkpointer:
     """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
 
     A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.torn`, and named in the log.
+    A save that fails leaves nothing behind and the others as they were; it is logged, or an error where
+    `stop_on_failure` says so. It is noticed at the next `check` of a lone process, at the next `save` of several.
 
     Raises:
         UserError: there are checkpoints, and none is whole; then they are left as they are.
     """
 
-    def __init__(self, directory: str | Path, *, keep_every: int = 0):
+    def __init__(self, directory: str | Path, *, keep_every: int = 0, stop_on_failure: bool = False):
         self._directory = Path(directory).absolute()
+        self._keep_every, self._stop_on_failure = keep_every, stop_on_failure
         self._saving: int | None = None
+        _clear_unfinished(self._directory)
         _set_torn_aside(self._directory)
-        policies = [LatestN(KEPT)] + ([EveryNSteps(keep_every)] if keep_every else [])
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item in ("params", "codebook", "train"):
-            handler = ocp.StandardCheckpointHandler()
-            registry.add(item, ocp.args.StandardSave, handler)
-            registry.add(item, ocp.args.StandardRestore, handler)
-        position = ocp.JsonCheckpointHandler()
-        registry.add("data", ocp.args.JsonSave, position)
-        registry.add("data", ocp.args.JsonRestore, position)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(policies),
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
-            ),
-            handler_registry=registry,
-        )
+        self._manager: ocp.CheckpointManager | None = self._open()
+        self._newest = self._manager.latest_step()
 
     def latest_step(self) -> int | None:
         """Return the number of finished steps in the newest complete checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        return self._newest
 
-    def save(self, step: int, state: TrainState, position: dict[str, int]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, int],
+        *,
+        last: bool = False,
+        trouble: Exception | None = None,
+    ) -> None:
         """Start writing `state` after `step` finished steps, with the `position` in the data at the same step.
 
         Returns once the arrays are copied to the host; they may then be donated and the data moved on.
+
+        Args:
+            last: no save will follow, so this one is waited for, and is an error if it fails.
+            trouble: what kept this process from writing that which has to be on the disk before the checkpoint.
+
+        Raises:
+            UserError: a save failed: this one or, with `stop_on_failure`, the one before.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.wait_until_finished()
-        self._saving = step
-        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(position)))
+        self._settle()
+        cause = cause_of(trouble) if trouble else None
+        if jax.process_count() > 1:
+            # all hold their room at the same time: it may be the same disk
+            with reserved(self._directory, state) as missing:
+                cause = agreed(cause or missing)
+        if cause is not None:
+            self._fail(step, cause, last)
+            return
+        try:
+            self._start(step, state, position)
+        except Exception as error:
+            # several processes do not know of each other here, so they cannot go on together
+            self._fail(step, cause_of(error), last or jax.process_count() > 1)
+        if last:
+            self._settle(last=True)
+
+    def check(self) -> None:
+        """Notice, in a lone process, that the save in the background has failed.
+
+        Raises:
+            UserError: it has, and `stop_on_failure` is set.
+        """
+        if jax.process_count() == 1 and self._saving is not None and not self._manager.is_saving_in_progress():
+            self._settle()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """Return the newest state, laid out as `abstract` says, and the position saved with it.
@@ -89,12 +120,92 @@ class Checkpointer:
 
     def reached_preemption(self, step: int) -> bool:
         """Tell whether the processes of a run, one of which is to end, agreed to save after `step`."""
-        return self._manager.reached_preemption(step)
+        return ocp.utils.reached_preemption(step)
 
     def close(self) -> None:
-        """Wait until everything is written and free the threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until everything is written and free the threads; what fails now is logged."""
+        if (cause := self._wait()) is not None:
+            logging.error("%s", self._failure(self._saving, cause, goes_on=False))
+        self._drop()
+        if cause is not None:
+            _clear_unfinished(self._directory)
+
+    def _open(self) -> ocp.CheckpointManager:
+        policies = [LatestN(KEPT)] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "codebook", "train"):
+            handler = ocp.StandardCheckpointHandler()
+            registry.add(item, ocp.args.StandardSave, handler)
+            registry.add(item, ocp.args.StandardRestore, handler)
+        position = ocp.JsonCheckpointHandler()
+        registry.add("data", ocp.args.JsonSave, position)
+        registry.add("data", ocp.args.JsonRestore, position)
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            ),
+            handler_registry=registry,
+        )
+
+    def _start(self, step: int, state: TrainState, position: dict[str, int]) -> None:
+        if self._manager is None:
+            _clear_unfinished(self._directory)
+            self._manager = self._open()
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self._saving = step
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(position)))
+
+    def _settle(self, *, last: bool = False) -> None:
+        """Wait for the save in the background, if there is one, and take note how it ended."""
+        if self._saving is None:
+            return
+        step, cause = self._saving, agreed(self._wait())
+        self._saving = None
+        if cause is None:
+            self._newest = step
+        else:
+            self._fail(step, cause, last)
+
+    def _wait(self) -> str | None:
+        """Return why the save in the background failed, None if it did not or there is none."""
+        if self._saving is None:
+            return None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            if not os.path.isdir(self._directory / str(self._saving)):
+                return cause_of(error)
+            logging.warning("an old checkpoint in %s could not be deleted: %s", self._directory, cause_of(error))
+        return None
+
+    def _fail(self, step: int, cause: str, last: bool) -> None:
+        # what failed stays with Orbax's manager and would make the next save fail: that one opens another
+        self._saving = None
+        self._drop()
+        _clear_unfinished(self._directory)
+        failure = self._failure(step, cause, goes_on=not (last or self._stop_on_failure))
+        if last or self._stop_on_failure:
+            raise failure
+        logging.error("%s", failure)
+
+    def _drop(self) -> None:
+        """Free the manager and its threads."""
+        if self._manager is not None:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = None
+
+    def _failure(self, step: int, cause: str, *, goes_on: bool) -> UserError:
+        whole = "there is none yet" if self._newest is None else f"the newest whole one is that of step {self._newest}"
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {self._directory}: {cause} "
+            f"({free_space(self._directory)}); {whole}",
+            "the disk or a quota is full, or the folder's permissions or its mount changed",
+            "make room or mend the folder; "
+            + ("the run goes on and tries again at its next save" if goes_on else "started again, it goes on there"),
+        )
 
     def _add_checksums(self) -> None:
         # Orbax calls this when all files of all processes are written, before the rename that makes them valid
@@ -116,6 +227,21 @@ class Checkpointer:
                     "the model or the optimizer was changed since this workdir was started",
                     "use a new --workdir, or the configuration that stands in the workdir's config.json",
                 )
+
+
+def _clear_unfinished(directory: Path) -> None:
+    """Delete what saves left that failed, or whose process was killed, where that can be; process 0 does it for all."""
+    if jax.process_index() != 0:
+        return
+    with contextlib.suppress(OSError):
+        for _ in range(CLEARINGS):
+            left = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+            for unfinished in left:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if not left:
+                break
+            # where one item of a checkpoint failed, others are still being written and make their folders anew
+            time.sleep(CLEARING_SECONDS)
 
 
 def _set_torn_aside(directory: Path) -> None:
@@ -154,7 +280,7 @@ def _newest_damage(directory: Path) -> dict[int, str | None]:
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
-    train = {"step": state.step, "opt_state": state.opt_state}
+    train = {"step": state.step, "opt_state": state.opt_state, "spikes": state.spikes}
     if state.ema_params is not None:
         train["ema_params"] = state.ema_params
     codebook = {"codebook": state.codebook} if jax.tree.leaves(state.codebook) else {}

@@ -78,13 +78,13 @@ class Ledger:
         progress: Progress,
         *,
         workdir: str | Path,
-        nonfinite_steps: int = 0,
+        skipped_steps: int = 0,
         unreadable: int = 0,
     ):
         self._plan, self._writer, self._progress, self._workdir = plan, writer, progress, workdir
         self._unread: list[_Step] = []
         self._watch = futures.ThreadPoolExecutor(1, "step")
-        self._nonfinite_steps, self._nonfinite_run = nonfinite_steps, 0
+        self._skipped_steps, self._skipped_run = skipped_steps, 0
         self.unreadable = unreadable
         self._window = self._total = _Window()
         self.restart_clock()
@@ -104,7 +104,7 @@ class Ledger:
         """Fetch the figures of all steps but the newest `leave`, and write those that the plan wants logged.
 
         Raises:
-            UserError: `max_nonfinite_steps` steps in a row were not finite, or too many records were unreadable.
+            UserError: `max_nonfinite_steps` steps in a row changed nothing, or too many records were unreadable.
         """
         while len(self._unread) > leave:
             oldest = self._unread.pop(0)
@@ -112,7 +112,7 @@ class Ledger:
             figures = {name: value.item() for name, value in jax.device_get(oldest.metrics).items()}
             self._lap()
             self._progress.advance()
-            self._refuse_nonfinite(step, figures, oldest.example_ids)
+            self._refuse_skipped(step, figures, oldest.example_ids)
             self._refuse_unreadable(step, figures)
             if self._plan.logs(step):
                 window, self._window = self._window, _Window()
@@ -148,10 +148,11 @@ class Ledger:
         seconds, self._clock = now - self._clock, now
         self._window, self._total = (window.lap(seconds) for window in (self._window, self._total))
 
-    def _refuse_nonfinite(self, step: int, figures: dict[str, float], example_ids: np.ndarray) -> None:
-        new = figures["nonfinite_steps"] > self._nonfinite_steps
-        self._nonfinite_run = self._nonfinite_run + 1 if new else 0
-        self._nonfinite_steps = figures["nonfinite_steps"]
+    def _refuse_skipped(self, step: int, figures: dict[str, float], example_ids: np.ndarray) -> None:
+        skipped = figures["nonfinite_steps"] + figures.get("spiked_steps", 0)
+        new = skipped > self._skipped_steps
+        self._skipped_run = self._skipped_run + 1 if new else 0
+        self._skipped_steps = skipped
         if new:
             logging.warning(
                 "step %d changed nothing: loss %s, gradient norm %s, example ids here %s",
@@ -160,12 +161,15 @@ class Ledger:
                 figures["grad_norm"],
                 " ".join(map(str, example_ids)),
             )
-        if self._nonfinite_run >= self._plan.max_nonfinite_steps > 0:
+        if self._skipped_run >= self._plan.max_nonfinite_steps > 0:
+            guarded = ", or, for optim.spike_factor, a spike" if "spiked_steps" in figures else ""
             raise UserError(
-                f"{self._nonfinite_run} steps in a row, up to step {step}, had a loss or gradient that is not finite",
-                "the learning rate is too high, the warm-up too short, or the data is broken",
+                f"{self._skipped_run} steps in a row, up to step {step}, had a loss or gradient that is not finite"
+                + guarded,
+                "the learning rate is too high, the warm-up too short, or the data is broken"
+                + (", or the loss has risen for good, which no guard mends" if guarded else ""),
                 "lower --config.optim.peak_lr, set --config.optim.clip_norm=3.0, or look at the data; the parameters "
-                "in the newest checkpoint are those of the last finite step",
+                "in the newest checkpoint are those of the last step that changed them",
             )
 
     def _refuse_unreadable(self, step: int, figures: dict[str, float]) -> None:

@@ -1,15 +1,17 @@
-"""The notice that a run is to end: SIGTERM, or what jax's preemption service tells all processes of a run.
+"""The notice that a process is to end: SIGTERM, which is what launchers, clusters and machines that go down send.
 
-Asked by the training loop after every step.
+Training loops ask after every step and save; the stages without one ask after every batch, and lose none that counts.
 """
 
 import contextlib
+import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 
+from beitv2_jax.errors import Preempted
 from beitv2_jax.training.checkpoint import Checkpointer
 
 
@@ -17,21 +19,50 @@ from beitv2_jax.training.checkpoint import Checkpointer
 def notices(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
     """Yield the function that tells whether the run is to save after the step it is given, and end.
 
-    It has to be asked after every step, by every process. A lone process listens for SIGTERM itself, until the context
-    ends; a second SIGTERM kills it. Where `jax.distributed` is on, jax listens, for SIGTERM and for the maintenance
-    notice of a TPU slice, and lets all processes agree on the step.
+    It has to be asked after every step, by every process. A lone process listens itself, until the context ends. Where
+    `jax.distributed` is on, jax listens, and lets all processes agree on the step when one of them is told.
     """
     if jax.distributed.is_initialized():
         yield checkpointer.reached_preemption
         return
+    with _listening() as told:
+        yield lambda step: told.is_set()
+
+
+@contextlib.contextmanager
+def stops(label: str) -> Iterator[Callable[[], None]]:
+    """Yield the function that raises `Preempted` when this process was told to end, for stages without a training loop.
+
+    Processes of such a stage agree on nothing: each listens itself, also where `jax.distributed` is on.
+    """
+    with _listening() as told:
+
+        def stop_if_told() -> None:
+            if told.is_set():
+                raise Preempted(f"{label} was told to end: what is finished is kept, it goes on if started again.")
+
+        yield stop_if_told
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[threading.Event]:
+    """Yield the event that SIGTERM sets; a second one ends the process at once."""
     told = threading.Event()
 
     def note(number, frame):
         told.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    # that of jax is no Python function: signal.signal neither returns it nor takes it back
+    former_in_c = _getsig(signal.SIGTERM)
     former = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda step: told.is_set()
+        yield told
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        _setsig(signal.SIGTERM, former_in_c)
+
+
+_getsig, _setsig = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+_getsig.argtypes, _getsig.restype = (ctypes.c_int,), ctypes.c_void_p
+_setsig.argtypes, _setsig.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

@@ -1,5 +1,6 @@
 """The training state: one frozen struct, initialised inside jit straight into its shardings."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import flax.struct
@@ -13,18 +14,23 @@ from jaxtyping import Array, Int
 from beitv2_jax import rng
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import sharding
+from beitv2_jax.training import spikes as spikes_lib
 from beitv2_jax.typing import PyTree
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Hold everything that a step changes; `step` counts finished steps, `ema_params` is None when not kept."""
+    """Hold everything that a step changes; `step` counts finished steps, `ema_params` is None when not kept.
+
+    `spikes` is kept with the guard off as well, so that it can be put on in the middle of a run.
+    """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     codebook: PyTree
     ema_params: PyTree | None = None
+    spikes: spikes_lib.Spikes = dataclasses.field(default_factory=spikes_lib.none_yet)
 
 
 def create(
@@ -58,8 +64,8 @@ def abstract(
 
 
 def nonfinite_steps(state: TrainState) -> Int[Array, ""]:
-    """Return how many steps changed nothing: Adam counts only the others."""
-    return state.step - optax.tree.get(state.opt_state, "count")
+    """Return how many steps changed nothing as they were not finite: Adam counts only steps that were taken."""
+    return state.step - optax.tree.get(state.opt_state, "count") - state.spikes.left_out
 
 
 def _replaced(tree: PyTree, given: PyTree) -> PyTree:

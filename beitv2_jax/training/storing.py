@@ -22,6 +22,7 @@ from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import inputs, stores
 from beitv2_jax.tasks.api import Batch, StoreTask
+from beitv2_jax.training import liveness, preemption
 from beitv2_jax.training.inference import apply_batches
 from beitv2_jax.training.sharding import make_mesh
 from beitv2_jax.training.writer import Progress
@@ -45,7 +46,16 @@ def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
     Raises:
         UserError: a store of another network or of other views is there already, too many images are unreadable, or
             the network gives values that cannot be stored.
+        Preempted: this process was told to end; finished shards stay, the shard it was at is begun anew.
     """
+    with (
+        preemption.stops(task.name) as stop_if_told,
+        liveness.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+    ):
+        return _fill(task, config, workdir, liveness.moving(watch, stop_if_told))
+
+
+def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
     apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
     unreadable = 0
     for part, source in zip(stores.PARTS, task.sources, strict=True):
@@ -66,6 +76,7 @@ def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
             reading=inputs.reading(config),
             max_bad_share=config.data.max_bad_share,
             label=f"{task.name} {part}",
+            on_move=on_move,
         )
         with Claims(store.work) as claims:
             filler.run(claims)
@@ -101,6 +112,7 @@ class Filler:
         reading: `num_threads` and `num_workers` of `view_stream`.
         max_bad_share: largest share of unreadable examples with which the store is published.
         label: what is shown to run.
+        on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
     """
 
     def __init__(
@@ -115,10 +127,11 @@ class Filler:
         reading: Mapping[str, int],
         max_bad_share: float,
         label: str,
+        on_move: Callable[[str], None] = lambda phase: None,
     ):
         self._store, self._load, self._apply, self._encoding, self._split = store, load, apply, encoding, split
         self._batch_size, self._reading, self._max_bad_share = batch_size, reading, max_bad_share
-        self._label = label
+        self._label, self._on_move = label, on_move
 
     def run(self, claims: Claims, poll_seconds: float = POLL_SECONDS) -> None:
         """Work until the store is finished, by this or another process.
@@ -134,9 +147,11 @@ class Filler:
             if self._fill_free_shards(claims, shown):
                 continue
             if store.remaining() or not claims.take("finish"):
+                self._on_move("waiting for other workers")
                 time.sleep(poll_seconds)
                 shown.update(0)
                 continue
+            self._on_move("finishing the store")
             self._check_share()
             store.finish()
             claims.release("finish")
@@ -161,6 +176,7 @@ class Filler:
             shard, view = store.shard_of(int(examples[0])), int(batch["views"][0])
             at_start = int(examples[0]) == store.shards[shard].start and view == store.views.start
             try:
+                self._on_move("computing targets")
                 if at_start:
                     writer, bad = store.open_shard(shard), []
                 if writer is None:

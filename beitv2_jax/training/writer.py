@@ -1,5 +1,6 @@
 """What a run tells: figures to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from absl import logging
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,7 +36,7 @@ class MetricWriter:
     """Write one JSON object a logged step, `{"step": finished steps, name: value, ...}`, and the same to TensorBoard.
 
     Figures written for one step in several calls become one line, which reaches the disk at `flush`. A value that is
-    not finite is `null`.
+    not finite is `null`. Lines that cannot be written are kept until they can; TensorBoard then gets no more.
 
     Args:
         workdir: holds metrics.jsonl and tensorboard/.
@@ -44,16 +48,17 @@ class MetricWriter:
         self._enabled = enabled
         self._step: int | None = None
         self._figures: dict[str, float] = {}
+        self._unwritten = b""
         if not enabled:
             return
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        path = Path(workdir) / METRICS_FILE
+        self._path = Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        rewritten = path.with_suffix(".tmp")
+        rewritten = self._path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(rewritten, path)
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+        os.replace(rewritten, self._path)
+        self._size = self._path.stat().st_size
+        self._tensorboard: _Events | None = _Events(Path(workdir) / "tensorboard", resume_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures to the line of `step`."""
@@ -62,23 +67,70 @@ class MetricWriter:
         self._step = step
         self._figures.update(figures)
 
-    def flush(self) -> None:
-        """Bring the current line to the disk."""
-        if self._enabled and self._figures:
-            line = {name: value if math.isfinite(value) else None for name, value in self._figures.items()}
-            self._file.write(json.dumps({"step": self._step, **line}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            for name, value in self._figures.items():
-                self._tensorboard.add_scalar(name, value, self._step)
-        self._figures = {}
+    def flush(self) -> OSError | None:
+        """Bring all lines to the disk; return what prevented that, after which the next call tries again."""
+        step, figures, self._figures = self._step, self._figures, {}
+        if self._enabled and figures:
+            line = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self._unwritten += (json.dumps({"step": step, **line}) + "\n").encode()
+            self._show(step, figures)
+        if not self._unwritten:
+            return None
+        try:
+            self._append(self._unwritten)
+        except OSError as error:
+            logging.warning("%s is not written at step %s: %s", self._path, step, error.strerror)
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, self._size)
+            return error
+        self._unwritten = b""
+        return None
 
     def close(self) -> None:
         """Flush and close both files."""
         self.flush()
-        if self._enabled:
-            self._file.close()
-            self._tensorboard.close()
+        if self._enabled and self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+
+    def _append(self, text: bytes) -> None:
+        # opened anew each time: then a failure of the last time leaves neither a buffer nor a part of a line
+        with self._path.open("r+b") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._size += len(text)
+
+    def _show(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            self._tensorboard.write(step, figures)
+        except OSError as error:
+            logging.warning("TensorBoard gets no more figures until the next start: %s", error.strerror)
+            self._tensorboard = None
+
+
+class _Events:
+    """A TensorBoard file without the thread of `SummaryWriter`, which would wait for ever once a write has failed."""
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        # hides what a former start showed of this step and later ones
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            shown = summary.scalar(name, value)
+            self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=shown))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Progress:

@@ -36,7 +36,7 @@ class Claims:
     ):
         self._directory = pathlib.Path(directory)
         self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
-        self._owner = {"machine": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._owner = {"machine": machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._held: set[str] = set()
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._beats = 0
@@ -72,7 +72,7 @@ class Claims:
             content = path.read_bytes()
         except FileNotFoundError:
             return False
-        if _is_dead(content, self._owner["machine"]):
+        if is_dead(content, self._owner["machine"]):
             return True
         now = time.monotonic()
         before, since = self._seen.get(name, (None, now))
@@ -114,7 +114,7 @@ class Claims:
             self.release(name)
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return a name of this boot of this machine and its table of processes, in which process ids have a meaning."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # where there is no /proc, the host's name has to do
@@ -123,11 +123,11 @@ def _machine() -> str:
     return "/".join(parts)
 
 
-def _is_dead(content: bytes, machine: str) -> bool:
-    """Tell whether a claim belongs to a process of this machine that is no longer there."""
+def is_dead(content: bytes, here: str) -> bool:
+    """Tell whether what was left (`machine` and `pid` in JSON) is of a process of the machine `here` that is gone."""
     try:
         owner = json.loads(content)
-        if owner["machine"] != machine:
+        if owner["machine"] != here:
             return False
         os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:

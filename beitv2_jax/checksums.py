@@ -1,10 +1,11 @@
-"""Checksums of the files of a checkpoint: written into its folder before it becomes valid, checked before it is used.
+"""Checksums of the files of a checkpoint: written into its folder, checked before it is used (floor 0).
 
 Orbax finds a damaged index by itself; a byte that changed inside a large array it hands over.
 """
 
 import json
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 CHECKSUMS_FILE = "checksums.json"
@@ -18,13 +19,19 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=0) + "\n")
 
 
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with the files of `folder`, None if they are as they were written; others may be added."""
+def find_damage(folder: Path, items: Collection[str] = ()) -> str | None:
+    """Return what is wrong with the files of `folder`, None if they are as they were written; others may be added.
+
+    Args:
+        items: the folders in it that are looked at; all if there are none.
+    """
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_bytes())
     except (OSError, ValueError):
         return f"{CHECKSUMS_FILE} is missing or damaged"
     for name, (size, crc32) in sums.items():
+        if items and name.split("/")[0] not in items:
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -1,0 +1,66 @@
+"""What keeps a run from writing: told in plain words, agreed on by all processes, and looked for before a save.
+
+Beneath the checkpointer. Of several processes one that alone fails in the middle of a save leaves the others waiting,
+so all of them try first whether they can write, and answer each other.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from beitv2_jax.typing import PyTree
+
+_LENGTH = 200
+_NO_RESERVING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the system's own words for a failed write, as far as `error` has them."""
+    # a failed write of an array is a ValueError that has the system's number in its text
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return os.strerror(number) if number else f"{type(error).__name__}: {str(error)[:_LENGTH]}"
+
+
+def free_space(folder: Path) -> str:
+    """Return how much room is left where `folder` is, in words."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return "free space unknown"
+    return f"{usage.free / 1e9:.3f} GB of {usage.total / 1e9:.1f} GB free"
+
+
+@contextlib.contextmanager
+def reserved(folder: Path, tree: PyTree) -> Iterator[str | None]:
+    """Hold room in `folder` for the arrays that this process writes of `tree`; yield why that cannot be, if so."""
+    shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.replica_id == 0)
+    size = sum(shard.data.nbytes for shard in shards)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            # not each file system can reserve; then the save itself shows whether there is room
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:
+            yield None if error.errno in _NO_RESERVING else cause_of(error)
+        else:
+            yield None
+
+
+def agreed(cause: str | None) -> str | None:
+    """Return the causes of all processes with the processes they hit, None if there is none; ask on all at once."""
+    if jax.process_count() == 1:
+        return cause
+    text = (cause or "").encode()[:_LENGTH].ljust(_LENGTH)
+    everyones = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8)))
+    told = {index: row.tobytes().decode(errors="ignore").strip() for index, row in enumerate(everyones)}
+    return "; ".join(f"{text} (process {index})" for index, text in told.items() if text) or None
