@@ -36,3 +36,11 @@ def _eight_devices():
     assert len(jax.devices()) == 8, "the suite needs 8 virtual CPU devices; jax was started before conftest.py"
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(scope="session")
+def equality_runs(tmp_path_factory):
+    """Return the small runs of every stage that the equality tests share."""
+    from equality_runs import Runs
+
+    return Runs(tmp_path_factory.mktemp("equality"))
