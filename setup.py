@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "benchmarks": ["opencv-python-headless>=4.10"],
+        "benchmarks": ["matplotlib>=3.8", "opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
@@ -40,6 +40,6 @@ setup(
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9"],
+        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
 )

@@ -12,38 +12,43 @@ TURBOJPEG, in the environment, names a libturbojpeg of version 2 for the candida
 """
 
 import argparse
-import dataclasses
 import importlib
 import io
 import os
 import statistics
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from beitv2_jax.data import augment, masking
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.rng import host_rng
-
-SIZE, STRENGTH, MIN_SCALE = 224, 0.4, 0.2
-"""Those of the released masked image modelling recipe."""
+from benchmarks.photos import (
+    SIZE,
+    Photo,
+    cut,
+    draws,
+    pillow_decode,
+    pillow_jitter,
+    pillow_resize,
+    pillow_rows_first,
+    read_photos,
+)
 
 TURN = 10
 """Items that a candidate works on before the next one has its turn."""
 
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 REFERENCE = "Pillow, published order"
 
 
 def _optional(name: str):
+    """Return a package, None where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -54,90 +59,33 @@ cv2, kornia_rs, simplejpeg = (_optional(name) for name in ("cv2", "kornia_rs", "
 
 
 def _turbojpeg():
+    """Return the library that cuts JPEGs without decoding, None where it is not there."""
     module, library = _optional("turbojpeg"), os.environ.get("TURBOJPEG")
     return module.TurboJPEG(library) if module and library else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Photo:
-    """One JPEG with everything that was drawn for it and, for stages measured alone, what the stages before made."""
-
-    index: int
-    encoded: bytes
-    pixels: np.ndarray
-    view: augment.View
-    factors: np.ndarray
-    order: np.ndarray
-    resized: np.ndarray
-
-
-def draws(index: int, height: int, width: int) -> tuple[augment.View, np.ndarray, np.ndarray]:
-    """Draw the view and the jitter of an image as the data pipeline does."""
-    view = augment.random_view(host_rng(0, "view", index, 0), height, width, min_scale=MIN_SCALE)
-    return view, *augment.jitter_draw(host_rng(0, "jitter", index, 0), STRENGTH)
-
-
-def read_photos(path: str, limit: int) -> list[Photo]:
-    """Read the first `limit` JPEGs of a folder or a tar, in the order of their names."""
-    place = Path(path)
-    if place.is_dir():
-        files = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
-        found = [file.read_bytes() for file in files[:limit]]
-    else:
-        with tarfile.open(place) as archive:
-            members = [m for m in archive.getmembers() if m.name.lower().endswith((".jpg", ".jpeg"))]
-            found = [archive.extractfile(member).read() for member in sorted(members, key=lambda m: m.name)[:limit]]
-    if not found:
-        raise SystemExit(f"There are no JPEGs in {path}.")
-    photos = []
-    for index, encoded in enumerate(found):
-        pixels = pillow_decode(encoded)
-        view, factors, order = draws(index, *pixels.shape[:2])
-        photos.append(Photo(index, encoded, pixels, view, factors, order, pillow_resize(cut(pixels, view))))
-    return photos
-
-
-def pillow_decode(encoded: bytes, draft: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode by Pillow; `draft` allows a smaller picture of at least that size."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        if draft:
-            image.draft("RGB", draft)
-        return np.asarray(image.convert("RGB"))
-
-
-def pillow_resize(box: np.ndarray, interpolation: str = "bicubic") -> np.ndarray:
-    return np.asarray(Image.fromarray(box).resize((SIZE, SIZE), RESAMPLE[interpolation]))
-
-
-def pillow_rows_first(box: np.ndarray, interpolation: str = "bicubic") -> np.ndarray:
-    """Resize by Pillow in the order it kept to before version 13: along the rows, then along the columns."""
-    rows = Image.fromarray(box).resize((SIZE, box.shape[0]), RESAMPLE[interpolation])
-    return np.asarray(rows.resize((SIZE, SIZE), RESAMPLE[interpolation]))
-
-
-def pillow_jitter(image: Image.Image, factors: np.ndarray, order: np.ndarray) -> Image.Image:
-    for operation in order:
-        image = ENHANCERS[operation](image).enhance(float(factors[operation]))
-    return image
-
-
 def kornia_resize(box: np.ndarray, interpolation: str = "bicubic") -> np.ndarray:
+    """Resize to `SIZE` by kornia-rs."""
     return kornia_rs.imgproc.resize(box, (SIZE, SIZE), interpolation)
 
 
 def kornia_decode(encoded: bytes) -> np.ndarray:
+    """Decode by kornia-rs."""
     return np.asarray(kornia_rs.io.decode_image_jpeg(encoded))
 
 
 def cv2_decode(encoded: bytes, flag: str = "IMREAD_COLOR_RGB") -> np.ndarray:
+    """Decode by OpenCV."""
     return cv2.imdecode(np.frombuffer(encoded, np.uint8), getattr(cv2, flag))
 
 
 def cv2_resize(box: np.ndarray, interpolation: str) -> np.ndarray:
+    """Resize to `SIZE` by OpenCV."""
     return cv2.resize(box, (SIZE, SIZE), interpolation=getattr(cv2, f"INTER_{interpolation}"))
 
 
 def cv2_area_or_cubic(box: np.ndarray) -> np.ndarray:
+    """Resize by OpenCV: average where the box shrinks, else cubic."""
     return cv2_resize(box, "AREA" if min(box.shape[:2]) > SIZE else "CUBIC")
 
 
@@ -162,10 +110,6 @@ def only_the_crop(turbojpeg, photo: Photo) -> np.ndarray:
     part = turbojpeg.crop(photo.encoded, x, y, left + width - x, top + height - y)
     pixels = simplejpeg.decode_jpeg(part, "RGB")
     return np.ascontiguousarray(pixels[top - y : top - y + height, left - x : left - x + width])
-
-
-def cut(pixels: np.ndarray, view: augment.View) -> np.ndarray:
-    return np.ascontiguousarray(pixels[view.top : view.top + view.height, view.left : view.left + view.width])
 
 
 def published_chain(photo: Photo) -> np.ndarray:
@@ -200,10 +144,12 @@ def our_chain(photo: Photo) -> np.ndarray:
 
 
 def with_randaugment(photo: Photo) -> np.ndarray:
+    """What the data pipeline does when fine-tuning."""
     return RandAugment()(our_chain(photo), host_rng(0, "randaugment", photo.index, 0))
 
 
 def decoders() -> dict[str, Callable[[Photo], object]]:
+    """Return the ways of decoding a photo that are installed."""
     found = {"Pillow": lambda photo: pillow_decode(photo.encoded)}
     if simplejpeg:
         found["simplejpeg"] = lambda photo: simplejpeg.decode_jpeg(photo.encoded, "RGB")
@@ -224,6 +170,7 @@ def decoders() -> dict[str, Callable[[Photo], object]]:
 
 
 def resizers() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Return the ways of resizing a box that are installed."""
     found = {"Pillow": pillow_resize, "Pillow, rows before columns": pillow_rows_first}
     if kornia_rs:
         found["kornia-rs"] = kornia_resize
@@ -234,6 +181,8 @@ def resizers() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 
 
 def chains() -> dict[str, Callable[[Photo], np.ndarray]]:
+    """Return whole preparations of a photo, the published one first."""
+
     def pillow(photo):
         return cut(pillow_decode(photo.encoded), photo.view)
 
@@ -290,6 +239,7 @@ def measure(candidates: dict[str, Callable], items: list, rounds: int) -> dict[s
 
 
 def rate_table(title: str, rates: dict[str, list[float]], reference: str) -> list[str]:
+    """Return the lines of a table of rates with their ratios to the candidate `reference`."""
     lines = [f"| {title} | images/s per core | range | x {reference} |", "|---|---|---|---|"]
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates[reference], strict=True))
@@ -334,6 +284,7 @@ def exactness_table(photos: list[Photo], views: int) -> list[str]:
 
 
 def decoder_exactness(photos: list[Photo]) -> list[str]:
+    """Return the lines of a table of how far every decoder is from Pillow."""
     lines = ["| decoder | images with another pixel than Pillow's | mean | largest |", "|---|---|---|---|"]
     whole = {name: run for name, run in decoders().items() if "half" not in name and "crop" not in name}
     for name, run in whole.items():
@@ -367,6 +318,7 @@ def thread_table(photos: list[Photo], rounds: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure, print the tables and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder or tar of JPEGs")
     parser.add_argument("--out", default="", help="Markdown file to write; else they are printed")

@@ -33,11 +33,12 @@ from ml_collections import ConfigDict, config_flags
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.main import start_logging
-from beitv2_jax.tasks import inputs, mim, tokenize, vqkd
+from beitv2_jax.tasks import inputs, mim, objectives, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import loop, sharding
+from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.ledger import Plan
+from beitv2_jax.training.step import make_train_step
 from beitv2_jax.training.writer import read_metrics
 
 WARM_BATCHES = 3  # beyond those that are prepared ahead
@@ -88,13 +89,13 @@ def step_alone(task: Task, config: ConfigDict, steps: int) -> float:
     """Return images per second of the compiled step on one batch that stays on the devices."""
     mesh = sharding.make_mesh(**config.mesh)
     plan = Plan.from_config(config, task.num_train_examples)
-    optimizer, schedule = loop.make_optimizer(task, config.optim, plan.warmup_steps, plan.num_steps)
+    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
     state = state_lib.create(task, optimizer, mesh=mesh, seed=config.seed, keep_ema=config.optim.ema_decay > 0)
     iterator = task.train_batches(0, 1)
     batch = sharding.place_batch(next(iterator), mesh)
     iterator.close()
     frozen = sharding.place_weights(task.frozen, mesh)
-    step = loop.make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
+    step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.ema_decay)
     compiled = loop.compile_step(step, state, frozen, batch, mesh)
     for count in (WARM_BATCHES, steps):
         started = time.monotonic()
@@ -133,7 +134,7 @@ def untrained_tokenizer(config: ConfigDict, tokenizer_config: ConfigDict):
     tokenizer_config.model.codebook_size = config.model.codebook_size
     model = vqkd.make_model(tokenizer_config, teacher_width=512, dtype=config.efficiency.dtype)
     images = jnp.zeros((1, size, size, 3))
-    variables = jax.jit(lambda key: inputs.init_variables(model, key, images, train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: objectives.init_variables(model, key, images, train=False))(jax.random.key(0))
     return tokenize.Tokenizer("untrained", model, (rows, rows), "none"), variables
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from beitv2_jax.data import augment
 from beitv2_jax.models.preprocess import color_jitter
 from beitv2_jax.rng import host_rng
-from benchmarks.decode import ENHANCERS, MIN_SCALE, STRENGTH, pillow_jitter, read_photos
+from benchmarks.photos import ENHANCERS, MIN_SCALE, STRENGTH, pillow_jitter, read_photos
 
 
 def exact_gray(pixels: np.ndarray, factors: np.ndarray, order: np.ndarray) -> float:
@@ -28,6 +28,7 @@ def exact_gray(pixels: np.ndarray, factors: np.ndarray, order: np.ndarray) -> fl
 
 
 def main() -> None:
+    """Compare the three grey levels and print their differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder or tar of JPEGs")
     apart, errors = {"crop": [], "estimate": [], "whole image": []}, []

@@ -1,0 +1,94 @@
+"""The mim stage with real JPEGs: its input alone, and the whole loop with the share of time that waits for data.
+
+Sizes are those of a recipe, the code ids come from memory as from a store. Without a folder of JPEGs some are made, of
+the size and the bytes of ImageNet's. Needs everything that reads data; `benchmarks.input` does the measuring.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.data.store.packing import CodeEncoding
+from beitv2_jax.tasks import inputs, mim
+from beitv2_jax.tasks.described import ZeroTargets
+from benchmarks import input as benchmark
+from benchmarks.recipes import Recipe
+from benchmarks.timing import Effort
+
+CONFIG = Path(__file__).parents[1] / "configs" / "mim.py"
+NUM_IMAGES = {True: 64, False: 1024}
+STEPS = {True: 6, False: 30}
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+GRAIN = 16.0
+"""Standard deviation of the noise on the made pictures, in levels: with it a file has about 100 kB, as in ImageNet."""
+
+
+def input_alone(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many images a second the pipeline prepares, by the clock and by processor time."""
+    with _task(recipe, options) as (task, config, source):
+        rate, core_rate = benchmark.input_alone(task, config, STEPS[options["quick"]])
+    return {**source, "input_images_per_second": rate, "images_per_second_per_core": core_rate}
+
+
+def whole_loop(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rates of input, step and loop, the share of waiting and the cores that keep the step busy."""
+    with _task(recipe, options) as (task, config, source):
+        return {**source, **benchmark.measure(config, task, STEPS[options["quick"]])}
+
+
+@contextlib.contextmanager
+def _task(recipe: Recipe, options: Mapping[str, Any]) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    with contextlib.ExitStack() as stack:
+        folder = options["images"]
+        source = {"images": "given", "threads": os.cpu_count()}
+        if not folder:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            kilobytes = make_images(Path(folder), NUM_IMAGES[options["quick"]]) / 1000
+            source["images"] = f"{NUM_IMAGES[options['quick']]} made, {WIDTH} x {HEIGHT}, {kilobytes:.0f} kB each"
+        config = stage_config(recipe, folder)
+        yield mim.make_task(config, opened(config)), config, source
+
+
+def stage_config(recipe: Recipe, folder: str):
+    """Return the mim config with the sizes of a recipe and the JPEGs of a folder, for training and evaluation alike."""
+    config = config_lib.load(str(CONFIG)).copy_and_resolve_references().unlock()
+    config.model.update(recipe.model)
+    config.views.image_size, config.views.num_views = recipe.views.image_size, 1
+    config.masking.num_masked = recipe.masking.num_masked
+    config.masking.min_patches = min(config.masking.min_patches, recipe.masking.num_masked)
+    config.run.batch_size = recipe.run.batch_size
+    config.efficiency.update({key: value for key, value in recipe.efficiency.items() if key in config.efficiency})
+    config.mesh.data = 1  # as the steps are measured
+    config.data.update(source=f"folder:{folder}", num_threads=os.cpu_count())
+    return config.lock()
+
+
+def opened(config) -> inputs.Opened:
+    """Open the JPEGs with code ids of zero."""
+    sources = inputs.open_sources(config)
+    patches = (config.views.image_size // config.model.patch_size) ** 2
+    card = {"codebook_size": config.model.codebook_size}
+    encoding = CodeEncoding(config.model.codebook_size, patches)
+    return inputs.Opened(sources, stored=tuple(ZeroTargets(encoding, len(source), 1, card) for source in sources))
+
+
+def make_images(folder: Path, count: int) -> float:
+    """Write JPEGs of smooth noise with grain, in classes of two splits; return their mean bytes."""
+    rng, sizes = np.random.default_rng(0), []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + rng.normal(0, GRAIN, smooth.shape), 0, 255).astype(np.uint8)
+        split = "validation" if number % 8 == 0 else "train"
+        path = folder / split / f"class{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=QUALITY)
+        sizes.append(path.stat().st_size)
+    return float(np.mean(sizes))

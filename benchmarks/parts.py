@@ -1,0 +1,210 @@
+"""Parts of the steps alone, each in every form that there is: lookup, attention, cross entropy, optimizer, jitter.
+
+The forms of a part take turns in one process, so that their ratios hold whatever else the machine does. A form that
+this device or dtype cannot run is left out with the reason. Forward and backward pass wherever there is one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax.models import attention, nearest, preprocess
+from beitv2_jax.models.cross_entropy import head_cross_entropy
+from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
+from beitv2_jax.planning.accounting import traced_flops
+from beitv2_jax.tasks import objectives
+from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
+from beitv2_jax.training import optim
+from benchmarks import steps, timing
+from benchmarks.recipes import Recipe
+
+PALLAS = ("gpu", "tpu")
+"""Platforms on which kernels run compiled; elsewhere they are interpreted, which says nothing of their speed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something to be computed in several forms.
+
+    Attributes:
+        forms: name -> (function, arguments), or why it cannot run here.
+        count: what of it is done in a call, in `unit`.
+        flops: of a call by arithmetic; the same for every form. 0 where moving memory is all that it does.
+        sizes: what it was measured at.
+    """
+
+    forms: Mapping[str, tuple[Callable, tuple] | str]
+    count: int
+    unit: str
+    flops: int
+    sizes: Mapping[str, Any]
+
+
+def measure(part: Part, effort: timing.Effort) -> dict[str, Any]:
+    """Return times, rates, memory and work of every form of a part."""
+    compiled, skipped, counted = {}, {}, {}
+    for name, form in part.forms.items():
+        if isinstance(form, str):
+            skipped[name] = form
+            continue
+        function, arguments = form
+        lowered = jax.jit(function).lower(*arguments)
+        try:
+            compiled[name] = lowered.compile()
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            skipped[name] = str(error).splitlines()[0][:200]
+            continue
+        flops, source = timing.compiled_flops(compiled[name], lowered)
+        counted[name] = {"traced": traced_flops(function, *arguments), "compiler": flops, "compiler_source": source}
+    runs = {name: functools.partial(program, *part.forms[name][1]) for name, program in compiled.items()}
+    found = {}
+    for name, seconds in timing.samples(runs, effort).items():
+        found[name] = {
+            "seconds": timing.spread(seconds),
+            f"{part.unit}_per_second": timing.rates(seconds, part.count),
+            "flops": timing.work(part.flops, counted[name]),
+            "utilisation": timing.utilisation(part.flops, seconds) if part.flops else None,
+            "planned_bytes": timing.planned_bytes(compiled[name]),
+        }
+    return {"sizes": dict(part.sizes), "forms": found, "skipped": skipped}
+
+
+def quantizer(recipe: Recipe) -> Part:
+    """Return lookup, cluster sums and update of the codebook for one batch of a vqkd recipe."""
+    size, width = recipe.model.codebook_size, recipe.model.code_dim
+    tokens = recipe.run.batch_size * (recipe.views.image_size // recipe.model.encoder.patch_size) ** 2
+    rng = np.random.default_rng(steps.SEED)
+    state = {
+        "codebook": l2_normalise(jnp.asarray(rng.standard_normal((size, width), np.float32))),
+        **{name: jnp.zeros(size) for name in ("cluster_counts", "window_counts", "last_window_counts")},
+    }
+    unit = l2_normalise(jnp.asarray(rng.standard_normal((tokens, width), np.float32)))
+
+    def run(state, unit, implementation):
+        ids = nearest_code(unit, state["codebook"], implementation=implementation)
+        statistics = CodebookStatistics(*nearest.cluster_sums(unit, ids, jnp.ones(len(unit)), size))
+        return ids, updated_state(state, statistics, recipe.model.ema_decay)
+
+    return Part(
+        _forms(run, (state, unit), nearest.IMPLEMENTATIONS),
+        tokens,
+        "tokens",
+        2 * tokens * size * width,
+        {"tokens": tokens, "codebook_size": size, "code_dim": width},
+    )
+
+
+def attend(recipe: Recipe) -> Part:
+    """Return attention with a learned bias as in one block of a mim recipe, with the gradients of q, k, v and bias."""
+    model, count = recipe.model, recipe.run.batch_size
+    length = (recipe.views.image_size // model.patch_size) ** 2 + 1
+    dtype = jnp.dtype(recipe.efficiency.dtype)
+    rng = np.random.default_rng(steps.SEED)
+    shapes = (count, length, 3 * model.width), (count, length, model.width), (model.num_heads, length, length)
+    qkv, cotangent, bias = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
+
+    def run(qkv, bias, cotangent, implementation):
+        form = functools.partial(attention.attend, num_heads=model.num_heads, implementation=implementation)
+        output, backward = jax.vjp(form, qkv, bias)
+        return output, backward(cotangent)
+
+    forms = _forms(run, (qkv.astype(dtype), bias, cotangent.astype(dtype)), attention.IMPLEMENTATIONS)
+    if jax.default_backend() != "gpu":
+        forms["cudnn"] = "needs an NVIDIA GPU"
+    elif dtype == jnp.float32:
+        forms["cudnn"] = "takes 16-bit types only"
+    # two products forward, four backward
+    flops = 6 * 2 * count * length * length * model.width
+    sizes = {"images": count, "length": length, "num_heads": model.num_heads, "width": model.width, "dtype": str(dtype)}
+    return Part(forms, count, "images", flops, sizes)
+
+
+def cross_entropy(recipe: Recipe) -> Part:
+    """Return output layer and cross entropy over the hidden patches of a mim recipe, with the gradients of both."""
+    model, dtype = recipe.model, jnp.dtype(recipe.efficiency.dtype)
+    rng = np.random.default_rng(steps.SEED)
+    shape = recipe.run.batch_size, recipe.masking.num_masked
+    tokens = jnp.asarray(rng.standard_normal((*shape, model.width), np.float32)).astype(dtype)
+    kernel = jnp.asarray(0.02 * rng.standard_normal((model.width, model.codebook_size), np.float32))
+    ids = jnp.asarray(rng.integers(0, model.codebook_size, shape, np.int32))
+
+    bias = jnp.zeros(model.codebook_size)
+
+    def plain(tokens, kernel, bias, ids):
+        logits = jnp.matmul(tokens, kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
+        return masked_cross_entropy(logits, ids), jnp.argmax(logits, axis=-1) == ids
+
+    def tiled(tokens, kernel, bias, ids):
+        return head_cross_entropy(tokens, kernel, bias, ids, dtype=dtype)
+
+    def trained(form, *arguments):
+        def loss(tokens, kernel, bias, ids):
+            losses, hits = form(tokens, kernel, bias, ids)
+            return weighted_sum(losses, jnp.ones(len(tokens))), hits.sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
+
+    arguments = tokens, kernel, bias, ids
+    forms = {name: (functools.partial(trained, form), arguments) for name, form in (("plain", plain), ("tiled", tiled))}
+
+    patches = shape[0] * shape[1]
+    sizes = {"patches": patches, "width": model.width, "codebook_size": model.codebook_size, "dtype": str(dtype)}
+    flops = 6 * patches * model.width * model.codebook_size
+    return Part(forms, patches, "patches", flops, sizes)
+
+
+def optimizer(recipe: Recipe) -> Part:
+    """Return the update of all parameters of a mim recipe: clipping, AdamW, decay."""
+    model = MaskedImageModel(
+        image_size=recipe.views.image_size, **steps.compute(MaskedImageModel, recipe), **recipe.model
+    )
+    side = recipe.views.image_size // recipe.model.patch_size
+    num_masked = recipe.masking.num_masked
+    images = jnp.zeros((1, recipe.views.image_size, recipe.views.image_size, 3))
+    mask = jnp.arange(side * side)[None] < num_masked
+    init = functools.partial(objectives.init_variables, model, num_masked=num_masked, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), images, mask)["params"]
+    rng = np.random.default_rng(steps.SEED)
+    params, grads = (
+        jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
+        for _ in range(2)
+    )
+    transformation, _ = optim.for_task(steps.bare_task("mim", init=init, loss=None), recipe.optim, **steps.SCHEDULE)
+    state = transformation.init(params)
+
+    def run(grads, state, params):
+        updates, state = transformation.update(grads, state, params, step=jnp.int32(1))
+        return jax.tree.map(jnp.add, params, updates), state
+
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+    sizes = {"parameters": numbers, "leaves": len(jax.tree.leaves(params))}
+    return Part({"plain": (run, (grads, state, params))}, numbers, "parameters", 0, sizes)
+
+
+def jitter(recipe: Recipe) -> Part:
+    """Return the colour jitter of a batch, which the mim step does on the device and the steps here leave out."""
+    count, size = recipe.run.batch_size, recipe.views.image_size
+    rng = np.random.default_rng(steps.SEED)
+    images = jnp.asarray(rng.integers(0, 256, (count, size, size, 3), np.uint8))
+    factors = jnp.asarray(rng.uniform(0.6, 1.4, (count, 3)).astype(np.float32))
+    order = jnp.asarray(rng.permuted(np.tile(np.arange(3, dtype=np.int32), (count, 1)), axis=1))
+    gray = jnp.full(count, 117.0)
+    sizes = {"images": count, "image_size": size}
+    return Part({"plain": (preprocess.color_jitter, (images, factors, order, gray))}, count, "images", 0, sizes)
+
+
+def _forms(
+    run: Callable, arguments: tuple, implementations: tuple[str, ...]
+) -> dict[str, tuple[Callable, tuple] | str]:
+    forms: dict[str, tuple[Callable, tuple] | str] = {
+        name: (functools.partial(run, implementation=name), arguments) for name in implementations
+    }
+    if "pallas" in forms and jax.default_backend() not in PALLAS:
+        forms["pallas"] = f"is interpreted on a {jax.default_backend()}, which says nothing of its speed"
+    return forms

@@ -1,0 +1,324 @@
+"""The stages' steps on one synthetic batch that stays on the device: what is trained, tokenised and extracted.
+
+Built from `recipes` and `tasks.objectives`, so nothing that reads data need be installed. The images are noise after
+the colour jitter, whose cost stands in the whole loop; weights are random. Each function returns a `Step`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from beitv2_jax.data.store.packing import CODE_IDS, FeatureEncoding
+from beitv2_jax.models import fast_paths
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.teachers import Teacher, clip_teacher
+from beitv2_jax.models.upernet import Segmenter
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.planning import accounting
+from beitv2_jax.planning.components import components
+from beitv2_jax.planning.parts import Component
+from beitv2_jax.tasks import objectives
+from beitv2_jax.tasks.api import Batch, Task
+from beitv2_jax.training import optim, sharding
+from beitv2_jax.training import state as state_lib
+from beitv2_jax.training.step import lower_step, make_train_step
+from beitv2_jax.typing import PyTree
+from benchmarks.recipes import TEACHER_WIDTH, Recipe
+
+SEED = 0
+Init = Callable[[jax.Array], PyTree]
+SCHEDULE = {"warmup_steps": 10, "num_steps": 1000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A program to be timed, and what it has to do.
+
+    Attributes:
+        lowered: the program.
+        start: (compiled) -> function without arguments that starts the next call and returns what to wait for; makes
+            weights and batch.
+        images: of one call.
+        parts: its work by arithmetic, for one image; without products that are done again for want of memory.
+        traced_flops: of one call, counted in the traced program.
+        parameters: trained numbers, or those of the frozen network where nothing is trained.
+    """
+
+    lowered: jax.stages.Lowered
+    start: Callable[[Callable], Callable[[], Any]]
+    images: int
+    parts: list[Component]
+    traced_flops: int
+    parameters: int
+
+
+def mim(recipe: Recipe, *, live: bool = False) -> Step:
+    """Return the step of masked image modelling, with stored code ids or with a tokenizer in the step."""
+    model = MaskedImageModel(image_size=recipe.views.image_size, **compute(MaskedImageModel, recipe), **recipe.model)
+    num_masked = recipe.masking.num_masked
+    side = recipe.views.image_size // recipe.model.patch_size
+    networks, frozen_vit = {}, {}
+
+    def code_ids(frozen, batch, images):
+        return batch[CODE_IDS]
+
+    if live:
+        tokenizer, networks["tokenizer"] = untrained_tokenizer(recipe)
+        frozen_vit["tokenizer"] = _frozen_sizes(recipe.tokenizer.encoder, side, code_dim=recipe.tokenizer.code_dim)
+
+        def code_ids(frozen, batch, images):
+            return objectives.encode(tokenizer, frozen["tokenizer"], images)
+
+    rng, batch = np.random.default_rng(SEED), images_batch(recipe)
+    batch["mask"] = masks(rng, recipe.run.batch_size, side * side, num_masked)
+    if not live:
+        batch[CODE_IDS] = rng.integers(0, recipe.model.codebook_size, batch["mask"].shape, np.int32)
+    image = jnp.zeros((1, *batch["images"].shape[1:]))
+    first_mask = jnp.arange(side * side)[None] < num_masked
+    task = bare_task(
+        "mim",
+        init=lambda key: objectives.init_variables(model, key, image, first_mask, num_masked=num_masked, train=False),
+        loss=objectives.mim_loss(model, num_masked=num_masked, normalization=recipe.normalization, code_ids=code_ids),
+    )
+    return training_step(task, recipe, batch, networks, frozen_vit)
+
+
+def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
+    """Return the tokenizer's training step, with stored features (8 bits) or with a teacher in the step."""
+    model = VQKD(
+        image_size=recipe.views.image_size, teacher_width=recipe.teacher_width, **compute(VQKD, recipe), **recipe.model
+    )
+    networks, frozen_vit, targets = {}, {}, objectives.stored_features
+    batch = images_batch(recipe)
+    if live:
+        teacher, networks["teacher"] = untrained_teacher(recipe)
+        frozen_vit["teacher"] = _teacher_sizes(recipe, teacher)
+
+        def targets(frozen, batch):
+            return teacher.features(frozen["teacher"], batch["images"])
+
+    else:
+        shape = (recipe.run.batch_size, model.grid[0] * model.grid[1], recipe.teacher_width)
+        features = np.random.default_rng(SEED).standard_normal(shape, np.float32)
+        batch |= FeatureEncoding("int8", *shape[1:]).shrink(features)
+    image = jnp.zeros((1, *batch["images"].shape[1:]))
+    task = bare_task(
+        "vqkd",
+        init=lambda key: objectives.init_variables(model, key, image, train=False),
+        loss=objectives.vqkd_loss(model, targets),
+        finish=objectives.vqkd_finish(recipe.model.ema_decay, window=SCHEDULE["num_steps"]),
+    )
+    return training_step(task, recipe, batch, networks, frozen_vit)
+
+
+def finetune(recipe: Recipe) -> Step:
+    """Return the step of fine-tuning with mixup, CutMix and random erasing, as published."""
+    model = Classifier(image_size=recipe.views.image_size, **compute(Classifier, recipe), **recipe.model)
+    batch = images_batch(recipe)
+    classes = recipe.model.num_classes
+    batch["labels"] = np.random.default_rng(SEED).integers(0, classes, recipe.run.batch_size, np.int32)
+    image = jnp.zeros((1, *batch["images"].shape[1:]))
+    task = bare_task(
+        "finetune",
+        init=lambda key: objectives.init_variables(model, key, image, train=False),
+        loss=objectives.finetune_loss(
+            model,
+            num_classes=classes,
+            normalization=recipe.normalization,
+            label_smoothing=recipe.label_smoothing,
+            **recipe.augment,
+        ),
+        layer_of=lambda path: objectives.layer_of(path, depth=recipe.model.depth),
+        num_layers=recipe.model.depth,
+    )
+    return training_step(task, recipe, batch, {}, {})
+
+
+def segment(recipe: Recipe) -> Step:
+    """Return the step of fine-tuning on label maps under UPerNet."""
+    model = Segmenter(image_size=recipe.views.image_size, **compute(Segmenter, recipe), **recipe.model)
+    rng, batch, count = np.random.default_rng(SEED), images_batch(recipe), recipe.run.batch_size
+    size = recipe.views.image_size
+    batch["label_maps"] = rng.integers(0, recipe.model.num_classes, (count, size, size), np.uint8)
+    batch["sizes"] = np.full((count, 2), size, np.int32)
+    batch["distortion"] = np.tile(np.float32([16, 1.2, 1.2, 0.05, 0]), (count, 1))
+    task = bare_task(
+        "segment",
+        init=lambda key: objectives.init_segmenter(model, key),
+        loss=objectives.segment_loss(model, normalization=recipe.normalization, **recipe.loss),
+        finish=objectives.segment_finish,
+        layer_of=lambda path: objectives.layer_of(path, depth=recipe.model.depth),
+        num_layers=recipe.model.depth,
+    )
+    return training_step(task, recipe, batch, {}, {})
+
+
+def tokenize(recipe: Recipe) -> Step:
+    """Return what the tokenize stage computes for a batch, with the tokenizer of a mim recipe."""
+    tokenizer, network = untrained_tokenizer(recipe)
+    sizes = _frozen_sizes(recipe.tokenizer.encoder, tokenizer.grid[0], code_dim=recipe.tokenizer.code_dim)
+
+    def apply(frozen, batch):
+        return objectives.encode(tokenizer, frozen, objectives.view_pixels(batch))
+
+    return _inference(apply, network, recipe, {"tokenizer": sizes})
+
+
+def extract(recipe: Recipe) -> Step:
+    """Return what the extract stage computes for a batch, with the teacher of a vqkd recipe: features in 8 bits."""
+    teacher, network = untrained_teacher(recipe)
+    encoding = FeatureEncoding("int8", teacher.grid[0] * teacher.grid[1], teacher.width)
+
+    def apply(frozen, batch):
+        return encoding.shrink(teacher.features(frozen, batch["images"]), xp=jnp)
+
+    return _inference(apply, network, recipe, {"teacher": _teacher_sizes(recipe, teacher)})
+
+
+def training_step(
+    task: Task,
+    recipe: Recipe,
+    batch: Batch,
+    networks: Mapping[str, Init],
+    frozen_vit: Mapping[str, Mapping[str, int]],
+) -> Step:
+    """Return the optimizer step of a task on the first device, beside frozen `networks`, whose sizes are `frozen_vit`.
+
+    Nothing is on the device before the step is started.
+    """
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    optimizer, schedule = optim.for_task(task, recipe.optim, **SCHEDULE)
+    step = make_train_step(task, optimizer, schedule=schedule, seed=SEED, ema_decay=0.0)
+    state = state_lib.abstract(task, optimizer, mesh, SEED)
+    init = functools.partial(_variables, networks)
+    arguments = state, _shapes(init, mesh), _batch_shapes(batch, mesh)
+
+    def start(compiled):
+        # donated: every call goes on from the state that the last one left
+        held = [state_lib.create(task, optimizer, mesh, SEED)]
+        frozen, placed = sharding.place_weights(jax.jit(init)(), mesh), sharding.place_batch(batch, mesh)
+
+        def run():
+            held[0], metrics = compiled(held[0], frozen, placed)
+            return metrics
+
+        return run
+
+    without_remat = Recipe({**recipe, "efficiency": Recipe({**recipe.efficiency, "remat": "none"})})
+    return Step(
+        lower_step(step, *arguments, mesh),
+        start,
+        recipe.run.batch_size,
+        components(without_remat, frozen_vit),
+        accounting.traced_flops(step, *arguments),
+        _numbers(state.params),
+    )
+
+
+def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mapping[str, Mapping[str, int]]) -> Step:
+    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), images_batch(recipe)
+    init = functools.partial(network, jax.random.key(SEED))
+    arguments = _shapes(init, mesh), _batch_shapes(batch, mesh)
+
+    def start(compiled):
+        frozen, placed = sharding.place_weights(jax.jit(init)(), mesh), sharding.place_batch(batch, mesh)
+        return lambda: compiled(frozen, placed)
+
+    return Step(
+        jax.jit(apply).lower(*arguments),
+        start,
+        recipe.run.batch_size,
+        [part for part in components(recipe, frozen_vit) if part.frozen],
+        accounting.traced_flops(apply, *arguments),
+        _numbers(arguments[0]),
+    )
+
+
+def _variables(networks: Mapping[str, Init]) -> PyTree:
+    return {name: init(jax.random.key(SEED)) for name, init in networks.items()}
+
+
+def _shapes(init: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(_placed, shapes, sharding.param_shardings(shapes, mesh))
+
+
+def _batch_shapes(batch: Batch, mesh: Mesh) -> PyTree:
+    return jax.tree.map(lambda rows: _placed(rows, sharding.batch_sharding(mesh)), batch)
+
+
+def _placed(leaf, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=where)
+
+
+def bare_task(name: str, **functions) -> Task:
+    """Return a task that has no data."""
+    return Task(name=name, num_train_examples=0, train_batches=None, no_decay=objectives.released_no_decay, **functions)
+
+
+def compute(model: type, recipe: Recipe) -> dict[str, Any]:
+    """Return how a recipe wants a model of this class to compute here, as its keyword arguments."""
+    chosen = fast_paths.resolved(recipe.efficiency, jax.default_backend())
+    return {key: value for key, value in chosen.items() if key in model.__dataclass_fields__}
+
+
+def images_batch(recipe: Recipe) -> Batch:
+    """Return random pixels, every image counting."""
+    count, size = recipe.run.batch_size, recipe.views.image_size
+    pixels = np.random.default_rng(SEED).integers(0, 256, (count, size, size, 3), np.uint8)
+    return {"images": pixels, "weight": np.ones(count, np.float32)}
+
+
+def masks(rng: np.random.Generator, count: int, num_patches: int, num_masked: int) -> np.ndarray:
+    """Return masks that hide exactly `num_masked` patches of every image."""
+    return rng.permuted(np.tile(np.arange(num_patches) < num_masked, (count, 1)), axis=1)
+
+
+def untrained_tokenizer(recipe: Recipe) -> tuple[VQKD, Init]:
+    """Return the tokenizer of a mim recipe, and what draws its variables."""
+    size = recipe.views.image_size
+    model = VQKD(image_size=size, teacher_width=TEACHER_WIDTH, **compute(VQKD, recipe), **recipe.tokenizer)
+    image = jnp.zeros((1, size, size, 3))
+    return model, lambda key: objectives.init_variables(model, key, image, train=False)
+
+
+def untrained_teacher(recipe: Recipe) -> tuple[Teacher, Init]:
+    """Return a teacher like CLIP of the sizes in a vqkd recipe, and what draws its weights."""
+    side = recipe.views.image_size // recipe.model.encoder.patch_size
+    teacher, network = clip_teacher(
+        recipe.teacher,
+        recipe.teacher_width,
+        image_size=recipe.views.image_size,
+        grid=(side, side),
+        dtype=recipe.efficiency.dtype,
+    )
+    image = jnp.zeros((1, teacher.input_size, teacher.input_size, 3))
+    return teacher, lambda key: network.init(key, image)["params"]
+
+
+def _frozen_sizes(vit: Mapping[str, int], side: int, **more: int) -> dict[str, int]:
+    return {
+        "width": vit["width"],
+        "depth": vit["depth"],
+        "mlp_dim": vit["mlp_dim"],
+        "gated": False,
+        "patch_inputs": 3 * vit["patch_size"] ** 2,
+        "projection": 0,
+        "tokens": side * side + 1,
+        **more,
+    }
+
+
+def _teacher_sizes(recipe: Recipe, teacher: Teacher) -> dict[str, int]:
+    return {**_frozen_sizes(recipe.teacher, teacher.network_grid[0]), "projection": recipe.teacher_width}
+
+
+def _numbers(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
