@@ -277,18 +277,18 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"], metadata = "beitv2_jax", {"Date": None}
     from matplotlib import pyplot
 
-    results = measured["results"]
+    results, on_cpu = measured["results"], measured["environment"]["platform"] == "cpu"
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     bars = [(words, ratio(results, first, second), goal) for words, first, second, goal in COMPARISONS]
     bars = [bar for bar in reversed(bars) if bar[1]]
     for place, (_, (median, low, high), goal) in enumerate(bars):
         left.barh(place, median, color="#4477aa")
         left.plot([low, high], [place, place], color="black", linewidth=1.5)
-        if goal:
+        if goal and not on_cpu:
             left.plot([goal, goal], [place - 0.4, place + 0.4], color="#cc3311", linewidth=2)
     left.axvline(1.0, color="grey", linewidth=0.8)
     left.set_yticks(range(len(bars)), [words.replace(": ", ":\n") for words, _, _ in bars], fontsize=8)
-    left.set_xlabel("ratio of images/s (red: goal on one H200)")
+    left.set_xlabel("ratio of images/s" + ("" if on_cpu else " (red: goal on one H200)"))
     for axes, key, words in ((middle, "seconds", "time"), (right, "bytes", "memory")):
         for label, _, found in curves(results):
             points = found["growth"]

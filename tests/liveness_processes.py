@@ -70,13 +70,13 @@ class Run:
             raise RuntimeError("its own fault")
 
     def saves_slowly(self):
+        self.watch.note("saving", EVENTFUL)
         if self.index == 1:
-            self.watch.note("saving", EVENTFUL)
             time.sleep(1.25 * self.limit)
 
     def saves_for_ever(self):
+        self.watch.note("saving", EVENTFUL)
         if self.index == 1:
-            self.watch.note("saving", EVENTFUL)
             time.sleep(1000)
 
     def evaluates_long(self):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing import drawn_variables, quick_jit
 
-from beitv2_jax.models.layers import DropPath
+from beitv2_jax.models.layers import Block
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
 
 BATCH, NUM_MASKED, NUM_PATCHES, CODES = 5, 4, 9, 13
@@ -124,8 +124,8 @@ def test_stochastic_depth_of_the_released_base_model():
     rates = {}
 
     def record(next_call, args, kwargs, context):
-        if isinstance(context.module, DropPath):
-            rates[context.module.path[-2]] = context.module.rate
+        if isinstance(context.module, Block):
+            rates[context.module.path[-1]] = context.module.drop_path_rate
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(record):

@@ -124,7 +124,7 @@ class Watch:
             if losses:
                 self._end(losses[0])
             elif stood >= self._limit:
-                behind, allowed = self._behind()
+                behind, stood, allowed = self._behind()
                 if stood >= allowed:
                     self._end(f"no progress for {stood:.0f} s, behind: {behind}")
 
@@ -132,16 +132,20 @@ class Watch:
         for other in self._others.values():
             other.forget()
 
-    def _behind(self) -> tuple[str, float]:
-        """Return who comes last in the order of moves that all go through, and for how long that may stand still."""
-        stands = [(self._name, self._place)] + [(other.name, other.shown) for other in self._others.values()]
+    def _behind(self) -> tuple[str, float, float]:
+        """Return who comes last in the order of moves that all go through, for how long that has stood still by its own
+        count, and for how long it may."""
+        here = {**self._place, "still": self._still}
+        stands = [(self._name, here)] + [(other.name, other.shown) for other in self._others.values()]
         last = min(place.get("moves", -1) for _, place in stands)
         behind = [(name, place) for name, place in stands if place.get("moves", -1) == last]
         told = "; ".join(f"{name}, {_text(place)}" for name, place in behind)
         if len(behind) == len(stands) > 1:
             told = f"none of the processes, so a device or the network between them ({told})"
         steady = all(place.get("phase") in STEADY for _, place in behind)
-        return told, self._limit if steady else self._limit * SLACK
+        # one that has not come yet has stood as long as this one waits
+        stood = min(place.get("still", self._still) for _, place in behind) * self._beat
+        return told, stood, self._limit if steady else self._limit * SLACK
 
     def _end(self, reason: str) -> None:
         self._state = f"gave up: {reason}"
@@ -169,7 +173,8 @@ class Watch:
         """Leave the sign of life, in place: a renamed file would be seen later on network file systems."""
         if self._others:
             owner = {"host": socket.gethostname(), "machine": self._machine, "pid": os.getpid()}
-            said = {**owner, **self._place, "beats": self._beats, "state": self._state, "error": self._error}
+            counts = {"still": self._still, "beats": self._beats}
+            said = {**owner, **self._place, **counts, "state": self._state, "error": self._error}
             with contextlib.suppress(OSError):  # a beat that fails is made up by the next
                 self._file(self._index).write_text(json.dumps(said) + "\n")
 
