@@ -34,8 +34,8 @@ HARMLESS = (
 )
 """Sections and keys that may change between two starts of one run.
 
-They move no result, or only its rounding; `efficiency.accumulation_steps` also moves what is drawn in the step (stochastic
-depth, mixup), as every micro-batch draws anew.
+They move no result, or only its rounding; `efficiency.accumulation_steps` also moves what is drawn in the step
+(stochastic depth, mixup), as every micro-batch draws anew.
 """
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s+([A-Za-z]+)\s*")

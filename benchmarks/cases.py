@@ -98,8 +98,10 @@ CASES = {
     "cross_entropy": Case("output layer and cross entropy alone, likewise", _part("cross_entropy", "mim_base")),
     "optimizer": Case("update of all parameters alone", _part("optimizer", "mim_base")),
     "jitter": Case("colour jitter of a batch alone", _part("jitter", "mim_base")),
-    "input": Case("batches of the mim stage from JPEGs alone", _other("loading", "input_alone"), INPUT_LIBRARIES),
-    "loop": Case("the mim stage with real input", _other("loading", "whole_loop"), INPUT_LIBRARIES),
+    "input": Case(
+        "batches of the mim stage from JPEGs alone", _other("loading", "input_alone", "mim_base"), INPUT_LIBRARIES
+    ),
+    "loop": Case("the mim stage with real input", _other("loading", "whole_loop", "mim_base"), INPUT_LIBRARIES),
     "growth_batch": Case("MIM step over the batch size", _other("growth", "over_batch", "mim_base")),
     "growth_length": Case("MIM step over the sequence length", _other("growth", "over_length", "mim_base")),
     "growth_depth": Case("MIM step over the depth", _other("growth", "over_depth", "mim_base")),

@@ -17,7 +17,7 @@ from benchmarks import parts, steps, timing
 from benchmarks.recipes import Recipe, recipe
 
 BATCHES = {True: (2, 8, 32), False: (32, 64, 128, 256, 512)}
-SIDES = {True: (64, 128, 256), False: (112, 160, 224, 320, 448)}
+SIDES = {True: (64, 112, 192), False: (112, 160, 224, 320, 448)}
 DEPTHS = {True: (1, 2, 4), False: (6, 12, 24, 48)}
 CODES = {True: (1024, 4096, 16384, 65536), False: (1024, 4096, 8192, 16384, 65536)}
 LENGTH_TOKENS = {True: 512, False: 25088}

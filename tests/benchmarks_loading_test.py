@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks import loading, timing
-from benchmarks.recipes import recipe
+from benchmarks import cases, loading
 
 SIZES = {"views.image_size": 32, "run.batch_size": 2, "model.width": 16, "model.mlp_dim": 24, "model.num_heads": 2}
 SIZES |= {"model.depth": 1, "model.early_layer": 1, "model.head_depth": 1, "model.codebook_size": 11}
@@ -18,7 +17,7 @@ def test_the_loop_runs_on_made_images(monkeypatch):
     monkeypatch.setitem(loading.NUM_IMAGES, True, 16)
     monkeypatch.setitem(loading.STEPS, True, 2)
     options = {"quick": True, "changes": SIZES, "images": ""}
-    found = loading.whole_loop(recipe("mim_base", quick=True, changes=SIZES), effort=timing.QUICK, options=options)
+    found = cases.measure("loop", options)
     assert found["loop_images_per_second"] > 0 and "16 made" in found["images"]
     assert found["cores_to_keep_the_step_busy"] == pytest.approx(
         found["step_images_per_second"] / found["input_images_per_second_per_core"]

@@ -113,6 +113,18 @@ def test_a_step_is_measured_and_grows(monkeypatch):
     assert 0 < curve["fits"]["flops"]["exponent"] < 1  # stem and heads do not grow
 
 
+def test_a_part_is_measured_in_every_form_over_the_codes(monkeypatch):
+    monkeypatch.setitem(growth.CODES, True, (16, 64))
+    options = {"quick": True, "changes": {"views.image_size": 32, "run.batch_size": 2}}
+    found = growth.over_codes(recipe("vqkd", quick=True), effort=timing.Effort(0.001, 2), options=options)
+    assert set(found["forms_growth"]) == {"plain", "scan"}  # a kernel is only interpreted here
+    plain = found["forms_growth"]["plain"]
+    assert [point["size"] for point in plain["growth"]] == [16, 64] and plain["fits"]["bytes"]["exponent"] > 0
+    results = {"growth_codes": {"rounds": [{"what": "w", **found}]}}
+    assert [words for words, _, _ in report.curves(results)] == ["w, plain", "w, scan"]
+    assert "w, scan" in report.growth(results)
+
+
 def test_a_page_keeps_what_stands_beside_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\nkept\n<!-- end -->\nafter\n")

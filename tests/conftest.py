@@ -22,7 +22,19 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption("--golden-dir", help="directory of the whole golden set; without it the chosen files are compared")
+    parser.addoption("--long", action="store_true", help="run also what takes long and shows no more than its like")
     parser.addoption("--parity-table", help="write how close the golden checks came to this Markdown file")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: runs only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

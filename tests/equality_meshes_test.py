@@ -24,10 +24,15 @@ STILL = {
     },
 }
 """Recipes without draws inside the step, which each micro-batch makes anew."""
+WHOLE_RUNS = [
+    pytest.param(stage, mesh, marks=[] if stage == "vqkd" or mesh == "2x2x2" else pytest.mark.long)
+    for stage in TRAINED
+    for mesh in MESHES
+]
+"""The tokenizer on every mesh, and every stage on the one that spreads all three axes; with --long all on all."""
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize(("stage", "mesh"), WHOLE_RUNS)
 def test_every_mesh_trains_as_one_device_does(equality_runs, stage, mesh):
     assert_same_run(stage, equality_runs.outcome(stage, MESHES[mesh]), equality_runs.outcome(stage))
 
@@ -60,7 +65,9 @@ def test_every_mesh_stores_the_same(equality_runs, mesh):
     np.testing.assert_allclose(found, expected, rtol=0, atol=BOUNDS["arrays"] * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("stage", "count"), [("vqkd", 2), ("vqkd", 4), ("mim", 4), ("finetune", 2)])
+@pytest.mark.parametrize(
+    ("stage", "count"), [("vqkd", 4), ("mim", 4), pytest.param("vqkd", 2, marks=pytest.mark.long), ("finetune", 2)]
+)
 def test_micro_batches_train_as_the_whole_batch_does(equality_runs, stage, count):
     """On a mesh of two devices, so that each holds 8 rows of the batch of 16."""
     mesh, still = (2, 1, 1), STILL[stage]

@@ -19,16 +19,21 @@ MESH, SPANNING = (8, 1, 1), (2, 1, 4)
 MESHES = {"finetune": SPANNING, "vqkd": MESH, "mim": MESH, "segment": MESH}
 
 
+LONG = ("mim", "segment")
+"""Stages that are run with --long alone."""
+
+
 @pytest.fixture(scope="module")
-def together(equality_runs) -> pathlib.Path:
-    """Run every stage in four processes, and one from the middle of a run of one process on."""
+def together(equality_runs, request) -> pathlib.Path:
+    """Run the stages in four processes, and one from the middle of a run of one process on."""
+    trained = [stage for stage in TRAINED if stage not in LONG or request.config.getoption("--long")]
     folder = equality_runs.root / "together"
     stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
     shutil.copytree(stopped, folder / "continued")
-    jobs = [(stage, stage, mesh) for stage, mesh in MESHES.items()] + [("continued", "vqkd", MESH)]
+    jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
     # the stages that store compute on the devices of each process alone
     jobs += [(stage, stage, (-1, 1, 1)) for stage in stages.STORES]
-    for stage in TRAINED:
+    for stage in trained:
         equality_runs.workdir(stage)
     (folder / "jobs.json").write_text(
         json.dumps(
@@ -55,7 +60,9 @@ def together(equality_runs) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.long if stage in LONG else []) for stage in TRAINED]
+)
 def test_four_processes_train_as_one_does(equality_runs, together, stage):
     mesh = MESH if MESHES[stage] == MESH else (1, 1, 1)
     assert_same_run(stage, Outcome.read(together / stage), equality_runs.outcome(stage, mesh))

@@ -68,7 +68,7 @@ INPUTS = {
 
 
 BOUNDS = {"figures": 2e-6, "arrays": 8e-6}
-"""Four times the largest differences seen, which are a few units in the last place (6e-8) of the largest values: of a
+"""Three to six times the largest differences seen, a few units in the last place (6e-8) of the largest values: of a
 figure at any step as a share of its largest value in the run, of a number as a share of the largest in its array."""
 SEGMENT_BOUNDS = {"figures": 1e-5, "arrays": 3e-5}
 """The same for the segment stage, where a number is compared with the largest of all arrays of its kind (parameters,

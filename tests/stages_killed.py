@@ -5,8 +5,8 @@
     python tests/stages_killed.py /tmp/killed --kills=60
 
 The run is VQ-KD with a live teacher, codebook by moving averages, averaged weights and two devices, through `main`. An
-attempt is a process of its own, forked from this one, which has imported everything and started nothing of jax. A run
-that reaches its end before the kills are used up is followed by another one in a new workdir.
+attempt is a process of its own, forked from this one, which has imported everything and started nothing of jax. Two
+runs are killed at a time; one that reaches its end before its kills are used up is followed by another one.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -41,7 +42,7 @@ WIDTH, HEADS, MLP, PATCH, IMAGE = 16, 2, 19, 16, 32
 TIMING = ("images_per_second", "data_wait_share")
 KINDS = ("save", "save", "save", "metrics", "anywhere", "save", "save", "save", "evaluation", "anywhere")
 """What the parent waits for before it kills, in this order again and again; the rest is drawn."""
-POLL_SECONDS = 0.0003
+POLL_SECONDS = 0.002
 
 
 def write_teacher(path: Path) -> None:
@@ -204,15 +205,11 @@ def outcomes(folder: Path, workdirs: list[Path]) -> None:
     (folder / "outcomes.json").write_text(json.dumps(found))
 
 
-def killed(folder: Path, kills: int, seed: int, tear_every: int) -> dict:
-    """Kill runs in `folder`, let the last one come to its end; return counts, times and the outcomes of all."""
-    beginning, rng = time.monotonic(), np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    write_teacher(folder / "teacher.safetensors")
-    save_seconds, cold_seconds = undisturbed(folder, folder / "undisturbed")
+def lane(folder: Path, name: str, kills: int, seed: list[int], tear_every: int, times: tuple[float, float]) -> None:
+    """Kill runs in `folder`, let the last one come to its end; write counts and workdirs to a file."""
+    rng = np.random.default_rng(seed)
     counts = {"kills": 0, "aimed at a save": 0, "in a save": 0, "torn": 0}
-    tear_next = tear_every
-    workdirs, run_seconds = [folder / "undisturbed", folder / "run1"], 0.3 * cold_seconds
+    workdirs, tear_next, (save_seconds, run_seconds) = [folder / f"{name}-1"], tear_every, times
     while True:
         workdir, left = workdirs[-1], counts["kills"] < kills
         kind = KINDS[counts["kills"] % len(KINDS)]
@@ -233,7 +230,26 @@ def killed(folder: Path, kills: int, seed: int, tear_every: int) -> dict:
         assert watched.code == 0, (folder / "output").read_text()
         if not left:
             break
-        workdirs.append(folder / f"run{len(workdirs)}")
+        workdirs.append(folder / f"{name}-{len(workdirs) + 1}")
+    (folder / f"{name}.json").write_text(json.dumps([counts, [str(workdir) for workdir in workdirs]]))
+
+
+def killed(folder: Path, kills: int, seed: int, tear_every: int) -> dict:
+    """Kill runs in two lanes at a time; return counts, times and the outcomes of all runs."""
+    beginning = time.monotonic()
+    folder.mkdir(parents=True)
+    write_teacher(folder / "teacher.safetensors")
+    save_seconds, cold_seconds = undisturbed(folder, folder / "undisturbed")
+    shares, times = {"a": kills // 2, "b": kills - kills // 2}, (save_seconds, 0.3 * cold_seconds)
+    tasks = [(name, share, [seed, number], tear_every, times) for number, (name, share) in enumerate(shares.items())]
+    for process in [started(folder, lane, folder, *task) for task in tasks]:
+        _, status = os.waitpid(process, 0)
+        assert status == 0, (folder / "output").read_text()
+    counts, workdirs = Counter(), [folder / "undisturbed"]
+    for name in shares:
+        of_lane, its_workdirs = json.loads((folder / f"{name}.json").read_text())
+        counts.update(of_lane)
+        workdirs += map(Path, its_workdirs)
     os.waitpid(started(folder, outcomes, folder, workdirs), 0)
     found = json.loads((folder / "outcomes.json").read_text())
     set_aside = len([path for workdir in workdirs for path in (workdir / "checkpoints").glob("*.torn*")])
@@ -246,7 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="is made")
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--tear-every", type=int, default=7, help="kills after which a byte of the newest one changes")
+    parser.add_argument("--tear-every", type=int, default=4, help="kills of a lane after which a byte changes")
     given = parser.parse_args()
     seed = int.from_bytes(os.urandom(3)) if given.seed is None else given.seed
     report = killed(given.folder, given.kills, seed, given.tear_every)

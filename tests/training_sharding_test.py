@@ -1,5 +1,8 @@
 """The mesh, the partition table and the activation rules; `equality_meshes_test.py` has whole runs on many meshes."""
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import optim, sharding, state
+
+ROOT = Path(sharding.__file__).parents[1]
 
 
 def test_mesh_takes_what_is_left():
@@ -51,6 +56,12 @@ def test_partition_table(path, shape, spec):
     tree = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
     assert sharding.param_shardings(tree, mesh)[path].spec == (spec or P())
     assert sharding.unmatched(tree) == ([path] if spec is None else [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=lambda path: path.stem)
+def test_no_model_file_names_an_axis_of_the_mesh(path):
+    constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert not constants & set(sharding.AXES)
 
 
 def test_batch_that_cannot_be_divided_is_refused():

@@ -111,7 +111,7 @@ def test_micro_batches_stay_where_their_rows_are():
     assert found["rows"].sharding.shard_shape((3, 8)) == (3, 2)
 
 
-def test_micro_batches_draw_anew_and_are_traced_once():
+def test_micro_batches_are_rounds_of_one_loop():
     traces = []
     task = toy.make_task(on_trace=lambda: traces.append(None))
     rows = jax.tree.map(

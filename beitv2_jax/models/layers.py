@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from beitv2_jax.models.attention import attend
@@ -28,9 +29,10 @@ ACTIVATIONS = {
 }
 
 
+PRODUCT = "product"
 REMAT = {
     "full": None,  # of a block only its input is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its linear maps give
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # and what its linear maps give
 }
 """What of a block is kept for the backward pass, by the name of the policy; the rest is computed again."""
 
@@ -115,8 +117,10 @@ def product(
     dtype, out_dtype, gradient_dtype = map(jnp.dtype, (dtype, out_dtype, gradient_dtype))
     inputs = inputs.astype(dtype)
     if dtype == out_dtype == gradient_dtype:
-        return inputs @ kernel.astype(dtype)
-    return _product(inputs, kernel, out_dtype, gradient_dtype)
+        outputs = inputs @ kernel.astype(dtype)
+    else:
+        outputs = _product(inputs, kernel, out_dtype, gradient_dtype)
+    return checkpoint_name(outputs, PRODUCT)
 
 
 @jax.custom_vjp
