@@ -3,7 +3,7 @@
 python -m benchmarks.soak [--steps=2000] [--workers=0] [--workdir=DIR]
 
 Everything that a run does happens often: figures of each step logged, a checkpoint every 100 steps, an evaluation every
-200, pictures read by the real pipeline. The first quarter is left out: there caches fill and programs are compiled.
+200, pictures read by the real pipeline. The first 40 % are left out: there caches fill and programs are compiled.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from beitv2_jax.training.writer import read_metrics
 
 FIGURES = ("MB", "threads", "handles", "shared memory files", "processes")
-WARM_UP = 0.25
+WARM_UP = 0.4
 
 
 class Sampler:
@@ -51,7 +51,8 @@ class Sampler:
         them.
         """
         samples = np.array(self.samples)
-        samples = samples[samples[:, 0] >= WARM_UP * samples[-1, 0]]
+        step, last = samples[:, 0], samples[-1, 0]
+        samples = samples[(step >= WARM_UP * last) & (step < last)]
         windows = np.array_split(samples, 8)
         steps = [window[:, 0].mean() for window in windows]
         growth = {}
