@@ -37,7 +37,7 @@ def ran(tmp_path_factory):
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
     plans = {
-        "full for a while": {"task": {"limits": FULL | ROOM}, "config": RARELY},
+        "full for a while": {"task": {"limits": {"11": 5000, "17": -1}}, "config": RARELY},
         "full": {"task": {"limits": {"6": 0}}},
         "full, stopping": {"task": {"limits": FULL}, "config": RARELY | {"run.on_failed_save": "stop"}},
         "locked": {"task": {"locked": [6, 14]}},
@@ -60,16 +60,19 @@ def unbroken(tmp_path_factory):
     return outcome(workdir)
 
 
-@pytest.mark.parametrize("name", ["full for a while", "locked"])
-def test_the_run_says_so_and_goes_on(ran, unbroken, name):
+@pytest.mark.parametrize(
+    ("name", "failed", "newest", "left"),
+    [("full for a while", "15", "10", ["10", "19"]), ("locked", "10", "5", ["15", "19"])],
+)
+def test_the_run_says_so_and_goes_on(ran, unbroken, name, failed, newest, left):
     workdir, status, text = ran[name]
     assert status == 0, text
-    assert failures(text) == [("10", "the newest whole one is that of step 5")]
+    assert failures(text) == [(failed, f"the newest whole one is that of step {newest}")]
     assert ("File too large" if "full" in name else "Permission denied") in text
     assert re.search(r"\(\d+\.\d+ GB of \d+\.\d+ GB free\)", text) or name == "locked"
     assert "the run goes on and tries again at its next save" in text
     # neither what is left of the failed one, nor one that should have been deleted since
-    assert folders(workdir) == ["15", "19"]
+    assert folders(workdir) == left
     lines = {line["step"] for line in read_metrics(workdir)}
     assert lines == ({5, 7, 10, 14, 15, 19} if "full" in name else set(range(1, 20)))
     assert_same_outcome(outcome(workdir), (*unbroken[:3], [line for line in unbroken[3] if line["step"] in lines]))
