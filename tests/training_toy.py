@@ -75,7 +75,8 @@ class Interrupted:
         batch = self._inner.get_state()["next_batch"]
         size = self._limits.get(str(batch))
         if size is not None or batch in self._locked:
-            await_saves(Path(sys.argv[1]))
+            begins = batch in self._locked[:1] or (size is not None and size >= 0)
+            await_saves(Path(sys.argv[1]), 60 if begins else 3)
         if size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         if batch in self._locked:
@@ -97,9 +98,9 @@ class Interrupted:
         self._inner.close()
 
 
-def await_saves(workdir):
-    """Wait until no save is under way, but no longer than a failed one takes: that is cleared away between batches."""
-    until = time.monotonic() + 3
+def await_saves(workdir, seconds):
+    """Wait until no save is under way, but no longer than `seconds`: a failed one is cleared away between batches."""
+    until = time.monotonic() + seconds
     with contextlib.suppress(PermissionError):
         while any(workdir.glob("checkpoints/*tmp*")) and time.monotonic() < until:
             time.sleep(0.01)
