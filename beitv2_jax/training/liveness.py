@@ -105,8 +105,10 @@ class Watch:
     def _run(self) -> None:
         place = None
         while not self._over.wait(self._beat):
-            self._still = 0 if place is not self._place else self._still + 1
-            place = self._place
+            # read once: a move between two readings would go unseen
+            now = self._place
+            self._still = 0 if place is not now else self._still + 1
+            place = now
             self._beats += 1
             self._show()
             if self._still < STILL_BEATS and not self._error:
