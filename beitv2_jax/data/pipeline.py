@@ -21,6 +21,7 @@ from beitv2_jax.data.transform import (
     PaddedRow,
     TrainRow,
 )
+from beitv2_jax.data.workers import end_with_parent
 from beitv2_jax.errors import UserError
 
 
@@ -52,7 +53,8 @@ class Reading:
             return iter(batches.to_iter_dataset(grain.ReadOptions(self.num_threads, places)))
         in_turn = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         each = max(1, self.prefetch // self.num_workers)
-        return iter(in_turn.mp_prefetch(grain.MultiprocessingOptions(self.num_workers, each)))
+        workers = grain.MultiprocessingOptions(self.num_workers, each)
+        return iter(in_turn.mp_prefetch(workers, worker_init_fn=end_with_parent))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 
 from beitv2_jax.data.transform import Example
+from beitv2_jax.data.workers import end_with_parent
 
 
 def view_stream(
@@ -52,10 +53,11 @@ def _executor(load: Callable[[int], list[Example]], num_threads: int, num_worker
         return ThreadPoolExecutor(max(1, num_threads))
     # not forked: a process that runs jax has threads whose locks would be copied
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_set_load, initargs=(load,))
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(load,))
 
 
-def _set_load(load: Callable[[int], list[Example]]) -> None:
+def _start_worker(load: Callable[[int], list[Example]]) -> None:
+    end_with_parent()
     global _load  # of a worker process: sent once, not with every example
     _load = load
 
