@@ -127,9 +127,9 @@ def test_gradients_in_bfloat16_halve_what_is_summed(mim, scanned):
 
 
 def code_statistics(plan):
-    """Return the element types of the sums over `data` of code vectors with their counts, once for each time."""
+    """Return the element types of the sums over `data` of code vectors, once for each time."""
     arrays = [array for c in over(plan, "all-reduce", "data") for array in c.arrays * c.count]
-    return [dtype for dtype, shape in arrays if sorted(shape)[-2:] == [8, 251]]
+    return [dtype for dtype, shape in arrays if sorted(shape)[-2:] in ([7, 251], [8, 251])]
 
 
 def test_vqkd_sums_its_gradients_and_gathers_nothing(vqkd):
@@ -147,7 +147,7 @@ def test_accumulation_runs_the_same_products_and_sums_most_gradients_once(vqkd, 
     assert accumulated.product_flops == vqkd.product_flops
     assert not over(accumulated, "all-gather", "data")
     sums, whole = code_statistics(accumulated), sum(reduced(vqkd).values())
-    assert 1 <= len(sums) <= 2 and set(sums) == {"f32"}
+    assert sums == ["f32"]
     assert sum(reduced(accumulated).values()) < 1.3 * whole
 
 
