@@ -290,12 +290,8 @@ def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int |
     elif warmup_unit != unit:
         return
     if warmup_amount >= amount:
-        refuse(
-            "optim.warmup",
-            f"not shorter than run.duration={duration!r}.",
-            "a shortened run.",
-            f"'{amount / 10:g} {unit}'",
-        )
+        shorter = f"'{amount / 10:g} {unit}'"
+        refuse("optim.warmup", f"not shorter than run.duration={duration!r}.", "a shortened run.", shorter)
 
 
 def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
@@ -375,20 +371,16 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
     if not flat["evaluation.scales"] or min(flat["evaluation.scales"]) <= 0:
         refuse("evaluation.scales", "an image has no such size.", "the plain image alone.", "'(1.0,)'")
     if not 0 < flat["views.min_ratio"] <= flat["views.max_ratio"]:
-        refuse(
-            "views.min_ratio", f"not between 0 and views.max_ratio={flat['views.max_ratio']}.", "a smaller one.", 0.5
-        )
+        largest = flat["views.max_ratio"]
+        refuse("views.min_ratio", f"not between 0 and views.max_ratio={largest}.", "a smaller one.", 0.5)
     if not 0 < flat["views.max_class_share"] <= 1:
         refuse("views.max_class_share", "a share lies between 0 and 1.", "the published one.", 0.75)
 
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
     """Check that the stage is told where its inputs are, and that stored inputs have numbered views."""
-    required = {
-        "extract": "teacher.weights",
-        "tokenize": "tokenizer.run",
-        "probe": "backbone.run",
-    }.get(stage, "data.source")
+    needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
+    required = needed.get(stage, "data.source")
     if not flat[required]:
         refuse(required, "this stage cannot run without it.", "it was left to be given.", "PATH")
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)

@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
+from beitv2_jax import startup
 from beitv2_jax.errors import Preempted, UserError, nearest
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
@@ -237,6 +238,10 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
             jax.process_count(),
             socket.gethostname(),
         )
+    startup.watch_compiler()
+    startup.ended("jax")
+    jax.devices()
+    startup.ended("devices")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -257,11 +262,14 @@ def run(argv: Sequence[str]) -> None:
             minutes=values.plan_minutes,
         )
         return
+    startup.begin(startup.process_start())
     config_lib.validate(values.config)
+    startup.ended("flags")
     start_jax(values.distributed, values.compilation_cache)
     # imported here: jax must be started first, and a slip in a flag should show before the stack is loaded
     from beitv2_jax import stages
 
+    startup.ended("imports")
     workdir = os.path.abspath(values.workdir)
     if values.task == "verify":
         stages.verify_stage(values.config, workdir)

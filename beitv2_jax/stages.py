@@ -11,10 +11,12 @@ import os
 import time
 from typing import Any
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax import startup
 from beitv2_jax.errors import UserError
 from beitv2_jax.files import write_text
 from beitv2_jax.report import segmentation
@@ -63,16 +65,19 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
         return finished
     check_writable(workdir)
     started = time.monotonic()
+    startup.begin()
     with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_told:
         task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
         if stop_if_told:
             stop_if_told()
     if isinstance(task, Task):
         config_lib.validate(config, task.num_train_examples)
+    startup.ended("inputs")
     os.makedirs(workdir, exist_ok=True)
     with contextlib.nullcontext() if config.stage in STORES else holding.held(workdir):
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
         figures = RUNNERS[config.stage](task, config, workdir)
+        startup.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
         write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
@@ -112,7 +117,8 @@ def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool 
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
         summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
-    print(write_pipeline_report(stages, summaries, workdir))
+    if jax.process_index() == 0:
+        print(write_pipeline_report(stages, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
 
 

@@ -37,6 +37,13 @@ class StepCase(Case):
     make: Callable[[Mapping[str, Any]], Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class PartCase(Case):
+    """The measurement of a part alone; `make` builds its forms."""
+
+    make: Callable[[Mapping[str, Any]], Any] | None = None
+
+
 def _step(what: str, kind: str, recipe: str, **arguments: Any) -> StepCase:
     def make(options: Mapping[str, Any]) -> Any:
         from benchmarks import steps
@@ -51,13 +58,18 @@ def _step(what: str, kind: str, recipe: str, **arguments: Any) -> StepCase:
     return StepCase(what, run, make=make)
 
 
-def _part(kind: str, recipe: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def _part(what: str, kind: str, recipe: str) -> PartCase:
+    def make(options: Mapping[str, Any]) -> Any:
+        from benchmarks import parts
+
+        return getattr(parts, kind)(_recipe(recipe, options))
+
     def run(options: Mapping[str, Any]) -> dict[str, Any]:
         from benchmarks import parts
 
-        return parts.measure(getattr(parts, kind)(_recipe(recipe, options)), _effort(options))
+        return parts.measure(make(options), _effort(options))
 
-    return run
+    return PartCase(what, run, make=make)
 
 
 def _other(module: str, kind: str, *recipes: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -71,7 +83,7 @@ def _other(module: str, kind: str, *recipes: str) -> Callable[[Mapping[str, Any]
 def _recipe(name: str, options: Mapping[str, Any]):
     from benchmarks.recipes import recipe
 
-    return recipe(name, quick=options["quick"], changes=options["changes"])
+    return recipe(name, quick=options["quick"], changes=options["changes"], device=options.get("device"))
 
 
 def _effort(options: Mapping[str, Any]):
@@ -93,15 +105,20 @@ CASES = {
     "extract": _step("teacher features of a batch", "extract", "vqkd"),
     "finetune": _step("fine-tuning step, base", "finetune", "finetune"),
     "segment": _step("segmentation step, base, UPerNet", "segment", "segment"),
-    "quantizer": Case("lookup, sums and update of the codebook alone", _part("quantizer", "vqkd")),
-    "attention": Case("attention of one block alone, forward and backward", _part("attend", "mim_base")),
-    "cross_entropy": Case("output layer and cross entropy alone, likewise", _part("cross_entropy", "mim_base")),
-    "optimizer": Case("update of all parameters alone", _part("optimizer", "mim_base")),
-    "jitter": Case("colour jitter of a batch alone", _part("jitter", "mim_base")),
+    "quantizer": _part("lookup, sums and update of the codebook alone", "quantizer", "vqkd"),
+    "attention": _part("attention of one block alone, forward and backward", "attend", "mim_base"),
+    "cross_entropy": _part("output layer and cross entropy alone, likewise", "cross_entropy", "mim_base"),
+    "optimizer": _part("update of all parameters alone", "optimizer", "mim_base"),
+    "jitter": _part("colour jitter of a batch alone", "jitter", "mim_base"),
     "input": Case(
         "batches of the mim stage from JPEGs alone", _other("loading", "input_alone", "mim_base"), INPUT_LIBRARIES
     ),
     "loop": Case("the mim stage with real input", _other("loading", "whole_loop", "mim_base"), INPUT_LIBRARIES),
+    "pace": Case(
+        "the loop with real input and a step that only takes time",
+        _other("loading", "paced_loop", "mim_base"),
+        INPUT_LIBRARIES,
+    ),
     "growth_batch": Case("MIM step over the batch size", _other("growth", "over_batch", "mim_base")),
     "growth_length": Case("MIM step over the sequence length", _other("growth", "over_length", "mim_base")),
     "growth_depth": Case("MIM step over the depth", _other("growth", "over_depth", "mim_base")),
@@ -121,6 +138,29 @@ def step_of(name: str, options: Mapping[str, Any]) -> Any:
             f"There is no step '{name}'.", f"'{nearest(name, steps)}' was meant.", "one of " + ", ".join(steps)
         )
     return steps[name].make(options)
+
+
+def lowered(name: str, options: Mapping[str, Any]) -> Any:
+    """Return the program of a step, or of one form of a part, as "optimizer:joined", for the device in `options`.
+
+    Raises:
+        UserError: there is none.
+    """
+    name, _, form = name.partition(":")
+    if not form:
+        return step_of(name, options).lowered
+    import jax
+
+    case = CASES.get(name)
+    forms = case.make(options).forms if isinstance(case, PartCase) else {}
+    if form not in forms or isinstance(forms[form], str):
+        raise UserError(
+            f"There is no form '{form}' of '{name}'.", "a form of a part was meant.", "one of " + ", ".join(forms)
+        )
+    function, arguments = forms[form]
+    device = jax.sharding.SingleDeviceSharding(options.get("device") or jax.devices()[0])
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), arguments)
+    return jax.jit(function).lower(*shapes)
 
 
 def measure(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

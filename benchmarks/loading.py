@@ -1,15 +1,18 @@
-"""The mim stage with real JPEGs: its input alone, and the whole loop with the share of time that waits for data.
+"""The mim stage with real JPEGs: its input alone, and the loop with the share of time that waits for data.
 
 Sizes are those of a recipe, the code ids come from memory as from a store. Without a folder of JPEGs some are made, of
 the size and the bytes of ImageNet's. Needs everything that reads data; `benchmarks.input` does the measuring.
 """
 
 import contextlib
+import dataclasses
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -18,6 +21,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data.store.packing import CodeEncoding
 from beitv2_jax.tasks import inputs, mim
 from beitv2_jax.tasks.described import ZeroTargets
+from beitv2_jax.training import loop
 from benchmarks import input as benchmark
 from benchmarks.recipes import Recipe
 from benchmarks.timing import Effort
@@ -25,6 +29,8 @@ from benchmarks.timing import Effort
 CONFIG = Path(__file__).parents[1] / "configs" / "mim.py"
 NUM_IMAGES = {True: 64, False: 1024}
 STEPS = {True: 6, False: 30}
+PACES = (0.5, 0.8, 0.9)
+"""Rates of a step over that of the input alone at which the loop is tried."""
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 GRAIN = 16.0
 """Standard deviation of the noise on the made pictures, in levels: with it a file has about 100 kB, as in ImageNet."""
@@ -41,6 +47,48 @@ def whole_loop(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) ->
     """Return the rates of input, step and loop, the share of waiting and the cores that keep the step busy."""
     with _task(recipe, options) as (task, config, source):
         return {**source, **benchmark.measure(config, task, STEPS[options["quick"]])}
+
+
+def paced_loop(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the share of waiting with a step that computes nothing and lasts a set time, as if on a device elsewhere.
+
+    So it is seen on any machine whether the loop keeps a device busy that asks for less than the cores can prepare.
+    """
+    steps = 4 * STEPS[options["quick"]]
+    with _task(recipe, options) as (task, config, source):
+        rate, core_rate = benchmark.input_alone(task, config, steps)
+        found = []
+        for pace in PACES:
+            seconds = config.run.batch_size / (pace * rate)
+            with mock.patch.object(loop, "compile_step", lambda *_, seconds=seconds: PacedStep(seconds)):
+                loop_rate, share = benchmark.whole_loop(task, config, steps)
+            found.append({"step_over_input": pace, "loop_images_per_second": loop_rate, "data_wait_share": share})
+    rates = {"input_images_per_second": rate, "images_per_second_per_core": core_rate}
+    return {**source, **rates, "paces": found}
+
+
+class PacedStep:
+    """A compiled step that returns the state as it is; its figures are there `seconds` after the former step's."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._free = seconds, 0.0
+
+    def __call__(self, state, frozen, batch):
+        self._free = max(self._free, time.monotonic()) + self._seconds
+        names = "loss", "grad_norm", "nonfinite_steps", "unreadable"
+        return state, {name: _Zero(self._free) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zero:
+    there: float
+
+    def block_until_ready(self):
+        time.sleep(max(0.0, self.there - time.monotonic()))
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.zeros((), dtype)
 
 
 @contextlib.contextmanager

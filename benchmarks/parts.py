@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from beitv2_jax.models import attention, nearest, preprocess
 from beitv2_jax.models.cross_entropy import head_cross_entropy
@@ -20,7 +21,8 @@ from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, neares
 from beitv2_jax.planning.accounting import traced_flops
 from beitv2_jax.tasks import objectives
 from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
-from beitv2_jax.training import optim
+from beitv2_jax.tasks.objectives import released_no_decay
+from beitv2_jax.training import optim, sharding
 from benchmarks import steps, timing
 from benchmarks.recipes import Recipe
 
@@ -160,31 +162,76 @@ def cross_entropy(recipe: Recipe) -> Part:
 
 
 def optimizer(recipe: Recipe) -> Part:
-    """Return the update of all parameters of a mim recipe: clipping, AdamW, decay."""
-    model = MaskedImageModel(
-        image_size=recipe.views.image_size, **steps.compute(MaskedImageModel, recipe), **recipe.model
-    )
-    side = recipe.views.image_size // recipe.model.patch_size
-    num_masked = recipe.masking.num_masked
-    images = jnp.zeros((1, recipe.views.image_size, recipe.views.image_size, 3))
-    mask = jnp.arange(side * side)[None] < num_masked
-    init = functools.partial(objectives.init_variables, model, num_masked=num_masked, train=False)
-    shapes = jax.eval_shape(init, jax.random.key(0), images, mask)["params"]
+    """Return the update of all parameters of a mim recipe, as in the step: norm, clipping, AdamW, decay, the guard.
+
+    Forms: leaf by leaf; all leaves of like treatment joined end to end; leaves of equal shape stacked.
+    """
+    shapes = _mim_params(recipe)
     rng = np.random.default_rng(steps.SEED)
     params, grads = (
         jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
         for _ in range(2)
     )
-    transformation, _ = optim.for_task(steps.bare_task("mim", init=init, loss=None), recipe.optim, **steps.SCHEDULE)
-    state = transformation.init(params)
-
-    def run(grads, state, params):
-        updates, state = transformation.update(grads, state, params, step=jnp.int32(1))
-        return jax.tree.map(jnp.add, params, updates), state
-
+    forms = {}
+    for name, transformation in optimizers(recipe).items():
+        forms[name] = functools.partial(guarded_update, transformation), (grads, transformation.init(params), params)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"parameters": numbers, "leaves": len(jax.tree.leaves(params))}
-    return Part({"plain": (run, (grads, state, params))}, numbers, "parameters", 0, sizes)
+    return Part(forms, numbers, "parameters", 0, sizes)
+
+
+def optimizers(recipe: Recipe) -> dict[str, optax.GradientTransformationExtraArgs]:
+    """Return the optimizer of a mim recipe in its forms."""
+
+    def made(no_decay: Callable[[str], bool]):
+        task = dataclasses.replace(steps.bare_task("mim", init=None, loss=None), no_decay=no_decay)
+        return optim.for_task(task, recipe.optim, **steps.SCHEDULE)[0]
+
+    plain, grouped = made(released_no_decay), made(lambda path: path.startswith("True"))
+    return {
+        "plain": plain,
+        "joined": _in_groups(grouped, lambda leaf: (), jnp.ravel, jnp.concatenate),
+        "stacked": _in_groups(grouped, jnp.shape, lambda leaf: leaf, jnp.stack),
+    }
+
+
+def guarded_update(transformation, grads, state, params):
+    """Return parameters and moments after an update, or as they were if the norm of the gradients is not finite."""
+    finite = jnp.isfinite(optax.tree.norm(grads))
+    updates, moved = transformation.update(grads, state, params, step=jnp.int32(1))
+    moved = optax.apply_updates(params, updates), moved
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, state))
+
+
+def _mim_params(recipe: Recipe):
+    model = MaskedImageModel(
+        image_size=recipe.views.image_size, **steps.compute(MaskedImageModel, recipe), **recipe.model
+    )
+    num_masked = recipe.masking.num_masked
+    images = jnp.zeros((1, recipe.views.image_size, recipe.views.image_size, 3))
+    mask = jnp.arange((recipe.views.image_size // recipe.model.patch_size) ** 2)[None] < num_masked
+    init = functools.partial(objectives.init_variables, model, num_masked=num_masked, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images, mask)["params"]
+
+
+def _in_groups(
+    inner: optax.GradientTransformationExtraArgs, like: Callable, reshape: Callable, join: Callable
+) -> optax.GradientTransformationExtraArgs:
+    """Return `inner` on groups of leaves with equal decay and equal `like(leaf)`, each one array by `join`."""
+
+    def joined(tree):
+        groups: dict[str, list[jax.Array]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            key = f"{released_no_decay(sharding.path_name(path))} {like(leaf)}"
+            groups.setdefault(key, []).append(reshape(leaf))
+        return {key: join(leaves) for key, leaves in groups.items()}
+
+    def update(updates, state, params, **more):
+        found, state = inner.update(joined(updates), state, joined(params), **more)
+        (taken_apart,) = jax.linear_transpose(joined, params)(found)
+        return taken_apart, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(joined(params)), update)
 
 
 def jitter(recipe: Recipe) -> Part:

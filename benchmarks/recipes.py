@@ -22,12 +22,13 @@ class Recipe(dict):
         return self[name]
 
 
-def recipe(name: str, *, quick: bool = False, changes: Mapping[str, Any] | None = None) -> Recipe:
+def recipe(name: str, *, quick: bool = False, changes: Mapping[str, Any] | None = None, device: Any = None) -> Recipe:
     """Return a recipe: "mim_base", "mim_large", "vqkd", "finetune" or "segment".
 
     Args:
         quick: small numbers in float32, in the proportions of the large ones.
         changes: values in place of its own, by "section.key"; those of keys that it does not have change nothing.
+        device: what its steps are made for, if not the first one here.
     """
     flat = {**_COMMON, **_RECIPES[name]}
     if quick:
@@ -43,6 +44,8 @@ def recipe(name: str, *, quick: bool = False, changes: Mapping[str, Any] | None 
     if found.stage == "mim":
         patches = (found.views.image_size // found.model.patch_size) ** 2
         found["masking"] = Recipe(num_masked=max(1, round(MASKED_SHARE * patches)))
+    if device is not None:
+        found["device"] = device
     return found
 
 

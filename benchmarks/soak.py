@@ -47,10 +47,11 @@ class Sampler:
     def growth(self) -> dict[str, dict[str, float]]:
         """Return {figure: {first, last, per_1000_steps}} after the warm-up: of 8 windows, and the slope of a line.
 
-        Of a window it is the 10th percentile, what is held between evaluations: these start worker processes and end
-        them.
+        Of a step it is the first sample, of a window the 10th percentile: what is held between evaluations, which start
+        worker processes, end them, and may take longer than all steps of a window.
         """
         samples = np.array(self.samples)
+        samples = samples[np.unique(samples[:, 0], return_index=True)[1]]
         step, last = samples[:, 0], samples[-1, 0]
         samples = samples[(step >= WARM_UP * last) & (step < last)]
         windows = np.array_split(samples, 8)

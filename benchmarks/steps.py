@@ -28,6 +28,7 @@ from beitv2_jax.tasks import objectives
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training import state as state_lib
+from beitv2_jax.training.state import TrainState
 from beitv2_jax.training.step import lower_step, make_train_step
 from beitv2_jax.typing import PyTree
 from benchmarks.recipes import TEACHER_WIDTH, Recipe
@@ -189,11 +190,11 @@ def training_step(
     networks: Mapping[str, Init],
     frozen_vit: Mapping[str, Mapping[str, int]],
 ) -> Step:
-    """Return the optimizer step of a task on the first device, beside frozen `networks`, whose sizes are `frozen_vit`.
+    """Return the optimizer step of a task on a recipe's device, beside frozen `networks`, whose sizes are `frozen_vit`.
 
     Nothing is on the device before the step is started.
     """
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=[device_of(recipe)])
     optimizer, schedule = optim.for_task(task, recipe.optim, **SCHEDULE)
     step = make_train_step(task, optimizer, schedule=schedule, seed=SEED, ema_decay=0.0)
     state = state_lib.abstract(task, optimizer, mesh, SEED)
@@ -202,8 +203,7 @@ def training_step(
 
     def start(compiled):
         # donated: every call goes on from the state that the last one left
-        held = [state_lib.create(task, optimizer, mesh, SEED)]
-        frozen, placed = sharding.place_weights(jax.jit(init)(), mesh), sharding.place_batch(batch, mesh)
+        held, frozen, placed = [_started(state)], _drawn(arguments[1]), sharding.place_batch(batch, mesh)
 
         def run():
             held[0], metrics = compiled(held[0], frozen, placed)
@@ -223,12 +223,12 @@ def training_step(
 
 
 def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mapping[str, Mapping[str, int]]) -> Step:
-    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), images_batch(recipe)
+    mesh, batch = sharding.make_mesh(devices=[device_of(recipe)]), images_batch(recipe)
     init = functools.partial(network, jax.random.key(SEED))
     arguments = _shapes(init, mesh), _batch_shapes(batch, mesh)
 
     def start(compiled):
-        frozen, placed = sharding.place_weights(jax.jit(init)(), mesh), sharding.place_batch(batch, mesh)
+        frozen, placed = _drawn(arguments[0]), sharding.place_batch(batch, mesh)
         return lambda: compiled(frozen, placed)
 
     return Step(
@@ -239,6 +239,23 @@ def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mappi
         accounting.traced_flops(apply, *arguments),
         _numbers(arguments[0]),
     )
+
+
+def _started(shapes: TrainState) -> TrainState:
+    """Return a state of these shapes: weights and codebook of `_drawn`, zeros else."""
+    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
+    return zeros.replace(params=_drawn(shapes.params), codebook=_drawn(shapes.codebook))
+
+
+def _drawn(shapes: PyTree) -> PyTree:
+    """Return small random numbers, ones for scales of norms; the models' own draws would take seconds to compile."""
+    rng = np.random.default_rng(SEED)
+
+    def draw(path, leaf):
+        values = 0.02 * rng.standard_normal(leaf.shape, np.float32)
+        return jax.device_put(values + sharding.path_name(path).endswith("scale"), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def _variables(networks: Mapping[str, Init]) -> PyTree:
@@ -264,9 +281,14 @@ def bare_task(name: str, **functions) -> Task:
 
 
 def compute(model: type, recipe: Recipe) -> dict[str, Any]:
-    """Return how a recipe wants a model of this class to compute here, as its keyword arguments."""
-    chosen = fast_paths.resolved(recipe.efficiency, jax.default_backend())
+    """Return how a recipe wants a model of this class to compute on its device, as its keyword arguments."""
+    chosen = fast_paths.resolved(recipe.efficiency, device_of(recipe).platform)
     return {key: value for key, value in chosen.items() if key in model.__dataclass_fields__}
+
+
+def device_of(recipe: Recipe) -> jax.Device:
+    """Return the device that a recipe names, which may be of a topology; by default the first one here."""
+    return recipe.get("device") or jax.devices()[0]
 
 
 def images_batch(recipe: Recipe) -> Batch:

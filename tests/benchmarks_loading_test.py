@@ -13,6 +13,17 @@ def test_made_images_are_of_the_usual_size(tmp_path):
     assert len(list(tmp_path.rglob("*.jpg"))) == 8 and 80_000 < mean < 120_000
 
 
+def test_a_step_may_only_take_time(monkeypatch):
+    monkeypatch.setitem(loading.NUM_IMAGES, True, 16)
+    monkeypatch.setitem(loading.STEPS, True, 1)
+    monkeypatch.setattr(loading, "PACES", (0.01,))
+    found = cases.measure("pace", {"quick": True, "changes": SIZES, "images": ""})
+    (pace,) = found["paces"]
+    # so slow a step that the machine's load is nothing beside it
+    assert 0 < pace["loop_images_per_second"] < 0.02 * found["input_images_per_second"]
+    assert 0 <= pace["data_wait_share"] <= 1
+
+
 def test_the_loop_runs_on_made_images(monkeypatch):
     monkeypatch.setitem(loading.NUM_IMAGES, True, 16)
     monkeypatch.setitem(loading.STEPS, True, 2)

@@ -16,6 +16,7 @@ ROOMS = {
     "errors": 0,
     "config": 0,
     "sizes": 0,
+    "startup": 0,
     "data": 1,
     "models.attention": 1,
     "models.attention_kernels": 1,

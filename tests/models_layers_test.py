@@ -234,6 +234,29 @@ def test_gradients_of_a_linear_map_leave_it_in_the_dtype_asked_for(out_dtype, gr
     np.testing.assert_allclose(to_inputs, np.einsum("blo,io->bli", probe, kernel), rtol=0.01, atol=0.03)
 
 
+def factors(jaxpr):
+    """Yield the dtypes of the factors of every product."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield from (str(factor.aval.dtype) for factor in equation.invars)
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from factors(inner.jaxpr)
+
+
+def test_all_products_of_a_bfloat16_block_and_head_are_of_bfloat16():
+    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.1, dtype=jnp.bfloat16)
+    head = layers.Linear(29, dtype=jnp.bfloat16, out_dtype=jnp.float32)
+    bias, key = jnp.zeros((HEADS, LENGTH, LENGTH)), jax.random.key(0)
+    params = block.init(key, tokens(), bias), head.init(key, tokens())
+
+    def loss(params, tokens, bias):
+        return jnp.sum(head.apply(params[1], block.apply(params[0], tokens, bias)) ** 2)
+
+    found = list(factors(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(params, tokens(), bias).jaxpr))
+    assert len(found) == 2 * 3 * 7 and set(found) == {"bfloat16"}
+
+
 def test_drop_path_rates_rise_linearly():
     np.testing.assert_allclose(layers.drop_path_rates(0.3, 4), [0.0, 0.1, 0.2, 0.3])
     assert layers.drop_path_rates(0.3, 1) == [0.0]

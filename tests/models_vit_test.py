@@ -171,9 +171,10 @@ def test_remat_keeps_names_and_gradients():
     models = {remat: build(drop_path_rate=0.9, remat=remat) for remat in ("none", "dots", "full")}
     variables = drawn_variables(models["none"], images())
     expected = quick_jit(jax.grad(loss_of(models["none"])))(variables)
+    bound = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for model in models.values():
         chex.assert_trees_all_equal(variables, drawn_variables(model, images()))
-        chex.assert_trees_all_close(quick_jit(jax.grad(loss_of(model)))(variables), expected, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(quick_jit(jax.grad(loss_of(model)))(variables), expected, rtol=1e-4, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

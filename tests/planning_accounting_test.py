@@ -9,6 +9,7 @@ from without_data import CONFIGS
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models import fast_paths
+from beitv2_jax.models.attention import attend
 from beitv2_jax.models.layers import Block
 from beitv2_jax.planning import accounting
 from beitv2_jax.planning.accounting import traced_flops
@@ -172,6 +173,19 @@ def test_a_scan_is_counted_as_often_as_it_runs():
 
     x, weights = jax.ShapeDtypeStruct((64, 96), jnp.float32), jax.ShapeDtypeStruct((5, 96, 96), jnp.float32)
     assert traced_flops(layers, x, weights) == 5 * 2 * 64 * 96 * 96
+
+
+def test_a_kernel_counts_for_every_program_of_its_grid():
+    batch, length, num_heads, width = 9, 5, 4, 256
+    qkv, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((9, 5, 768), (num_heads, length, length)))
+
+    def forward(qkv, bias):
+        return attend(qkv, bias, num_heads, implementation="pallas")
+
+    product = 2 * batch * length**2 * width
+    assert traced_flops(forward, qkv, bias) == 2 * product
+    gradients = jax.grad(lambda qkv, bias: (forward(qkv, bias) ** 2).sum())
+    assert traced_flops(gradients, qkv, bias) == 7 * product  # the logits are made again
 
 
 def test_nested_scans_conditions_and_calls():

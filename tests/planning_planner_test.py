@@ -273,6 +273,12 @@ def test_the_best_of_many_fit_and_are_in_order(base):
     assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
 
 
+def test_of_each_number_of_chips_the_best_two_are_shown(base):
+    plans = search.auto(base, "v5e", make=None, minutes=0)
+    counts = [plan.target.count for plan in plans]
+    assert len(counts) == 5 and all(counts.count(count) <= 2 for count in counts)
+
+
 def test_the_best_are_compiled_until_the_time_is_over_and_those_refused_are_left_out(tiny, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
@@ -333,7 +339,10 @@ def test_the_command_prints_and_keeps_a_plan(tmp_path, capsys):
 def test_plans_are_compared_in_a_table(tmp_path, capsys):
     config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
     figures = command.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
-    assert len(figures["best"]) == len([line for line in capsys.readouterr().out.splitlines() if "v5e:2x4" in line])
+    printed = capsys.readouterr().out
+    assert len(figures["best"]) == len([line for line in printed.splitlines() if line.startswith("| v5e:2x4")])
+    mesh = figures["best"][0]["mesh"]
+    assert f"--plan=v5e:2x4 --config.mesh.data={mesh['data']} --config.mesh.fsdp={mesh['fsdp']}" in printed
 
 
 def test_memory_over_is_never_negative(tiny):

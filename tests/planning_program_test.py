@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from beitv2_jax.planning.accounting import traced_flops
-from beitv2_jax.planning.program import Costs, missed_costs, product_flops, read_program
+from beitv2_jax.planning.program import (
+    Costs,
+    flops_by_type,
+    memory_bytes,
+    missed_costs,
+    product_flops,
+    read_program,
+)
 
 DEPTH, ROWS, WIDTH, INNER = 5, 67, 24, 36
 
@@ -121,3 +128,27 @@ def test_rounds_that_a_tpu_program_tells_by_its_condition_alone():
     # until something else than a number of rounds
     unknown = loop_of(i, bound, "%a = pred[] compare(%i, %n), direction=LT", "ROOT %b = pred[] and(%a, %done)")
     assert product_flops(unknown) == one and "body" in unknown.unknown
+
+
+def test_kernels_state_their_products():
+    found = program(
+        "  %a = bf16[6,9]{1,0} parameter(0)",
+        "  %b = f32[9,4]{1,0} parameter(1)",
+        "  %d = f32[6,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        '  ROOT %k = f32[6,4]{1,0} custom-call(%d), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"131","transcendentals":"0"}}}',
+    )
+    assert product_flops(found) == 2 * 6 * 9 * 4 + 131
+    assert flops_by_type(found) == {"bf16 x f32": 2 * 6 * 9 * 4, "kernels": 131}
+
+
+def test_what_stays_on_a_core_moves_nothing_to_memory():
+    found = program(
+        "  %a = f32[8,16]{1,0:T(8,128)} parameter(0)",
+        "  %c = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)",
+        "  %d = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%c)",
+        "  %s = ((f32[8,16]{1,0:T(8,128)}), f32[2,16]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2]}",
+        "  %n = f32[8,16]{1,0:T(8,128)S(1)} negate(%d)",
+        "  ROOT %e = f32[8,16]{1,0:T(8,128)} exponential(%n)",
+    )
+    assert memory_bytes(found) == 4 * (8 * 16 + 2 * 16 + 8 * 16)

@@ -189,13 +189,16 @@ def torn_folder(image_folder, tmp_path_factory):
 
 def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_path):
     from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
-    from beitv2_jax.training import probing, sharding
+    from beitv2_jax.training import probing
 
     config = stage_config(torn_folder, str(tmp_path), "probe")
-    for split, rows in (("train", 24), ("validation", 9)):
-        source = open_source(config.data.source, split)
-        pixels = FeatureSet("pixels", raw_pixels, {})
-        features = probing.cached_features(pixels, source, config, sharding.make_mesh(), str(tmp_path))
+    pixels = FeatureSet("pixels", raw_pixels, {})
+    sources = {split: open_source(config.data.source, split) for split in ("train", "validation")}
+    with pytest.raises(UserError, match=r"2 of the 26 images of split train are unreadable"):
+        probing.cached_features(pixels, sources["train"], config, str(tmp_path))
+    config.data.max_bad_share = 0.15
+    for source, rows in zip(sources.values(), (24, 9), strict=True):
+        features = probing.cached_features(pixels, source, config, str(tmp_path))
         assert {len(array) for array in features.values()} == {rows}
     listed = {(r["split"], r["where"].partition(" (")[0]) for r in read_bad_records(tmp_path)}
     torn = ("train/plain/03.jpg", "train/checked/07.jpg", "validation/checked/02.jpg")

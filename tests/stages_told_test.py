@@ -30,7 +30,7 @@ MOVE = 3
 """The batch at which the notice comes."""
 
 PROGRAM = """
-import ctypes, json, os, signal, sys
+import ctypes, json, os, pathlib, signal, sys
 
 from beitv2_jax import main
 
@@ -45,17 +45,32 @@ assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and of_jax  # Python d
 import stages_told_test
 from beitv2_jax import config as config_lib, stages
 from beitv2_jax.errors import Preempted
-from beitv2_jax.training import liveness
+from beitv2_jax.training import liveness, probing
 
-liveness.moving = stages_told_test.interrupted(liveness.moving)
-names = json.loads(open(config_file).read())
-for name, text in names.items():
+undisturbed = liveness.moving
+liveness.moving = stages_told_test.interrupted(undisturbed)
+configs = {name: config_lib.from_json(text) for name, text in json.loads(open(config_file).read()).items()}
+folders = {"extract": f"{workdir}/extract-{index}", "probe": f"{workdir}/probe"}
+for name, config in configs.items():
     try:
-        stages.run_stage(config_lib.from_json(text), f"{workdir}/{name}-{index}")
+        stages.run_stage(config, folders[name])
     except Preempted as preempted:
         print(preempted, flush=True)
     # jax hears of the next signal again
     assert getsig(signal.SIGTERM) == of_jax
+
+# the probe again, by both, undisturbed
+liveness.moving = undisturbed
+run_batches, rows = probing.run_batches, []
+
+def noted(*args, **kwargs):
+    for batch, outputs in run_batches(*args, **kwargs):
+        rows.extend(batch["example_ids"][batch["weight"] > 0].tolist())
+        yield batch, outputs
+
+probing.run_batches = noted
+stages.run_stage(configs["probe"], folders["probe"])
+pathlib.Path(workdir, f"rows-{index}").write_text(json.dumps(rows))
 main.leave(Preempted.EXIT_CODE)
 """
 
@@ -134,6 +149,8 @@ def test_told_while_it_reads_its_network_it_stops_before_it_writes(configs, tmp_
 
 def test_two_processes_under_jax_distributed_end_when_told(configs, tmp_path):
     configs, undisturbed = {name: configs[0][name] for name in ("extract", "probe")}, configs[1]
+    configs["probe"] = configs["probe"].copy_and_resolve_references()
+    configs["probe"].run.batch_size *= 2  # for both, so that each device computes as many rows as here
     (tmp_path / "configs").write_text(
         json.dumps({name: config_lib.to_json(config) for name, config in configs.items()})
     )
@@ -157,8 +174,11 @@ def test_two_processes_under_jax_distributed_end_when_told(configs, tmp_path):
     for index, text in enumerate(texts):
         for name in configs:
             assert f"{name} was told to end" in text, text
-            assert stages.read_summary(str(tmp_path / f"{name}-{index}")) is None
+        assert stages.read_summary(str(tmp_path / f"extract-{index}")) is None
     # whoever goes on: here, alone
-    for name, config in configs.items():
-        stages.run_stage(config, str(tmp_path / f"{name}-0"))
-        assert outcome(tmp_path / f"{name}-0") == outcome(undisturbed / name)
+    stages.run_stage(configs["extract"], str(tmp_path / "extract-0"))
+    assert outcome(tmp_path / "extract-0") == outcome(undisturbed / "extract")
+    # both: each computed its share of every batch, and what they left is what one process leaves
+    assert outcome(tmp_path / "probe") == outcome(undisturbed / "probe")
+    rows = [set(json.loads((tmp_path / f"rows-{index}").read_text())) for index in (0, 1)]
+    assert rows == [{*range(8), *range(16, 24)}, {*range(8, 16), 24, 25}]

@@ -15,6 +15,7 @@ from beitv2_jax.convert.positions import resize_relative_table
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.errors import UserError
+from beitv2_jax.report.segmentation import class_colors
 from beitv2_jax.tasks import inputs, segment
 
 BATCH, CLASSES, SIDE = 5, 7, 32
@@ -96,7 +97,10 @@ def test_figures_by_hand():
     np.testing.assert_allclose(figures["mean_iou"], np.mean([0, 6 / 7, 2 / 4]))
     np.testing.assert_allclose(figures["mean_accuracy"], np.mean([1.0, 0.5]))
     np.testing.assert_allclose(figures["pixel_accuracy"], 8 / 10)
-    assert segment.summarize({"confusion": np.zeros((3, 3))}) == dict.fromkeys(figures, 0.0)
+    of_classes = {name: value for name, value in figures.items() if name.startswith("iou/")}
+    assert of_classes == pytest.approx({"iou/0": 0, "iou/1": 6 / 7, "iou/2": 2 / 4})
+    nothing = segment.summarize({"confusion": np.zeros((3, 3))})
+    assert nothing == dict.fromkeys(figures.keys() - of_classes.keys(), 0.0)
 
 
 def test_decay_and_rates_are_those_of_the_released_recipe():
@@ -186,8 +190,12 @@ def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     assert figures["loss"] < 0.6
     (bad,) = read_bad_records(workdir)
     assert bad["split"] == "validation" and "no whole PNG" in bad["cause"]
+    assert figures["eval/mean_iou"] == pytest.approx((figures["eval/iou/0"] + figures["eval/iou/1"]) / 2)
     with Image.open(workdir / "segmentation.png") as picture:
         assert picture.width > 1000 and picture.height > 300
+        legend = np.asarray(picture)[-11]  # through the middle of its row: a square of each class, then words
+    assert legend[[8, 178]].tolist() == class_colors()[:2].tolist()
+    assert (legend[22:160] < 128).any() and (legend[192:330] < 128).any() and (legend[350:] == 255).all()
     weights = read(str(workdir))
     assert (weights.kind, weights.normalization, weights.arguments["out_layers"]) == ("segmenter", "imagenet", (1,) * 4)
     assert write(weights, str(tmp_path / "segment.pth"), "official") == {}

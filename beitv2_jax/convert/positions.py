@@ -6,7 +6,6 @@ Done once, in float64, when weights are loaded; the models are built at their fi
 import math
 
 import numpy as np
-from scipy.interpolate import RectBivariateSpline
 
 from beitv2_jax.errors import UserError
 
@@ -50,6 +49,9 @@ def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarra
             "a cubic spline needs at least four offsets in a row.",
             "weights of a grid of at least 3 x 3 patches.",
         )
+    # most runs resize nothing, and scipy takes as long to import as jax
+    from scipy.interpolate import RectBivariateSpline
+
     known = _spread(offsets // 2, target // 2)
     wanted = np.clip(np.arange(target) - target // 2, known[0], known[-1])
     heads = table[:-_CLS_ROWS].astype(np.float64).reshape(offsets, offsets, -1)

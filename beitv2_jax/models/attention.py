@@ -50,11 +50,25 @@ def attend(
 
 def _plain(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
     queries = queries * queries.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+    logits = _products(queries, keys)
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+@jax.custom_vjp
+def _products(queries, keys) -> Float[Array, "b nh q k"]:
+    """Return q kᵀ in float32; its gradient is rounded to the dtype of q, which else would make float32 products."""
+    return jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+
+
+def _products_backward(kept, of_logits):
+    (queries, keys), rounded = kept, of_logits.astype(kept[0].dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", rounded, keys), jnp.einsum("bhqk,bqhd->bkhd", rounded, queries)
+
+
+_products.defvjp(lambda queries, keys: (_products(queries, keys), (queries, keys)), _products_backward)
 
 
 def _cudnn(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:

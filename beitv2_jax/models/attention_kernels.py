@@ -67,6 +67,7 @@ def _forward(qkv, bias, *, interpret: bool = False) -> Tokens:
         out_specs=layout.rows_spec,
         out_shape=layout.rows_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=layout.cost(products=2, arrays=4),
         name="attention",
         interpret=interpret,
     )(*layout.parts, bias.astype(jnp.float32))
@@ -110,6 +111,7 @@ def _backward(qkv, bias, cotangent, *, interpret: bool = False) -> tuple[jax.Arr
         out_shape=[*[layout.rows_shape] * 3, jax.ShapeDtypeStruct(bias.shape, jnp.float32)],
         # the bias gradient is a sum over the second axis of the grid, which therefore runs in order
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=layout.cost(products=5, arrays=7),
         name="attention_backward",
         interpret=interpret,
     )(*layout.parts, bias.astype(jnp.float32), cotangent)
@@ -138,6 +140,16 @@ class _Layout:
         self.rows_spec = pl.BlockSpec(block, lambda columns, rows: (rows, 0, columns))
         self.rows_shape = jax.ShapeDtypeStruct((batch, length, width), qkv.dtype)
         self.bias_spec = pl.BlockSpec((len(self.heads), length, length), lambda columns, rows: (columns, 0, 0))
+        self.bias_size = bias.size
+
+    def cost(self, *, products: int, arrays: int) -> pl.CostEstimate:
+        """Return what the compiler cannot see: `products` of each head, and `arrays` of rows read or written."""
+        batch, length, width = self.rows_shape.shape
+        return pl.CostEstimate(
+            flops=products * 2 * batch * length**2 * width,
+            transcendentals=batch * self.bias_size,
+            bytes_accessed=arrays * self.rows_shape.size * self.rows_shape.dtype.itemsize + 4 * self.bias_size,
+        )
 
 
 def _weights(queries, keys, bias) -> Float[Array, "l l"]:

@@ -97,6 +97,7 @@ def _product_forward(inputs, kernel, out_dtype, gradient_dtype):
 
 def _product_backward(out_dtype, gradient_dtype, kept, outputs):
     inputs, kernel = kept
+    outputs = outputs.astype(inputs.dtype)  # float32 would make both products float32 ones
     to_inputs = jnp.matmul(outputs, kernel.astype(inputs.dtype).T, preferred_element_type=inputs.dtype)
     rows = tuple(range(inputs.ndim - 1))
     to_kernel = jax.lax.dot_general(inputs, outputs, ((rows, rows), ((), ())), preferred_element_type=gradient_dtype)
@@ -115,12 +116,7 @@ def product(
     is only cast, the compiler puts this sum before the cast back, in the dtype of the computation.
     """
     dtype, out_dtype, gradient_dtype = map(jnp.dtype, (dtype, out_dtype, gradient_dtype))
-    inputs = inputs.astype(dtype)
-    if dtype == out_dtype == gradient_dtype:
-        outputs = inputs @ kernel.astype(dtype)
-    else:
-        outputs = _product(inputs, kernel, out_dtype, gradient_dtype)
-    return checkpoint_name(outputs, PRODUCT)
+    return checkpoint_name(_product(inputs.astype(dtype), kernel, out_dtype, gradient_dtype), PRODUCT)
 
 
 @jax.custom_vjp

@@ -62,6 +62,11 @@ def tpu_kernel(unit, codebook, offsets, *, interpret: bool = False) -> Int[Array
         out_specs=pl.BlockSpec((1, block), lambda row, code: (0, row)),
         out_shape=jax.ShapeDtypeStruct((1, columns.shape[1]), jnp.int32),
         scratch_shapes=[pltpu.VMEM((1, block), jnp.float32)],
+        cost_estimate=pl.CostEstimate(
+            flops=2 * columns.size * len(codebook),
+            transcendentals=0,
+            bytes_accessed=4 * (columns.size + columns.shape[1] // block * codebook.size + columns.shape[1]),
+        ),
         name="nearest_code",
         interpret=interpret,
     )(columns, codebook, offsets[:, None])

@@ -38,6 +38,8 @@ def _count(jaxpr) -> int:
             counted += parameters["length"] * _count(parameters["jaxpr"].jaxpr)
         elif name == "cond":
             counted += max(_count(branch.jaxpr) for branch in _branches(parameters))
+        elif name == "pallas_call":
+            counted += math.prod(parameters["grid_mapping"].grid) * _count(parameters["jaxpr"])
         else:
             counted += sum(_count(inner) for inner in _inner(parameters))
     return counted

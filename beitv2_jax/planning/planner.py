@@ -26,7 +26,7 @@ from beitv2_jax.planning.collectives import Collective, find_collectives
 from beitv2_jax.planning.components import components, transformers
 from beitv2_jax.planning.figures import Forecast, Memory, batch_parts
 from beitv2_jax.planning.parts import FLOAT32, Component, total_flops
-from beitv2_jax.planning.program import missed_costs, product_flops, read_program
+from beitv2_jax.planning.program import memory_bytes, missed_costs, product_flops, read_program
 from beitv2_jax.planning.topologies import Target
 from beitv2_jax.tasks import described
 from beitv2_jax.training import optim, sharding
@@ -148,7 +148,7 @@ def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
     description = described.describe(config, num_examples)
     task, ema_decay = description.task, config.optim.ema_decay
     optimizer, schedule = optim.for_task(task, config.optim, *_steps(config, num_examples))
-    mesh = AbstractMesh((1,) * len(sharding.AXES), sharding.AXES)
+    mesh = _abstract_mesh(dict.fromkeys(sharding.AXES, 1))
     state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_ema=ema_decay > 0)
     function = make_train_step(
         task,
@@ -217,9 +217,11 @@ def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None)
         UserError: batch and mesh do not fit the target.
     """
     sizes = sharding.mesh_sizes(target.count, **(mesh or stage.config.mesh))
-    axis_types = (AxisType.Auto,) * len(sizes)
-    placed = stage.placed(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types))
-    return _computed(placed, target, sizes, target.network())
+    return _computed(stage.placed(_abstract_mesh(sizes)), target, sizes, target.network())
+
+
+def _abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _steps(config, num_examples: int) -> tuple[int, int]:
@@ -325,6 +327,11 @@ def _measured(forecast: Forecast, compiled, network: Network, seconds: float) ->
             notes.append(
                 f"the compiler counts the body of a loop once: {missed.flops / 1e12:.3f} TFLOPs and "
                 f"{missed.bytes / 1e9:.1f} GB of the other rounds are added from the program's text"
+            )
+        if (reach := memory_bytes(program)) < 0.9 * moved:
+            notes.append(
+                f"of the bytes moved, {reach / 1e9:.1f} GB ({1e3 * reach / chip.hbm_rate:.1f} ms) reach the chip's "
+                "memory by the program's text; the rest stays in a core's own, which the compiler counts too"
             )
     else:
         notes.append("this compiler counts neither FLOPs nor bytes: bytes moved are computed")

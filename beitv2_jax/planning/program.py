@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,9 @@ Array = tuple[str, Shape]
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,<=]*)\]")
+_ELSEWHERE = re.compile(_SHAPE.pattern + r"\{[^}]*S\([1-9]\d*\)[^}]*\}")
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
+_LIBRARY = re.compile(r'custom_call_target="__cublas\$.*"lhs_contracting_dimensions":\[([^\]]*)\]')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(calls|to_apply|body|condition|called_computations)=\{?%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -42,6 +45,11 @@ class Instruction:
     def arrays(self) -> tuple[Array, ...]:
         """What it yields: one array, or those of a tuple."""
         return tuple((dtype, numbers(dims)) for dtype, dims in _SHAPE.findall(self.result))
+
+    @property
+    def memory_arrays(self) -> tuple[Array, ...]:
+        """Those of the arrays that stand in the device's memory, not in a core's own."""
+        return tuple((dtype, numbers(dims)) for dtype, dims in _SHAPE.findall(_ELSEWHERE.sub("", self.result)))
 
     @property
     def operands(self) -> list[str]:
@@ -93,8 +101,33 @@ def read_program(text: str) -> Program:
 
 
 def product_flops(program: Program) -> int:
-    """Return the FLOPs of the matrix products and convolutions that a step runs on one device, loops and all."""
+    """Return the FLOPs of the matrix products and convolutions that a step runs on one device, loops and all.
+
+    Those of a kernel are what it states itself.
+    """
     return sum(program.times[name] * _flops(lines) for name, lines in program.computations.items())
+
+
+def flops_by_type(program: Program) -> dict[str, int]:
+    """Return what `product_flops` sums, by the element types of the factors; what kernels state stands apart."""
+    found: dict[str, int] = defaultdict(int)
+    for name, lines in program.computations.items():
+        for types, flops in _products(lines):
+            found[types] += program.times[name] * flops
+    return dict(found)
+
+
+def memory_bytes(program: Program) -> int:
+    """Return the bytes that a step reads from and writes to the device's memory, loops and all.
+
+    A TPU's compiler keeps many arrays in a core's own memory, and its count of bytes takes those in.
+    """
+    total = 0
+    for name, lines in program.computations.items():
+        if name not in program.fused:
+            sizes = {line.name: array_bytes(line.memory_arrays) for line in lines}
+            total += program.times[name] * sum(moved_bytes(line, sizes, program) for line in lines)
+    return total
 
 
 def missed_costs(program: Program) -> Costs:
@@ -173,17 +206,26 @@ def _rounds(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]
 
 def _flops(lines: Sequence[Instruction]) -> int:
     """Return the FLOPs of one computation's own products, 2 a multiply-add; those with padding zeros are left out."""
-    shapes = {line.name: line.arrays[0][1] for line in lines if line.arrays}
-    total = 0
+    return sum(flops for _, flops in _products(lines))
+
+
+def _products(lines: Sequence[Instruction]) -> Iterator[tuple[str, int]]:
+    """Yield what the element types of each product's factors are, and its FLOPs; kernels have no types."""
+    arrays = {line.name: line.arrays[0] for line in lines if line.arrays}
     for line in lines:
-        if line.opcode == "dot":
-            left = shapes[line.operands[0]]
-            contracted = math.prod(left[axis] for axis in numbers(line.attribute("lhs_contracting_dims")))
-            total += 2 * math.prod(shapes[line.name]) * contracted
-        elif line.opcode == "convolution":
-            left, right = (shapes[name] for name in line.operands[:2])
-            total += _convolution_flops(line, left, right, shapes[line.name])
-    return total
+        library = _LIBRARY.search(line.rest)
+        if line.opcode == "custom-call" and (stated := _ESTIMATE.search(line.rest)):
+            yield "kernels", int(stated[1])
+        if line.opcode not in ("dot", "convolution") and not library:
+            continue
+        (left_type, left), (right_type, right) = (arrays[name] for name in line.operands[:2])
+        _, out = arrays[line.name]
+        if line.opcode != "convolution":
+            axes = numbers(library[1] if library else line.attribute("lhs_contracting_dims"))
+            flops = 2 * math.prod(out) * math.prod(left[axis] for axis in axes)
+        else:
+            flops = _convolution_flops(line, left, right, out)
+        yield " x ".join(sorted({left_type, right_type})), flops
 
 
 def _convolution_flops(line: Instruction, left: Shape, right: Shape, out: Shape) -> int:
@@ -206,26 +248,32 @@ def _convolution_flops(line: Instruction, left: Shape, right: Shape, out: Shape)
 
 
 def _bytes(lines: Sequence[Instruction], program: Program) -> int:
-    """Return the bytes that the operations of one computation read and write.
+    """Return the bytes that the operations of one computation read and write."""
+    sizes = {line.name: array_bytes(line.arrays) for line in lines}
+    return sum(moved_bytes(line, sizes, program) for line in lines)
+
+
+def moved_bytes(line: Instruction, sizes: Mapping[str, int], program: Program) -> int:
+    """Return the bytes that an operation reads and writes; `sizes` are those of its computation's results.
 
     Of an array from which a fusion takes a slice, and of one into which it writes one, the slice alone is moved: so a
     loop reads and writes its round's part of what stands for all rounds.
     """
-    sizes = {line.name: array_bytes(line.arrays) for line in lines}
-    total = 0
-    for line in lines:
-        if line.opcode in _FREE or line.opcode.endswith("-done"):
-            continue
-        read, written = [sizes.get(name, 0) for name in line.operands], sizes[line.name]
-        if line.opcode == "fusion":
-            inner = program.computations[line.attribute("calls")]
-            read, written = _fusion_bytes(inner, read, written)
-        elif line.opcode == "dynamic-slice":
-            read = [written]
-        elif line.opcode == "dynamic-update-slice":
-            read, written = [read[1]], read[1]
-        total += sum(read) + written
-    return total
+    if line.opcode in _FREE or line.opcode.endswith("-done"):
+        return 0
+    read, written = [sizes.get(name, 0) for name in line.operands], sizes[line.name]
+    if line.opcode == "fusion":
+        inner = program.computations[line.attribute("calls")]
+        read, written = _fusion_bytes(inner, read, written)
+    elif line.opcode == "dynamic-slice":
+        read = [min(read[0], written)]
+    elif line.opcode == "dynamic-update-slice":
+        read, written = [read[1]], read[1]
+    elif line.opcode in ("copy-start", "slice-start"):
+        # it yields both sides; the smaller one is moved, and counts on each side that has a size here
+        moved = min(array_bytes([array]) for array in line.arrays[:2])
+        return sum(min(moved, array_bytes([array])) for array in line.memory_arrays)
+    return sum(read) + written
 
 
 def _fusion_bytes(inner: Sequence[Instruction], read: list[int], written: int) -> tuple[list[int], int]:
@@ -237,7 +285,7 @@ def _fusion_bytes(inner: Sequence[Instruction], read: list[int], written: int) -
         users = [line for line in inner if parameter.name in line.operands]
         # None: it is no array that is sliced, but an index or what is written
         uses = {line.opcode if line.operands[0] == parameter.name else None for line in users}
-        if uses == {"dynamic-slice"}:
+        if uses == {"dynamic-slice"} and read[place]:
             read[place] = sum(sizes[line.name] for line in users)
         elif uses == {"dynamic-update-slice"}:
             read[place] = 0

@@ -15,6 +15,8 @@ from beitv2_jax.planning.planner import Stage
 from beitv2_jax.planning.topologies import Target
 
 SHOWN = 5
+SHOWN_OF_A_TARGET = 2
+"""... of them where numbers of chips are compared too."""
 NEAR = 1.1
 """Plans that cost at most so many times the cheapest compete by time."""
 REMAT = ("none", "dots", "full")
@@ -82,8 +84,8 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
     Meshes, numbers of chips, remat and accumulation, and so the batch that a chip holds at once, are tried by
     arithmetic. Among the plans that fit and cost at most NEAR times the chip-hours of the cheapest, the faster is
     better; then come the others, the cheaper ones first. From the best one on `make` then compiles them, and leaves out
-    those that do not fit after all, until SHOWN are found; no compilation is begun that would probably end after
-    `minutes`, so that the last may be computed still.
+    those that do not fit after all, until SHOWN are found, at most SHOWN_OF_A_TARGET of one number of chips; no
+    compilation is begun that would probably end after `minutes`, so that the last may be computed still.
 
     Raises:
         UserError: no such chip or target, or nothing fits.
@@ -99,6 +101,7 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
             "the batch of one chip is too large, or the model." if tried else "the batch has fewer images than chips.",
             "another --config.run.batch_size, or another kind of chip.",
         )
+    logging.info("%d plans for %s tried by arithmetic, %d fit", len(tried), kind, len(fitting))
     cheapest = min(forecast.chip_hours for forecast in fitting)
 
     def rank(forecast: Forecast) -> tuple[bool, float]:
@@ -106,12 +109,15 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
         return (not near, forecast.hours if near else forecast.chip_hours)
 
     best: list[Forecast] = []
+    most = SHOWN if len(chosen) == 1 else SHOWN_OF_A_TARGET
     started, longest = time.monotonic(), 0.0
     for forecast in sorted(fitting, key=rank):
         if len(best) == SHOWN:
             break
+        if [plan.target for plan in best].count(forecast.target) == most:
+            continue
         if make is not None and time.monotonic() - started + longest < 60 * minutes:
-            forecast = make(planner.varied(stage, **_keys(forecast)), forecast.target)
+            forecast = make(planner.varied(stage, **keys_of(forecast)), forecast.target)
             longest = max(longest, forecast.compile_s)
             if not forecast.fits:
                 logging.info("%s, mesh %s: does not fit after all", forecast.target.name, forecast.mesh)
@@ -151,7 +157,7 @@ def _meshes(target: Target) -> Iterator[dict[str, int]]:
             yield {"data": target.count // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
 
 
-def _keys(forecast: Forecast) -> dict[str, object]:
+def keys_of(forecast: Forecast) -> dict[str, object]:
     """Return the keys of a config that ask for a plan's mesh, remat and accumulation."""
     efficiency = forecast.config.efficiency
     sizes = {f"mesh.{axis}": size for axis, size in forecast.mesh.items()}

@@ -2,6 +2,7 @@
 
 import colorsys
 import os
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from beitv2_jax.training import loop
 
 TILE_WIDTH = 300
 """Width of one picture, in pixels."""
-_TITLE, _GAP = 22, 4
+_TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 170
 _COLUMNS = ("image", "true", "predicted", "where wrong")
 
 
@@ -26,20 +27,23 @@ def run(task: Task, config, workdir: str) -> dict[str, float]:
     figures = loop.train(task, config, workdir)
     path = os.path.join(workdir, "segmentation.png")
     if jax.process_index() == 0 and not os.path.exists(path):
-        draw_segmentations(task, config, workdir, path)
+        draw_segmentations(task, config, workdir, path, figures=figures)
     return figures
 
 
-def draw_segmentations(task: Task, config, workdir: str, path: str, *, num_images: int = 6) -> None:
+def draw_segmentations(
+    task: Task, config, workdir: str, path: str, *, figures: Mapping[str, float], num_images: int = 6
+) -> None:
     """Write a picture of up to `num_images` validation images: image, true map, predicted map, wrong pixels.
 
     The images are evenly spread over the split. Pixels without a true class are black in the true map and never wrong.
+    Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `figures`).
     """
     trained, model, rows = read_run(workdir), segment.make_model(config), task.eval_batches.rows
     predict = jax.jit(
         lambda params, statistics, batch: segment.predict(config, model, params, statistics, batch).label_maps
     )
-    lines = []
+    lines, seen = [], set()
     for row in np.unique(np.linspace(0, len(rows.order) - 1, num_images).astype(int)):
         example = rows(row)
         if example["faults"]:
@@ -48,9 +52,11 @@ def draw_segmentations(task: Task, config, workdir: str, path: str, *, num_image
         height, width = example["sizes"]
         predicted = np.asarray(predict(trained.params, trained.codebook, batch))[0, :height, :width]
         image = decode_image(rows.source[rows.order[row]]["image"])
-        lines.append(_line(image, example["label_maps"][:height, :width], predicted))
+        true = example["label_maps"][:height, :width]
+        lines.append(_line(image, true, predicted))
+        seen |= set(np.unique([true, predicted]).tolist()) - {IGNORED}
     if lines:
-        _sheet(lines).save(path)
+        _sheet([*lines, _legend(sorted(seen), figures, lines[0].width)]).save(path)
 
 
 def class_colors(num_colors: int = 256) -> UInt8[np.ndarray, "n 3"]:
@@ -77,6 +83,20 @@ def _line(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> Image.I
         tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((TILE_WIDTH, height), sampling)
         line.paste(tile, (column * (TILE_WIDTH + _GAP), 0))
     return line
+
+
+def _legend(classes: list[int], figures: Mapping[str, float], width: int) -> Image.Image:
+    """Return a picture of the colours of classes, in rows, each with its number and its IoU where it has one."""
+    in_row = max(1, width // _ENTRY_WIDTH)
+    legend = Image.new("RGB", (width, _TITLE * -(-len(classes) // in_row)), "white")
+    draw, font, colors = ImageDraw.Draw(legend), ImageFont.load_default(size=14), class_colors()
+    for place, number in enumerate(classes):
+        left, top = place % in_row * _ENTRY_WIDTH, place // in_row * _TITLE
+        draw.rectangle((left + 2, top + 4, left + 16, top + 18), fill=tuple(colors[number].tolist()))
+        iou = figures.get(f"eval/iou/{number}")
+        text = f"class {number}" + ("" if iou is None else f"  IoU {iou:.1%}")
+        draw.text((left + 22, top + 3), text, fill="black", font=font)
+    return legend
 
 
 def _sheet(lines: list[Image.Image]) -> Image.Image:

@@ -134,7 +134,7 @@ def reading(config) -> dict:
     return {"num_threads": config.data.num_threads, "num_workers": config.data.num_workers}
 
 
-def eval_batches(source: Source, config, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:
+def eval_batches(source: Source, config, process_index: int, process_count: int) -> pipeline.Batches:
     """Return every example of `source` once as a centre crop, and as the tokenizer's own one where it has another size.
 
     The last batch is padded; `weight` 0 marks padding and unreadable images.

@@ -121,12 +121,15 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
         IoU_c = C_cc / (sum_j C_cj + sum_i C_ic - C_cc),   accuracy_c = C_cc / sum_j C_cj
 
     The means are over the classes for which they exist: those that are there or predicted, and those that are there.
+    The IoU of each such class c is `iou/c`.
     """
     hits, true, predicted = class_counts(sums["confusion"])
+    union = true + predicted - hits
     return {
-        "mean_iou": _mean_of_ratios(hits, true + predicted - hits),
+        "mean_iou": _mean_of_ratios(hits, union),
         "mean_accuracy": _mean_of_ratios(hits, true),
         "pixel_accuracy": float(hits.sum() / max(true.sum(), 1.0)),
+        **{f"iou/{number}": float(hits[number] / union[number]) for number in np.flatnonzero(union)},
     }
 
 
@@ -176,7 +179,7 @@ class EvalBatches:
         """The rows of the batches, as host arrays."""
         return window_row(self._source, label_ids(self._config), sliding(self._config))
 
-    def __call__(self, process_index: int = 0, process_count: int = 1) -> pipeline.Batches:
+    def __call__(self, process_index: int, process_count: int) -> pipeline.Batches:
         return pipeline.finite_batches(
             self.rows,
             len(self._source),

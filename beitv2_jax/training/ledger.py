@@ -17,8 +17,12 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax import startup
 from beitv2_jax.errors import UserError
 from beitv2_jax.training.writer import MetricWriter, Progress
+
+MOST_UNREAD = 1000
+"""Steps after which figures are fetched where nothing is logged for so long: until then no bad step is noticed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,10 @@ class Plan:
 
 
 class Ledger:
-    """Keep what the host knows of the steps: figures not read yet, the clock, bad steps in a row, unreadable rows."""
+    """Keep what the host knows of the steps: the clock, figures not read yet, bad steps in a row, unreadable rows.
+
+    Figures stay on the devices until a step is logged; between those steps nothing is copied from there.
+    """
 
     def __init__(
         self,
@@ -82,6 +89,7 @@ class Ledger:
         unreadable: int = 0,
     ):
         self._plan, self._writer, self._progress, self._workdir = plan, writer, progress, workdir
+        self._running: list[_Step] = []
         self._unread: list[_Step] = []
         self._watch = futures.ThreadPoolExecutor(1, "step")
         self._skipped_steps, self._skipped_run = skipped_steps, 0
@@ -98,29 +106,48 @@ class Ledger:
 
     def add(self, step: int, metrics: dict[str, jax.Array], example_ids: np.ndarray) -> None:
         """Take over the figures of a step that may still be running, and the ids of this process's rows in it."""
-        self._unread.append(_Step(step, metrics, example_ids, self._watch.submit(_end_of, metrics["loss"])))
+        self._running.append(_Step(step, metrics, example_ids, self._watch.submit(_end_of, metrics["loss"])))
 
-    def read(self, *, leave: int = 0) -> None:
-        """Fetch the figures of all steps but the newest `leave`, and write those that the plan wants logged.
+    def follow(self, *, leave: int) -> None:
+        """Wait until all steps but the newest `leave` have ended; fetch figures where the plan wants one logged.
+
+        With one left running, a device has its next step before it is done with this one.
 
         Raises:
             UserError: `max_nonfinite_steps` steps in a row changed nothing, or too many records were unreadable.
         """
-        while len(self._unread) > leave:
-            oldest = self._unread.pop(0)
-            step = oldest.step
-            figures = {name: value.item() for name, value in jax.device_get(oldest.metrics).items()}
-            self._lap()
+        while len(self._running) > leave:
+            oldest = self._running.pop(0)
+            ended = oldest.ended.result()
+            startup.tell("first step", ended)
+            self._lap(ended)
             self._progress.advance()
-            self._refuse_skipped(step, figures, oldest.example_ids)
-            self._refuse_unreadable(step, figures)
-            if self._plan.logs(step):
-                window, self._window = self._window, _Window()
-                speed = window.steps * self._plan.batch_size / window.seconds
-                share = window.waited / window.seconds
-                self.figures = {**figures, "images_per_second": speed, "data_wait_share": share}
-                self._writer.write(step, self.figures)
-                self._progress.show({"loss": figures["loss"], "images/s": speed, "data wait share": share})
+            self._unread.append(oldest)
+            if self._plan.logs(oldest.step) or len(self._unread) == MOST_UNREAD:
+                self._fetch()
+
+    def read(self) -> None:
+        """Wait for all steps and fetch their figures; raises as `follow` does."""
+        self.follow(leave=0)
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Fetch the figures of all steps that have ended, judge them, and write those that the plan wants logged."""
+        ended, self._unread = self._unread, []
+        for done, metrics in zip(ended, jax.device_get([done.metrics for done in ended]), strict=True):
+            figures = {name: value.item() for name, value in metrics.items()}
+            self._refuse_skipped(done.step, figures, done.example_ids)
+            self._refuse_unreadable(done.step, figures)
+            if self._plan.logs(done.step):
+                self._log(done.step, figures)
+
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        window, self._window = self._window, _Window()
+        speed = window.steps * self._plan.batch_size / window.seconds
+        share = window.waited / window.seconds
+        self.figures = {**figures, "images_per_second": speed, "data_wait_share": share}
+        self._writer.write(step, self.figures)
+        self._progress.show({"loss": figures["loss"], "images/s": speed, "data wait share": share})
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -128,8 +155,8 @@ class Ledger:
         started = time.monotonic()
         yield
         waited = time.monotonic() - started
-        if self._unread:
-            last = self._unread[-1]
+        if self._running:
+            last = self._running[-1]
             last.wait = started, started + waited
             # counted at once, in the window that it fell into; a step that still runs kept the devices busy
             waited = last.starved() if last.ended.done() else 0.0
@@ -143,8 +170,7 @@ class Ledger:
         """End the thread that watches the steps."""
         self._watch.shutdown()
 
-    def _lap(self) -> None:
-        now = time.monotonic()
+    def _lap(self, now: float) -> None:
         seconds, self._clock = now - self._clock, now
         self._window, self._total = (window.lap(seconds) for window in (self._window, self._total))
 

@@ -1,21 +1,22 @@
-"""The training loop: one compiled step, batches one ahead, figures one step late, state and data position together.
+"""The training loop: one compiled step, batches and steps one ahead, figures when logged, state and data together.
 
 Runs any `tasks.api.Task` under the sections `run`, `optim`, `mesh` and the seed of a config.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from beitv2_jax import rng
+from beitv2_jax import rng, startup
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import Preempted
 from beitv2_jax.tasks.api import Batch, Task
@@ -42,6 +43,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
             checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
         Preempted: the run was told to end; it is saved and will continue.
     """
+    startup.begin()
     plan = Plan.from_config(config, task.num_train_examples)
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(liveness.Watch(workdir, config.run.hang_timeout))
@@ -61,13 +63,8 @@ def _run(
 ) -> dict[str, float]:
     started = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
-    accumulation_steps = config.efficiency.accumulation_steps
-    sharding.check_micro_batches(config.run.batch_size, mesh.shape, accumulation_steps)
-    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
+    sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
     iterator = task.train_batches(*sharding.row_share(mesh))
-    state, position = _start(task, config, optimizer, mesh, checkpointer)
-    iterator.set_state(position)
-    start = int(state.step)
     frozen = sharding.place_weights(task.frozen, mesh)
     bad_records = BadRecords(workdir, jax.process_index())
 
@@ -76,21 +73,22 @@ def _run(
         bad_records.note(host_batch, task.splits[0])
         return sharding.place_batch(host_batch, mesh), host_batch["example_ids"]
 
-    batch, example_ids = next_batch()
+    train_step, abstract, create = _make_step(task, config, plan, mesh)
+    with futures.ThreadPoolExecutor(1, "state") as pool:
+        give_state, position = _start(task, abstract, create, checkpointer)
+        # made beside the first batch and the compilation of the step, which needs its shapes alone
+        made = pool.submit(give_state)
+        iterator.set_state(position)
+        batch, example_ids = next_batch()
+        startup.ended("first batch")
+        watch.note("compiling", position["next_batch"])
+        compiled = compile_step(train_step, abstract, frozen, batch, mesh)
+        state = made.result()
+        startup.ended("state")
+    start = int(state.step)
     if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
-
-    train_step = make_train_step(
-        task,
-        optimizer,
-        schedule=schedule,
-        seed=config.seed,
-        ema_decay=config.optim.ema_decay,
-        accumulation_steps=accumulation_steps,
-        spike_factor=config.optim.spike_factor,
-    )
-    watch.note("compiling", start)
-    compiled = compile_step(train_step, state, frozen, batch, mesh)
+        startup.ended("codebook")
     evaluate = _make_evaluation(task, mesh, bad_records, watch)
 
     is_main = jax.process_index() == 0
@@ -125,8 +123,7 @@ def _run(
                     watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
                     position = {**iterator.get_state(), "unreadable": ledger.unreadable}
-                    last = ends or step == plan.num_steps
-                    checkpointer.save(step, state, position, last=last, trouble=trouble)
+                    checkpointer.save(step, state, position, last=ends or step == plan.num_steps, trouble=trouble)
                 if ends:
                     logging.warning("%s: told to end, saving after step %d", task.name, step)
                     raise Preempted(f"{task.name} was told to end: saved after step {step}, goes on if started again.")
@@ -137,30 +134,44 @@ def _run(
                 with ledger.waiting_for_data():
                     batch, example_ids = next_batch()
                 watch.note("in the step", step)
-            ledger.read(leave=1)
+            ledger.follow(leave=1)
             checkpointer.check()
     figures = [{**ledger.figures, **eval_figures, "images_per_second": ledger.images_per_second}]
     return _final_figures(figures, plan.num_steps, seconds=time.monotonic() - started)
 
 
-def _start(
-    task: Task,
-    config: ConfigDict,
-    optimizer: optax.GradientTransformationExtraArgs,
-    mesh: Mesh,
-    checkpointer: Checkpointer,
-) -> tuple[TrainState, dict[str, int]]:
-    """Return the state to go on from and the position in the data that belongs to it."""
+def _make_step(
+    task: Task, config: ConfigDict, plan: Plan, mesh: Mesh
+) -> tuple[TrainStep, TrainState, Callable[[], TrainState]]:
+    """Return the step, shapes and shardings of its state, and what makes that state as it is at step 0."""
+    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
+    train_step = make_train_step(
+        task,
+        optimizer,
+        schedule=schedule,
+        seed=config.seed,
+        ema_decay=config.optim.ema_decay,
+        accumulation_steps=config.efficiency.accumulation_steps,
+        spike_factor=config.optim.spike_factor,
+    )
     arguments = dict(mesh=mesh, seed=config.seed, keep_ema=config.optim.ema_decay > 0)
-    abstract = state_lib.abstract(task, optimizer, **arguments)
+    create = functools.partial(state_lib.create, task, optimizer, **arguments)
+    return train_step, state_lib.abstract(task, optimizer, **arguments), create
+
+
+def _start(
+    task: Task, abstract: TrainState, create: Callable[[], TrainState], checkpointer: Checkpointer
+) -> tuple[Callable[[], TrainState], dict[str, int]]:
+    """Return what gives the state to go on from, and the position in the data that belongs to it."""
     if unmatched := sharding.unmatched(abstract.params):
         logging.info("%s: replicated, as no partition rule names them: %s", task.name, ", ".join(unmatched))
     step = checkpointer.latest_step()
     if step is None:
         logging.info("%s: starting at step 0 from %s", task.name, "init_from" if task.initial else "scratch")
-        return state_lib.create(task, optimizer, **arguments), {"next_batch": 0, "unreadable": 0}
+        return create, {"next_batch": 0, "unreadable": 0}
     logging.info("%s: continuing from the checkpoint at step %d", task.name, step)
-    return checkpointer.restore(abstract)
+    state, position = checkpointer.restore(abstract)
+    return lambda: state, position
 
 
 def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainState:
@@ -178,6 +189,7 @@ def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch
     """Compile ahead of time: called with anything else than it was compiled for, the step fails, never recompiles."""
     started = time.monotonic()
     compiled = lower_step(train_step, state, frozen, batch, mesh).compile()
+    startup.ended("compiling")
     logging.info("compiled the step in %.1f s for %s", time.monotonic() - started, dict(mesh.shape))
     return compiled
 

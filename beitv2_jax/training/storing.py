@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from beitv2_jax import startup
 from beitv2_jax.data.bad_records import bad_record
 from beitv2_jax.data.store.card import read_card
 from beitv2_jax.data.store.claims import Claims
@@ -172,6 +173,7 @@ class Filler:
         )
         writer: ShardWriter | None = None
         for batch, shrunk in self._apply(batches):
+            startup.tell("first batch of targets")
             examples = batch["example_ids"][batch["example_ids"] >= 0]
             shard, view = store.shard_of(int(examples[0])), int(batch["views"][0])
             at_start = int(examples[0]) == store.shards[shard].start and view == store.views.start
