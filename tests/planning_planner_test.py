@@ -268,8 +268,9 @@ def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(bas
 def test_the_best_of_many_fit_and_are_in_order(base):
     plans = search.auto(base, "v5e:64", make=None, minutes=0)
     assert 1 <= len(plans) <= 5 and all(plan.fits and plan.target.count == 64 for plan in plans)
-    hours = [plan.hours for plan in plans]
-    assert hours == sorted(hours)
+    assert plans[0].mesh["data"] == 64  # of arithmetic that shards weights less is believed
+    sharded = [plan.hours for plan in plans[1:]]
+    assert sharded == sorted(sharded) and sharded[0] < search.OPTIMISM * plans[0].hours
     assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
 
 

@@ -19,6 +19,9 @@ SHOWN_OF_A_TARGET = 2
 """... of them where numbers of chips are compared too."""
 NEAR = 1.1
 """Plans that cost at most so many times the cheapest compete by time."""
+OPTIMISM = 1.1
+"""Arithmetic that shards weights counts as so much slower. The TPU's compiler cuts a product whose weights are gathered
+into rounds, and may read the other factor in each again, of which arithmetic knows nothing."""
 REMAT = ("none", "dots", "full")
 """From what keeps most to what keeps least."""
 ACCUMULATION = (1, 2, 4, 8)
@@ -83,7 +86,8 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
 
     Meshes, numbers of chips, remat and accumulation, and so the batch that a chip holds at once, are tried by
     arithmetic. Among the plans that fit and cost at most NEAR times the chip-hours of the cheapest, the faster is
-    better; then come the others, the cheaper ones first. From the best one on `make` then compiles them, and leaves out
+    better; then come the others, the cheaper ones first. Computed plans that shard weights are taken for OPTIMISM times
+    as slow as they say. From the best one on `make` then compiles them, and leaves out
     those that do not fit after all, until SHOWN are found, at most SHOWN_OF_A_TARGET of one number of chips; no
     compilation is begun that would probably end after `minutes`, so that the last may be computed still.
 
@@ -102,11 +106,17 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
             "another --config.run.batch_size, or another kind of chip.",
         )
     logging.info("%d plans for %s tried by arithmetic, %d fit", len(tried), kind, len(fitting))
-    cheapest = min(forecast.chip_hours for forecast in fitting)
+
+    def hours(forecast: Forecast) -> float:
+        sharded = forecast.mesh["fsdp"] * forecast.mesh["tensor"] > 1
+        return forecast.hours * (OPTIMISM if sharded and not forecast.compiled else 1.0)
+
+    cheapest = min(hours(forecast) * forecast.target.count for forecast in fitting)
 
     def rank(forecast: Forecast) -> tuple[bool, float]:
-        near = forecast.chip_hours <= NEAR * cheapest
-        return (not near, forecast.hours if near else forecast.chip_hours)
+        chip_hours = hours(forecast) * forecast.target.count
+        near = chip_hours <= NEAR * cheapest
+        return (not near, hours(forecast) if near else chip_hours)
 
     best: list[Forecast] = []
     most = SHOWN if len(chosen) == 1 else SHOWN_OF_A_TARGET
