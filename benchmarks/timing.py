@@ -10,7 +10,7 @@ import jax
 
 from beitv2_jax.planning.chips import CHIPS, Chip
 from beitv2_jax.planning.parts import total_flops
-from beitv2_jax.planning.program import missed_costs, read_program
+from beitv2_jax.planning.program import missed_flops, read_program
 
 KINDS = {
     "H200": "h200",
@@ -78,7 +78,7 @@ def compiled_flops(compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -
     """
     costs = compiled.cost_analysis() or {}
     if costs.get("flops", 0) > 0:
-        return costs["flops"] + missed_costs(read_program(compiled.as_text())).flops, "compiled program"
+        return costs["flops"] + missed_flops(read_program(compiled.as_text())), "compiled program"
     costs = lowered.cost_analysis() or {}
     return (costs["flops"], "program before optimisation") if costs.get("flops", 0) > 0 else (None, "not counted")
 

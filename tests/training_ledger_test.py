@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import types
 
 import numpy as np
 import pytest
@@ -83,3 +84,28 @@ def test_waiting_counts_from_the_end_of_the_step_on(ended, wait, starved):
     step = ledger._Step(1, {}, np.arange(3), concurrent.futures.Future(), wait)
     step.ended.set_result(ended)
     assert step.starved() == starved
+
+
+def test_a_wait_is_part_of_the_step_that_waited(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=9.0)
+    monkeypatch.setattr(ledger, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    plan = types.SimpleNamespace(
+        logs=lambda step: True, batch_size=8, max_nonfinite_steps=0, max_bad_share=1.0, num_examples=61
+    )
+    lines = {}
+    writer = types.SimpleNamespace(write=lambda step, figures: lines.update({step: figures}))
+    progress = types.SimpleNamespace(advance=lambda: None, show=lambda figures: None)
+    kept = ledger.Ledger(plan, writer, progress, workdir=tmp_path)
+    # (end of the step, when the batch after it is there): the second step starts 3 s after the first has ended
+    for step, (ended, ready) in enumerate([(10.0, 13.0), (14.0, 14.0), (19.0, 21.0)], start=1):
+        clock.now = ended
+        figures = {"loss": 0.5, "grad_norm": 1.0, "nonfinite_steps": 0, "unreadable": 0}
+        kept.add(step, {name: np.asarray(value) for name, value in figures.items()}, np.arange(8))
+        kept._running[-1].ended.result()
+        with kept.waiting_for_data():
+            clock.now = ready
+        kept.follow(leave=1)
+    kept.read()
+    kept.close()
+    assert [line["data_wait_share"] for line in lines.values()] == [0.0, 3 / 4, 0.0]
+    assert [line["images_per_second"] for line in lines.values()] == [8 / 1, 8 / 4, 8 / 5]

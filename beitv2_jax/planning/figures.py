@@ -110,7 +110,7 @@ class Forecast:
         how = {True: "compiled", False: "computed"}
         return {
             "memory": how[self.compile_s > 0],
-            "bytes_moved": how[self.compiler_flops is not None],
+            "bytes_moved": how[self.compiled],
             "collectives": how[self.compiled],
             "times": "at peak rates",
         }

@@ -26,7 +26,7 @@ from beitv2_jax.planning.collectives import Collective, find_collectives
 from beitv2_jax.planning.components import components, transformers
 from beitv2_jax.planning.figures import Forecast, Memory, batch_parts
 from beitv2_jax.planning.parts import FLOAT32, Component, total_flops
-from beitv2_jax.planning.program import memory_bytes, missed_costs, product_flops, read_program
+from beitv2_jax.planning.program import memory_bytes, missed_flops, product_flops, read_program
 from beitv2_jax.planning.topologies import Target
 from beitv2_jax.tasks import described
 from beitv2_jax.training import optim, sharding
@@ -319,22 +319,22 @@ def _measured(forecast: Forecast, compiled, network: Network, seconds: float) ->
     program = read_program(compiled.as_text())
     collectives = find_collectives(program, target.count, target.slices)
     costs = compiled.cost_analysis() or {}
-    flops, moved, notes = None, forecast.bytes_moved, list(forecast.notes)
+    flops, moved, notes = None, memory_bytes(program), list(forecast.notes)
     if costs.get("flops"):
-        missed = missed_costs(program)
-        flops, moved = costs["flops"] + missed.flops, costs["bytes accessed"] + missed.bytes
-        if missed.flops:
+        missed, counted = missed_flops(program), costs["bytes accessed"]
+        flops = costs["flops"] + missed
+        if missed:
             notes.append(
-                f"the compiler counts the body of a loop once: {missed.flops / 1e12:.3f} TFLOPs and "
-                f"{missed.bytes / 1e9:.1f} GB of the other rounds are added from the program's text"
+                f"the compiler counts the body of a loop once: {missed / 1e12:.3f} TFLOPs of the other rounds are "
+                "added from the program's text"
             )
-        if (reach := memory_bytes(program)) < 0.9 * moved:
+        if moved < 0.9 * counted:
             notes.append(
-                f"of the bytes moved, {reach / 1e9:.1f} GB ({1e3 * reach / chip.hbm_rate:.1f} ms) reach the chip's "
-                "memory by the program's text; the rest stays in a core's own, which the compiler counts too"
+                f"the compiler itself counts {counted / 1e9:.1f} GB moved, with what stays in a core's own memory; "
+                "those above reach the chip's memory by the program's text"
             )
     else:
-        notes.append("this compiler counts neither FLOPs nor bytes: bytes moved are computed")
+        notes.append("this compiler counts no FLOPs: the products are those of the program's text")
     return dataclasses.replace(
         forecast,
         compiled=True,

@@ -1,6 +1,6 @@
 """Read a compiled program's text: its computations, how often a step runs each, and what its loops add to the costs.
 
-Used by the plan of a run. A compiler's own count takes the body of a loop once; `missed_costs` says what it leaves out.
+Used by the plan of a run. A compiler's own count takes the body of a loop once; `missed_flops` says what it leaves out.
 The text is what `compiled.as_text()` gives.
 """
 
@@ -76,14 +76,6 @@ class Program:
     fused: frozenset[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """FLOPs of matrix products, and bytes moved."""
-
-    flops: int = 0
-    bytes: int = 0
-
-
 def read_program(text: str) -> Program:
     """Return the computations of a program and how often each runs."""
     computations: dict[str, list[Instruction]] = {}
@@ -130,15 +122,13 @@ def memory_bytes(program: Program) -> int:
     return total
 
 
-def missed_costs(program: Program) -> Costs:
-    """Return what a step costs beyond a count that takes the body of each loop once."""
-    flops = moved = 0
-    for name, lines in program.computations.items():
-        again = program.times[name] - 1
-        if again > 0:
-            flops += again * _flops(lines)
-            moved += 0 if name in program.fused else again * _bytes(lines, program)
-    return Costs(flops, moved)
+def missed_flops(program: Program) -> int:
+    """Return the FLOPs of the products of a step beyond a count that takes the body of each loop once."""
+    return sum(
+        (program.times[name] - 1) * _flops(lines)
+        for name, lines in program.computations.items()
+        if program.times[name] > 1
+    )
 
 
 def array_bytes(arrays: Iterable[Array]) -> int:
@@ -245,12 +235,6 @@ def _convolution_flops(line: Instruction, left: Shape, right: Shape, out: Shape)
         last = (left[inside.index(str(axis))] - 1) * apart
         products *= int(np.sum((places >= 0) & (places <= last) & (places % apart == 0)))
     return 2 * products
-
-
-def _bytes(lines: Sequence[Instruction], program: Program) -> int:
-    """Return the bytes that the operations of one computation read and write."""
-    sizes = {line.name: array_bytes(line.arrays) for line in lines}
-    return sum(moved_bytes(line, sizes, program) for line in lines)
 
 
 def moved_bytes(line: Instruction, sizes: Mapping[str, int], program: Program) -> int:

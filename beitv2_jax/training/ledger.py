@@ -95,6 +95,7 @@ class Ledger:
         self._skipped_steps, self._skipped_run = skipped_steps, 0
         self.unreadable = unreadable
         self._window = self._total = _Window()
+        self._waited = 0.0
         self.restart_clock()
         self.figures: dict[str, float] = {}
 
@@ -106,7 +107,9 @@ class Ledger:
 
     def add(self, step: int, metrics: dict[str, jax.Array], example_ids: np.ndarray) -> None:
         """Take over the figures of a step that may still be running, and the ids of this process's rows in it."""
-        self._running.append(_Step(step, metrics, example_ids, self._watch.submit(_end_of, metrics["loss"])))
+        ended = self._watch.submit(_end_of, metrics["loss"])
+        self._running.append(_Step(step, metrics, example_ids, ended, waited=self._waited))
+        self._waited = 0.0
 
     def follow(self, *, leave: int) -> None:
         """Wait until all steps but the newest `leave` have ended; fetch figures where the plan wants one logged.
@@ -120,7 +123,7 @@ class Ledger:
             oldest = self._running.pop(0)
             ended = oldest.ended.result()
             startup.tell("first step", ended)
-            self._lap(ended)
+            self._lap(ended, oldest.waited)
             self._progress.advance()
             self._unread.append(oldest)
             if self._plan.logs(oldest.step) or len(self._unread) == MOST_UNREAD:
@@ -151,16 +154,19 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count, of the time spent inside, what came after the end of the last step: then the devices had no work."""
+        """Count, of the time spent inside, what came after the end of the last step: then the devices had no work.
+
+        It is part of the time that the next step takes, which is counted from the end of the last one on.
+        """
         started = time.monotonic()
         yield
         waited = time.monotonic() - started
         if self._running:
             last = self._running[-1]
             last.wait = started, started + waited
-            # counted at once, in the window that it fell into; a step that still runs kept the devices busy
+            # a step that still runs kept the devices busy
             waited = last.starved() if last.ended.done() else 0.0
-        self._window = self._window.waiting(waited)
+        self._waited = waited
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step was read: it went into something else than training."""
@@ -170,9 +176,9 @@ class Ledger:
         """End the thread that watches the steps."""
         self._watch.shutdown()
 
-    def _lap(self, now: float) -> None:
-        seconds, self._clock = now - self._clock, now
-        self._window, self._total = (window.lap(seconds) for window in (self._window, self._total))
+    def _lap(self, ended: float, waited: float) -> None:
+        seconds, self._clock = ended - self._clock, ended
+        self._window, self._total = (window.lap(seconds, waited) for window in (self._window, self._total))
 
     def _refuse_skipped(self, step: int, figures: dict[str, float], example_ids: np.ndarray) -> None:
         skipped = figures["nonfinite_steps"] + figures.get("spiked_steps", 0)
@@ -214,13 +220,17 @@ class Ledger:
 
 @dataclasses.dataclass
 class _Step:
-    """A step that was started: figures, ids, when it ended, and from when to when the next batch was waited for."""
+    """A step that was started: figures, ids, when it ended, and from when to when the next batch was waited for.
+
+    `waited` are the seconds before it that the devices spent without work.
+    """
 
     step: int
     metrics: dict[str, jax.Array]
     example_ids: np.ndarray
     ended: futures.Future
     wait: tuple[float, float] = (0.0, 0.0)
+    waited: float = 0.0
 
     def starved(self) -> float:
         """Return for how many seconds the devices, done with this step, waited for the next batch."""
@@ -229,7 +239,7 @@ class _Step:
 
 
 def _end_of(array: jax.Array) -> float:
-    array.block_until_ready()
+    jax.block_until_ready(array)
     return time.monotonic()
 
 
@@ -239,8 +249,5 @@ class _Window:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def lap(self, seconds: float) -> "_Window":
-        return dataclasses.replace(self, steps=self.steps + 1, seconds=self.seconds + seconds)
-
-    def waiting(self, seconds: float) -> "_Window":
-        return dataclasses.replace(self, waited=self.waited + seconds)
+    def lap(self, seconds: float, waited: float) -> "_Window":
+        return _Window(self.steps + 1, self.seconds + seconds, self.waited + waited)
