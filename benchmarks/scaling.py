@@ -46,8 +46,11 @@ RECIPES = {
 SAME_STEP = {"MIM large, ImageNet-22k": "MIM large 1600"}
 """Recipes whose compiled step is that of another; they differ in data and length alone."""
 GRADIENTS = {"efficiency.gradient_dtype": "bfloat16"}
-SWITCHES = ({}, *({"efficiency.remat": "full", "efficiency.accumulation_steps": steps} for steps in (1, 2, 4, 8)))
-"""What is tried, in this order, to make a step fit."""
+PARTS = (1, 2, 4, 8, 16)
+SWITCHES = tuple(
+    {"efficiency.remat": remat, "efficiency.accumulation_steps": parts} for remat in ("none", "full") for parts in PARTS
+)
+"""What is tried where a step does not fit as it is."""
 NUMBERS = (8, 64, 256, 512, 1024)
 OTHERS = ("v4:64", "v5e:64", "v5p:64", "v6e:64", "h100:8", "h100:64", "a100:64")
 OTHERS_RECIPE = "MIM base 1600"
@@ -92,23 +95,31 @@ def key_of(name: str, target: topologies.Target, config) -> str:
 
 
 def fitting(name: str, target: topologies.Target, **keys) -> tuple[Forecast, dict[str, object]]:
-    """Return the plan of a recipe by arithmetic with the first of SWITCHES that makes it fit, and the changed keys.
+    """Return the plan of a recipe by arithmetic, and the changed keys: as it is if it fits, else the fastest that does.
+
+    Of plans none of which fits it is the one that needs least memory.
 
     Raises:
         UserError: the batch cannot be divided over the target.
     """
+    as_it_is = computed(name, target, **keys)
+    if as_it_is.fits:
+        return as_it_is, keys
+    tried = [(as_it_is, keys)]
     for switches in SWITCHES:
         changed = {**keys, **switches}
         try:
-            forecast = planner.compute(planner.estimated(stage_of(name), **changed), target)
+            tried.append((computed(name, target, **changed), changed))
         except UserError:
-            if not switches:
-                raise
-            break  # no image is left to divide: the plan before it is the last
-        last = forecast, changed
-        if forecast.fits:
-            break
-    return last
+            continue  # no image is left to divide
+    fits = [(plan.step_s, number) for number, (plan, _) in enumerate(tried) if plan.fits]
+    needs = [(plan.memory.peak, number) for number, (plan, _) in enumerate(tried)]
+    return tried[min(fits or needs)[1]]
+
+
+def computed(name: str, target: topologies.Target, **keys) -> Forecast:
+    """Return the plan of a recipe by arithmetic, with changed keys."""
+    return planner.compute(planner.estimated(stage_of(name), **keys), target)
 
 
 def plan_figures(name: str, target: topologies.Target, known: dict, **keys) -> dict | str:
@@ -189,30 +200,36 @@ def differences_table(known: dict) -> str:
     header = ("plan", "peak GiB", "computed", "TFLOPs", "computed", "GB moved", "computed", "exchange ms", "computed")
     rows = [header]
     for key, figures in sorted(known.items()):
-        name, target, batch = _parsed(key)
-        computed, _ = fitting(name, target, **{"run.batch_size": batch})
+        name, target, keys = _parsed(key)
+        arithmetic = computed(name, target, **keys)
         counted = figures["flops_per_chip"]["compiler"]
-        moved = f"{figures['bytes_moved_per_chip'] / GIGA:.1f}" if counted else "not counted"
         rows.append(
             (
                 key,
                 f"{figures['memory_per_chip']['peak'] / GIB:.2f}",
-                _percent(computed.memory.peak, figures["memory_per_chip"]["peak"]),
+                _percent(arithmetic.memory.peak, figures["memory_per_chip"]["peak"]),
                 f"{counted / TERA:.2f}" if counted else "not counted",
-                _percent(computed.arithmetic_flops, counted),
-                moved,
-                _percent(computed.bytes_moved, figures["bytes_moved_per_chip"] if counted else None),
+                _percent(arithmetic.arithmetic_flops, counted),
+                f"{figures['bytes_moved_per_chip'] / GIGA:.1f}",
+                _percent(arithmetic.bytes_moved, figures["bytes_moved_per_chip"]),
                 f"{1e3 * figures['roofline_seconds']['interconnect']:.1f}",
-                _percent(computed.interconnect_s, figures["roofline_seconds"]["interconnect"]),
+                _percent(arithmetic.interconnect_s, figures["roofline_seconds"]["interconnect"]),
             )
         )
     return markdown_table(rows)
 
 
-def _parsed(key: str) -> tuple[str, topologies.Target, int]:
+def _parsed(key: str) -> tuple[str, topologies.Target, dict[str, object]]:
+    """Return recipe, target and changed keys of a plan that `key_of` named."""
     name = max((name for name in RECIPES if key.startswith(name + ", ")), key=len)
-    target, batch, *_ = key.removeprefix(name + ", ").split(", ")
-    return name, topologies.parse(target), int(batch.removeprefix("batch "))
+    target, batch, *switches = key.removeprefix(name + ", ").split(", ")
+    keys: dict[str, object] = {"run.batch_size": int(batch.removeprefix("batch "))}
+    for switch in switches:
+        if switch.startswith("remat "):
+            keys["efficiency.remat"] = switch.removeprefix("remat ")
+        else:
+            keys["efficiency.accumulation_steps"] = int(switch.removesuffix(" parts"))
+    return name, topologies.parse(target), keys
 
 
 def _percent(computed: float, compiled: float | None) -> str:

@@ -268,9 +268,9 @@ def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(bas
 def test_the_best_of_many_fit_and_are_in_order(base):
     plans = search.auto(base, "v5e:64", make=None, minutes=0)
     assert 1 <= len(plans) <= 5 and all(plan.fits and plan.target.count == 64 for plan in plans)
-    assert plans[0].mesh["data"] == 64  # of arithmetic that shards weights less is believed
-    sharded = [plan.hours for plan in plans[1:]]
-    assert sharded == sorted(sharded) and sharded[0] < search.OPTIMISM * plans[0].hours
+    assert plans[0].mesh["data"] == 64  # weights that are gathered take longer
+    hours = [plan.hours for plan in plans]
+    assert hours == sorted(hours)
     assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
 
 
@@ -287,18 +287,19 @@ def test_the_best_are_compiled_until_the_time_is_over_and_those_refused_are_left
     def make(stage, target):
         made = planner.compute(stage, target)
         now[0] += 60
-        size = made.memory.usable + 1 if made.mesh["fsdp"] == 2 else made.memory.peak
+        size = made.memory.usable + 1 if made.mesh == refused else made.memory.peak
         memory = dataclasses.replace(made.memory, peak=size)
         return dataclasses.replace(made, memory=memory, compiled=True, compile_s=60.0)
 
     monkeypatch.setattr(planner, "varied", planner.estimated)
     computed = search.auto(tiny, "v5e:2x4", make=None, minutes=0)
     assert {plan.compiled for plan in computed} == {False} and len(computed) == 5
+    refused = computed[1].mesh
     best = search.auto(tiny, "v5e:2x4", make=make, minutes=3)
     assert 1 < now[0] / 60 <= 3 and len(best) == 5
     tried = [plan.mesh for plan in computed[: int(now[0]) // 60]]
-    assert [plan.mesh for plan in best if plan.compiled] == [mesh for mesh in tried if mesh["fsdp"] != 2]
-    assert any(mesh["fsdp"] == 2 for mesh in tried)
+    assert [plan.mesh for plan in best if plan.compiled] == [mesh for mesh in tried if mesh != refused]
+    assert refused in tried and refused not in [plan.mesh for plan in best]
 
 
 def test_arithmetic_without_tracing_is_the_same(tiny):

@@ -38,12 +38,15 @@ USABLE_SHARE = {"cuda": 0.95, "tpu": 15.75 / 16}
 """Of a chip's memory: what a GPU's allocator and libraries leave, and what the TPU compiler takes for available."""
 TEMPORARIES = {"cuda": 1.3, "tpu": 1.0}
 """Temporary memory that a compiler takes, over that by arithmetic; a GPU's fuses less. Fitted to a step of MIM base."""
-STATE_TRAFFIC = 110
-"""Bytes that a step moves for each parameter: weights, gradients and moments, read and written several times."""
+STATE_TRAFFIC = 32
+"""Bytes that a step moves for each parameter: gradient read for its norm, all four read, and three of them written."""
 PART_TRAFFIC = 24
 """... and for each further part of a batch whose gradients are accumulated: weights read, sums read and written."""
-ACTIVATION_TRAFFIC = 12.0
-"""Times that a step moves each byte that passes through it. Both are fitted to the TPU compiler's counts."""
+PASSES = {"cuda": (10.5, 10.5), "tpu": (1.0, 12.0)}
+"""Least and most times that a step moves each byte that passes through it, fitted to compiled programs. A TPU keeps
+what it can in its cores' own memory."""
+KEPT_STREAM = 70e6
+"""Bytes of the residual stream of a chip's images at which the times lie halfway between."""
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
@@ -277,7 +280,7 @@ def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Netw
     passed = sum(part.passed or part.kept + part.held for part in stage.parts)
     local_params = accounting.device_bytes(stage.state.params) / FLOAT32
     moved = (STATE_TRAFFIC + (steps - 1) * PART_TRAFFIC) * local_params
-    moved += ACTIVATION_TRAFFIC * images * passed + steps * frozen_bytes
+    moved += _passes(config, chip.platform, images / steps) * images * passed + steps * frozen_bytes
     # what is gathered is written, and read again; what is scattered likewise
     moved += 2 * sum(c.count * c.bytes for c in collectives if c.kind != "all-reduce")
     plain, exact = (share * total_flops(stage.parts, exact=value) for value in (False, True))
@@ -301,6 +304,13 @@ def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Netw
         interconnect_s=_exchange_seconds(collectives, network),
         notes=stage.notes,
     )
+
+
+def _passes(config, platform: str, images: float) -> float:
+    """Return how often a step moves each byte that passes through it, with so many images on a chip at once."""
+    least, most = PASSES[platform]
+    stream = FLOAT32 * images * max(blocks.tokens * blocks.width for blocks in transformers(config))
+    return least + (most - least) * stream / (stream + KEPT_STREAM)
 
 
 def _exchange_seconds(collectives: Iterable[Collective], network: Network) -> float:

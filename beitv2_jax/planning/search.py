@@ -1,7 +1,6 @@
 """Look for better plans: the switches that make a step fit, and the best meshes and batches for a kind of chip."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,12 +18,9 @@ SHOWN_OF_A_TARGET = 2
 """... of them where numbers of chips are compared too."""
 NEAR = 1.1
 """Plans that cost at most so many times the cheapest compete by time."""
-OPTIMISM = 1.1
-"""Arithmetic that shards weights counts as so much slower. The TPU's compiler cuts a product whose weights are gathered
-into rounds, and may read the other factor in each again, of which arithmetic knows nothing."""
 REMAT = ("none", "dots", "full")
 """From what keeps most to what keeps least."""
-ACCUMULATION = (1, 2, 4, 8)
+ACCUMULATION = (1, 2, 4, 8, 16)
 GIB = 2**30
 
 Make = Callable[[Stage, Target], Forecast]
@@ -86,9 +82,8 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
 
     Meshes, numbers of chips, remat and accumulation, and so the batch that a chip holds at once, are tried by
     arithmetic. Among the plans that fit and cost at most NEAR times the chip-hours of the cheapest, the faster is
-    better; then come the others, the cheaper ones first. Computed plans that shard weights are taken for OPTIMISM times
-    as slow as they say. From the best one on `make` then compiles them, and leaves out
-    those that do not fit after all, until SHOWN are found, at most SHOWN_OF_A_TARGET of one number of chips; no
+    better; then come the others, the cheaper ones first. From the best one on `make` then compiles them, and leaves
+    out those that do not fit after all, until SHOWN are found, at most SHOWN_OF_A_TARGET of one number of chips; no
     compilation is begun that would probably end after `minutes`, so that the last may be computed still.
 
     Raises:
@@ -107,16 +102,11 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
         )
     logging.info("%d plans for %s tried by arithmetic, %d fit", len(tried), kind, len(fitting))
 
-    def hours(forecast: Forecast) -> float:
-        sharded = forecast.mesh["fsdp"] * forecast.mesh["tensor"] > 1
-        return forecast.hours * (OPTIMISM if sharded and not forecast.compiled else 1.0)
-
-    cheapest = min(hours(forecast) * forecast.target.count for forecast in fitting)
+    cheapest = min(forecast.chip_hours for forecast in fitting)
 
     def rank(forecast: Forecast) -> tuple[bool, float]:
-        chip_hours = hours(forecast) * forecast.target.count
-        near = chip_hours <= NEAR * cheapest
-        return (not near, hours(forecast) if near else chip_hours)
+        near = forecast.chip_hours <= NEAR * cheapest
+        return (not near, forecast.hours if near else forecast.chip_hours)
 
     best: list[Forecast] = []
     most = SHOWN if len(chosen) == 1 else SHOWN_OF_A_TARGET
@@ -143,19 +133,25 @@ def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[
 
 
 def _tried(stage: Stage, target: Target) -> Iterator[Forecast]:
-    """Yield, of every mesh, the plans up to the first that fits; accumulation costs least, so it goes before remat."""
+    """Yield plans of every mesh: the fastest that fits with the least remat that any fits with, and those that do not.
+
+    Fewer images at once may be the faster: more of what passes stays on a core.
+    """
     variants = {
-        (remat, steps): planner.estimated(stage, **{"efficiency.remat": remat, "efficiency.accumulation_steps": steps})
-        for remat, steps in itertools.product(REMAT, ACCUMULATION)
+        remat: {
+            steps: planner.estimated(stage, **{"efficiency.remat": remat, "efficiency.accumulation_steps": steps})
+            for steps in ACCUMULATION
+        }
+        for remat in REMAT
     }
     for mesh in _meshes(target):
         rows, left = divmod(stage.config.run.batch_size, batch_parts(mesh))
-        for (_, steps), variant in variants.items():
-            if left or rows % steps:
-                continue
-            forecast = planner.compute(variant, target, mesh)
-            yield forecast
-            if forecast.fits:
+        for by_steps in variants.values():
+            possible = (plan for steps, plan in by_steps.items() if not left and rows % steps == 0)
+            plans = [planner.compute(plan, target, mesh) for plan in possible]
+            yield from (forecast for forecast in plans if not forecast.fits)
+            if fitting := [forecast for forecast in plans if forecast.fits]:
+                yield min(fitting, key=lambda forecast: forecast.step_s)
                 break
 
 
