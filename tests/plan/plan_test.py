@@ -73,7 +73,8 @@ def check_figures(plan):
     # the products that are compiled are those of the formulas; the compiler's own count has the rest in it too
     assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
     assert plan.product_flops == pytest.approx(plan.arithmetic_flops)
-    assert plan.bytes_moved > plan.memory.arguments
+    # each parameter is read and written, at least
+    assert plan.bytes_moved > 2 * 4 * parameters(plan) / plan.mesh["fsdp"]
 
 
 @pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)
