@@ -300,7 +300,7 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
             xscale="log", yscale="log", xlabel="size over the smallest", ylabel=f"{words} over that of the smallest"
         )
         if axes.lines:
-            axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+            axes.legend(fontsize=6, title="exponent", title_fontsize=6, loc="lower right")
     figure.savefig(path, metadata=metadata)
     pyplot.close(figure)
 
