@@ -278,7 +278,7 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     results, on_cpu = measured["results"], measured["environment"]["platform"] == "cpu"
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 5), layout="constrained")
     bars = [(words, ratio(results, first, second), goal) for words, first, second, goal in COMPARISONS]
     bars = [bar for bar in reversed(bars) if bar[1]]
     for place, (_, (median, low, high), goal) in enumerate(bars):
@@ -300,7 +300,8 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
             xscale="log", yscale="log", xlabel="size over the smallest", ylabel=f"{words} over that of the smallest"
         )
         if axes.lines:
-            axes.legend(fontsize=6, title="exponent", title_fontsize=6, loc="lower right")
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+            axes.legend(fontsize=7, title="exponent", title_fontsize=7, **below)
     figure.savefig(path, metadata=metadata)
     pyplot.close(figure)
 
