@@ -62,7 +62,7 @@ _CHOICES = {
     "efficiency.remat": ("none", "dots", "full"),
     "efficiency.attention": ("auto", "plain", "cudnn", "pallas"),
     "efficiency.nearest_code": ("auto", "plain", "scan", "pallas"),
-    "efficiency.cross_entropy": ("auto", "plain", "tiled"),
+    "efficiency.cross_entropy": ("auto", "plain", "rounded", "tiled"),
     "output.dtype": ("int8", "bfloat16", "float16", "float32"),
 }
 

@@ -1,6 +1,7 @@
-"""The exceptions that end the program without a traceback, and what helps to word them."""
+"""The exceptions that end the program without a traceback, and what helps to word and to tell them."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -32,3 +33,9 @@ class Preempted(Exception):
     """
 
     EXIT_CODE = 75
+
+
+def tell(message: object) -> None:
+    """Write `message` to stderr in one piece, as `print` does not: the processes of a run may share that stream."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import startup
-from beitv2_jax.errors import Preempted, UserError, nearest
+from beitv2_jax.errors import Preempted, UserError, nearest, tell
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
 HEARTBEAT_SECONDS = 100
@@ -296,10 +296,10 @@ def main() -> None:
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        tell(f"Error: {error}")
         leave(2)
     except Preempted as preempted:
-        print(preempted, file=sys.stderr)
+        tell(preempted)
         leave(Preempted.EXIT_CODE)
     except Exception:
         traceback.print_exc()

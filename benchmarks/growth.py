@@ -19,7 +19,7 @@ from benchmarks.recipes import Recipe, recipe
 BATCHES = {True: (2, 8, 32), False: (32, 64, 128, 256, 512)}
 SIDES = {True: (64, 112, 192), False: (112, 160, 224, 320, 448)}
 DEPTHS = {True: (1, 2, 4), False: (6, 12, 24, 48)}
-CODES = {True: (1024, 4096, 16384, 65536), False: (1024, 4096, 8192, 16384, 65536)}
+CODES = (1024, 4096, 8192, 16384, 65536)
 LENGTH_TOKENS = {True: 512, False: 25088}
 """Patches of a batch over which the sequence length grows: the fewer images, the longer they are."""
 
@@ -53,15 +53,15 @@ def over_depth(found: Recipe, *, effort: timing.Effort, options: Mapping[str, An
 
 def over_codes(found: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the growth of lookup, sums and update with the codes, in every form of the lookup."""
-    sizes, by_form = CODES[options["quick"]], {}
-    for size in sizes:
+    by_form = {}
+    for size in CODES:
         part = parts.quantizer(
             recipe("vqkd", quick=options["quick"], changes={**options["changes"], "model.codebook_size": size})
         )
         for name, form in parts.measure(part, effort)["forms"].items():
             point = {"seconds": form["seconds"], "bytes": form["planned_bytes"], "size": size}
             by_form.setdefault(name, []).append(point)
-    forms = {name: _fitted("codes, costs of one batch", sizes, points) for name, points in by_form.items()}
+    forms = {name: _fitted("codes, costs of one batch", CODES, points) for name, points in by_form.items()}
     return {"along": "codes, costs of one batch", "forms_growth": forms}
 
 

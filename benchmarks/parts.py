@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from beitv2_jax.models import attention, nearest, preprocess
-from beitv2_jax.models.cross_entropy import head_cross_entropy
+from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
 from beitv2_jax.planning.accounting import traced_flops
@@ -142,6 +142,10 @@ def cross_entropy(recipe: Recipe) -> Part:
         logits = jnp.matmul(tokens, kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
         return masked_cross_entropy(logits, ids), jnp.argmax(logits, axis=-1) == ids
 
+    def rounded(tokens, kernel, bias, ids):
+        logits = jnp.matmul(tokens, kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
+        return rounded_cross_entropy(logits, ids, dtype), jnp.argmax(logits, axis=-1) == ids
+
     def tiled(tokens, kernel, bias, ids):
         return head_cross_entropy(tokens, kernel, bias, ids, dtype=dtype)
 
@@ -153,7 +157,8 @@ def cross_entropy(recipe: Recipe) -> Part:
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
 
     arguments = tokens, kernel, bias, ids
-    forms = {name: (functools.partial(trained, form), arguments) for name, form in (("plain", plain), ("tiled", tiled))}
+    functions = {"plain": plain, "rounded": rounded, "tiled": tiled}
+    forms = {name: (functools.partial(trained, function), arguments) for name, function in functions.items()}
 
     patches = shape[0] * shape[1]
     sizes = {"patches": patches, "width": model.width, "codebook_size": model.codebook_size, "dtype": str(dtype)}

@@ -54,8 +54,8 @@ def page(measured: Mapping[str, Any], plot: str) -> str:
     sections = [_provenance(measured), goals(results, on_cpu)]
     if not on_cpu:
         sections.append(speeds(results))
-    sections += [work(results), forms(results), loading(results, on_cpu), growth(results), f"![How cost grows]({plot})"]
-    sections.append(missing(results))
+    sections += [work(results), chosen(results), forms(results), over_sizes(results), loading(results, on_cpu)]
+    sections += [growth(results), f"![How cost grows]({plot})", missing(results)]
     return "\n\n".join(filter(None, sections))
 
 
@@ -175,6 +175,19 @@ def work(results: Mapping[str, Any]) -> str:
     return markdown_table(rows) if len(rows) > 1 else ""
 
 
+def chosen(results: Mapping[str, Any]) -> str:
+    """Return which forms the steps took, one line for all that took the same."""
+    steps: dict[str, list[str]] = {}
+    for name in results:
+        for found in rounds(results, name)[-1:]:
+            if "chosen" in found:
+                taken = ", ".join(f"{key.replace('_', ' ')} {form}" for key, form in found["chosen"].items())
+                steps.setdefault(taken, []).append(found["what"])
+    return "\n".join(
+        f"- Forms taken by {'all steps' if len(steps) == 1 else '; '.join(of)}: {taken}." for taken, of in steps.items()
+    )
+
+
 def forms(results: Mapping[str, Any]) -> str:
     """Return the table of the parts alone: each form's speed and memory relative to the plain one."""
     rows = [("part alone", "at", "form", "speed over plain", "range", "memory over plain")]
@@ -187,15 +200,31 @@ def forms(results: Mapping[str, Any]) -> str:
             for form, figures in found["forms"].items():
                 if form == "plain":
                     continue
-                ratios = [
-                    a / b for a, b in zip(plain["seconds"]["samples"], figures["seconds"]["samples"], strict=True)
-                ]
-                shown = _times(statistics.median(ratios), min(ratios), max(ratios))
+                shown = _speed_over(plain, figures)
                 memory = f"{figures['planned_bytes'] / plain['planned_bytes']:.2f}"
                 rows.append((found["what"], sizes, form, *shown, memory))
             for form, why in found["skipped"].items():
                 rows.append((found["what"], sizes, form, f"not measured: {why}", "", ""))
     return markdown_table(rows) if len(rows) > 1 else ""
+
+
+def over_sizes(results: Mapping[str, Any]) -> str:
+    """Return the table of the parts that were measured at several sizes: each form relative to the plain one."""
+    rows = [("of", "size", "form", "speed over plain", "range", "memory over plain", "memory of the plain form")]
+    for name in results:
+        for found in rounds(results, name)[-1:]:
+            curves = {form: curve["growth"] for form, curve in found.get("forms_growth", {}).items()}
+            for number, plain in enumerate(curves.pop("plain", ())):
+                for form, points in curves.items():
+                    shown = _speed_over(plain, points[number])
+                    memory = f"{points[number]['bytes'] / plain['bytes']:.2f}", f"{plain['bytes'] / 2**20:,.0f} MiB"
+                    rows.append((found["what"], f"{plain['size']:,}", form, *shown, *memory))
+    return markdown_table(rows) if len(rows) > 1 else ""
+
+
+def _speed_over(plain: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
+    ratios = [a / b for a, b in zip(plain["seconds"]["samples"], other["seconds"]["samples"], strict=True)]
+    return _times(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def loading(results: Mapping[str, Any], on_cpu: bool) -> str:

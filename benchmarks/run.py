@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, nearest, tell
 from beitv2_jax.files import write_text
 
 TIMEOUT = 900
@@ -191,5 +191,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        tell(f"Error: {error}")
         sys.exit(2)

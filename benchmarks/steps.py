@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beitv2_jax.data.store.packing import CODE_IDS, FeatureEncoding
-from beitv2_jax.models import fast_paths
+from beitv2_jax.models import fast_paths, trials
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.teachers import Teacher, clip_teacher
@@ -50,6 +50,7 @@ class Step:
         parts: its work by arithmetic, for one image; without products that are done again for want of memory.
         traced_flops: of one call, counted in the traced program.
         parameters: trained numbers, or those of the frozen network where nothing is trained.
+        forms: what "auto" came to mean, by setting.
     """
 
     lowered: jax.stages.Lowered
@@ -58,6 +59,7 @@ class Step:
     parts: list[Component]
     traced_flops: int
     parameters: int
+    forms: Mapping[str, str]
 
 
 def mim(recipe: Recipe, *, live: bool = False) -> Step:
@@ -219,6 +221,7 @@ def training_step(
         components(without_remat, frozen_vit),
         accounting.traced_flops(step, *arguments),
         _numbers(state.params),
+        _forms(recipe),
     )
 
 
@@ -238,6 +241,7 @@ def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mappi
         [part for part in components(recipe, frozen_vit) if part.frozen],
         accounting.traced_flops(apply, *arguments),
         _numbers(arguments[0]),
+        _forms(recipe),
     )
 
 
@@ -282,8 +286,18 @@ def bare_task(name: str, **functions) -> Task:
 
 def compute(model: type, recipe: Recipe) -> dict[str, Any]:
     """Return how a recipe wants a model of this class to compute on its device, as its keyword arguments."""
-    chosen = fast_paths.resolved(recipe.efficiency, device_of(recipe).platform)
-    return {key: value for key, value in chosen.items() if key in model.__dataclass_fields__}
+    return {key: value for key, value in _settings(recipe).items() if key in model.__dataclass_fields__}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    platform = device_of(recipe).platform
+    if "device" in recipe:  # it need not be here
+        return fast_paths.resolved(recipe.efficiency, platform)
+    return trials.chosen(recipe, recipe.efficiency, platform)
+
+
+def _forms(recipe: Recipe) -> dict[str, str]:
+    return {key: form for key, form in _settings(recipe).items() if key in fast_paths.AUTO}
 
 
 def device_of(recipe: Recipe) -> jax.Device:

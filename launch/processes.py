@@ -44,8 +44,12 @@ def explain(processes: list[Popen]) -> int:
     code, number = min(ended, default=(0, 0))
     code = 128 - code if code < 0 else code
     if code and len(processes) > 1:
-        print(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped", file=sys.stderr)
+        tell(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped")
     return code
+
+
+def tell(message: str) -> None:
+    sys.stderr.write(f"{message}\n")  # one write, as the processes write there too: print makes two
 
 
 if __name__ == "__main__":
@@ -55,6 +59,6 @@ if __name__ == "__main__":
     code = run(start(count, arguments))
     while not stop_requests and restarts and (code == os.EX_TEMPFAIL or code > 128):
         restarts -= 1
-        print(f"ended with exit code {code}: starting again, {restarts} restarts left", file=sys.stderr)
+        tell(f"ended with exit code {code}: starting again, {restarts} restarts left")
         code = run(start(count, arguments))
     sys.exit(code)

@@ -20,6 +20,7 @@ ROOMS = {
     "data": 1,
     "models.attention": 1,
     "models.attention_kernels": 1,
+    "models.gradients": 1,
     "models.layers": 1,
     "models.nearest": 1,
     "models.nearest_kernels": 1,

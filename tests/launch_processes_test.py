@@ -3,6 +3,7 @@
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,3 +161,10 @@ def test_two_processes_of_main_compute_together(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert [(tmp_path / f"w-{rank}").read_text() for rank in (0, 1)] == ["finetune 2 2 cpu 11"] * 2
+
+
+def test_a_message_is_one_write_as_the_processes_share_the_stream():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    command = [sys.executable, str(SCRIPT), "2", "0", "-c", "import sys; sys.exit(3)"]
+    assert subprocess.run(command, stderr=theirs, timeout=60).returncode == 3
+    assert ours.recv(10_000).endswith(b" of 2 ended with exit code 3; all are stopped\n")

@@ -129,7 +129,7 @@ def main(folder: Path, limit: float) -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() - started > 2.5 * limit:
+            elif time.monotonic() - started > (2.5 if running[pid] == ("stopped", 0) else 8) * limit:
                 os.kill(pid, signal.SIGKILL)
             elif time.monotonic() - started > 1.5 * limit and running[pid][0] == "paused":
                 os.kill(pid, signal.SIGCONT)

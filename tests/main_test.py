@@ -1,6 +1,7 @@
 """The command line: every slip gets its three parts and exit code 2; a sound one reaches the stage."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_a_slip_is_printed_without_traceback_and_exits_2(tmp_path):
         "  Instead:  --config.teacher.weights=''",
     ]
     assert not (tmp_path / "w").exists()
+
+
+def test_a_message_is_one_write_so_that_processes_may_share_a_stream(tmp_path):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    command = [sys.executable, "-m", "beitv2_jax.main", "--config=configs/vqkd.py", f"--workdir={tmp_path}/w"]
+    subprocess.run([*command, "--config.teacher.weigths=x"], cwd=ROOT, stderr=theirs, timeout=120)
+    assert ours.recv(10_000).endswith(b"--config.teacher.weights=''\n")
 
 
 def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):

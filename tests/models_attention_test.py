@@ -93,7 +93,7 @@ def test_padding_changes_nothing(dtype):
 
     def lengthened(qkv, bias):
         parts = (part.reshape(3, 13, 2, 8) for part in jnp.split(qkv, 3, axis=-1))
-        queries, keys, values, bias = attention.padded(*parts, bias, multiple=8)
+        queries, keys, values, bias = attention.padded(*parts, bias, 13)
         assert queries.shape == (3, 16, 2, 8) and bias.shape == (1, 2, 16, 16) and bias.dtype == dtype
         mixed = jax.nn.dot_product_attention(queries, keys, values, bias=bias, implementation="xla")
         return mixed[:, :13].reshape(3, 13, 16)

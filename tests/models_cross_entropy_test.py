@@ -1,4 +1,4 @@
-"""The tiled cross entropy against logits that stand in memory: losses, hits and all gradients, and its memory."""
+"""The forms of cross entropy against logits that stand in memory: losses, hits and all gradients, and its memory."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from testing import drawn_variables, quick_jit
 
-from beitv2_jax.models.cross_entropy import head_cross_entropy
+from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.layers import Linear
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.tasks.losses import masked_cross_entropy
@@ -36,6 +36,11 @@ def tiled(features, params, labels, **kwargs):
     return head_cross_entropy(features, **params, labels=labels, **kwargs)
 
 
+def rounded(features, params, labels, *, dtype):
+    logits = Linear(len(params["bias"]), dtype=dtype, out_dtype=jnp.float32).apply({"params": params}, features)
+    return rounded_cross_entropy(logits, labels, dtype), jnp.argmax(logits, axis=-1) == labels
+
+
 def with_gradients(function, features, params, labels, cotangent):
     @quick_jit
     def run(features, params, labels, cotangent):
@@ -49,19 +54,28 @@ def distances(found, expected):
     return [jnp.abs(have - want).max() / jnp.abs(want).max() for have, want in zip(found, expected, strict=True)]
 
 
-@pytest.mark.parametrize("tile", [4, 1024])  # 4 leaves a tile that is not full
-def test_losses_hits_and_gradients_equal_those_of_whole_logits(tile):
+FORMS = {  # 4 leaves a tile that is not full
+    "rounded": rounded,
+    "tiles of 4": functools.partial(tiled, tile=4),
+    "tiles of 8": functools.partial(tiled, tile=8),
+    "one tile": tiled,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_hits_and_gradients_equal_those_of_whole_logits(form):
     expected, expected_hits = with_gradients(functools.partial(plain, dtype=jnp.float32), *arrays())
-    found, hits = with_gradients(functools.partial(tiled, dtype=jnp.float32, tile=tile), *arrays())
+    found, hits = with_gradients(functools.partial(FORMS[form], dtype=jnp.float32), *arrays())
     assert max(distances(found, expected)) < 2e-6
     np.testing.assert_array_equal(hits, expected_hits)
     assert 0 < hits.sum() < hits.size
 
 
-def test_in_bfloat16_it_is_as_near_the_exact_result():
+@pytest.mark.parametrize("form", ["rounded", "tiles of 8"])
+def test_in_bfloat16_it_is_as_near_the_exact_result(form):
     exact, _ = with_gradients(functools.partial(plain, dtype=jnp.float32), *arrays(width=67))
     usual, hits = with_gradients(functools.partial(plain, dtype=jnp.bfloat16), *arrays(width=67))
-    found, found_hits = with_gradients(functools.partial(tiled, dtype=jnp.bfloat16, tile=8), *arrays(width=67))
+    found, found_hits = with_gradients(functools.partial(FORMS[form], dtype=jnp.bfloat16), *arrays(width=67))
     np.testing.assert_array_equal(found_hits, hits)
     assert max(distances(found, exact)) < 1e-2
     # by default a kernel's gradient leaves its product in float32
@@ -107,7 +121,8 @@ def test_both_branches_of_the_masked_image_model_have_the_same_losses(shared_hea
         losses = functools.partial(code_losses, model.clone(cross_entropy=form), num_masked=2, train=False)
         return quick_jit(losses)(params, images, mask, targets)
 
-    plain_losses, tiled_losses = found("plain"), found("tiled")
+    plain_losses, tiled_losses, rounded_losses = found("plain"), found("tiled"), found("rounded")
     assert set(plain_losses) == {"final", "aggregation"}
     chex.assert_trees_all_close(tiled_losses, plain_losses, rtol=1e-5)
+    chex.assert_trees_all_close(rounded_losses, plain_losses, rtol=1e-5)
     assert np.abs(plain_losses["final"][0] - plain_losses["aggregation"][0]).min() > 1e-3

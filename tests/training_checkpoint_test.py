@@ -1,5 +1,9 @@
 """Checkpoints: exact, onto any mesh, with the iterator where the state is, and only of the same structure."""
 
+import errno
+import threading
+import time
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,6 +101,28 @@ def test_checkpoint_of_another_structure_is_refused(written, change, text):
     checkpointer = Checkpointer(directory)
     with pytest.raises(UserError, match=text):
         checkpointer.restore(change(make(sharding.make_mesh(), create=False)))
+    checkpointer.close()
+
+
+def test_a_save_that_failed_leaves_nothing_though_others_of_its_items_are_still_being_written(tmp_path, monkeypatch):
+    run = threading.Thread.run
+
+    def run_as_in_trouble(thread):
+        if thread.name == "array_type_handler":
+            time.sleep(0.7)
+        run(thread)
+        if thread.name == "serialize_shardings":
+            raise OSError(errno.EFBIG, "File too large")
+
+    checkpointer, current = Checkpointer(tmp_path / "checkpoints"), make(sharding.make_mesh(1, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "run", run_as_in_trouble)
+        with pytest.raises(UserError, match=r"step 1 could not be written to .*: File too large"):
+            checkpointer.save(1, current, {"next_batch": 1}, last=True)
+        time.sleep(1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    checkpointer.save(2, current, {"next_batch": 2}, last=True)
+    assert checkpointer.latest_step() == 2
     checkpointer.close()
 
 

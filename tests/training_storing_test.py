@@ -297,12 +297,12 @@ def test_a_claim_goes_to_one_and_comes_back(tmp_path):
 
 
 def test_a_claim_without_a_heartbeat_is_free_after_a_while(tmp_path):
-    beating = claims.Claims(tmp_path, heartbeat_seconds=0.02, stale_seconds=0.2)
-    silent = claims.Claims(tmp_path, heartbeat_seconds=60, stale_seconds=0.2)
-    with beating, silent, claims.Claims(tmp_path, stale_seconds=0.2) as other:
+    beating = claims.Claims(tmp_path, heartbeat_seconds=0.02, stale_seconds=1.0)
+    silent = claims.Claims(tmp_path, heartbeat_seconds=60, stale_seconds=1.0)
+    with beating, silent, claims.Claims(tmp_path, stale_seconds=1.0) as other:
         assert beating.take("a") and silent.take("b")
         for _ in range(5):
-            time.sleep(0.08)
+            time.sleep(0.4)
             assert not other.take("a")
             if other.take("b"):
                 break
@@ -311,9 +311,18 @@ def test_a_claim_without_a_heartbeat_is_free_after_a_while(tmp_path):
         silent.release("b")  # no longer its own
         assert silent.take("c")
         for _ in range(4):
-            time.sleep(0.08)
+            time.sleep(0.4)
             assert not silent.take("c"), "took its own claim for a dead one"
         assert not beating.take("b")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"machine": "here", "pi', b"[]"])
+def test_a_claim_whose_worker_died_while_writing_it_is_free_after_two_beats(tmp_path, content):
+    (tmp_path / "a.claim").write_bytes(content)
+    with claims.Claims(tmp_path, heartbeat_seconds=0.1, stale_seconds=60) as worker:
+        assert not worker.take("a"), "it may be being written at this moment"
+        time.sleep(0.3)
+        assert worker.take("a")
 
 
 def test_claims_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):

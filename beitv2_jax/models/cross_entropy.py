@@ -1,7 +1,8 @@
-"""Cross entropy of a linear output layer whose logits never stand in memory at once.
+"""Cross entropy of a linear output layer whose float32 logits do not wait for the backward pass.
 
 For the heads over 8192 codes: float32 logits of all masked patches, their softmax and its gradient are the largest
-arrays of the masked image model's step. Here the classes pass by in tiles, forward and again backward.
+arrays of the masked image model's step. 'rounded' keeps of them their gradient alone, in the dtype of the products;
+'tiled' keeps nothing: the classes pass by in tiles, forward and again backward.
 """
 
 import functools
@@ -11,8 +12,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-IMPLEMENTATIONS = ("plain", "tiled")
+IMPLEMENTATIONS = ("plain", "rounded", "tiled")
 TILE = 1024
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_cross_entropy(logits: Float[Array, "b m k"], labels: Int[Array, "b m"], dtype: Any) -> Float[Array, "b m"]:
+    """Return -log softmax(logits)[label] in nats, in float32.
+
+    softmax(logits) - one-hot(label) is kept in `dtype`, that of the products which take it up in the backward pass.
+    """
+    return _rounded_forward(logits, labels, dtype)[0]
+
+
+def _rounded_forward(logits, labels, dtype):
+    log_probabilities = jax.nn.log_softmax(logits)
+    losses = -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
+    return losses, (jnp.exp(log_probabilities) - is_label).astype(dtype)
+
+
+def _rounded_backward(dtype, of_logits, of_losses):
+    return of_losses[..., None] * of_logits, None
+
+
+rounded_cross_entropy.defvjp(_rounded_forward, _rounded_backward)
 
 
 def head_cross_entropy(

@@ -1,7 +1,6 @@
-"""Which form of a computation 'auto' means on a platform; every form gives the plain one's results up to rounding.
+"""Which forms of a computation there are, and which one 'auto' means where none can be tried.
 
-`AUTO` names only forms that have run on that platform. The others are tested against the plain form and compiled for
-it, but wait for a measurement there; they are had by name.
+Every form gives the plain one's results up to rounding. On an accelerator at hand `trials` settles what 'auto' means.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ AUTO = {
     "nearest_code": {"cpu": "scan", "gpu": "scan", "tpu": "plain"},  # a TPU's compiler keeps no matrix of the plain one
     "cross_entropy": {"cpu": "plain", "gpu": "plain", "tpu": "plain"},
 }
+"""On a CPU as measured; for a chip that is not there what its compiler takes, never a kernel that has not run on it."""
 
 
 def resolved(efficiency: Mapping[str, Any], platform: str) -> dict[str, Any]:

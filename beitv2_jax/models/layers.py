@@ -14,22 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from beitv2_jax.models.attention import attend
+from beitv2_jax.models.attention import attend, lengthened
+from beitv2_jax.models.gradients import PRODUCT, gelu, normalised, product, shifted
 from beitv2_jax.typing import AttentionBias, Scalar, Tokens
 
 INIT_STD = 0.02
 QKV_BIASES = ("qv", "full", "none")
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-
-
-PRODUCT = "product"
 REMAT = {
     "full": None,  # of a block only its input is kept
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # and what its linear maps give
@@ -78,58 +75,16 @@ def uniform_init(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 whatever the input, with a two-pass variance."""
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis in float32 whatever the input, with a two-pass variance."""
 
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    use_fast_variance: bool = False
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(inputs, kernel, out_dtype, gradient_dtype):
-    return jnp.matmul(inputs, kernel.astype(inputs.dtype), preferred_element_type=out_dtype)
-
-
-def _product_forward(inputs, kernel, out_dtype, gradient_dtype):
-    return _product(inputs, kernel, out_dtype, gradient_dtype), (inputs, kernel)
-
-
-def _product_backward(out_dtype, gradient_dtype, kept, outputs):
-    inputs, kernel = kept
-    outputs = outputs.astype(inputs.dtype)  # float32 would make both products float32 ones
-    to_inputs = jnp.matmul(outputs, kernel.astype(inputs.dtype).T, preferred_element_type=inputs.dtype)
-    rows = tuple(range(inputs.ndim - 1))
-    to_kernel = jax.lax.dot_general(inputs, outputs, ((rows, rows), ((), ())), preferred_element_type=gradient_dtype)
-    return to_inputs, to_kernel.astype(kernel.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def product(
-    inputs: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Any, out_dtype: Any, gradient_dtype: Any
-) -> Float[Array, "*batch o"]:
-    """Return x W computed in `dtype`, given as `out_dtype`; the gradient of W leaves its product as `gradient_dtype`.
-
-    That product sums over the batch, so its dtype is also the one in which devices add up their shares: where a kernel
-    is only cast, the compiler puts this sum before the cast back, in the dtype of the computation.
-    """
-    dtype, out_dtype, gradient_dtype = map(jnp.dtype, (dtype, out_dtype, gradient_dtype))
-    return checkpoint_name(_product(inputs.astype(dtype), kernel, out_dtype, gradient_dtype), PRODUCT)
-
-
-@jax.custom_vjp
-def shifted(outputs: Float[Array, "*batch o"], bias: Float[Array, "o"]) -> Float[Array, "*batch o"]:
-    """Return y + b in the dtype of y; the gradient of b, a sum over the batch, is added up in float32."""
-    return outputs + bias.astype(outputs.dtype)
-
-
-def _shifted_backward(bias, outputs):
-    return outputs, jnp.sum(outputs, tuple(range(outputs.ndim - 1)), dtype=jnp.float32).astype(bias.dtype)
-
-
-shifted.defvjp(lambda outputs, bias: (shifted(outputs, bias), bias), _shifted_backward)
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        scale = self.param("scale", nn.initializers.ones, inputs.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, inputs.shape[-1:])
+        return normalised(inputs.astype(jnp.float32), scale, bias, self.epsilon)
 
 
 class Linear(nn.Module):
@@ -216,7 +171,7 @@ class Attention(nn.Module):
     attention: str = "plain"
 
     @nn.compact
-    def __call__(self, tokens: Tokens, bias: AttentionBias | None = None) -> Tokens:
+    def __call__(self, tokens: Tokens, bias: AttentionBias | None = None, length: int | None = None) -> Tokens:
         width = tokens.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not divisible by num_heads {self.num_heads}")
@@ -233,7 +188,7 @@ class Attention(nn.Module):
         if self.relative_grid is not None:
             own = RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
             bias = own if bias is None else bias + own
-        mixed = attend(qkv, bias, self.num_heads, implementation=self.attention)
+        mixed = attend(qkv, bias, self.num_heads, implementation=self.attention, length=length)
         return linear(width, init_scale=self.init_scale, name="proj")(mixed)
 
 
@@ -318,8 +273,10 @@ class Block(nn.Module):
                 functools.partial(drop_path, rate=self.drop_path_rate, key=key) for key in jax.random.split(drop_key)
             ]
 
-        branch = attention(LayerNorm(self.norm_eps, name="norm1")(tokens), bias)
-        tokens = tokens + drops[0](self._scaled("gamma_1", branch))
+        length = tokens.shape[1]
+        branch = lengthened(LayerNorm(self.norm_eps, name="norm1")(tokens), self.attention)
+        branch = drops[0](self._scaled("gamma_1", attention(branch, bias, length)))
+        tokens = tokens + branch[:, :length]
         branch = mlp(LayerNorm(self.norm_eps, name="norm2")(tokens))
         return tokens + drops[1](self._scaled("gamma_2", branch))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from beitv2_jax.models.gradients import gathered
 from beitv2_jax.models.layers import LayerNorm, Linear, apply_block, drop_path_rates
 from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
 from beitv2_jax.typing import Images, Mask
@@ -30,7 +31,7 @@ def gather_masked(values: Num[Array, "b n *rest"], mask: Mask, num_masked: int) 
     Every row of `mask` must hold exactly `num_masked` True; a traced mask cannot be checked here.
     """
     positions = jnp.argsort(~mask, axis=1, stable=True)[:, :num_masked]
-    return jnp.take_along_axis(values, positions.reshape(positions.shape + (1,) * (values.ndim - 2)), axis=1)
+    return gathered(values, mask, positions)
 
 
 class MaskedImageModel(nn.Module):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.models.gradients import placed, product, shifted
 from beitv2_jax.models.layers import (
     ACTIVATIONS,
     Block,
@@ -15,9 +16,7 @@ from beitv2_jax.models.layers import (
     constrain,
     drop_path_rates,
     normal_init,
-    product,
     scan_blocks,
-    shifted,
     uniform_init,
 )
 from beitv2_jax.typing import AttentionBias, Images, Mask, Tokens
@@ -237,7 +236,7 @@ class VisionTransformer(nn.Module):
         if self.class_token:
             tokens = jnp.concatenate([self._special_tokens("cls_token", 1, len(patches)), tokens], axis=1)
         if self.position == "absolute":
-            tokens = tokens + self.param("pos_embed", draw, (1, tokens.shape[1], self.width))
+            tokens = placed(tokens, self.param("pos_embed", draw, (1, tokens.shape[1], self.width)))
         if self.num_registers:
             registers = self._special_tokens("register_tokens", self.num_registers, len(patches))
             tokens = jnp.concatenate([tokens[:, : self.class_token], registers, tokens[:, self.class_token :]], axis=1)

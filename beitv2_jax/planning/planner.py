@@ -36,13 +36,13 @@ from beitv2_jax.typing import PyTree
 
 USABLE_SHARE = {"cuda": 0.95, "tpu": 15.75 / 16}
 """Of a chip's memory: what a GPU's allocator and libraries leave, and what the TPU compiler takes for available."""
-TEMPORARIES = {"cuda": 1.3, "tpu": 1.0}
+TEMPORARIES = {"cuda": 1.1, "tpu": 1.0}
 """Temporary memory that a compiler takes, over that by arithmetic; a GPU's fuses less. Fitted to a step of MIM base."""
 STATE_TRAFFIC = 32
 """Bytes that a step moves for each parameter: gradient read for its norm, all four read, and three of them written."""
 PART_TRAFFIC = 24
 """... and for each further part of a batch whose gradients are accumulated: weights read, sums read and written."""
-PASSES = {"cuda": (10.5, 10.5), "tpu": (1.0, 12.0)}
+PASSES = {"cuda": (9.4, 9.4), "tpu": (1.0, 11.2)}
 """Least and most times that a step moves each byte that passes through it, fitted to compiled programs. A TPU keeps
 what it can in its cores' own memory."""
 KEPT_STREAM = 70e6

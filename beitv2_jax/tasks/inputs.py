@@ -17,7 +17,7 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.store.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
-from beitv2_jax.models import fast_paths
+from beitv2_jax.models import fast_paths, trials
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
 
@@ -28,7 +28,7 @@ def compute_arguments(config) -> dict[str, Any]:
     """Return how a model is to compute, as its keyword arguments; the rest of `config.efficiency` is the step's."""
     asked = {key: config.efficiency[key] for key in COMPUTE_KEYS if key in config.efficiency}
     platform = jax.default_backend()
-    chosen = fast_paths.resolved(asked, platform)
+    chosen = trials.chosen(config, asked, platform)
     forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in fast_paths.AUTO if key in chosen]
     logging.info("forms of computing on %s: %s", platform, ", ".join(forms))
     return chosen

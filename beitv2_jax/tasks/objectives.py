@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beitv2_jax.data.store.packing import decode_features
 from beitv2_jax.models import mixing, preprocess
-from beitv2_jax.models.cross_entropy import head_cross_entropy
+from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
 from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, roll_window, updated_state
 from beitv2_jax.models.upernet import BATCH_STATS, Segmenter, moved_statistics
@@ -107,7 +107,7 @@ def code_losses(
 ) -> dict[str, tuple[Float[Array, "b m"], Bool[Array, "b m"]]]:
     """Return by branch ('final', 'aggregation') the loss of every masked patch in nats, and whether its code is hit.
 
-    With the model's `cross_entropy` 'tiled' the logits never stand in memory at once (`models.cross_entropy`).
+    The model's `cross_entropy` says what of the logits is kept for the backward pass (`models.cross_entropy`).
     """
     call = functools.partial(
         model.apply, {"params": params}, images, mask, num_masked=num_masked, train=train, rngs=rngs
@@ -118,10 +118,13 @@ def code_losses(
             name: head_cross_entropy(features, **params[model.output_layer_of(name)], labels=targets, **dtypes)
             for name, features in call(method=MaskedImageModel.masked_features).items()
         }
+    cross_entropy = masked_cross_entropy
+    if model.cross_entropy == "rounded":
+        cross_entropy = functools.partial(rounded_cross_entropy, dtype=jnp.dtype(model.dtype))
     output = call()
     logits = {"final": output.logits, "aggregation": output.aggregation_logits}
     return {
-        name: (masked_cross_entropy(values, targets), jnp.argmax(values, axis=-1) == targets)
+        name: (cross_entropy(values, targets), jnp.argmax(values, axis=-1) == targets)
         for name, values in logits.items()
         if values is not None
     }

@@ -8,6 +8,7 @@ A folder named by its step is complete: it is renamed to that last of all, with 
 import contextlib
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from beitv2_jax.training.troubles import agreed, cause_of, free_space, reserved
 from beitv2_jax.typing import PyTree
 
 KEPT = 2
-CLEARINGS, CLEARING_SECONDS = 10, 0.05
+STRAGGLER_SECONDS = 10.0
+"""After a save that failed, how long what Orbax still writes of it is waited for."""
+CLEARINGS, QUIET_LOOKS, CLEARING_SECONDS = 40, 4, 0.05
 
 
 class Checkpointer:
@@ -85,6 +88,7 @@ class Checkpointer:
         try:
             self._start(step, state, position)
         except Exception as error:
+            _wait_for_stragglers()
             # several processes do not know of each other here, so they cannot go on together
             self._fail(step, cause_of(error), last or jax.process_count() > 1)
         if last:
@@ -128,7 +132,7 @@ class Checkpointer:
             logging.error("%s", self._failure(self._saving, cause, goes_on=False))
         self._drop()
         if cause is not None:
-            _clear_unfinished(self._directory)
+            _clear_unfinished(self._directory, QUIET_LOOKS)
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [LatestN(KEPT)] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
@@ -175,6 +179,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            _wait_for_stragglers()
             if not os.path.isdir(self._directory / str(self._saving)):
                 return cause_of(error)
             logging.warning("an old checkpoint in %s could not be deleted: %s", self._directory, cause_of(error))
@@ -184,7 +189,7 @@ class Checkpointer:
         # what failed stays with Orbax's manager and would make the next save fail: that one opens another
         self._saving = None
         self._drop()
-        _clear_unfinished(self._directory)
+        _clear_unfinished(self._directory, QUIET_LOOKS)
         failure = self._failure(step, cause, goes_on=not (last or self._stop_on_failure))
         if last or self._stop_on_failure:
             raise failure
@@ -229,18 +234,32 @@ class Checkpointer:
                 )
 
 
-def _clear_unfinished(directory: Path) -> None:
-    """Delete what saves left that failed, or whose process was killed, where that can be; process 0 does it for all."""
+def _wait_for_stragglers() -> None:
+    """Wait for the threads in which Orbax goes on to write the other items of a save of which one failed."""
+    until = time.monotonic() + STRAGGLER_SECONDS
+    for thread in threading.enumerate():
+        if type(thread).__module__.partition(".")[0] == "orbax":
+            with contextlib.suppress(Exception):  # what the thread raised: join raises it again
+                thread.join(max(0.0, until - time.monotonic()))
+
+
+def _clear_unfinished(directory: Path, quiet_looks: int = 1) -> None:
+    """Delete what saves left that failed, or whose process was killed, where that can be; process 0 does it for all.
+
+    Done when so many looks in a row find nothing: behind a thread that has ended, files may still be on their way, and
+    their folders are then made anew.
+    """
     if jax.process_index() != 0:
         return
+    quiet = 0
     with contextlib.suppress(OSError):
         for _ in range(CLEARINGS):
             left = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
             for unfinished in left:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if not left:
+            quiet = 0 if left else quiet + 1
+            if quiet == quiet_looks:
                 break
-            # where one item of a checkpoint failed, others are still being written and make their folders anew
             time.sleep(CLEARING_SECONDS)
 
 

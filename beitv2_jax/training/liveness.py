@@ -22,7 +22,8 @@ import jax
 from absl import logging
 
 from beitv2_jax.data.store import claims
-from beitv2_jax.errors import Preempted, UserError
+from beitv2_jax.errors import Preempted, UserError, tell
+from beitv2_jax.files import write_over
 
 FOLDER = "processes"
 BEAT_SECONDS, BEATS_A_LIMIT = 5.0, 40
@@ -157,12 +158,10 @@ class Watch:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        print(
+        tell(
             f"{self._name} ends: {reason}\n"
             f"  Here:    {_text(self._place)}{', ' * bool(self._error)}{self._error}; stacks of all threads: {stacks}\n"
-            "  Instead: the same command again, as launchers do by themselves; it goes on from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "  Instead: the same command again, as launchers do by themselves; it goes on from the newest checkpoint"
         )
         if self._index == 0 and self._others:
             time.sleep(LINGER_BEATS * self._beat)
@@ -172,13 +171,13 @@ class Watch:
         return self._folder / f"{index}.json"
 
     def _show(self) -> None:
-        """Leave the sign of life, in place: a renamed file would be seen later on network file systems."""
+        """Leave the sign of life."""
         if self._others:
             owner = {"host": socket.gethostname(), "machine": self._machine, "pid": os.getpid()}
             counts = {"still": self._still, "beats": self._beats}
             said = {**owner, **self._place, **counts, "state": self._state, "error": self._error}
             with contextlib.suppress(OSError):  # a beat that fails is made up by the next
-                self._file(self._index).write_text(json.dumps(said) + "\n")
+                write_over(self._file(self._index), json.dumps(said) + "\n")
 
 
 def moving(watch: Watch, stop_if_told: Callable[[], None]) -> Callable[[str], None]:

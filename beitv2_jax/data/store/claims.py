@@ -12,6 +12,8 @@ import threading
 import time
 import uuid
 
+from beitv2_jax.files import write_over
+
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0
 """A claim whose heartbeat stands still for so long is free. Longer than network file systems show old contents."""
@@ -22,7 +24,8 @@ class Claims:
 
     A claim is a file that only one process can create. It is free again when its worker released it, when its worker
     was a process of this machine that is no longer there, or when its heartbeat stood still for `stale_seconds` on this
-    process's clock: clocks of machines are never compared.
+    process's clock: clocks of machines are never compared. A claim that does not say whose it is was left by a worker
+    that died while it wrote it, as whoever lives writes it whole with the next beat: it is free after two.
 
     Use as a context manager: leaving it releases what is held.
     """
@@ -52,7 +55,7 @@ class Claims:
         if self._is_left_over(name, path):
             path.unlink(missing_ok=True)
         try:
-            with self._lock, open(path, "xb") as file:
+            with self._lock, open(path, "x") as file:
                 file.write(self._content())
                 self._held.add(name)
         except (FileExistsError, FileNotFoundError):  # another's, or the folder has gone
@@ -79,7 +82,7 @@ class Claims:
         if content != before:
             self._seen[name] = content, now
             return False
-        return now - since > self._stale_seconds
+        return now - since > (self._stale_seconds if _is_whole(content) else 2 * self._heartbeat_seconds)
 
     def _is_ours(self, path: pathlib.Path) -> bool:
         try:
@@ -95,10 +98,10 @@ class Claims:
                     # a beat that fails is made up by the next
                     with contextlib.suppress(OSError):
                         if self._is_ours(self._path(name)):
-                            self._path(name).write_bytes(self._content())
+                            write_over(self._path(name), self._content())
 
-    def _content(self) -> bytes:
-        return json.dumps({**self._owner, "beats": self._beats}).encode()
+    def _content(self) -> str:
+        return json.dumps({**self._owner, "beats": self._beats})
 
     def _path(self, name: str) -> pathlib.Path:
         return self._directory / f"{name}.claim"
@@ -121,6 +124,13 @@ def machine() -> str:
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        return "pid" in json.loads(content)
+    except (ValueError, TypeError):
+        return False
 
 
 def is_dead(content: bytes, here: str) -> bool:
