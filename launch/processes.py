@@ -2,7 +2,7 @@
 
 python launch/processes.py COUNT RESTARTS ARGUMENTS_OF_PYTHON... (called by launch/local.sh) ends with 0 when all did,
 else with the code of the first that did not (128 + n for signal n). After 75 (the run saved itself) and after a death
-by signal all are started again, RESTARTS times at most.
+by signal all are started again, RESTARTS times at most. stderr is shared: what is told is one write, unlike print's.
 """
 
 import os
@@ -44,12 +44,8 @@ def explain(processes: list[Popen]) -> int:
     code, number = min(ended, default=(0, 0))
     code = 128 - code if code < 0 else code
     if code and len(processes) > 1:
-        tell(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped")
+        sys.stderr.write(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped\n")
     return code
-
-
-def tell(message: str) -> None:
-    sys.stderr.write(f"{message}\n")  # one write, as the processes write there too: print makes two
 
 
 if __name__ == "__main__":
@@ -59,6 +55,6 @@ if __name__ == "__main__":
     code = run(start(count, arguments))
     while not stop_requests and restarts and (code == os.EX_TEMPFAIL or code > 128):
         restarts -= 1
-        tell(f"ended with exit code {code}: starting again, {restarts} restarts left")
+        sys.stderr.write(f"ended with exit code {code}: starting again, {restarts} restarts left\n")
         code = run(start(count, arguments))
     sys.exit(code)
