@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and flags marked parsed for grain's workers."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,9 @@ import hypothesis
 import jax
 import pytest
 from absl import flags
+
+# what jax traces lives long: to look through all of it again and again was a twentieth of the time
+gc.set_threshold(20_000, 20, 50)
 
 # the same examples in every run: a failure is one of the change, not of the draw
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -48,6 +52,13 @@ def _eight_devices():
     assert len(jax.devices()) == 8, "the suite needs 8 virtual CPU devices; jax was started before conftest.py"
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_end_with_their_module():
+    yield
+    # a process that keeps all of them grows to gigabytes, in which some modules took ten times as long
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

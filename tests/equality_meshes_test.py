@@ -24,12 +24,13 @@ STILL = {
     },
 }
 """Recipes without draws inside the step, which each micro-batch makes anew."""
+DEFAULT = ("vqkd", "8x1x1"), ("vqkd", "2x4x1")
 WHOLE_RUNS = [
-    pytest.param(stage, mesh, marks=[] if stage == "vqkd" or mesh == "2x2x2" else pytest.mark.long)
+    pytest.param(stage, mesh, marks=[] if (stage, mesh) in DEFAULT or mesh == "2x2x2" else pytest.mark.long)
     for stage in TRAINED
     for mesh in MESHES
 ]
-"""The tokenizer on every mesh, and every stage on the one that spreads all three axes; with --long all on all."""
+"""The tokenizer on three meshes, and every stage on the one that spreads all three axes; with --long all on all."""
 
 
 @pytest.mark.parametrize(("stage", "mesh"), WHOLE_RUNS)
@@ -66,7 +67,8 @@ def test_every_mesh_stores_the_same(equality_runs, mesh):
 
 
 @pytest.mark.parametrize(
-    ("stage", "count"), [("vqkd", 4), ("mim", 4), pytest.param("vqkd", 2, marks=pytest.mark.long), ("finetune", 2)]
+    ("stage", "count"),
+    [("vqkd", 4), *(pytest.param(*run, marks=pytest.mark.long) for run in (("vqkd", 2), ("mim", 4), ("finetune", 2)))],
 )
 def test_micro_batches_train_as_the_whole_batch_does(equality_runs, stage, count):
     """On a mesh of two devices, so that each holds 8 rows of the batch of 16."""
