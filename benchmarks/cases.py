@@ -23,11 +23,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement: words on it, the function that makes it, and what that needs installed."""
+    """One measurement: words on it, the function that makes it, what that needs installed, whether it must be named."""
 
     what: str
     run: Callable[[Mapping[str, Any]], dict[str, Any]]
     needs: tuple[str, ...] = ()
+    only_named: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,7 @@ CASES = {
         "the loop with real input and a step that only takes time",
         _other("loading", "paced_loop", "mim_base"),
         INPUT_LIBRARIES,
+        only_named=True,
     ),
     "growth_batch": Case("MIM step over the batch size", _other("growth", "over_batch", "mim_base")),
     "growth_length": Case("MIM step over the sequence length", _other("growth", "over_length", "mim_base")),

@@ -9,7 +9,7 @@ exists is added to if it was made on the same device with the same versions and 
 replaces what stood there. `--rounds` goes through the list several times, so that what is compared meets the same
 machine. `--set`, any number of times, changes a value of every recipe that has it, as in
 `--set efficiency.attention=cudnn`. `--images` names a folder of JPEGs, with train/ and validation/, for the input;
-without it some are made.
+without it some are made. `pace` is measured only where `--only` names it.
 
 The steps and parts need jax, flax, optax and NumPy alone; `torch_*` need torch and transformers, `input` and `loop`
 what reads data. What cannot run says why in the file.
@@ -41,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parser().parse_args(argv)
     if arguments.list:
-        print("\n".join(f"{name:22}{case.what}" for name, case in cases.CASES.items()))
+        for name, case in cases.CASES.items():
+            print(f"{name:22}{case.what}{' (only where --only names it)' * case.only_named}")
         return 0
     if not arguments.out:
         parser().error("--out=FILE.json is missing")
-    names = arguments.only.split(",") if arguments.only else list(cases.CASES)
+    every = [name for name, case in cases.CASES.items() if not case.only_named]
+    names = arguments.only.split(",") if arguments.only else every
     for name in names:
         if name not in cases.CASES:
             raise UserError(

@@ -28,6 +28,14 @@ def test_the_list_needs_nothing(capsys):
     assert "mim_base_stored" in capsys.readouterr().out
 
 
+def test_all_are_run_but_what_must_be_named(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "measure_all", lambda names, arguments: asked.append(names) or 0)
+    run.main(["--out=x"])
+    run.main(["--out=x", "--only=pace,jitter"])
+    assert set(cases.CASES) - set(asked[0]) == {"pace"} and asked[1] == ["pace", "jitter"]
+
+
 def test_an_unknown_name_or_key_is_told():
     with pytest.raises(UserError, match="'mim_base_live' was meant"):
         run.main(["--out=x", "--only=mim_base_life"])
