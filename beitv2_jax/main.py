@@ -18,13 +18,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
-from beitv2_jax import startup
 from beitv2_jax.errors import Preempted, UserError, nearest, tell
+from beitv2_jax.runtime import startup_times
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
 HEARTBEAT_SECONDS = 100
 """A process that jax has not heard of for so long is lost, and jax aborts the others (code 134). A process that hangs
-still beats: `training.liveness` notices that."""
+still beats: `runtime.watchdog` notices that."""
 FAREWELL_SECONDS = 10.0
 FLAG_NAMES = (
     "config",
@@ -238,10 +238,10 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
             jax.process_count(),
             socket.gethostname(),
         )
-    startup.watch_compiler()
-    startup.ended("jax")
+    startup_times.watch_compiler()
+    startup_times.ended("jax")
     jax.devices()
-    startup.ended("devices")
+    startup_times.ended("devices")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -262,14 +262,14 @@ def run(argv: Sequence[str]) -> None:
             minutes=values.plan_minutes,
         )
         return
-    startup.begin(startup.process_start())
+    startup_times.begin(startup_times.process_start())
     config_lib.validate(values.config)
-    startup.ended("flags")
+    startup_times.ended("flags")
     start_jax(values.distributed, values.compilation_cache)
     # imported here: jax must be started first, and a slip in a flag should show before the stack is loaded
-    from beitv2_jax import stages
+    from beitv2_jax.runners import stages
 
-    startup.ended("imports")
+    startup_times.ended("imports")
     workdir = os.path.abspath(values.workdir)
     if values.task == "verify":
         stages.verify_stage(values.config, workdir)
@@ -281,13 +281,13 @@ def leave(code: int) -> None:
     """End the process with `code`; one of several does so though the others, who may wait for it, say no farewell."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
-        from beitv2_jax.training import liveness
+        from beitv2_jax.runtime import watchdog
 
         # where all end alike they meet here; without that, the end of process 0 would abort the others
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
         farewell.join(FAREWELL_SECONDS)
-        liveness.end_at_once(code)
+        watchdog.end_at_once(code)
     sys.exit(code)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beitv2_jax.errors import UserError, tell
-from beitv2_jax.files import write_text
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.program import (
     Instruction,
@@ -29,6 +28,7 @@ from beitv2_jax.planning.program import (
     read_program,
 )
 from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.runtime.atomic_files import write_text
 from benchmarks import cases
 from benchmarks.run import change
 

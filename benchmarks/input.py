@@ -37,7 +37,7 @@ from beitv2_jax.tasks import inputs, mim, objectives, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
-from beitv2_jax.training.ledger import Plan
+from beitv2_jax.training.metric_log import Plan
 from beitv2_jax.training.step import make_train_step
 from beitv2_jax.training.writer import read_metrics
 

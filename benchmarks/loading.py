@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.data.store.packing import CodeEncoding
+from beitv2_jax.data.target_cache.encoding import CodeEncoding
+from beitv2_jax.planning.abstract_task import ZeroTargets
 from beitv2_jax.tasks import inputs, mim
-from beitv2_jax.tasks.described import ZeroTargets
 from beitv2_jax.training import loop
 from benchmarks import input as benchmark
 from benchmarks.recipes import Recipe

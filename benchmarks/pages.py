@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from beitv2_jax.files import write_text
+from beitv2_jax.runtime.atomic_files import write_text
 
 END = "<!-- end -->"
 

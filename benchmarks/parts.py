@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from beitv2_jax.models import attention, nearest, preprocess
-from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
+from beitv2_jax.models import preprocess
 from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.ops import attention
+from beitv2_jax.models.ops import nearest_code as nearest_code_lib
+from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
 from beitv2_jax.planning.accounting import traced_flops
 from beitv2_jax.tasks import objectives
@@ -90,11 +92,11 @@ def quantizer(recipe: Recipe) -> Part:
 
     def run(state, unit, implementation):
         ids = nearest_code(unit, state["codebook"], implementation=implementation)
-        statistics = CodebookStatistics(*nearest.cluster_sums(unit, ids, jnp.ones(len(unit)), size))
+        statistics = CodebookStatistics(*nearest_code_lib.cluster_sums(unit, ids, jnp.ones(len(unit)), size))
         return ids, updated_state(state, statistics, recipe.model.ema_decay)
 
     return Part(
-        _forms(run, (state, unit), nearest.IMPLEMENTATIONS),
+        _forms(run, (state, unit), nearest_code_lib.IMPLEMENTATIONS),
         tokens,
         "tokens",
         2 * tokens * size * width,

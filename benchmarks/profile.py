@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from beitv2_jax.errors import UserError, tell
-from beitv2_jax.files import write_text
+from beitv2_jax.runtime.atomic_files import write_text
 from benchmarks import cases
 from benchmarks.run import change
 

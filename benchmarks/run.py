@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from beitv2_jax.errors import UserError, nearest, tell
-from beitv2_jax.files import write_text
+from beitv2_jax.runtime.atomic_files import write_text
 
 TIMEOUT = 900
 """Seconds after which a measurement is given up."""

@@ -106,7 +106,7 @@ def soak(workdir: str, steps: int, workers: int) -> Sampler:
     from absl import flags
 
     from beitv2_jax import config as config_lib
-    from beitv2_jax import stages
+    from beitv2_jax.runners import stages
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["soak"])  # grain's worker processes want them

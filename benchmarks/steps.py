@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beitv2_jax.data.store.packing import CODE_IDS, FeatureEncoding
-from beitv2_jax.models import fast_paths, trials
+from beitv2_jax.data.target_cache.encoding import CODE_IDS, FeatureEncoding
+from beitv2_jax.models import trials
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.ops import implementations
 from beitv2_jax.models.teachers import Teacher, clip_teacher
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
@@ -292,12 +293,12 @@ def compute(model: type, recipe: Recipe) -> dict[str, Any]:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     platform = device_of(recipe).platform
     if "device" in recipe:  # it need not be here
-        return fast_paths.resolved(recipe.efficiency, platform)
+        return implementations.resolved(recipe.efficiency, platform)
     return trials.chosen(recipe, recipe.efficiency, platform)
 
 
 def _forms(recipe: Recipe) -> dict[str, str]:
-    return {key: form for key, form in _settings(recipe).items() if key in fast_paths.AUTO}
+    return {key: form for key, form in _settings(recipe).items() if key in implementations.AUTO}
 
 
 def device_of(recipe: Recipe) -> jax.Device:

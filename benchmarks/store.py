@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from beitv2_jax.data.store.packing import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
-from beitv2_jax.data.store.reader import TargetReader
-from beitv2_jax.data.store.storage import record_bytes
-from beitv2_jax.data.store.writer import TargetStore
+from beitv2_jax.data.target_cache.encoding import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.data.target_cache.writer import TargetStore
+from benchmarks.target_storage import record_bytes
 
 CARD = {
     **{"part": "views", "compute_dtype": "float32", "source": "drawn", "split": "train", "image_size": 224},

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run the tests, in an environment that is made on the first call; arguments go to pytest:
-#     sh launch/test.sh tests/config_test.py -k steps
+#     sh launch/test.sh tests/config/config_test.py -k steps
 # In two processes, since most tests keep one core busy; TEST_PROCESSES=0 is none beside pytest itself, as --pdb wants.
 # VENV=DIR chooses the environment, PYTHON=EXE the interpreter it is made with.
 cd "$(dirname "$0")/.." || exit 1

@@ -17,6 +17,7 @@ from golden_teachers import check_clip_teacher, check_dino_teacher
 from golden_training import check_train10, check_train10_finetune, check_train10_vqkd
 from golden_upernet import check_upernet
 from golden_vqkd import check_quantizer, check_vqkd
+from paths import GOLDEN
 
 CHECKS = {
     "vqkd": check_vqkd,
@@ -79,7 +80,7 @@ def test_golden(name, golden_dir, comparisons):
 
 
 def test_the_chosen_files_are_here_and_small():
-    files = {path.stem: path.stat().st_size for path in (Path(__file__).parent / "golden").glob("*.npz")}
+    files = {path.stem: path.stat().st_size for path in GOLDEN.glob("*.npz")}
     assert set(CHOSEN) <= files.keys()
     assert not set(CHECKS).difference(CHOSEN) & files.keys(), "a file that the suite does not compare"
     assert sum(size for name, size in files.items() if name in CHOSEN) <= MEGABYTES * 1e6

@@ -4,15 +4,14 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
+from paths import ROOT
 
 from beitv2_jax import main
 from beitv2_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 GOOD = ["--config=configs/vqkd.py:dino", "--workdir=w"]
 
 
@@ -158,14 +157,14 @@ def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):
 def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     code = (
         "import sys, types\n"
-        "stages = types.ModuleType('beitv2_jax.stages')\n"
+        "stages = types.ModuleType('beitv2_jax.runners.stages')\n"
         f"def {task}_stage(config, workdir, allow_config_change=False):\n"
         "    import jax\n"
         "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir, end=' ')\n"
         "    print(allow_config_change)\n"
         "    return {'figures': {}}\n"
         f"stages.{task}_stage = {task}_stage\n"
-        "sys.modules['beitv2_jax.stages'] = stages\n"
+        "sys.modules['beitv2_jax.runners.stages'] = stages\n"
         "from beitv2_jax import main\n"
         "main.main()\n"
     )

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from configs_test import FOLDER, presets
 from without_data import FakeSource, no_data
 
 from beitv2_jax import config as config_lib
@@ -13,6 +12,7 @@ from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.tasks import finetune, inputs, mim, segment, vqkd
 from beitv2_jax.training import optim, sharding, state
 from beitv2_jax.training.step import make_train_step
+from tests.config.configs_test import FOLDER, presets
 
 TEACHER_WIDTH = 512  # of the released CLIP teacher
 BUILDERS = {

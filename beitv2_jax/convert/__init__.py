@@ -1,8 +1,9 @@
 """Weights of other layouts and of finished runs, as trees of this package, and back.
 
-- containers: `files` reads any of them; `pickles` and `unpickle` those of torch, `torch_writer` writes one
-- BEiT's layouts: `names` and `official` (released), `timm_beit`, `huggingface`; `arguments` reads sizes from shapes,
-  `positions` resizes to another grid
-- whole weights: `weights` (read, write), `adapt` (the start of another model), `runs` (run directories), `__main__`
-- teachers: `teacher_layouts`, `teacher_weights`, `teachers`
+- torch_files/  the files of PyTorch, read and written without PyTorch
+- beit/         layouts of BEiT weights: official release, timm, Hugging Face
+- teachers/     layouts of published teachers and the frozen networks made of them
+- files, runs   any weight file as a state dict; run directories of this package
+- weights       whole weights of any layout (read, write); adapt fits them to another model
+- arguments     sizes of a model read from the shapes of its weights; positions resizes to another grid
 """

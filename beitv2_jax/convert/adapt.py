@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from beitv2_jax.convert.arguments import shapes
-from beitv2_jax.convert.official import WINDOWS
+from beitv2_jax.convert.beit.official import WINDOWS
 from beitv2_jax.convert.weights import Weights, resized
 from beitv2_jax.errors import UserError
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
-from beitv2_jax.convert.pickles import read_torch
+from beitv2_jax.convert.torch_files.reader import read_torch
 from beitv2_jax.errors import UserError
 
 WRAPPERS = ("model", "module", "state_dict")

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from beitv2_jax.checksums import find_damage, write_checksums
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
 ITEMS = ("params", "codebook")

@@ -13,12 +13,13 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from beitv2_jax.convert import huggingface, timm_beit, torch_writer
 from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, published_out_layers, settle
+from beitv2_jax.convert.beit import huggingface, timm
+from beitv2_jax.convert.beit.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.files import read_config, read_weights
-from beitv2_jax.convert.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.runs import is_run, read_run, write_run
+from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
 
@@ -171,7 +172,7 @@ def _from_state(state: dict[str, np.ndarray], config: dict, num_heads: int | Non
         num_heads = known.pop("num_heads", None) or num_heads
     kind = recognise(state)
     variables = from_official(kind, state, spell)
-    if layout == "official" and timm_beit.is_timm(kind, state):
+    if layout == "official" and timm.is_timm(kind, state):
         layout = "timm"
     flat = traverse_util.flatten_dict(variables, sep="/")
     told = infer(kind, {path: array.shape for path, array in flat.items()})
@@ -203,7 +204,7 @@ def _official_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, s
 
 
 def _timm_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
-    state, left_out = timm_beit.to_timm(weights.kind, to_official(weights.kind, weights.variables))
+    state, left_out = timm.to_timm(weights.kind, to_official(weights.kind, weights.variables))
     return _state_saver(state, target), left_out | _untold(weights)
 
 
@@ -276,7 +277,7 @@ def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:
     savers = {
         ".safetensors": lambda path: save_file(_contiguous(state), path, metadata={"format": "pt"}),
         ".npz": lambda path: np.savez(path, **state),
-        ".pth": lambda path: torch_writer.save(path, {"model": _contiguous(state)}),
+        ".pth": lambda path: writer.save(path, {"model": _contiguous(state)}),
     }
     if target.suffix not in savers:
         raise UserError(

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from beitv2_jax.data import augment, decode, masking
 from beitv2_jax.data.sources import Source
-from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.errors import UserError
 from beitv2_jax.rng import host_rng
 

@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from beitv2_jax.models.attention import attend, lengthened
-from beitv2_jax.models.gradients import PRODUCT, gelu, normalised, product, shifted
+from beitv2_jax.models.ops.attention import attend, lengthened
+from beitv2_jax.models.ops.custom_vjp import PRODUCT, gelu, normalised, product, shifted
 from beitv2_jax.typing import AttentionBias, Scalar, Tokens
 
 INIT_STD = 0.02
@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
     `qkv_bias`: 'qv' learns biases of queries and values only (a key bias cancels in the softmax), 'full' one vector for
     all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table. `attention` is the form of
-    computing it (`models.attention`).
+    computing it (`models.ops.attention`).
     """
 
     num_heads: int

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
-from beitv2_jax.models.gradients import gathered
 from beitv2_jax.models.layers import LayerNorm, Linear, apply_block, drop_path_rates
+from beitv2_jax.models.ops.custom_vjp import gathered
 from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
 from beitv2_jax.typing import Images, Mask
 

@@ -65,8 +65,8 @@ def photometric_distortion(images: ByteImages, drawn: Float[Array, "b 5"]) -> Fl
     """Change brightness, contrast, saturation and hue of each image; return whole levels 0..255, float32.
 
     `drawn` holds brightness shift (levels), contrast factor, saturation factor, hue shift (turns), and 1 where contrast
-    comes last instead of second, as `data.segmentation.distortion_draw` draws them; 0, 1, 1, 0 change nothing. The
-    saturation is that of HSV: it and the hue change with the largest channel fixed.
+    comes last instead of second, as `data.segmentation.transforms.distortion_draw` draws them; 0, 1, 1, 0 change
+    nothing. The saturation is that of HSV: it and the hue change with the largest channel fixed.
 
     Source: mmsegmentation's PhotoMetricDistortion, which goes through HSV of 8 bits and so rounds more coarsely.
     """

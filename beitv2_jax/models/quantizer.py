@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from beitv2_jax.models.nearest import cluster_sums, nearest_rows
+from beitv2_jax.models.ops.nearest_code import cluster_sums, nearest_rows
 from beitv2_jax.typing import Codebook, CodeIds, Codes, PyTree, Scalar
 
 MIN_NORM = 1e-12
@@ -79,7 +79,8 @@ class Quantizer(nn.Module):
     running and of the last finished window (`roll_window`).
 
     `commitment_weight` multiplies mean((sg(e) − z)²) over the `n c` elements of a row, so it is 1/code_dim of the
-    squared distance per patch. `nearest_code` is the form of the lookup (`models.nearest`); all give the same ids.
+    squared distance per patch. `nearest_code` is the implementation of the lookup (`models.ops.nearest_code`);
+    all give the same ids.
 
     **Source** paper section 2.1; the released quantizer, its order of operations included.
     """

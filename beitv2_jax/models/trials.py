@@ -17,11 +17,11 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from beitv2_jax.models import fast_paths, nearest
-from beitv2_jax.models.attention import lengthened
-from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
-from beitv2_jax.models.gradients import product
 from beitv2_jax.models.layers import Attention
+from beitv2_jax.models.ops import implementations, nearest_code
+from beitv2_jax.models.ops.attention import lengthened
+from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
+from beitv2_jax.models.ops.custom_vjp import product
 from beitv2_jax.typing import PyTree
 
 FORMS = {
@@ -123,7 +123,7 @@ def nearest_code_trial(tokens: int, codebook_size: int, code_dim: int) -> Trial:
     """Return the lookup of tokens, as how far each is from its code: ids of equally near codes may differ."""
 
     def run(form, unit, codebook):
-        ids = nearest.nearest_rows(unit, codebook, jnp.sum(codebook**2, axis=-1), implementation=form)
+        ids = nearest_code.nearest_rows(unit, codebook, jnp.sum(codebook**2, axis=-1), implementation=form)
         return jnp.sum((unit - codebook[ids]) ** 2, axis=-1)
 
     shapes = ((tokens, code_dim), jnp.float32), ((codebook_size, code_dim), jnp.float32)
@@ -154,7 +154,7 @@ def chosen(config, asked: Mapping[str, Any], platform: str) -> dict[str, Any]:
 
     All processes choose what process 0 found.
     """
-    settings = fast_paths.resolved(asked, platform)
+    settings = implementations.resolved(asked, platform)
     if all(platform not in forms for forms in FORMS.values()):
         return settings
     for key, trial in trials(config, jax.device_count()).items():

@@ -1,8 +1,8 @@
 """The segmentation model: a transformer, four feature maps made of its blocks, a pyramid head and an auxiliary head.
 
 Fine-tuned on label maps after pre-training. Images larger than the network was built for are cut into windows
-(`models.windows`). Batch norm statistics are sums over the batch that jit sees, so any number of devices computes the
-same.
+(`models.sliding_window`). Batch norm statistics are sums over the batch that jit sees, so any number of devices
+computes the same.
 """
 
 import functools

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from beitv2_jax.models.gradients import placed, product, shifted
 from beitv2_jax.models.layers import (
     ACTIVATIONS,
     Block,
@@ -19,6 +18,7 @@ from beitv2_jax.models.layers import (
     scan_blocks,
     uniform_init,
 )
+from beitv2_jax.models.ops.custom_vjp import placed, product, shifted
 from beitv2_jax.typing import AttentionBias, Images, Mask, Tokens
 
 POSITIONS = ("absolute", "relative_shared", "relative", "none")
@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
     from a table per block. `mask_token` creates the token that replaces patch embeddings where the mask is True.
     `pre_norm` normalises the tokens before the first block, as CLIP does. `remat` ("none", "full", "dots") says what is
     computed again in the backward pass, `scan_blocks` that the blocks are compiled as one loop, `gradient_dtype` in
-    what dtype devices add up the gradients of linear maps, `attention` how it is computed (`models.attention`).
+    what dtype devices add up the gradients of linear maps, `attention` how it is computed (`models.ops.attention`).
     `stem` embeds patches by one linear map ('linear', as released) or by a `ConvStem` ('conv'). `class_token` False
     leaves [CLS] out, as SigLIP does; `num_registers` learned tokens without position follow it, as in DINOv2.
 

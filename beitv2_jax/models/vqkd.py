@@ -55,7 +55,7 @@ class VQKD(nn.Module):
     `encoder` holds patch_size, width, depth, num_heads, mlp_dim; `decoder` the same without patch_size. Both
     transformers have absolute positions and a [CLS] token that takes part in attention and is then dropped; the
     decoder reads the codes as a `grid` image of 1x1 patches. `ema_decay` is that of `updated_state`. `attention`
-    and `nearest_code` are forms of computing (`models.attention`, `models.nearest`). `dtype` is that of
+    and `nearest_code` are forms of computing (`models.ops.attention`, `models.ops.nearest_code`). `dtype` is that of
     the transformers and of the decoder's task layer; from the projections to the codes everything is float32 in full
     precision.
 

@@ -6,11 +6,11 @@ import os
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.files import write_text
 from beitv2_jax.planning import planner, search, topologies
 from beitv2_jax.planning.figures import Forecast
 from beitv2_jax.planning.report import compare_forecasts, describe_forecast
-from beitv2_jax.stages import check_writable
+from beitv2_jax.runners.stages import check_writable
+from beitv2_jax.runtime.atomic_files import write_text
 
 
 def run_plan(

@@ -14,7 +14,7 @@ def components(config: Any, frozen_vit: Mapping[str, Mapping[str, int]] | None =
     Args:
         config: of a stage that trains.
         frozen_vit: sizes of the frozen transformer in the step, by the name of its weights, as
-            `tasks.described.Description` has them.
+            `planning.abstract_task.Description` has them.
     """
     parts = {"mim": _mim, "vqkd": _vqkd, "finetune": _finetune, "segment": _segment}[config.stage](config)
     for name, sizes in (frozen_vit or {}).items():

@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import fast_paths
-from beitv2_jax.planning import accounting, topologies
+from beitv2_jax.models.ops import implementations
+from beitv2_jax.planning import abstract_task, accounting, topologies
 from beitv2_jax.planning.chips import Network
 from beitv2_jax.planning.collectives import Collective, find_collectives
 from beitv2_jax.planning.components import components, transformers
@@ -28,7 +28,6 @@ from beitv2_jax.planning.figures import Forecast, Memory, batch_parts
 from beitv2_jax.planning.parts import FLOAT32, Component, total_flops
 from beitv2_jax.planning.program import memory_bytes, missed_flops, product_flops, read_program
 from beitv2_jax.planning.topologies import Target
-from beitv2_jax.tasks import described
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.step import lower_step, make_train_step
@@ -63,7 +62,8 @@ class Stage:
     """A training step as its config describes it, before any mesh: the same for every target.
 
     `state`, `frozen` and `batch` hold the shapes of the whole run. `notes` say what the config left open. `frozen_vit`
-    is that of `tasks.described.Description`. `function` and `traced_flops` are None where there is arithmetic only.
+    is that of `planning.abstract_task.Description`. `function` and `traced_flops` are None where there is
+    arithmetic only.
     """
 
     config: Any
@@ -116,11 +116,11 @@ def prepare(config, num_examples: int = 0, *, platform: str = "tpu") -> Stage:
     Raises:
         UserError: the config is inconsistent, of a stage without training, or of a set of unknown length.
     """
-    config, notes = described.complete(config)
-    forms = fast_paths.resolved(config.efficiency, _JAX_NAMES[platform])
+    config, notes = abstract_task.complete(config)
+    forms = implementations.resolved(config.efficiency, _JAX_NAMES[platform])
     config = _changed(config, {f"efficiency.{key}": value for key, value in forms.items()})
     config_lib.validate(config)
-    num_examples = described.count_examples(config, num_examples)
+    num_examples = abstract_task.count_examples(config, num_examples)
     config_lib.validate(config, num_examples)
     return _stage(config, num_examples, notes)
 
@@ -148,7 +148,7 @@ def _changed(config, keys: Mapping[str, Any]):
 
 
 def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
-    description = described.describe(config, num_examples)
+    description = abstract_task.describe(config, num_examples)
     task, ema_decay = description.task, config.optim.ema_decay
     optimizer, schedule = optim.for_task(task, config.optim, *_steps(config, num_examples))
     mesh = _abstract_mesh(dict.fromkeys(sharding.AXES, 1))

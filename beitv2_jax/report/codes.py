@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.sources import Source
-from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.target_cache.reader import TargetReader
 
 TILE = 84
 """Side of one tile in the picture, in pixels."""

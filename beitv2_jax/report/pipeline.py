@@ -3,7 +3,7 @@
 import os
 
 from beitv2_jax.data.sources import open_source
-from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.report.codes import draw_code_rows
 
 

@@ -1,7 +1,6 @@
 """Draw what a segmentation run says: validation images beside their true and their predicted label maps."""
 
 import colorsys
-import os
 from collections.abc import Mapping
 
 import jax
@@ -11,24 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.decode import decode_image
-from beitv2_jax.data.labels import IGNORED
+from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.tasks import segment
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import loop
 
 TILE_WIDTH = 300
 """Width of one picture, in pixels."""
 _TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 170
 _COLUMNS = ("image", "true", "predicted", "where wrong")
-
-
-def run(task: Task, config, workdir: str) -> dict[str, float]:
-    """Train as every other stage does, then draw `segmentation.png` from what was learned."""
-    figures = loop.train(task, config, workdir)
-    path = os.path.join(workdir, "segmentation.png")
-    if jax.process_index() == 0 and not os.path.exists(path):
-        draw_segmentations(task, config, workdir, path, figures=figures)
-    return figures
 
 
 def draw_segmentations(

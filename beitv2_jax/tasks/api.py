@@ -15,7 +15,7 @@ from beitv2_jax.typing import PyTree, Scalar
 
 if TYPE_CHECKING:  # named here, used elsewhere: whoever compiles a step needs nothing that reads data
     from beitv2_jax.data.pipeline import TrainIterator
-    from beitv2_jax.data.store.packing import Encoding
+    from beitv2_jax.data.target_cache.encoding import Encoding
 
 Batch = dict[str, Any]
 Params = PyTree

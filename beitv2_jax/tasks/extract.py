@@ -1,8 +1,8 @@
 """Extract: write the teacher's features of every image's fixed views, so that VQ-KD need not run the teacher."""
 
-from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.store.packing import FeatureEncoding
-from beitv2_jax.tasks import inputs, stores
+from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.data.target_cache.encoding import FeatureEncoding
+from beitv2_jax.tasks import inputs, targets
 from beitv2_jax.tasks.api import StoreTask
 
 
@@ -13,7 +13,7 @@ def build(config) -> StoreTask:
         UserError: the data set or the teacher's weights are missing, or leave a choice open that they do not settle.
     """
     sources = inputs.open_sources(config)
-    teacher, params = load_teacher(**stores.teacher_arguments(config, config.teacher.tokenizer_patch_size))
+    teacher, params = load_teacher(**targets.teacher_arguments(config, config.teacher.tokenizer_patch_size))
     encoding = FeatureEncoding(config.output.dtype, teacher.grid[0] * teacher.grid[1], teacher.width)
     return StoreTask(
         name="extract",
@@ -21,7 +21,7 @@ def build(config) -> StoreTask:
         apply=lambda frozen, batch: teacher.features(frozen, batch["images"]),
         encoding=encoding,
         card={
-            **stores.teacher_card(teacher),
+            **targets.teacher_card(teacher),
             "target": encoding.target,
             "dtype": encoding.dtype,
             "compute_dtype": config.efficiency.dtype,

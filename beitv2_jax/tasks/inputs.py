@@ -15,13 +15,14 @@ from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
-from beitv2_jax.data.store.reader import TargetReader
+from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
-from beitv2_jax.models import fast_paths, trials
+from beitv2_jax.models import trials
+from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
 
-COMPUTE_KEYS = ("dtype", "gradient_dtype", "remat", "scan_blocks", *fast_paths.AUTO)
+COMPUTE_KEYS = ("dtype", "gradient_dtype", "remat", "scan_blocks", *implementations.AUTO)
 
 
 def compute_arguments(config) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def compute_arguments(config) -> dict[str, Any]:
     asked = {key: config.efficiency[key] for key in COMPUTE_KEYS if key in config.efficiency}
     platform = jax.default_backend()
     chosen = trials.chosen(config, asked, platform)
-    forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in fast_paths.AUTO if key in chosen]
+    forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in implementations.AUTO if key in chosen]
     logging.info("forms of computing on %s: %s", platform, ", ".join(forms))
     return chosen
 

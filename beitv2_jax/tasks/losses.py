@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from beitv2_jax.data.labels import IGNORED
+from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.models.upernet import resize
 from beitv2_jax.typing import Scalar, TeacherFeatures
 

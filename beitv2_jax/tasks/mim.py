@@ -10,10 +10,11 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.data.store.packing import CODE_IDS
+from beitv2_jax.data.target_cache.encoding import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
-from beitv2_jax.tasks import inputs, stores
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.objectives import (
     code_losses,
@@ -56,7 +57,7 @@ def open_inputs(config) -> inputs.Opened:
     grid = _grid(config)
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
-        stored = stores.open_store(config.tokenizer.codes, config, sources, CODE_IDS, grid)
+        stored = targets_lib.open_store(config.tokenizer.codes, config, sources, CODE_IDS, grid)
         codebook_size = stored[0].card["codebook_size"]
     else:
         tokenizer_size = inputs.tokenizer_view(config).image_size
@@ -106,7 +107,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         return sums
 
     masking = mask_arguments(config)
-    eval_targets = stores.stored_views(stored[1])
+    eval_targets = targets_lib.stored_views(stored[1])
     eval_masks = inputs.eval_masks(config, grid, masking)
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     first_mask = jnp.arange(grid[0] * grid[1])[None] < config.masking.num_masked

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from beitv2_jax.data.store.packing import decode_features
+from beitv2_jax.data.target_cache.encoding import decode_features
 from beitv2_jax.models import mixing, preprocess
-from beitv2_jax.models.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
+from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, roll_window, updated_state
 from beitv2_jax.models.upernet import BATCH_STATS, Segmenter, moved_statistics
 from beitv2_jax.models.vqkd import VQKD
@@ -107,7 +107,7 @@ def code_losses(
 ) -> dict[str, tuple[Float[Array, "b m"], Bool[Array, "b m"]]]:
     """Return by branch ('final', 'aggregation') the loss of every masked patch in nats, and whether its code is hit.
 
-    The model's `cross_entropy` says what of the logits is kept for the backward pass (`models.cross_entropy`).
+    The model's `cross_entropy` says what of the logits is kept for the backward pass (`models.ops.cross_entropy`).
     """
     call = functools.partial(
         model.apply, {"params": params}, images, mask, num_masked=num_masked, train=train, rngs=rngs

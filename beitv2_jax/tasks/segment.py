@@ -9,12 +9,13 @@ import re
 
 import numpy as np
 
-from beitv2_jax.data import pipeline, windows
-from beitv2_jax.data.label_maps import LabelIds
-from beitv2_jax.data.segmentation import CropTransform, WindowRow, window_row
-from beitv2_jax.data.sources.label_maps import open_label_maps
+from beitv2_jax.data import pipeline
+from beitv2_jax.data.segmentation import windows
+from beitv2_jax.data.segmentation.label_maps import LabelIds
+from beitv2_jax.data.segmentation.sources import open_label_maps
+from beitv2_jax.data.segmentation.transforms import CropTransform, WindowRow, window_row
+from beitv2_jax.models.sliding_window import Segmented, segment
 from beitv2_jax.models.upernet import BATCH_STATS, Segmenter
-from beitv2_jax.models.windows import Segmented, segment
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.objectives import (

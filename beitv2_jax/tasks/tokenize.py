@@ -7,7 +7,7 @@ import dataclasses
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
-from beitv2_jax.data.store.packing import CodeEncoding
+from beitv2_jax.data.target_cache.encoding import CodeEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, vqkd

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.teachers import load_teacher
-from beitv2_jax.data.store.packing import FEATURES
+from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.data.target_cache.encoding import FEATURES
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import inputs, stores
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.losses import cosine_distillation
 from beitv2_jax.tasks.objectives import (
@@ -57,10 +58,10 @@ def open_inputs(config) -> inputs.Opened:
     patch_size = config.model.encoder.patch_size
     if config.teacher.features:
         grid = (config.views.image_size // patch_size,) * 2
-        made_with = stores.stated_choices(config)
-        stored = stores.open_store(config.teacher.features, config, sources, FEATURES, grid, made_with)
+        made_with = targets_lib.stated_choices(config)
+        stored = targets_lib.open_store(config.teacher.features, config, sources, FEATURES, grid, made_with)
         return inputs.Opened(sources, stored)
-    teacher, weights = load_teacher(**stores.teacher_arguments(config, patch_size))
+    teacher, weights = load_teacher(**targets_lib.teacher_arguments(config, patch_size))
     return inputs.Opened(sources, network=teacher, frozen={"teacher": weights})
 
 
@@ -104,7 +105,9 @@ def make_task(config, opened: inputs.Opened) -> Task:
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
-        eval_batches=functools.partial(inputs.eval_batches_with, stores.stored_views(stored[1]), eval_source, config),
+        eval_batches=functools.partial(
+            inputs.eval_batches_with, targets_lib.stored_views(stored[1]), eval_source, config
+        ),
         evaluate=evaluate,
         summarize=summarize,
         start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,

@@ -19,11 +19,11 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from beitv2_jax.checksums import find_damage, write_checksums
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.checksums import find_damage, write_checksums
+from beitv2_jax.runtime.disk_checks import agreed, cause_of, free_space, reserved
 from beitv2_jax.training.sharding import path_name
 from beitv2_jax.training.state import TrainState
-from beitv2_jax.training.troubles import agreed, cause_of, free_space, reserved
 from beitv2_jax.typing import PyTree
 
 KEPT = 2

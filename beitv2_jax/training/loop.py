@@ -16,14 +16,15 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from beitv2_jax import rng, startup
+from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import Preempted
+from beitv2_jax.runtime import preemption, startup_times, watchdog
 from beitv2_jax.tasks.api import Batch, Task
-from beitv2_jax.training import inference, liveness, optim, preemption, sharding
+from beitv2_jax.training import inference, optim, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
-from beitv2_jax.training.ledger import Ledger, Plan
+from beitv2_jax.training.metric_log import Ledger, Plan
 from beitv2_jax.training.state import TrainState
 from beitv2_jax.training.step import TrainStep, lower_step, make_train_step
 from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
@@ -43,10 +44,10 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
             checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
         Preempted: the run was told to end; it is saved and will continue.
     """
-    startup.begin()
+    startup_times.begin()
     plan = Plan.from_config(config, task.num_train_examples)
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(liveness.Watch(workdir, config.run.hang_timeout))
+        watch = stack.enter_context(watchdog.Watch(workdir, config.run.hang_timeout))
         stop = config.run.on_failed_save == "stop"
         folder = Path(workdir) / "checkpoints"
         checkpointer = Checkpointer(folder, keep_every=plan.keep_every, stop_on_failure=stop)
@@ -59,7 +60,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
 
 
 def _run(
-    task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer, watch: liveness.Watch
+    task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer, watch: watchdog.Watch
 ) -> dict[str, float]:
     started = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
@@ -80,15 +81,15 @@ def _run(
         made = pool.submit(give_state)
         iterator.set_state(position)
         batch, example_ids = next_batch()
-        startup.ended("first batch")
+        startup_times.ended("first batch")
         watch.note("compiling", position["next_batch"])
         compiled = compile_step(train_step, abstract, frozen, batch, mesh)
         state = made.result()
-        startup.ended("state")
+        startup_times.ended("state")
     start = int(state.step)
     if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
-        startup.ended("codebook")
+        startup_times.ended("codebook")
     evaluate = _make_evaluation(task, mesh, bad_records, watch)
 
     is_main = jax.process_index() == 0
@@ -106,7 +107,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         for thing in (ledger, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
-        told_to_end = stack.enter_context(preemption.notices(checkpointer))
+        told_to_end = stack.enter_context(preemption.notices(checkpointer.reached_preemption))
         for step in range(start + 1, plan.num_steps + 1):
             watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
@@ -189,13 +190,13 @@ def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch
     """Compile ahead of time: called with anything else than it was compiled for, the step fails, never recompiles."""
     started = time.monotonic()
     compiled = lower_step(train_step, state, frozen, batch, mesh).compile()
-    startup.ended("compiling")
+    startup_times.ended("compiling")
     logging.info("compiled the step in %.1f s for %s", time.monotonic() - started, dict(mesh.shape))
     return compiled
 
 
 def _make_evaluation(
-    task: Task, mesh: Mesh, bad_records: BadRecords, watch: liveness.Watch
+    task: Task, mesh: Mesh, bad_records: BadRecords, watch: watchdog.Watch
 ) -> Callable[[TrainState, PyTree, int], dict[str, float]]:
     """Return the function that runs the whole evaluation pass; it is compiled at its first use only."""
     if task.eval_batches is None:

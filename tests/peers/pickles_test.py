@@ -5,7 +5,7 @@ import pytest
 import torch
 from make_torch_files import Network, checkpoint, leaves, plain, tensors
 
-from beitv2_jax.convert.pickles import read_torch
+from beitv2_jax.convert.torch_files.reader import read_torch
 
 CONTAINERS = {
     "zip": {},

@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers
 
-from beitv2_jax.convert.teachers import load_teacher, resize_positions
+from beitv2_jax.convert.teachers.load import load_teacher, resize_positions
 
 DINOV2 = [f"vit_{size}_patch14{reg}_dinov2" for size in ("small", "giant") for reg in ("", "_reg4")]
 TIMM = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from beitv2_jax.models import attention, nearest
+from beitv2_jax.models.ops import attention, nearest_code
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.program import flops_by_type, read_program
 
@@ -44,7 +44,7 @@ def test_attention_forward_and_backward(shape, dtype):
 
 def test_nearest_code(shape):
     calls, flops, text = compiled(
-        lambda *arrays: nearest.nearest_rows(*arrays, implementation="pallas"),
+        lambda *arrays: nearest_code.nearest_rows(*arrays, implementation="pallas"),
         shape((TOKENS, CODE_DIM)),
         shape((CODES, CODE_DIM)),
         shape((CODES,)),

@@ -4,11 +4,11 @@ import math
 
 import jax
 import pytest
-from planning_accounting_test import small
 
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import CHIPS
 from beitv2_jax.training import sharding
+from tests.planning.accounting_test import small
 
 TARGET = "v5e:2x4"
 MIM = {"model.head_depth": 1}

@@ -1,0 +1,1 @@
+"""Layouts of BEiT weights: the official release, timm and Hugging Face."""

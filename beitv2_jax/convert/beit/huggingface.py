@@ -1,0 +1,262 @@
+"""Hugging Face's Beit models: their names for the released ones' entries, and their config.json.
+
+Queries, keys and values stand apart there. The names are those of the published files (`BeitModel`,
+`BeitForImageClassification`, `BeitForMaskedImageModeling`, `BeitForSemanticSegmentation`), which every version of
+transformers reads. None of these models has the patch-aggregation head.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from beitv2_jax.convert.beit.names import INDEX, TABLE
+from beitv2_jax.errors import UserError
+
+DEFAULT_EPSILON = 1e-12
+"""Layer norm epsilon of a config that does not say; the released code has 1e-6."""
+
+_INNER = "attention.attention"
+_QKV = ("query", "key", "value")
+_BLOCK = (
+    ("gamma_1", "lambda_1"),
+    ("gamma_2", "lambda_2"),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+    ("attn.q_bias", f"{_INNER}.query.bias"),
+    ("attn.v_bias", f"{_INNER}.value.bias"),
+    ("attn.qkv", f"{_INNER}.qkv"),  # the three parts, joined
+    (f"attn.{TABLE}", f"{_INNER}.relative_position_bias.{TABLE}"),
+    (f"attn.{INDEX}", f"{_INNER}.relative_position_bias.{INDEX}"),
+    ("attn.proj", "attention.output.dense"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+)
+_BACKBONE = (
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("rel_pos_bias", "encoder.relative_position_bias"),
+)
+_HEADS = {
+    "classifier": (("head", "classifier"),),
+    "mim": (("norm", "layernorm"), ("lm_head", "lm_head")),
+    "segmenter": (
+        ("backbone.fpn1", "fpn1"),
+        ("backbone.fpn2", "fpn2"),
+        ("decode_head.conv_seg", "decode_head.classifier"),
+        ("auxiliary_head.conv_seg", "auxiliary_head.classifier"),
+        ("decode_head", "decode_head"),
+        ("auxiliary_head", "auxiliary_head"),
+    ),
+}
+_ARCHITECTURES = {
+    "classifier": "BeitForImageClassification",
+    "mim": "BeitForMaskedImageModeling",
+    "segmenter": "BeitForSemanticSegmentation",
+}
+_POOL_BINS = [1, 2, 3, 6]
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """Two names of each entry, released and theirs, as beginnings; `stems` are those of the list of blocks."""
+
+    pairs: Pairs
+    stems: tuple[str, str]
+
+    @classmethod
+    def of(cls, kind: str, stem: str) -> "_Names":
+        """Return the names of a kind whose transformer stands at `stem` there ('beit.', '' for a bare BeitModel)."""
+        released = "backbone." if kind == "segmenter" else ""
+        backbone = _BACKBONE
+        if kind == "classifier":
+            backbone += (("fc_norm", "pooler.layernorm"), ("norm", "layernorm"))
+        backbone = tuple((released + official, stem + theirs) for official, theirs in backbone)
+        return cls(backbone + _HEADS[kind], (f"{released}blocks", f"{stem}encoder.layer"))
+
+    def released(self, name: str) -> str:
+        """Return the released name of theirs; one that no rule knows stays as it is."""
+        return self._renamed(name, 1, 0)
+
+    def theirs(self, name: str) -> str:
+        """Return their name of a released one."""
+        return self._renamed(name, 0, 1)
+
+    def _renamed(self, name: str, before: int, after: int) -> str:
+        pairs, stem = self.pairs, ""
+        if found := re.match(rf"{re.escape(self.stems[before])}\.(\d+)\.", name):
+            pairs, stem, name = _BLOCK, f"{self.stems[after]}.{found[1]}.", name[found.end() :]
+            unknown = found[0] + name
+        else:
+            unknown = name
+        for pair in pairs:
+            if name == pair[before] or name.startswith(f"{pair[before]}."):
+                return stem + pair[after] + name[len(pair[before]) :]
+        return unknown
+
+
+def is_huggingface(state: dict[str, np.ndarray]) -> bool:
+    """Tell whether the names are those of a Hugging Face Beit."""
+    return any(re.match(r"(beit\.)?(embeddings\.|encoder\.layer\.)", name) for name in state)
+
+
+def to_released_names(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Callable[[str], str]]:
+    """Return the state dict under released names, and the function that gives a released name's name here.
+
+    Names that no rule knows stay as they are, so that the released layout refuses them by name.
+
+    Raises:
+        UserError: of the queries, keys and values of a block one is missing, or they are no equal matrices.
+    """
+    marks = (("segmenter", "decode_head."), ("mim", "lm_head."), ("classifier", ""))
+    kind = next(kind for kind, mark in marks if any(name.startswith(mark) for name in state))
+    names = _Names.of(kind, "beit." if any(name.startswith("beit.") for name in state) else "")
+    released = {}
+    for name, array in state.items():
+        piece = re.fullmatch(rf"(.*{_INNER})\.({'|'.join(_QKV)})\.weight", name)
+        if piece:
+            released.setdefault(names.released(f"{piece[1]}.qkv.weight"), _joined(state, piece[1]))
+        else:
+            released[names.released(name)] = array
+    return released, lambda official: names.theirs(official).replace(".qkv.", ".query.")
+
+
+def _joined(state: dict[str, np.ndarray], stem: str) -> np.ndarray:
+    parts = [f"{stem}.{part}.weight" for part in _QKV]
+    shape = next(state[part].shape for part in parts if part in state)
+    for part in parts:
+        if part not in state or state[part].shape != shape or len(shape) != 2:
+            found = f"has the shape {state[part].shape}" if part in state else "is missing"
+            raise UserError(
+                f"{part!r} {found}, beside others of shape {shape}.",
+                "the file is damaged.",
+                "queries, keys and values of one shape in each block.",
+            )
+    return np.concatenate([state[part] for part in parts])
+
+
+def read_settings(config: dict) -> tuple[dict, tuple[str, ...]]:
+    """Return the arguments that config.json gives beyond the arrays, and what was assumed without it.
+
+    transformers counts `out_indices` from 1 with the embeddings as the first, so that index i is block i - 1 here. The
+    published configs, [3, 5, 7, 11], hence read other blocks than the released models' 4, 6, 8 and 12.
+
+    Raises:
+        UserError: it is the config of another architecture or of another activation.
+    """
+    for key, ours in (("model_type", "beit"), ("hidden_act", "gelu")):
+        if config.get(key, ours) != ours:
+            raise UserError(
+                f"config.json says {key}={config[key]!r}; only {ours!r} can be converted.",
+                "the model is a relative of BEiT with other parts.",
+                "a BEiT model.",
+            )
+    settings = {"norm_eps": config.get("layer_norm_eps", DEFAULT_EPSILON)}
+    if "num_attention_heads" in config:
+        settings["num_heads"] = config["num_attention_heads"]
+    if "out_indices" in config:
+        settings["out_layers"] = tuple(index - 1 for index in config["out_indices"])
+    if "layer_norm_eps" in config:
+        return settings, ()
+    return settings, (f"norm_eps={DEFAULT_EPSILON:g}: the default of transformers, as no config.json says",)
+
+
+def to_huggingface(kind: str, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the Hugging Face state dict of a released one, and {name: reason} of what has no place there.
+
+    Raises:
+        UserError: there is no such model there.
+    """
+    if kind not in _ARCHITECTURES:
+        raise UserError(
+            f"Hugging Face has no Beit of kind {kind!r}.",
+            "transformers has no tokenizer of BEiT v2.",
+            "--layout=official, or weights of another kind.",
+        )
+    left_out = {name: "no Beit there has the patch-aggregation head" for name in state if name.startswith("cls_pt_")}
+    names = _Names.of(kind, "" if kind == "classifier" and "head.weight" not in state else "beit.")
+    converted = {}
+    for name, array in state.items():
+        if name in left_out or name.endswith(INDEX):
+            continue
+        theirs = names.theirs(name)
+        if ".qkv." in theirs:
+            parts = zip(_QKV, np.split(array, 3), strict=True)
+            converted |= {theirs.replace(".qkv.", f".{part}."): rows for part, rows in parts}
+        else:
+            converted[theirs] = array
+    return converted, left_out
+
+
+def config_of(kind: str, arguments: dict) -> dict:
+    """Return the config.json of a model with these arguments, none left out.
+
+    Raises:
+        UserError: a segmentation model that Hugging Face cannot build.
+    """
+    position = arguments["position"]
+    config = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": "beit",
+        "dtype": "float32",
+        "hidden_act": "gelu",
+        "hidden_size": arguments["width"],
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "intermediate_size": arguments["mlp_dim"],
+        "image_size": arguments["image_size"],
+        "patch_size": arguments["patch_size"],
+        "num_channels": 3,
+        "layer_norm_eps": arguments["norm_eps"],
+        "layer_scale_init_value": float(arguments["layer_scale_init"] or 0.0),
+        "drop_path_rate": float(arguments["drop_path_rate"]),
+        "use_mask_token": kind == "mim",
+        "use_mean_pooling": arguments.get("pooling", "mean") == "mean",
+        "use_absolute_position_embeddings": position == "absolute",
+        "use_relative_position_bias": position == "relative",
+        "use_shared_relative_position_bias": position == "relative_shared",
+    }
+    if kind == "mim":
+        config["vocab_size"] = arguments["codebook_size"]
+    else:
+        config["id2label"] = {str(index): f"LABEL_{index}" for index in range(arguments["num_classes"])}
+        config["label2id"] = {label: int(index) for index, label in config["id2label"].items()}
+    if kind == "classifier" and arguments["num_classes"] == 0:
+        config |= {"architectures": ["BeitModel"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if kind == "segmenter":
+        if arguments["channels"] != arguments["width"]:
+            raise UserError(
+                f"The segmentation head is {arguments['channels']} wide, the transformer {arguments['width']}.",
+                "Hugging Face builds the head as wide as the transformer.",
+                "--layout=official.",
+            )
+        if max(arguments["out_layers"]) == arguments["depth"]:
+            raise UserError(
+                f"The segmentation model reads blocks {arguments['out_layers']} of {arguments['depth']}.",
+                "it is a released one; transformers' segmentation model cannot read its last block.",
+                "--layout=official.",
+            )
+        config |= {
+            "out_indices": [layer + 1 for layer in arguments["out_layers"]],
+            "pool_scales": _POOL_BINS,
+            "use_auxiliary_head": True,
+            "auxiliary_channels": arguments["aux_channels"],
+            "auxiliary_num_convs": 1,
+            "auxiliary_concat_input": False,
+        }
+    return config
+
+
+def save(directory: Path, state: dict[str, np.ndarray], config: dict) -> None:
+    """Write model.safetensors (of contiguous arrays) and config.json into the new folder `directory`."""
+    directory.mkdir()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

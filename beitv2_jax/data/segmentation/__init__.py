@@ -1,0 +1,1 @@
+"""Images with label maps: sources, random crops, and windows for evaluation."""

@@ -1,0 +1,124 @@
+"""Who works on which piece: claim files with a heartbeat, for any number of processes on one file system.
+
+Claims save work, they guard nothing: two workers on one piece write the same bytes, and each renames whole files.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import threading
+import time
+import uuid
+
+from beitv2_jax.runtime import heartbeat
+from beitv2_jax.runtime.atomic_files import write_over
+
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 180.0
+"""A claim whose heartbeat stands still for so long is free. Longer than network file systems show old contents."""
+
+
+class Claims:
+    """The claims of one worker in `directory`; a thread renews them until they are released or the worker dies.
+
+    A claim is a file that only one process can create. It is free again when its worker released it, when its worker
+    was a process of this machine that is no longer there, or when its heartbeat stood still for `stale_seconds` on this
+    process's clock: clocks of machines are never compared. A claim that does not say whose it is was left by a worker
+    that died while it wrote it, as whoever lives writes it whole with the next beat: it is free after two.
+
+    Use as a context manager: leaving it releases what is held.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+    ):
+        self._directory = pathlib.Path(directory)
+        self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
+        self._owner = {"machine": heartbeat.machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._held: set[str] = set()
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._beats = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def take(self, name: str) -> bool:
+        """Claim `name`; tell whether it has become ours."""
+        if name in self._held:
+            return False
+        path = self._path(name)
+        if self._is_left_over(name, path):
+            path.unlink(missing_ok=True)
+        try:
+            with self._lock, open(path, "x") as file:
+                file.write(self._content())
+                self._held.add(name)
+        except (FileExistsError, FileNotFoundError):  # another's, or the folder has gone
+            return False
+        return True
+
+    def release(self, name: str) -> None:
+        """Give `name` up, unless another worker took it from us."""
+        with self._lock:
+            self._held.discard(name)
+            if self._is_ours(self._path(name)):
+                self._path(name).unlink(missing_ok=True)
+
+    def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
+        """Tell whether there is a claim that nobody renews. The first look at a heartbeat can only start its clock."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return False
+        if heartbeat.is_dead(content, self._owner["machine"]):
+            return True
+        now = time.monotonic()
+        before, since = self._seen.get(name, (None, now))
+        if content != before:
+            self._seen[name] = content, now
+            return False
+        return now - since > (self._stale_seconds if _is_whole(content) else 2 * self._heartbeat_seconds)
+
+    def _is_ours(self, path: pathlib.Path) -> bool:
+        try:
+            return self._owner["token"].encode() in path.read_bytes()
+        except FileNotFoundError:
+            return False
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._heartbeat_seconds):
+            with self._lock:
+                self._beats += 1
+                for name in self._held:
+                    # a beat that fails is made up by the next
+                    with contextlib.suppress(OSError):
+                        if self._is_ours(self._path(name)):
+                            write_over(self._path(name), self._content())
+
+    def _content(self) -> str:
+        return json.dumps({**self._owner, "beats": self._beats})
+
+    def _path(self, name: str) -> pathlib.Path:
+        return self._directory / f"{name}.claim"
+
+    def __enter__(self) -> "Claims":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        for name in tuple(self._held):
+            self.release(name)
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        return "pid" in json.loads(content)
+    except (ValueError, TypeError):
+        return False

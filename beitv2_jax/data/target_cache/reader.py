@@ -1,0 +1,151 @@
+"""Store of what a frozen network said about every fixed view: teacher features or code ids, as TFDS sets.
+
+Written by the stages extract and tokenize (`data.target_cache.writer`), read by the data pipeline of later stages.
+A part of a store is one TFDS set, `tfds.builder_from_directory(directory)` opens it, with one split a view
+(`train_v0`, `train_v1` ...), so that reading a view touches no other. Record i of every split belongs to example i of
+the source. `card.json` beside the records says what they were computed from, `bad_records.jsonl` which examples could
+not be read: their records are zeros.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from beitv2_jax.data.target_cache.manifest import check_card, encoding_of, read_card
+from beitv2_jax.errors import UserError
+
+BAD_RECORDS_FILE = "bad_records.jsonl"
+OPEN_VIEWS = 2
+"""Views whose files a reader keeps open: an epoch reads one, and the next one's first batches come before its last."""
+
+
+def view_split(split: str, view: int) -> str:
+    """Return the name of a view's split, without the signs of TFDS slices: train[:10%] -> train_to10pct_v0."""
+    name = split.translate(str.maketrans({"[": "_", "]": None, ":": "to", "%": "pct", "-": "minus", "+": "_and_"}))
+    return f"{name}_v{view}"
+
+
+def open_tfds(directory: str | os.PathLike):
+    """Return the TFDS builder of the part of a store in `directory`.
+
+    Raises:
+      UserError: its metadata are damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(os.fspath(directory))
+    except Exception as error:  # TFDS, protobuf and the file system each have their own ways to fail here
+        raise UserError(
+            f"The TFDS metadata in {directory} cannot be read: {error}",
+            "dataset_info.json or features.json was damaged on its way here",
+            "a fresh copy of the whole store, or make the targets again in another directory",
+        ) from error
+
+
+class TargetReader:
+    """Read a finished part of a store: `reader[example_id, view]` are the decoded targets of one view.
+
+    Pickles as its arguments, so that it can go to worker processes.
+
+    Attributes:
+      feature: "teacher_features" or "code_ids".
+      card: what the targets were computed from.
+      encoding: how they are stored.
+      num_views: number of views of each example.
+      unreadable: ids of the examples whose images could not be read; their targets are zeros and mean nothing.
+
+    Args:
+      directory: of the part: the stage's workdir, then "views" or "centre".
+      split: of the source, as the source calls it.
+
+    Raises:
+      UserError: nothing finished there, a damaged card or damaged metadata, or another split.
+    """
+
+    def __init__(self, directory: str | os.PathLike, split: str):
+        self._directory, self._split = pathlib.Path(directory), split
+        self.card = read_card(self._directory)
+        self.check({"split": split})
+        self.encoding = encoding_of(self.card)
+        self.feature, self.num_views = self.encoding.target, self.card["num_views"]
+        self._builder = open_tfds(self._directory)
+        self._check_metadata()
+        self._views = functools.lru_cache(maxsize=OPEN_VIEWS)(self._open_view)
+        self.unreadable = self._read_unreadable()
+
+    def _check_metadata(self) -> None:
+        splits = self._builder.info.splits
+        counts = [splits[name].num_examples if name in splits else 0 for name in map(self._name, range(self.num_views))]
+        fields = {name: (tuple(t.shape), np.dtype(t.np_dtype).name) for name, t in self._builder.info.features.items()}
+        if set(counts) != {len(self)} or fields != self.encoding.fields:
+            raise UserError(
+                f"Card and TFDS metadata in {self._directory} disagree: {self.num_views} views of {len(self)} examples "
+                f"as {self.encoding.fields} by the card, {counts} examples a view as {fields} by dataset_info.json.",
+                "files of two stores were mixed",
+                "a fresh copy of the whole store, or make the targets again in another directory",
+            )
+
+    def _read_unreadable(self) -> frozenset[int]:
+        path = self._directory / BAD_RECORDS_FILE
+        try:
+            ids = frozenset(int(json.loads(line)["example_id"]) for line in path.read_text().splitlines())
+        except FileNotFoundError:
+            ids = frozenset()
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._unusable(f"{path} is damaged ({error!r})") from error
+        if len(ids) != self.card["unreadable"]:
+            raise self._unusable(f"{path} names {len(ids)} examples, the card counts {self.card['unreadable']}")
+        return ids
+
+    def _name(self, view: int) -> str:
+        return view_split(self._split, view)
+
+    def _open_view(self, view: int):
+        return self._builder.as_data_source(self._name(view))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return self.card["num_examples"]
+
+    def entries(self, example_id: int, view: int) -> dict[str, np.ndarray]:
+        """Return what a batch carries of (example id, view): the numbers as stored, code ids as int32.
+
+        Raises:
+          IndexError: no such example or view.
+          UserError: the record is damaged.
+        """
+        if not (0 <= view < self.num_views and 0 <= example_id < len(self)):
+            raise IndexError(f"example {example_id}, view {view}: {len(self)} examples of {self.num_views} views")
+        try:
+            return self.encoding.unpack(self._views(view)[int(example_id)])
+        except Exception as error:  # what ArrayRecord and protobuf raise on foreign bytes is not documented
+            raise self._unusable(f"view {view} of example {example_id} cannot be read ({error!r})") from error
+
+    def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
+        """Return the features (float32 'n t') or ids (int32 'n') of (example id, view); only that record is read."""
+        return self.encoding.decode(self.entries(*key))
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Compare the card with what a run expects; the store may hold more views than the run's `num_views`.
+
+        Raises:
+          UserError: names the first field that differs, with both values.
+        """
+        enough = self.card["num_views"] >= expected.get("num_views", 0)
+        check_card(self.card, {k: v for k, v in expected.items() if not (k == "num_views" and enough)}, self._directory)
+
+    def _unusable(self, why: str) -> UserError:
+        return UserError(
+            f"The targets in {self._directory} cannot be used: {why}.",
+            "a file was damaged or changed after the stage that wrote it had finished",
+            "a fresh copy of the whole store, or make the targets again in another directory",
+        )
+
+    def __reduce__(self):
+        return TargetReader, (self._directory, self._split)

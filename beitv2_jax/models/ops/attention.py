@@ -1,0 +1,117 @@
+"""softmax(q kᵀ / √hd + bias) v in several forms: plain XLA, cuDNN's fused one, and a Pallas kernel for TPU.
+
+All take the fused projection `b l 3d` as the matrix product leaves it, and give what the output projection reads.
+Called by `layers.Attention`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from beitv2_jax.models.ops.per_device import on_own_rows
+from beitv2_jax.typing import AttentionBias, Tokens
+
+IMPLEMENTATIONS = ("plain", "cudnn", "pallas")
+FAR = -1e9
+"""Logit of a key that is padding: its weight is exactly zero, in bfloat16 too."""
+CUDNN_LENGTHS = 8
+"""cuDNN is given a multiple of this many tokens; with a bias to learn it takes no odd number."""
+
+
+def attend(
+    qkv: Float[Array, "b l d3"],
+    bias: AttentionBias | None,
+    num_heads: int,
+    *,
+    implementation: str = "plain",
+    length: int | None = None,
+) -> Tokens:
+    """Return the values mixed by attention, `b l d` in the dtype of `qkv`.
+
+    The width of `qkv` holds queries, keys and values one after another, heads inside. Of its tokens all behind `length`
+    (for 'cudnn' only, see `lengthened`) are padding: nobody sees them. Logits and softmax are float32,
+    the weights are rounded to the dtype of `qkv`. `implementation`: 'plain'; 'cudnn' (16-bit types, a head width that
+    is a multiple of 8 and at most 128; the bias is rounded too); 'pallas', for TPU, elsewhere interpreted and slow,
+    which keeps no array of `nh l l` for any image and sums the gradient of `bias` over the batch in one order.
+
+    Raises:
+        ValueError: unknown implementation, or a dtype or head width that it cannot take.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "pallas":
+        # imported here because pallas takes most of a second to load and is rarely asked for
+        from beitv2_jax.models.ops import attention_pallas
+
+        if bias is None:
+            bias = jnp.zeros((num_heads, qkv.shape[1], qkv.shape[1]))
+        return on_own_rows(attention_pallas.attend, (qkv,), (bias,))
+    # three slices of the width, each reshaped on its own: a TPU copies less so than with one reshape to `3 nh hd`
+    queries, keys, values = (part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    if implementation == "plain":
+        mixed = _plain(queries, keys, values, bias)
+    else:
+        mixed = _cudnn(queries, keys, values, bias, length or qkv.shape[1])
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def lengthened(tokens: Tokens, implementation: str) -> Tokens:
+    """Return tokens with as many zeros behind them as a form wants, which costs less than to lengthen q, k and v."""
+    more = -tokens.shape[1] % CUDNN_LENGTHS if implementation == "cudnn" else 0
+    return jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
+
+
+def _plain(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
+    queries = queries * queries.shape[-1] ** -0.5
+    logits = _products(queries, keys)
+    if bias is not None:
+        logits = logits + bias
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+@jax.custom_vjp
+def _products(queries, keys) -> Float[Array, "b nh q k"]:
+    """Return q kᵀ in float32; its gradient is rounded to the dtype of q, which else would make float32 products."""
+    return jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+
+
+def _products_backward(kept, of_logits):
+    (queries, keys), rounded = kept, of_logits.astype(kept[0].dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", rounded, keys), jnp.einsum("bhqk,bqhd->bkhd", rounded, queries)
+
+
+_products.defvjp(lambda queries, keys: (_products(queries, keys), (queries, keys)), _products_backward)
+
+
+def _cudnn(queries, keys, values, bias, length: int) -> Float[Array, "b l nh hd"]:
+    """Call cuDNN on a number of tokens that it takes: it wants an even one, so keys that nobody sees may join.
+
+    Source: the checks of `jax.nn.dot_product_attention` before it calls cuDNN.
+    """
+    given, head_dim = queries.shape[1], queries.shape[-1]
+    if queries.dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
+        raise ValueError(
+            f"cuDNN attention takes 16-bit types and head widths that are multiples of 8 up to 128, "
+            f"not {queries.dtype} and {head_dim}: choose attention 'plain'"
+        )
+    queries, keys, values, bias = padded(queries, keys, values, bias, length)
+    mixed = jax.nn.dot_product_attention(queries, keys, values, bias=bias, implementation="cudnn")
+    return mixed[:, :given]
+
+
+def padded(queries, keys, values, bias, length: int) -> tuple[jax.Array, ...]:
+    """Lengthen all to a multiple of `CUDNN_LENGTHS`; keys behind `length` get the logit `FAR`.
+
+    The bias, `nh length length` or None, gains a batch axis and the dtype of the queries.
+    """
+    given, num_heads = queries.shape[1:3]
+    more = -given % CUDNN_LENGTHS
+    if bias is None:
+        bias = jnp.zeros((num_heads, length, length))
+    behind = given + more - length
+    bias = jnp.pad(bias, ((0, 0), (0, behind), (0, 0)))
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, behind)), constant_values=FAR)
+    if more:
+        queries, keys, values = (jnp.pad(part, ((0, 0), (0, more), (0, 0), (0, 0))) for part in (queries, keys, values))
+    return queries, keys, values, bias[None].astype(queries.dtype)

@@ -1,0 +1,265 @@
+"""A trained stage as its config alone describes it: built without data, stores or weights, to be compiled, not run.
+
+What a config leaves open is filled in with what the published recipe used (`complete`). The shapes of a
+batch come from the data pipeline itself, which makes one row out of a grey picture.
+"""
+
+import dataclasses
+import importlib
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.teachers import clip_teacher
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.sizes import SIZES
+from beitv2_jax.tasks import inputs, objectives, targets, vqkd
+from beitv2_jax.tasks.api import Batch, Task
+from beitv2_jax.tasks.tokenize import Tokenizer
+from beitv2_jax.typing import PyTree
+
+KNOWN_SETS = {
+    r"imagenet2012|imagenet-?1k": 1_281_167,
+    r"imagenet-?2[12]k": 14_197_122,
+    r"(?i)ade(20k|challengedata)": 20_210,
+}
+"""Pattern of a source's name -> its training images. Source: the sets' own descriptions; 22k is the release of 2011."""
+TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment")
+PUBLISHED = "(published)"
+TEACHER_WIDTH = 512  # of CLIP's projection
+CODE_DIM = 32
+_STORED_FEATURES = "int8"  # as configs/extract.py writes them
+_GREY_SIDE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A task without inputs, and what its batches look like.
+
+    `batch` holds shapes of the whole global batch; `task.frozen` holds shapes too. `frozen_vit` are the arguments of
+    the frozen transformer that runs in the step, by the name of its weights.
+    """
+
+    task: Task
+    batch: Batch
+    config: Any
+    frozen_vit: Mapping[str, Mapping[str, int]]
+
+
+def complete(config):
+    """Return a copy of `config` in which nothing is left to be given, and words on what was filled in.
+
+    Raises:
+        UserError: the config is of a stage that trains nothing.
+    """
+    if config.stage not in TRAINED_STAGES:
+        raise UserError(
+            f"There is no training step in a config of stage '{config.stage}'.",
+            "the plan of a stage that trains was meant.",
+            f"--config= of a stage of {', '.join(TRAINED_STAGES)}; of a pipeline, the file of one stage.",
+        )
+    config = config.copy_and_resolve_references().unlock()
+    config.init_from = ""
+    notes = []
+    section, stored_key, live_key, live = {
+        "vqkd": ("teacher", "features", "weights", "CLIP ViT-B/16"),
+        "mim": ("tokenizer", "codes", "run", "the published tokenizer"),
+    }.get(config.stage, ("", "", "", ""))
+    if section and not config[section][stored_key]:
+        given = config[section][live_key]
+        if not Path(given or PUBLISHED).exists():
+            why = f"nothing is at {given!r}" if given else f"neither {live_key} nor {stored_key} is given"
+            notes.append(f"{section}: {why}, so {live} is taken to run in the step.")
+            config[section][live_key] = PUBLISHED
+    if section and config[section][stored_key]:
+        config.views.num_views = max(1, config.views.num_views)
+    return config.lock(), tuple(notes)
+
+
+def count_examples(config, given: int = 0) -> int:
+    """Return the training images that an epoch of `config` has: `given`, by the name of the set, or by opening it.
+
+    Raises:
+        UserError: it is none of the known sets and is not there.
+    """
+    data = config.data
+    if given:
+        return given
+    for pattern, count in KNOWN_SETS.items():
+        if re.search(pattern, data.source):
+            return count
+    try:
+        return len(open_source(data.source, data.train_split, data.data_dir))
+    except UserError as error:
+        raise UserError(
+            f"How many examples data.source={data.source!r} has is not known: {error.happened}",
+            "the plan needs the length of an epoch, and the set is not here.",
+            "--plan_examples=NUMBER of training images.",
+        ) from error
+
+
+def describe(config, num_examples: int) -> Description:
+    """Describe the stage that a config from `complete` trains on `num_examples` images.
+
+    Raises:
+        UserError: weights or a run that the config names are there, but cannot be read.
+    """
+    stage = importlib.import_module(f"beitv2_jax.tasks.{config.stage}")
+    source = _Source(num_examples, config.model.get("num_classes", 1000))
+    opened = inputs.Opened((source, source))
+    frozen_vit: dict[str, Mapping[str, int]] = {}
+    if config.stage == "vqkd":
+        opened, frozen_vit = _with_teacher(config, opened)
+    elif config.stage == "mim":
+        opened, frozen_vit = _with_tokenizer(config, opened)
+    return Description(stage.make_task(config, opened), _batch(stage, config, opened), config, frozen_vit)
+
+
+def _with_teacher(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
+    patch_size = config.model.encoder.patch_size
+    side = config.views.image_size // patch_size
+    if config.teacher.features:
+        encoding = FeatureEncoding(_STORED_FEATURES, side * side, TEACHER_WIDTH)
+        reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
+        return dataclasses.replace(opened, stored=(reader, reader)), {}
+    if config.teacher.weights == PUBLISHED:
+        teacher, network = clip_teacher(
+            SIZES["base"],
+            TEACHER_WIDTH,
+            image_size=config.views.image_size,
+            grid=(side, side),
+            dtype=config.efficiency.dtype,
+        )
+        images = jnp.zeros((1, teacher.input_size, teacher.input_size, 3))
+        weights = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    else:
+        teacher, weights = load_teacher(**targets.teacher_arguments(config, patch_size))
+    frozen = {"teacher": _shapes(weights)}
+    tokens = teacher.network_grid[0] * teacher.network_grid[1] + teacher.num_prefix_tokens
+    vit = {**vit_sizes(frozen["teacher"]), "tokens": tokens}
+    return dataclasses.replace(opened, network=teacher, frozen=frozen), {"teacher": vit}
+
+
+def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
+    side = config.views.image_size // config.model.patch_size
+    codebook_size = config.model.codebook_size
+    if config.tokenizer.codes:
+        encoding = CodeEncoding(codebook_size, side * side)
+        reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"codebook_size": codebook_size})
+        return dataclasses.replace(opened, stored=(reader, reader)), {}
+    image_size, dtype = inputs.tokenizer_view(config).image_size, config.efficiency.dtype
+    if config.tokenizer.run == PUBLISHED:
+        base = SIZES["base"]
+        model = VQKD(
+            image_size=image_size,
+            encoder={**base, "patch_size": image_size // side},
+            decoder={**{key: size for key, size in base.items() if key != "patch_size"}, "depth": 3},
+            codebook_size=codebook_size,
+            code_dim=CODE_DIM,
+            teacher_width=TEACHER_WIDTH,
+            dtype=dtype,
+        )
+    else:
+        trained = config_lib.from_json(read_config(config.tokenizer.run))
+        model = vqkd.make_model(trained, TEACHER_WIDTH, dtype=dtype)
+    images = jnp.zeros((1, image_size, image_size, 3))
+    frozen = jax.eval_shape(lambda key: objectives.init_variables(model, key, images, train=False), jax.random.key(0))
+    tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
+    tokens = model.grid[0] * model.grid[1] + 1
+    vit = {**vit_sizes({"backbone": frozen["params"]["encoder"]}), "tokens": tokens, "code_dim": model.code_dim}
+    return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": frozen}), {"tokenizer": vit}
+
+
+def vit_sizes(params: PyTree) -> dict[str, int]:
+    """Return width, depth, mlp_dim (of its second map), gated, patch_inputs and projection of a transformer's params.
+
+    `params` are those of `NormalisedViT` or a classifier: a tree with "backbone".
+    """
+    backbone = params["backbone"]
+    patch = backbone["patch_embed"]["kernel"].shape
+    mlp = backbone["blocks_0"]["mlp"]
+    return {
+        "width": patch[-1],
+        "depth": sum(name.startswith("blocks_") for name in backbone),
+        "mlp_dim": mlp["fc2"]["kernel"].shape[0],
+        "gated": mlp["fc1"]["kernel"].shape[1] == 2 * mlp["fc2"]["kernel"].shape[0],
+        "patch_inputs": int(np.prod(patch[:-1])),
+        "projection": params["projection"]["kernel"].shape[1] if "projection" in params else 0,
+    }
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _batch(stage, config, opened: inputs.Opened) -> Batch:
+    """Return the shapes of the global batch: those of one row, as the pipeline makes it, `run.batch_size` times."""
+    single = config.copy_and_resolve_references().unlock()
+    single.run.batch_size = 1
+    single.data.update(num_threads=0, num_workers=0)
+    iterator = stage.make_task(single, opened).train_batches(0, 1)
+    row = next(iterator)
+    iterator.close()
+    return {
+        name: jax.ShapeDtypeStruct(
+            (config.run.batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
+        for name, array in row.items()
+        if name != "faults"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A data set of which only the length matters: every image is the same grey square."""
+
+    length: int
+    num_classes: int
+    name: str = "described"
+    split: str = "train"
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, example_id: int) -> dict[str, Any]:
+        image, label_map = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", (_GREY_SIDE, _GREY_SIDE), (128, 128, 128)).save(image, "JPEG")
+        Image.new("L", (_GREY_SIDE, _GREY_SIDE)).save(label_map, "PNG")
+        return {
+            "image": image.getvalue(),
+            "label": 0,
+            "label_map": label_map.getvalue(),
+            "example_id": int(example_id),
+            "where": self.name,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroTargets:
+    """A store of targets of which only the encoding matters: every target is zero."""
+
+    encoding: Encoding
+    length: int
+    num_views: int
+    card: Mapping[str, Any]
+    unreadable: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def entries(self, example_id: int, view: int) -> dict[str, np.ndarray]:
+        return self.encoding.unpack({name: np.zeros(*field) for name, field in self.encoding.fields.items()})

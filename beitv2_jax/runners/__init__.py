@@ -1,0 +1,1 @@
+"""Which stage runs, and how: pipelines, target caches, verification, probe and segmentation."""

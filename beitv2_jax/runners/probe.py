@@ -1,0 +1,141 @@
+"""Run the probe: cache the features of both splits, then fit and vote on the cached arrays."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.data.bad_records import BadRecords
+from beitv2_jax.errors import UserError
+from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
+from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks.probe import FeatureSet, Probe
+from beitv2_jax.training.inference import run_batches
+from beitv2_jax.training.sharding import make_mesh
+
+POLL_SECONDS = 0.5
+"""Time between two looks at what the other processes have written."""
+
+
+def run(probe: Probe, config, workdir: str) -> dict[str, float]:
+    """Probe every feature set and return its accuracies as {'pretrained/cls/linear': ..., ...}.
+
+    Features are cached as `features/<set>_<split>.npz` under `workdir`; a cached file is not computed again.
+
+    Raises:
+        Preempted: this process was told to end; cached features stay.
+    """
+    with (
+        preemption.stops("probe") as stop_if_told,
+        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+    ):
+        return _probe(probe, config, workdir, watchdog.moving(watch, stop_if_told))
+
+
+def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
+    settings = dict(config.probe)
+    settings.pop("layers")
+    num_steps = config_lib.steps(
+        settings.pop("duration"), batch_size=config.probe.batch_size, num_examples=len(probe.sources[0])
+    )
+    settings = ProbeSettings(num_steps=num_steps, seed=config.seed, **settings)
+    figures = {}
+    for feature_set in probe.feature_sets:
+        train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
+        for name in (key for key in train if key != "labels"):
+            on_move("fitting")
+            result = probe_features(
+                train[name], train["labels"], test[name], test["labels"], probe.sources[0].num_classes, settings
+            )
+            figures |= {f"{feature_set.name}/{name}/{key}": value for key, value in result.items()}
+    return figures
+
+
+def cached_features(
+    feature_set: FeatureSet, source, config, workdir: str, on_move: Callable[[str], None] = lambda phase: None
+) -> dict[str, np.ndarray]:
+    """Return the features and labels of a whole split, computed once and kept in the workdir.
+
+    Of several processes each computes its share of the rows, on its own devices; process 0 joins what all have
+    written, and the others wait for that.
+
+    Raises:
+        UserError: more images than `data.max_bad_share` allows were unreadable.
+    """
+    path = Path(workdir, "features", f"{feature_set.name}_{source.split.replace('/', '_')}.npz")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index, count = jax.process_index(), jax.process_count()
+        parts = [path.with_name(f"{path.stem}.{number}-of-{count}.npz") for number in range(count)]
+        if not parts[index].exists():
+            _write(parts[index], _share_of_features(feature_set, source, config, workdir, on_move))
+        awaited = parts if index == 0 else [path]
+        while not all(file.exists() for file in awaited):
+            on_move("waiting for other processes")
+            time.sleep(POLL_SECONDS)
+        if index == 0:
+            _write(path, _joined([_read(part) for part in parts]))
+            for part in parts:
+                part.unlink()
+    features = _read(path)
+    _refuse_unreadable(len(source) - len(features["labels"]), source, config, workdir)
+    return features
+
+
+def _share_of_features(
+    feature_set: FeatureSet, source, config, workdir: str, on_move: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Return the features, labels and example ids of the rows of every batch that are this process's."""
+    batches = inputs.eval_batches(source, config, jax.process_index(), jax.process_count())
+    rows = []
+    for batch, outputs in run_batches(
+        feature_set.apply,
+        feature_set.frozen,
+        BadRecords(workdir, jax.process_index()).noted(batches, source.split),
+        make_mesh(**config.mesh, devices=jax.local_devices()),
+        total=len(batches),
+        label=f"features {feature_set.name}",
+    ):
+        on_move("computing features")
+        real = batch["weight"] > 0
+        arrays = {**outputs, **{name: batch[name] for name in ("labels", "example_ids")}}
+        rows.append({name: array[real] for name, array in arrays.items()})
+    return _concatenated(rows)
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the rows of all parts in the order of their example ids, without these."""
+    rows = _concatenated(parts)
+    order = np.argsort(rows.pop("example_ids"))
+    return {name: array[order] for name, array in rows.items()}
+
+
+def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def _refuse_unreadable(unreadable: int, source, config, workdir: str) -> None:
+    if unreadable > config.data.max_bad_share * len(source):
+        raise UserError(
+            f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_share "
+            f"allows {config.data.max_bad_share:.3%}",
+            "the data set was copied in part or is damaged",
+            f"mend the files listed in {Path(workdir, 'bad_records.jsonl')} and take another --workdir, or, to go on "
+            "without them, a higher --config.data.max_bad_share",
+        )

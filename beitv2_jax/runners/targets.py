@@ -1,0 +1,275 @@
+"""Run a store stage: a frozen network over every fixed view of a data set, its outputs written as TFDS data sets.
+
+Any number of processes on one file system run the same stage in the same workdir at the same time, each on its own
+devices; they share nothing but files.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from beitv2_jax.data.bad_records import bad_record
+from beitv2_jax.data.target_cache.leases import Claims
+from beitv2_jax.data.target_cache.manifest import read_card
+from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetStore
+from beitv2_jax.data.view_stream import view_stream
+from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import targets as targets_lib
+from beitv2_jax.tasks.api import Batch, StoreTask
+from beitv2_jax.training.inference import apply_batches
+from beitv2_jax.training.sharding import make_mesh
+from beitv2_jax.training.writer import Progress
+
+POLL_SECONDS = 2.0
+"""Time between two looks at what the other workers do."""
+SHOW_SECONDS = 10.0
+
+Apply = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Mapping[str, np.ndarray]]]]
+
+
+def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
+    """Write the targets of the train split (K random views) and of the eval split (one centre crop).
+
+    They are two TFDS data sets, `workdir/views` and `workdir/centre`. Whoever runs this takes part in what is left to
+    do and returns when all is done, by whichever process; a finished part is left alone.
+
+    Returns:
+        Counts of examples, views and unreadable images.
+
+    Raises:
+        UserError: a store of another network or of other views is there already, too many images are unreadable, or
+            the network gives values that cannot be stored.
+        Preempted: this process was told to end; finished shards stay, the shard it was at is begun anew.
+    """
+    with (
+        preemption.stops(task.name) as stop_if_told,
+        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+    ):
+        return _fill(task, config, workdir, watchdog.moving(watch, stop_if_told))
+
+
+def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
+    apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
+    unreadable = 0
+    for part, source in zip(targets_lib.PARTS, task.sources, strict=True):
+        directory = os.path.join(workdir, part)
+        store = TargetStore(
+            directory,
+            name=task.name,
+            card={**targets_lib.store_card(config, source, part), **task.card},
+            shard_examples=config.output.shard_examples,
+        )
+        filler = Filler(
+            store,
+            load=targets_lib.view_rows(config, source, part, store.views),
+            apply=apply,
+            encoding=task.encoding,
+            split=source.split,
+            batch_size=config.run.batch_size,
+            reading=inputs.reading(config),
+            max_bad_share=config.data.max_bad_share,
+            label=f"{task.name} {part}",
+            on_move=on_move,
+        )
+        with Claims(store.work) as claims:
+            filler.run(claims)
+        unreadable += read_card(directory)["unreadable"]
+    return {
+        "train_examples": len(task.sources[0]),
+        "eval_examples": len(task.sources[1]),
+        "views_per_example": config.views.num_views,
+        "unreadable_examples": unreadable,
+    }
+
+
+def on_local_devices(task: StoreTask, config, finish: Callable[[jax.Array], Any]) -> Apply:
+    """Return the function batches -> (batch, `finish(targets)`) that computes on the devices of this process."""
+    mesh = make_mesh(**config.mesh, devices=jax.local_devices())
+
+    def finished(frozen, batch):
+        return finish(task.apply(frozen, batch))
+
+    return lambda batches: apply_batches(finished, task.frozen, batches, mesh)
+
+
+class Filler:
+    """One worker on one part of a store: claims input shards, fills them, and finishes when none is left.
+
+    Args:
+        store: what is to be filled.
+        load: example id -> rows of the views that `store` lacks.
+        apply: batches -> (batch, arrays of `encoding.shrink`), in order.
+        encoding: how targets are stored.
+        split: name of the source's split, for the list of unreadable examples.
+        batch_size: examples in a batch, which never crosses the border of a shard.
+        reading: `num_threads` and `num_workers` of `view_stream`.
+        max_bad_share: largest share of unreadable examples with which the store is published.
+        label: what is shown to run.
+        on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
+    """
+
+    def __init__(
+        self,
+        store: TargetStore,
+        *,
+        load: Callable[[int], list[Batch]],
+        apply: Apply,
+        encoding: Any,
+        split: str,
+        batch_size: int,
+        reading: Mapping[str, int],
+        max_bad_share: float,
+        label: str,
+        on_move: Callable[[str], None] = lambda phase: None,
+    ):
+        self._store, self._load, self._apply, self._encoding, self._split = store, load, apply, encoding, split
+        self._batch_size, self._reading, self._max_bad_share = batch_size, reading, max_bad_share
+        self._label, self._on_move = label, on_move
+
+    def run(self, claims: Claims, poll_seconds: float = POLL_SECONDS) -> None:
+        """Work until the store is finished, by this or another process.
+
+        Raises:
+            UserError: too many images are unreadable, or the network gives values that cannot be stored.
+        """
+        store = self._store
+        if store.finished:
+            return
+        shown = _ShownProgress(store, self._label)
+        while not store.finished:
+            if self._fill_free_shards(claims, shown):
+                continue
+            if store.remaining() or not claims.take("finish"):
+                self._on_move("waiting for other workers")
+                time.sleep(poll_seconds)
+                shown.update(0)
+                continue
+            self._on_move("finishing the store")
+            self._check_share()
+            store.finish()
+            claims.release("finish")
+        shown.close()
+
+    def _fill_free_shards(self, claims: Claims, shown: "_ShownProgress") -> bool:
+        """Fill every shard that is free; tell whether there was one."""
+        store, chunks = self._store, self._claimed_chunks(claims)
+        first = next(chunks, None)
+        if first is None:
+            return False
+        batches = view_stream(
+            self._load,
+            itertools.chain([first], chunks),
+            store.views,
+            batch_size=self._batch_size,
+            **self._reading,
+        )
+        writer: ShardWriter | None = None
+        for batch, shrunk in self._apply(batches):
+            startup_times.tell("first batch of targets")
+            examples = batch["example_ids"][batch["example_ids"] >= 0]
+            shard, view = store.shard_of(int(examples[0])), int(batch["views"][0])
+            at_start = int(examples[0]) == store.shards[shard].start and view == store.views.start
+            try:
+                self._on_move("computing targets")
+                if at_start:
+                    writer, bad = store.open_shard(shard), []
+                if writer is None:
+                    continue  # lost: the rest of its batches is in the pipeline still
+                writer.write(view, self._packed(batch, shrunk, len(examples)))
+                bad += self._bad_records(batch) if view == store.views.start else []
+                at_end = int(examples[-1]) == store.shards[shard].stop - 1 and view == store.views.stop - 1
+                if at_end:
+                    writer.close(bad)
+                    claims.release(str(shard))
+                    writer = None
+                    self._check_share()
+                shown.update(0 if at_end else int(examples[-1]) + 1 - store.shards[shard].start)
+            except ShardLost:
+                logging.warning("%s: shard %d was taken over by another process.", self._label, shard)
+                claims.release(str(shard))
+                writer = None
+            except BaseException:
+                if writer is not None:
+                    writer.discard()
+                raise
+        return True
+
+    def _claimed_chunks(self, claims: Claims) -> Iterator[range]:
+        """Yield the batches, as ranges of example ids, of one free shard after the other, claiming each."""
+        while True:
+            shard = next((shard for shard in self._store.remaining() if claims.take(str(shard))), None)
+            if shard is None:
+                return
+            if self._store.is_done(shard):  # between the look at what remains and the claim
+                claims.release(str(shard))
+                continue
+            ids = self._store.shards[shard]
+            for first in range(ids.start, ids.stop, self._batch_size):
+                yield range(first, min(first + self._batch_size, ids.stop))
+
+    def _packed(self, batch: Batch, shrunk: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        kept = {name: np.array(array[:count]) for name, array in shrunk.items()}
+        for array in kept.values():
+            array[batch["weight"][:count] == 0] = 0
+        try:
+            return self._encoding.pack(kept)
+        except ValueError as error:
+            raise UserError(
+                f"{self._label}: the network gives {error}, among the examples {batch['example_ids'][0]} to "
+                f"{batch['example_ids'][count - 1]}.",
+                "it overflows in its precision, or its weights are damaged",
+                "--config.efficiency.dtype=float32, or a wider --config.output.dtype",
+            ) from error
+
+    def _bad_records(self, batch: Batch) -> list[dict[str, Any]]:
+        faults = zip(batch["example_ids"], batch["faults"], strict=True)
+        return [bad_record(self._split, int(example_id), str(fault)) for example_id, fault in faults if fault]
+
+    def _check_share(self) -> None:
+        """Raise UserError if more examples are unreadable, by what is known, than the store may have."""
+        bad, count = self._store.unreadable(), self._store.shards[-1].stop
+        if len(bad) > self._max_bad_share * count:
+            raise UserError(
+                f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
+                f"{bad[-1]['cause']}.",
+                "the data set is damaged or only partly copied",
+                f"mend it, or --config.data.max_bad_share={len(bad) / count:.2g} to store zeros for them",
+            )
+
+
+class _ShownProgress:
+    """Show how many examples of a part all workers together have done, with the rate since this one began."""
+
+    def __init__(self, store: TargetStore, label: str):
+        self._store = store
+        self._first = self._done = self._finished_examples()
+        self._started = self._shown = time.monotonic()
+        self._progress = Progress(store.shards[-1].stop, label, "images", done=self._first)
+
+    def _finished_examples(self) -> int:
+        remaining = self._store.remaining()
+        return self._store.shards[-1].stop - sum(len(self._store.shards[shard]) for shard in remaining)
+
+    def update(self, in_progress: int) -> None:
+        """Count what is done; `in_progress` are the examples of this worker's unfinished shard."""
+        now = time.monotonic()
+        if now - self._shown < SHOW_SECONDS:
+            return
+        done = max(self._done, self._finished_examples() + in_progress)
+        self._progress.advance(done - self._done)
+        self._done, self._shown = done, now
+        self._progress.show({"images_per_second": (done - self._first) / (now - self._started)})
+
+    def close(self) -> None:
+        """Show the end."""
+        self._progress.advance(self._store.shards[-1].stop - self._done)
+        self._progress.show({})
+        self._progress.close()

@@ -1,0 +1,1 @@
+"""Process start and exit, watchdog, workdir lock, disk checks, checksums and atomic files."""

@@ -1,0 +1,30 @@
+"""Who wrote a heartbeat or lease file, and whether that process still exists."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+
+
+def machine() -> str:
+    """Return a name of this boot of this machine and its table of processes, in which process ids have a meaning."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # where there is no /proc, the host's name has to do
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
+
+
+def is_dead(content: bytes, here: str) -> bool:
+    """Tell whether what was left (`machine` and `pid` in JSON) is of a process of the machine `here` that is gone."""
+    try:
+        owner = json.loads(content)
+        if owner["machine"] != here:
+            return False
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):
+        return False
+    return False

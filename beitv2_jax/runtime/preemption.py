@@ -1,0 +1,68 @@
+"""The notice that a process is to end: SIGTERM, which is what launchers, clusters and machines that go down send.
+
+Training loops ask after every step and save; the stages without one ask after every batch, and lose none that counts.
+"""
+
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+
+from beitv2_jax.errors import Preempted
+
+
+@contextlib.contextmanager
+def notices(agreed_step: Callable[[int], bool]) -> Iterator[Callable[[int], bool]]:
+    """Yield the function that tells whether the run is to save after the step it is given, and end.
+
+    It has to be asked after every step, by every process. A lone process listens itself, until the context ends. Where
+    `jax.distributed` is on, jax listens, and `agreed_step` (of the checkpoint manager) is True at the step on which all
+    processes agree when one of them is told.
+    """
+    if jax.distributed.is_initialized():
+        yield agreed_step
+        return
+    with _listening() as told:
+        yield lambda step: told.is_set()
+
+
+@contextlib.contextmanager
+def stops(label: str) -> Iterator[Callable[[], None]]:
+    """Yield the function that raises `Preempted` when this process was told to end, for stages without a training loop.
+
+    Processes of such a stage agree on nothing: each listens itself, also where `jax.distributed` is on.
+    """
+    with _listening() as told:
+
+        def stop_if_told() -> None:
+            if told.is_set():
+                raise Preempted(f"{label} was told to end: what is finished is kept, it goes on if started again.")
+
+        yield stop_if_told
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[threading.Event]:
+    """Yield the event that SIGTERM sets; a second one ends the process at once."""
+    told = threading.Event()
+
+    def note(number, frame):
+        told.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # that of jax is no Python function: signal.signal neither returns it nor takes it back
+    former_in_c = _getsig(signal.SIGTERM)
+    former = signal.signal(signal.SIGTERM, note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        _setsig(signal.SIGTERM, former_in_c)
+
+
+_getsig, _setsig = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+_getsig.argtypes, _getsig.restype = (ctypes.c_int,), ctypes.c_void_p
+_setsig.argtypes, _setsig.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

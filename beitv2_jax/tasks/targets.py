@@ -1,0 +1,176 @@
+"""What the stages that write and read a store of targets share: its parts and cards, their rows, opening and checking.
+
+A store is the workdir of an extract or tokenize stage. Its part "views" holds the `num_views` random views of the train
+split, its part "centre" one centre crop of the eval split.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
+from beitv2_jax.data.sources import Source
+from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
+from beitv2_jax.errors import UserError
+from beitv2_jax.tasks import inputs
+
+PARTS = ("views", "centre")
+TEACHER_CHOICES = ("num_heads", "normalization", "output", "activation", "grid_match", "position_resize")
+"""Keys of a config's `teacher` that say how its weights are used."""
+
+
+def teacher_arguments(config, patch_size: int) -> dict:
+    """Return what a config says of its teacher, as keyword arguments of `load_teacher`.
+
+    `patch_size` is the tokenizer's: the teacher is to give one feature for each of its patches.
+    """
+    teacher = {key: config.teacher[key] for key in ("weights", *TEACHER_CHOICES)}
+    grid = (config.views.image_size // patch_size,) * 2
+    return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
+
+
+def teacher_card(teacher) -> dict:
+    """Return what identifies the features of a teacher, in the card of their store."""
+    return {
+        "grid": list(teacher.grid),
+        "teacher": teacher.name,
+        "teacher_hash": teacher.weights_hash,
+        "teacher_width": teacher.width,
+        **{f"teacher_{key}": value for key, value in teacher.choices.items()},
+    }
+
+
+def stated_choices(config) -> dict:
+    """Return the choices that a config states of its teacher, as a store's card has them; '' and 0 state nothing."""
+    return {f"teacher_{key}": config.teacher[key] for key in TEACHER_CHOICES if config.teacher[key]}
+
+
+def store_card(config, source: Source, part: str) -> dict:
+    """Return what identifies the views of one part of a store: equal cards mean equal pixels per view.
+
+    In the config of a stage that reads a store of codes it is the tokenizer's own view that counts, where it has one.
+    """
+    views, seen = config.views, inputs.tokenizer_view(config)
+    common = {
+        "part": part,
+        "source": source.name,
+        "split": source.split,
+        "num_examples": len(source),
+        "image_size": seen.image_size,
+        "augmentation_version": AUGMENTATION_VERSION,
+    }
+    if part == "centre":
+        interpolation = EvalTransform.interpolation
+        return {
+            **common,
+            "num_views": 1,
+            "interpolation": interpolation,
+            "crop_fraction": eval_crop_fraction(views.image_size),
+        }
+    return {
+        **common,
+        "num_views": views.num_views,
+        "interpolation": seen.interpolation,
+        "seed": config.seed,
+        "min_scale": float(views.min_scale),
+        "color_jitter": float(views.color_jitter),
+    }
+
+
+def view_rows(config, source: Source, part: str, views: range) -> Callable[[int], list[Example]]:
+    """Return the function example id -> rows of its `views` in a part of a store, from one decoding."""
+    if part == "centre":
+        image_size = config.views.image_size
+        return CentreRow(source, EvalTransform(image_size, eval_crop_fraction(image_size)))
+    return ViewRows(source, TrainTransform(seed=config.seed, **config.views), views)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewRows:
+    """The random `views` of an example id, from one decoding."""
+
+    source: Source
+    transform: TrainTransform
+    views: range
+
+    def __call__(self, example_id: int) -> list[Example]:
+        return self.transform.views(self.source[example_id], self.views)
+
+
+@dataclasses.dataclass(frozen=True)
+class CentreRow:
+    """The one centre crop of an example id."""
+
+    source: Source
+    transform: EvalTransform
+
+    def __call__(self, example_id: int) -> list[Example]:
+        return [self.transform(self.source[example_id])]
+
+
+def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetReader, TargetReader]:
+    """Open both parts of the store that an extract or tokenize stage left in `directory`: (views, centre).
+
+    Raises:
+        UserError: there is no finished store, or it is damaged, or of other splits.
+    """
+    views, centre = (
+        TargetReader(os.path.join(directory, part), source.split) for part, source in zip(PARTS, sources, strict=True)
+    )
+    return views, centre
+
+
+def open_store(
+    directory: str,
+    config,
+    sources: tuple[Source, Source],
+    target: str,
+    grid: tuple[int, int],
+    made_with: Mapping | None = None,
+) -> tuple[TargetReader, TargetReader]:
+    """Open both parts of a store and check that it holds `target` of the views of this run: (views, centre).
+
+    `made_with` holds further entries that its card must have. The store may hold more views than the run's
+    `views.num_views`, which takes the first ones.
+
+    Raises:
+        UserError: there is no finished store, or it was made from other views, other data, with other choices or on
+            another grid; the field of its card that differs is named.
+    """
+    readers = open_parts(directory, sources)
+    for part, source, reader in zip(PARTS, sources, readers, strict=True):
+        expected = {"target": target, **store_card(config, source, part), "grid": list(grid), **(made_with or {})}
+        reader.check(expected)
+    identity = [{name: value for name, value in reader.card.items() if _of_network(name)} for reader in readers]
+    if identity[0] != identity[1]:
+        name = next(name for name in identity[0] if identity[0][name] != identity[1].get(name))
+        raise UserError(
+            f"The parts views and centre in {directory} were made with {name} = {identity[0][name]!r} and "
+            f"{identity[1].get(name)!r}.",
+            "one of them was made again with another network",
+            f"delete both folders in {directory} and make them again",
+        )
+    return readers
+
+
+def _of_network(field: str) -> bool:
+    return field.startswith(("teacher", "tokenizer", "codebook", "compute_dtype"))
+
+
+def stored_views(reader: TargetReader | None) -> Callable[[dict], dict]:
+    """Return an `extra` for `eval_batches_with` that adds the stored targets of view 0 of each example."""
+
+    def extra(batch: dict) -> dict:
+        if reader is None:
+            return {}
+        entries = [reader.entries(int(i), 0) for i in batch["example_ids"]]
+        unreadable = np.isin(batch["example_ids"], list(reader.unreadable))
+        return {
+            "weight": np.where(unreadable, np.float32(0), batch["weight"]),
+            **{name: np.stack([entry[name] for entry in entries]) for name in entries[0]},
+        }
+
+    return extra

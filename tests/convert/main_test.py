@@ -1,0 +1,104 @@
+"""The converter's command line: what it prints, its errors, and run directories that later stages take as they are."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from beit_peers import peer
+from convert_states import assert_same, drawn_weights
+from paths import ROOT
+from safetensors.numpy import load_file
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.convert.__main__ import main, summary
+from beitv2_jax.convert.runs import read_run
+from beitv2_jax.convert.weights import read, write
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.runners.stages import run_stage
+from beitv2_jax.tasks.tokenize import load_tokenizer
+
+CONFIGS = ROOT / "configs"
+
+
+def test_what_was_done_is_printed(tmp_path, capsys):
+    source, dest = tmp_path / "mim.npz", tmp_path / "run"
+    write(drawn_weights("mim", position="relative_shared", depth=3), str(source), "official")
+    assert main([str(source), str(dest)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        f"mim in layout official -> {dest} in layout run",
+        "num_heads: 2",
+        "early_layer: 1",
+        "dropped on reading: rel_pos_bias.relative_position_index (follows from the grid)",
+        "assumed: early_layer=1: three blocks before the last",
+        "assumed: normalization=imagenet",
+    ):
+        assert part in printed, (part, printed)
+    assert f"{read(str(dest)).num_params:,} parameters" in printed
+    assert main([str(dest), str(tmp_path / "hf"), "--layout=huggingface"]) == 0
+    assert "and 29 more (no Beit there has the patch-aggregation head)" in capsys.readouterr().out
+
+
+def test_options_reach_the_weights(tmp_path, capsys):
+    source = tmp_path / "absolute.npz"
+    write(drawn_weights("classifier", grid=3), str(source), "official")
+    options = ["--image_size=12", "--num_heads=5", "--normalization=half"]
+    assert main([str(source), str(tmp_path / "run"), *options]) == 0
+    assert "assumed" not in capsys.readouterr().out
+    run = read_run(str(tmp_path / "run"))
+    assert run.config["views"] == {"image_size": 12} and run.config["normalization"] == "half"
+    assert run.config["model"]["num_heads"] == 5
+    assert run.params["backbone"]["pos_embed"].shape == (1, 17, 10)
+
+
+def test_errors_have_three_parts_and_leave_nothing(tmp_path):
+    np.savez(tmp_path / "wrong.npz", extra=np.ones(3))
+    command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "wrong.npz"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.partition(":")[0].strip() for line in done.stderr.splitlines()] == ["Error", "Probably", "Instead"]
+    assert "'extra'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.npz"]
+
+
+@pytest.mark.parametrize("layout", ("official", "timm", "huggingface", "run"))
+def test_from_any_layout_to_any_other(layout, tmp_path):
+    source = peer("huggingface_relative").write(tmp_path / "theirs")
+    weights = read(source)
+    middle = str(tmp_path / ("middle.safetensors" if layout in ("official", "timm") else "middle"))
+    assert main([source, middle, f"--layout={layout}"]) == 0
+    assert main([middle, str(tmp_path / "back"), "--layout=huggingface"]) == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert_same(back, peer("huggingface_relative").state)
+    assert_same(read(middle).variables["params"], weights.variables["params"])
+
+
+def test_a_converted_tokenizer_makes_the_model_s_codes(tmp_path):
+    weights = drawn_weights("vqkd", patch_size=3, grid=3)
+    write(weights, str(tmp_path / "tokenizer"), "run")
+    tokenizer, variables = load_tokenizer(str(tmp_path / "tokenizer"), 9, "float32")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.float32)
+    expected = VQKD(**weights.arguments).apply(weights.variables, to_unit_range(jnp.asarray(pixels)), method="encode")
+    ids = tokenizer.encode(variables, jnp.asarray(pixels))
+    assert len(set(np.asarray(ids).ravel())) > 1
+    np.testing.assert_array_equal(ids, expected)
+
+
+def test_no_training_starts_in_a_converted_directory(tmp_path):
+    write(drawn_weights("mim"), str(tmp_path / "run"), "run")
+    config = config_lib.load(f"{CONFIGS / 'mim.py'}:smoke").unlock()
+    config.tokenizer.run = "nowhere"
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="another config"):
+        run_stage(config, str(tmp_path / "run"))
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_long_lists_are_summed_up():
+    weights = drawn_weights("classifier", position="relative")
+    text = summary(weights, "dest", "timm", {"a": "why", "b": "why", "c": "else"})
+    assert "without a place in DEST: a and 1 more (why)" in text and "without a place in DEST: c (else)" in text

@@ -1,0 +1,112 @@
+"""Reading earlier runs: newest complete checkpoint, NumPy whatever the devices were, no optimizer state."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from beitv2_jax.convert.runs import read_run, weights_hash
+from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.checksums import write_checksums
+
+CONFIG = {"stage": "vqkd", "optim": {"betas": [0.9, 0.99]}}
+
+
+def state(step):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    kernel = jax.device_put(jnp.arange(48.0).reshape(16, 3) + step, NamedSharding(mesh, P("fsdp")))
+    return {"layer": {"kernel": kernel, "bias": jnp.full(3, step)}}, {"quantizer": {"codebook": jnp.eye(5) * step}}
+
+
+def write_run(workdir, steps, with_codebook=True):
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(CONFIG))
+    manager = ocp.CheckpointManager(workdir / "checkpoints")
+    for step in steps:
+        params, codebook = state(step)
+        items = {"params": params, "train": {"step": jnp.array(step), "opt_state": (jnp.ones(7),)}}
+        items |= {"codebook": codebook} if with_codebook else {}
+        manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()}))
+    manager.wait_until_finished()
+    manager.close()
+    for step in steps:
+        write_checksums(workdir / "checkpoints" / str(step))
+    return workdir
+
+
+def test_newest_step_comes_back_as_numpy(tmp_path):
+    workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
+    (workdir / "checkpoints" / "19.orbax-checkpoint-tmp").mkdir()  # an unfinished save
+    run = read_run(str(workdir))
+    params, codebook = state(13)
+    assert (run.step, run.name, run.config) == (13, "tokenizer@13", CONFIG)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((run.params, run.codebook)))
+    chex.assert_trees_all_equal(run.params, jax.tree.map(np.asarray, params))
+    chex.assert_trees_all_equal(run.codebook, jax.tree.map(np.asarray, codebook))
+
+
+def test_a_run_without_codebook_has_an_empty_one(tmp_path):
+    run = read_run(str(write_run(tmp_path / "mim", steps=[3], with_codebook=False)))
+    assert run.codebook == {}
+    chex.assert_shape(run.params["layer"]["kernel"], (16, 3))
+
+
+@pytest.mark.parametrize("item", ["params", "codebook", "train"])
+def test_a_damaged_newest_checkpoint_is_refused_and_left_as_it_is(tmp_path, item):
+    workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
+    folder = workdir / "checkpoints" / "13"
+    damaged = max((path for path in (folder / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    if item == "train":  # of no use here
+        assert read_run(str(workdir)).step == 13
+        return
+    with pytest.raises(UserError, match=f"step 13, is damaged: {item}/.* holds other bytes") as caught:
+        read_run(str(workdir))
+    assert str(workdir) in caught.value.happened and str(folder) in caught.value.instead
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    folder.rename(workdir / "away")
+    assert read_run(str(workdir)).step == 7
+
+
+def test_errors_name_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="absent does not exist"):
+        read_run(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_run(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        read_run(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        read_run(str(tmp_path / "empty"))
+
+
+def test_hash_depends_on_names_values_shapes_and_not_on_order():
+    tree = {"a": np.arange(6.0), "b": {"c": np.ones(2)}}
+    same = {"b": {"c": jnp.ones(2)}, "a": jnp.arange(6.0)}
+    as_32 = jax.tree.map(np.float32, tree)
+    assert weights_hash(as_32) == weights_hash(same)
+    assert len(weights_hash(tree)) == 16
+    others = [
+        {"a": np.arange(6.0), "b": {"d": np.ones(2)}},
+        {"a": np.arange(6.0), "b": {"c": np.ones(2) + 1e-12}},
+        {"a": np.arange(6.0).reshape(2, 3), "b": {"c": np.ones(2)}},
+        as_32,
+    ]
+    assert len({weights_hash(other) for other in [tree, *others]}) == 5
+
+
+def test_run_hash_sees_the_codebook(tmp_path):
+    with_codebook = read_run(str(write_run(tmp_path / "a", steps=[2])))
+    without = read_run(str(write_run(tmp_path / "b", steps=[2], with_codebook=False)))
+    assert with_codebook.weights_hash != without.weights_hash

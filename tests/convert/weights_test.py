@@ -1,0 +1,300 @@
+"""Weights of every layout as one thing: recognised, resized, written, read again; and as the start of other models."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from convert_states import arguments_of, assert_same, drawn_state, drawn_weights, published
+from flax import traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beitv2_jax.convert import weights as weights_lib
+from beitv2_jax.convert.adapt import for_run
+from beitv2_jax.convert.arguments import infer, settle, shapes
+from beitv2_jax.convert.beit.official import from_official
+from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
+from beitv2_jax.convert.weights import read, write
+from beitv2_jax.errors import UserError
+
+KINDS = ("vqkd", "mim", "classifier", "segmenter")
+
+
+def flat(variables):
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, untold",
+    [
+        ("classifier", dict(position="absolute"), {"num_heads"}),  # two heads of 5, which nothing tells
+        ("classifier", dict(position="relative"), set()),  # the tables do
+        ("classifier", dict(position="absolute", heads=1, head_width=64), set()),  # as published
+        ("mim", dict(position="relative_shared", depth=5), {"early_layer"}),  # block 1, read as 5 - 3
+        ("mim", dict(position="relative_shared", depth=4), set()),
+        ("segmenter", dict(position="relative", depth=3), {"out_layers"}),  # blocks 1, 1, 1, 3, read as 1, 1, 2, 3
+        ("segmenter", dict(position="relative", depth=2), set()),
+    ],
+)
+def test_what_a_released_file_cannot_tell_is_said(kind, sizes, untold, tmp_path):
+    assert write(drawn_weights(kind, **sizes), str(tmp_path / "weights.npz"), "official").keys() == untold
+
+
+@pytest.mark.parametrize("ending", ("safetensors", "npz", "pth"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_official_files_come_back_exactly(kind, ending, tmp_path):
+    weights = drawn_weights(kind)
+    path = str(tmp_path / f"weights.{ending}")
+    left_out = write(weights, path, "official")
+    counters = {name for name in left_out if "window_counts" in name}
+    assert bool(counters) == (kind == "vqkd") and set(left_out) - counters <= {"num_heads"}
+    again = read(path, num_heads=2 if kind != "vqkd" else 1)
+    assert (again.kind, again.layout, again.num_params) == (kind, "official", weights.num_params)
+    assert_same(again.variables, weights.variables)
+    assert list(tmp_path.iterdir()) == [tmp_path / f"weights.{ending}"]
+
+
+@pytest.mark.parametrize("position", ("absolute", "relative", "relative_shared"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_come_back_exactly(kind, position, tmp_path):
+    weights = drawn_weights(kind, position=position)
+    weights = dataclasses.replace(weights, arguments=weights.arguments | ({} if kind == "vqkd" else {"norm_eps": 1e-5}))
+    assert write(weights, str(tmp_path / "run"), "run") == {}
+    again = read(str(tmp_path / "run"))
+    assert (again.kind, again.arguments, again.normalization) == (kind, weights.arguments, weights.normalization)
+    assert_same(again.variables, weights.variables)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    kind=st.sampled_from(KINDS),
+    position=st.sampled_from(("absolute", "relative", "relative_shared")),
+    patch_size=st.sampled_from((1, 3, 5)),
+    grid=st.integers(2, 5),
+    heads=st.integers(1, 4),
+    depth=st.integers(1, 3),
+    layer_scale=st.booleans(),
+)
+def test_arguments_are_read_from_the_arrays(kind, **sizes):
+    weights = drawn_weights(kind, **sizes)
+    told, _ = (
+        settle(infer(kind, {path: array.shape for path, array in flat(weights.variables).items()}), None)
+        if (sizes["position"] != "absolute")
+        else (infer(kind, {path: array.shape for path, array in flat(weights.variables).items()}), ())
+    )
+    expected = arguments_of(kind, **sizes)
+    for name in ("num_heads", "early_layer", "out_layers"):
+        for part in (told, *(value for value in told.values() if isinstance(value, dict))):
+            part.pop(name, None)
+        for part in (expected, *(value for value in expected.values() if isinstance(value, dict))):
+            part.pop(name, None)
+    told.pop("patch_aggregation", None)
+    assert told == expected
+
+
+def test_what_no_array_tells_is_the_published_value():
+    for name, early_layer, num_heads in (("base_pt1k", 9, 12), ("large_pt1k", 21, 16)):
+        kind, state = published(name)
+        known = {path: array.shape for path, array in flat(from_official(kind, state)).items()}
+        arguments, assumed = settle(infer(kind, known))
+        assert (arguments["early_layer"], arguments["num_heads"]) == (early_layer, num_heads)
+        assert (arguments["image_size"], arguments["patch_size"], arguments["codebook_size"]) == (224, 16, 8192)
+        assert [text.partition(":")[0] for text in assumed] == [f"early_layer={early_layer}"]
+    kind, state = published("vqkd_3x768x12_clip")
+    known = {path: array.shape for path, array in flat(from_official(kind, state)).items()}
+    arguments, assumed = settle(infer(kind, known))
+    assert (arguments["encoder"]["num_heads"], arguments["decoder"]["num_heads"]) == (12, 12)
+    assert assumed == ("num_heads=12: heads of 64, as in every published model",)
+    for depth, layers in ((12, (4, 6, 8, 12)), (24, (8, 12, 16, 24))):
+        assert settle({"out_layers": None, "depth": depth})[0]["out_layers"] == layers
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path):
+    write(drawn_weights("mim"), str(tmp_path / "absolute.npz"), "official")
+    with pytest.raises(UserError, match=r"A width of 10 cannot be cut into heads of 64") as raised:
+        read(str(tmp_path / "absolute.npz"))
+    assert "--num_heads=N" in raised.value.instead
+    with pytest.raises(UserError, match="into 3 heads"):
+        read(str(tmp_path / "absolute.npz"), num_heads=3)
+    write(drawn_weights("mim", position="relative"), str(tmp_path / "relative.npz"), "official")
+    assert read(str(tmp_path / "relative.npz"), num_heads=2).arguments["num_heads"] == 2
+    with pytest.raises(UserError, match="num_heads=5 was asked for, the relative-position tables are for 2"):
+        read(str(tmp_path / "relative.npz"), num_heads=5)
+
+
+@pytest.mark.parametrize(
+    "kind, position", [("vqkd", "absolute"), ("mim", "relative_shared"), ("classifier", "relative")]
+)
+def test_another_image_size_resizes_the_positions_alone(kind, position, tmp_path):
+    weights = drawn_weights(kind, position=position, grid=3)
+    write(weights, str(tmp_path / "run"), "run")
+    larger = read(str(tmp_path / "run"), image_size=15)
+    assert larger.arguments == weights.arguments | {"image_size": 15}
+    expected = shapes(kind, larger.arguments)
+    moved = flat(larger.variables)
+    assert {path: array.shape for path, array in moved.items()} == expected
+    resized = 0
+    for path, array in flat(weights.variables).items():
+        if path.endswith("/table"):
+            array = resize_relative_table(array, (5, 5))
+            resized += 1
+        elif path.endswith("/pos_embed"):
+            array = resize_position_embedding(array, (5, 5))
+            resized += 1
+        np.testing.assert_array_equal(moved[path], array, err_msg=path)
+    assert resized == {"vqkd": 2, "mim": 1, "classifier": 2}[kind]
+    with pytest.raises(UserError, match=r"Images of 16 pixels cannot be cut into patches of 3") as raised:
+        read(str(tmp_path / "run"), image_size=16)
+    assert raised.value.instead == "--image_size=15"
+
+
+def test_a_model_without_positions_needs_its_image_size(tmp_path):
+    state = drawn_state("classifier")
+    del state["pos_embed"]
+    np.savez(tmp_path / "none.npz", **state)
+    with pytest.raises(UserError, match="without positions"):
+        read(str(tmp_path / "none.npz"), num_heads=2)
+    weights = read(str(tmp_path / "none.npz"), num_heads=2, image_size=12)
+    assert (weights.arguments["image_size"], weights.arguments["position"]) == (12, "none")
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
+    weights = drawn_weights("classifier")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=r"there exists"):
+        write(weights, str(tmp_path / "there"), "run")
+    with pytest.raises(UserError, match=r"ends in none of \.safetensors, \.npz, \.pth"):
+        write(weights, str(tmp_path / "weights.bin"), "official")
+    headless = {name: array for name, array in drawn_state("classifier").items() if not name.startswith("head.")}
+    np.savez(tmp_path / "there" / "headless.npz", **headless)
+    with pytest.raises(UserError, match="has no head"):
+        write(read(str(tmp_path / "there" / "headless.npz"), num_heads=2), str(tmp_path / "run"), "run")
+
+    def fails(path):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights_lib, "save_file", lambda state, path, **_: fails(path))
+    with pytest.raises(OSError, match="disk full"):
+        write(weights, str(tmp_path / "weights.safetensors"), "official")
+    monkeypatch.setattr(weights_lib, "write_run", lambda path, *_: (Path(path).mkdir(), fails(Path(path) / "x")))
+    with pytest.raises(OSError, match="disk full"):
+        write(weights, str(tmp_path / "run"), "run")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_a_run_of_another_stage_is_refused(tmp_path):
+    (tmp_path / "probe").mkdir()
+    write(drawn_weights("mim"), str(tmp_path / "mim"), "run")
+    config = json.loads((tmp_path / "mim" / "config.json").read_text())
+    (tmp_path / "mim" / "config.json").write_text(json.dumps(config | {"stage": "probe"}))
+    with pytest.raises(UserError, match="stage 'probe', which trains no model"):
+        read(str(tmp_path / "mim"))
+
+
+# --- weights as the start of another model
+
+
+def started(source, kind, **changes):
+    """Return what `source` gives a model of `kind` like it, and that model's shapes."""
+    position = source.arguments.get("position", "absolute")
+    arguments = arguments_of(kind, position=position) | changes
+    return flat(for_run(source, kind, arguments).variables), shapes(kind, arguments), for_run(source, kind, arguments)
+
+
+def test_pre_training_starts_a_classifier():
+    source = drawn_weights("mim", position="relative_shared")
+    given, expected, weights = started(source, "classifier", position="relative", pooling="mean")
+    theirs = flat(source.variables)
+    fresh = {"params/fc_norm/scale", "params/fc_norm/bias", "params/head/kernel", "params/head/bias"}
+    assert expected.keys() - given.keys() == fresh
+    for path, array in given.items():
+        name = "params/backbone/rel_pos_bias/table" if path.endswith("/table") else path
+        np.testing.assert_array_equal(array, theirs[name], err_msg=path)
+    assert sum(path.endswith("/table") for path in given) == 2
+    left = {path for path in theirs if not path.startswith("params/backbone/")} | {"params/backbone/mask_token"}
+    assert weights.dropped.keys() == left and all(weights.dropped.values())
+
+
+def test_shared_tables_are_resized_once_copied():
+    source = drawn_weights("mim", position="relative_shared", grid=3)
+    given, _, _ = started(source, "classifier", position="relative", pooling="mean", image_size=15)
+    table = resize_relative_table(source.variables["params"]["backbone"]["rel_pos_bias"]["table"], (5, 5))
+    for index in range(2):
+        np.testing.assert_array_equal(given[f"params/backbone/blocks_{index}/attn/rel_pos_bias/table"], table)
+
+
+@pytest.mark.parametrize("num_classes", (17, 16))
+def test_a_head_for_other_classes_starts_fresh(num_classes):
+    source = drawn_weights("classifier", position="relative")
+    given, expected, weights = started(source, "classifier", num_classes=num_classes)
+    fresh = {"params/head/kernel", "params/head/bias"} if num_classes == 16 else set()
+    assert expected.keys() - given.keys() == fresh == weights.dropped.keys()
+
+
+def test_a_tokenizer_s_encoder_starts_a_classifier():
+    source = drawn_weights("vqkd", layer_scale=False)
+    given, expected, weights = started(source, "classifier", pooling="mean", layer_scale_init=0.0)
+    params = source.variables["params"]
+    assert expected.keys() - given.keys() == {"params/head/kernel", "params/head/bias"}
+    assert_same(weights.variables["params"]["backbone"], params["encoder"])
+    assert_same(weights.variables["params"]["fc_norm"], params["encoder_norm"])
+    given, expected, _ = started(source, "classifier", pooling="cls", layer_scale_init=0.0)
+    assert {path.split("/")[1] for path in expected.keys() - given.keys()} == {"norm", "head"}
+
+
+def test_a_tokenizer_starts_a_tokenizer():
+    source = drawn_weights("vqkd")
+    given, expected, weights = started(source, "vqkd")
+    windows = {f"codebook/quantizer/{name}" for name in ("window_counts", "last_window_counts")}
+    assert expected.keys() - given.keys() == windows == weights.dropped.keys()
+    given, expected, _ = started(source, "vqkd", teacher_width=29)
+    fresh = {"params/decode_task/fc2/kernel", "params/decode_task/fc2/bias"}
+    assert expected.keys() - given.keys() == windows | fresh
+    with pytest.raises(UserError, match=r"codebook/quantizer/.*\(19"):
+        started(source, "vqkd", codebook_size=23)
+
+
+def test_another_codebook_takes_a_fresh_head():
+    source = drawn_weights("mim")
+    given, expected, _ = started(source, "mim", codebook_size=23)
+    heads = {f"params/{head}/{leaf}" for head in ("lm_head", "aggregation_lm_head") for leaf in ("kernel", "bias")}
+    assert expected.keys() - given.keys() == heads
+    plain = drawn_weights("classifier")
+    given, expected, _ = started(plain, "mim", layer_scale_init=0.1)
+    assert {path.split("/")[1].partition("_")[0] for path in expected.keys() - given.keys()} == {
+        *("backbone", "lm", "aggregation")
+    }
+
+
+@pytest.mark.parametrize("changes", [dict(head_depth=1), dict(head_depth=3), dict(shared_head=True)])
+def test_half_an_aggregation_head_is_refused(changes):
+    with pytest.raises(UserError, match="aggregation_"):
+        started(drawn_weights("mim"), "mim", **changes)
+    given, expected, weights = started(drawn_weights("mim"), "mim", patch_aggregation=False)
+    assert given.keys() == expected.keys()
+    assert weights.dropped and all(path.startswith("params/aggregation") for path in weights.dropped)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(width=12, num_heads=2), "backbone/"),
+        (dict(depth=1), "backbone/blocks_1"),
+        (dict(depth=3), "backbone/blocks_2"),
+        (dict(position="absolute"), "rel_pos_bias/table"),
+        (dict(layer_scale_init=0.0), "gamma_"),
+        (dict(patch_size=9), "patch_embed"),
+    ],
+)
+def test_another_network_is_refused_by_name(changes, named):
+    source = drawn_weights("mim", position="relative_shared")
+    with pytest.raises(UserError, match=named):
+        started(source, "classifier", **({"position": "relative", "pooling": "mean"} | changes))
+
+
+def test_only_a_tokenizer_starts_a_tokenizer():
+    with pytest.raises(UserError, match="kind 'mim' cannot start a tokenizer"):
+        started(drawn_weights("mim"), "vqkd")

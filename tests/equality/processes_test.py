@@ -1,0 +1,82 @@
+"""Four processes with two devices each compute what one process with eight does: one start of all, every stage."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from equality_runs import STEPS, TRAINED, Outcome, assert_same_run, stage_config, stored
+from paths import HELPERS, ROOT
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.runners import stages
+
+MESH, SPANNING = (8, 1, 1), (2, 1, 4)
+"""`tensor` of the second spans two processes, which then hold the same rows of the batch."""
+MESHES = {"finetune": SPANNING, "vqkd": MESH, "mim": MESH, "segment": MESH}
+
+
+LONG = ("mim", "segment")
+"""Stages that are run with --long alone."""
+
+
+@pytest.fixture(scope="module")
+def together(equality_runs, request) -> pathlib.Path:
+    """Run the stages in four processes, and one from the middle of a run of one process on."""
+    trained = [stage for stage in TRAINED if stage not in LONG or request.config.getoption("--long")]
+    folder = equality_runs.root / "together"
+    stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
+    shutil.copytree(stopped, folder / "continued")
+    jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
+    # the stages that store compute on the devices of each process alone
+    jobs += [(stage, stage, (-1, 1, 1)) for stage in stages.STORES]
+    for stage in trained:
+        equality_runs.workdir(stage)
+    (folder / "jobs.json").write_text(
+        json.dumps(
+            [
+                {
+                    "config": config_lib.to_json(stage_config(stage, equality_runs.root, mesh)),
+                    "workdir": str(folder / name),
+                    "evaluates": name == "finetune",
+                }
+                for name, stage, mesh in jobs
+            ]
+        )
+    )
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    program = [str(HELPERS / "equality_runs.py"), str(folder / "jobs.json")]
+    command = [sys.executable, str(ROOT / "launch" / "processes.py"), "4", "0", *program]
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        told, _ = launcher.communicate(timeout=900)
+    finally:
+        launcher.terminate()  # which it passes on; it has ended unless they hang
+    assert launcher.returncode == 0, told[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.long if stage in LONG else []) for stage in TRAINED]
+)
+def test_four_processes_train_as_one_does(equality_runs, together, stage):
+    mesh = MESH if MESHES[stage] == MESH else (1, 1, 1)
+    assert_same_run(stage, Outcome.read(together / stage), equality_runs.outcome(stage, mesh))
+    assert len(list((together / stage).rglob("metrics*"))) == 1
+
+
+@pytest.mark.parametrize("stage", stages.STORES)
+def test_four_processes_store_the_same_bytes(equality_runs, together, stage):
+    """As one process with as many devices as each of them: another number of devices rounds otherwise."""
+    assert stored(together / stage) == stored(equality_runs.workdir(stage, (2, 1, 1)))
+
+
+def test_a_run_of_one_process_goes_on_as_four(equality_runs, together):
+    before = Outcome.read(equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2))
+    after = Outcome.read(together / "continued")
+    assert after.figures[: STEPS // 2] == before.figures
+    assert_same_run("vqkd", after, equality_runs.outcome("vqkd", MESH))

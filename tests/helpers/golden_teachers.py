@@ -1,0 +1,49 @@
+"""The two published teachers against the released code: pixels in, regression targets out, at two image sizes."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from golden_files import Golden, channels_last
+from testing import quick_jit
+
+from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
+
+
+def check_clip_teacher(golden: Golden):
+    heads = golden.config["visual"]["heads"]
+    teacher, params = check_teacher(golden, 64, num_heads=heads, activation="quick_gelu", position_resize="offset")
+    pixels = 255.0 * golden.images
+    tokens = quick_jit(teacher.tokens)(params, normalize(pixels, *NORMALIZATIONS["clip"]))
+    golden.check("pooled", tokens[:, 0])
+    teacher, params = load(golden, pixels, num_heads=heads, activation="quick_gelu", output="tokens")
+    golden.check("tokens_post_ln", quick_jit(teacher.features)(params, pixels))
+
+
+def check_dino_teacher(golden: Golden):
+    heads = golden.config["model"]["num_heads"]
+    teacher, params = check_teacher(golden, 48, num_heads=heads, normalization="imagenet")
+    normalised = normalize(255.0 * golden.images, *NORMALIZATIONS["imagenet"])
+    golden.check("all_tokens", quick_jit(teacher.tokens)(params, normalised))
+
+
+def check_teacher(golden: Golden, other_size: int, **options):
+    """Check the targets at the trained and at another image size; return the teacher of the former and its params."""
+    large = 255.0 * channels_last(golden.arrays[f"in/image_{other_size}"])
+    teacher, params = load(golden, large, **options)
+    golden.check(f"target_{other_size}", quick_jit(teacher.features)(params, large))
+    pixels = 255.0 * golden.images
+    teacher, params = load(golden, pixels, **options)
+    golden.check("target", quick_jit(teacher.features)(params, pixels))
+    golden.check("pre_processed", to_unit_range(pixels).transpose(0, 3, 1, 2))
+    normalised = normalize(pixels, *NORMALIZATIONS[teacher.normalization])
+    golden.check("normalised_input", normalised.transpose(0, 3, 1, 2))
+    return teacher, params
+
+
+def load(golden: Golden, pixels, **options):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.npz"
+        np.savez(path, **golden.state)
+        return load_teacher(str(path), image_size=pixels.shape[1], **options)

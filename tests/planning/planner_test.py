@@ -1,0 +1,353 @@
+"""Plans: targets read, stages described without data, figures by arithmetic and from compiled programs, and errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from paths import CONFIGS
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.ops import implementations
+from beitv2_jax.planning import abstract_task, command, planner, search, topologies
+from beitv2_jax.planning.chips import CHIPS
+from beitv2_jax.planning.planner import _refusal
+from beitv2_jax.training import sharding
+from tests.planning.accounting_test import small
+
+
+def load(name, arg="", **keys):
+    config = config_lib.load(f"{CONFIGS / name}.py:{arg}").copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(keys)
+    return config.lock()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("v5e:16x16", "v5e:16x16", 256),
+        ("v5e:64", "v5e:8x8", 64),
+        ("v6e:512", "v6e:16x16*2", 512),
+        ("v5e:4x4*3", "v5e:4x4*3", 48),
+        ("v5p:64", "v5p:4x4x4", 64),
+        ("v4:1", "v4:1x1x1", 1),
+        ("v5p:1024", "v5p:8x8x16", 1024),
+        ("h100:8", "h100:8", 8),
+        ("a100:2", "a100:2", 2),
+        ("h200:64", "h200:64", 64),
+    ],
+)
+def test_targets_are_read(text, name, count):
+    target = topologies.parse(text)
+    assert (target.name, target.count) == (name, count)
+    assert topologies.parse(target.name) == target
+    assert len(target.network().slices) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "instead"),
+    [
+        ("v7x:8", "no chip 'v7x'", "v6e"),
+        ("v5e", "not a target", "v5e:16x16"),
+        ("v6e-16", "not a target", "v5e:16x16"),
+        ("v5e:12", "no slice of 12 chips", "1, 4, 8, 16"),
+        ("v5e:2x2x2", "2 dimensions", "--plan=v5e:16x16"),
+        ("v5p:4x4", "3 dimensions", "--plan=v5p:8x8x16"),
+        ("h100:12", "no whole number of hosts", "--plan=h100:16"),
+        ("v5e:0", "no chips", "v5e:8"),
+    ],
+)
+def test_targets_that_do_not_exist(text, said, instead):
+    with pytest.raises(UserError) as caught:
+        topologies.parse(text)
+    assert said in caught.value.happened and instead in caught.value.instead
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_kind_of_chip_is_rented_from_one_to_256(chip):
+    counts = [target.count for target in topologies.rented(chip)]
+    assert counts[0] == 1 and counts[-1] == 256
+
+
+@pytest.mark.parametrize("name", ["mim", "vqkd", "finetune"])
+def test_the_described_batch_is_that_of_the_data_pipeline(name):
+    config, notes = abstract_task.complete(load(name))
+    batch = abstract_task.describe(config, 10_000).batch
+    assert {leaf.shape[0] for leaf in batch.values()} == {config.run.batch_size}
+    assert batch["images"].shape[1:] == (224, 224, 3) and batch["images"].dtype == "uint8"
+    assert ("mask" in batch) == (name == "mim") and "faults" not in batch
+    assert bool(notes) == (name != "finetune")
+
+
+def test_a_described_task_is_the_real_one_without_its_weights():
+    """The state of a stage whose inputs are described is that of one whose inputs are open."""
+    stage = planner.prepare(small("mim"), 100)
+    assert jax.tree.structure(stage.state.params) == jax.tree.structure(stage.state.opt_state[1].mu)
+    assert stage.frozen == {} and stage.batch["code_ids"].shape == (7, 9)
+
+
+def test_a_tokenizer_run_is_described_by_its_config(tmp_path):
+    trained = small("vqkd")
+    (tmp_path / "config.json").write_text(config_lib.to_json(trained))
+    config, notes = abstract_task.complete(
+        load("mim", "smoke", **{"views.image_size": 48, "masking.num_masked": 5, "tokenizer.run": str(tmp_path)})
+    )
+    assert notes == ()
+    description = abstract_task.describe(config, 100)
+    assert description.frozen_vit["tokenizer"]["width"] == 24
+    kernel = description.task.frozen["tokenizer"]["params"]["encoder"]["blocks_2"]["mlp"]["fc1"]["kernel"]
+    assert kernel.shape == (24, 40)
+
+
+def test_a_config_with_a_store_needs_no_store():
+    config, notes = abstract_task.complete(load("mim", **{"tokenizer.codes": "nowhere"}))
+    assert notes == () and config.views.num_views == 1
+    assert abstract_task.describe(config, 10_000).batch["code_ids"].shape == (2048, 196)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [("tfds:imagenet2012", 1_281_167), ("folder:data/imagenet-21k", 14_197_122), ("folder:x/imagenet22k", 14_197_122)],
+)
+def test_known_sets_need_not_be_there(source, count):
+    assert abstract_task.count_examples(load("mim", **{"data.source": source})) == count
+
+
+def test_a_set_of_unknown_length_is_an_error_and_a_number_helps():
+    config = load("mim", **{"data.source": "folder:/nowhere/of/mine"})
+    with pytest.raises(UserError, match="--plan_examples=NUMBER"):
+        abstract_task.count_examples(config)
+    assert abstract_task.count_examples(config, 77) == 77
+
+
+@pytest.mark.parametrize(("name", "stage"), [("extract", "extract"), ("quickstart", "pipeline")])
+def test_stages_that_train_nothing_have_no_plan(name, stage):
+    with pytest.raises(UserError, match=f"stage '{stage}'"):
+        abstract_task.complete(load(name))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return planner.prepare(small("mim", **{"run.batch_size": 64}), 1000)
+
+
+def test_a_computed_plan_by_hand(tiny):
+    plan = planner.compute(tiny, topologies.parse("v5e:2x4"))
+    params = sum(leaf.size for leaf in jax.tree.leaves(tiny.state.params))
+    assert plan.mesh == {"data": 8, "fsdp": 1, "tensor": 1} and not plan.compiled
+    assert plan.memory.arguments == pytest.approx(
+        3 * 4 * params + sum(_bytes(x) for x in tiny.batch.values()) / 8, rel=1e-3
+    )
+    (reduced,) = plan.collectives
+    assert (reduced.kind, reduced.bytes, reduced.axes(plan.mesh)) == ("all-reduce", 4 * params, ("data",))
+    assert plan.interconnect_s == pytest.approx(2 * 4 * params * 7 / 8 / 100e9)
+    assert plan.compute_s == pytest.approx(8 * sum(part.flops for part in plan.parts) / 197e12)
+    assert plan.step_s == max(plan.compute_s, plan.hbm_s) + plan.interconnect_s
+    assert plan.num_steps == 1600 * (1000 // 64)
+    assert plan.hours == pytest.approx(plan.num_steps * plan.step_s / 3600)
+    assert plan.chip_hours == pytest.approx(8 * plan.hours)
+    assert plan.images_per_second == pytest.approx(64 / plan.step_s)
+
+
+def _bytes(leaf):
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
+    target = topologies.parse("v5e:2x4")
+    whole = planner.compute(tiny, target)
+    shared = planner.compute(tiny, target, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert shared.memory.arguments < 0.7 * whole.memory.arguments
+    kinds = {collective.kind: collective for collective in shared.collectives}
+    assert set(kinds) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert kinds["all-gather"].axes(shared.mesh) == ("fsdp",) and kinds["all-gather"].count == 2
+    assert kinds["all-reduce"].bytes < 0.7 * whole.collectives[0].bytes
+
+
+def test_forms_of_computing_are_those_of_the_target():
+    stages = {platform: planner.prepare(load("vqkd"), platform=platform) for platform in ("tpu", "cuda")}
+    forms = {platform: stage.config.efficiency for platform, stage in stages.items()}
+    assert forms["tpu"].nearest_code == implementations.AUTO["nearest_code"]["tpu"]
+    assert forms["cuda"].nearest_code == implementations.AUTO["nearest_code"]["gpu"] != forms["tpu"].nearest_code
+
+
+def test_exact_products_cost_their_own_rate():
+    stage = planner.prepare(small("vqkd"), 100)
+    plan = planner.compute(stage, topologies.parse("v5e:1"))
+    exact = sum(part.flops for part in plan.parts if part.exact)
+    assert exact > 0
+    plain = sum(part.flops for part in plan.parts) - exact
+    assert plan.compute_s == pytest.approx(7 * (plain / 197e12 + exact / (197e12 / 6)))
+
+
+def test_a_batch_that_cannot_be_divided(tiny):
+    with pytest.raises(UserError, match="batch_size=256"):
+        planner.compute(tiny, topologies.parse("v5e:256"))
+
+
+def test_the_refusal_of_a_tpu_compiler_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 45.40G of 15.75G hbm. Exceeded hbm capacity by 29.65G."
+    )
+    memory = _refusal(message, 2**30)
+    assert memory.peak == pytest.approx(45.40 * 2**30) and memory.usable == pytest.approx(15.75 * 2**30)
+    assert memory.temporaries + memory.arguments == memory.peak and memory.over > 0
+    assert _refusal("INTERNAL: something else", 1) is None
+
+
+def test_a_refusal_that_tells_of_the_temporaries_alone():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.85G) exceeds "
+        "available HBM (15.75G)."
+    )
+    memory = _refusal(message, 2**30)
+    assert memory.temporaries == pytest.approx(18.85 * 2**30) and memory.peak == memory.temporaries + 2**30
+    assert memory.usable == pytest.approx(15.75 * 2**30)
+
+
+def test_a_compiled_program_takes_the_place_of_arithmetic(tiny):
+    """What `make` does with a TPU's program, done with one of the CPU's eight devices."""
+    mesh = sharding.make_mesh()
+    stage, target = tiny.placed(mesh), topologies.parse("v5e:2x4")
+    network = target.network()
+    computed = planner._computed(stage, target, dict(mesh.shape), network)
+    plan = planner._measured(computed, planner._compile(stage, mesh, target), network, 1.0)
+    assert plan.compiled and plan.memory.arguments > 0 and plan.memory.temporaries > 0
+    assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
+    reduced = sum(c.count * c.bytes for c in plan.collectives if c.kind == "all-reduce")
+    params = 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.state.params))
+    assert params <= reduced < 1.1 * params
+    assert not [c for c in plan.collectives if c.kind == "all-gather"]
+    json.dumps(plan.figures())
+
+
+@pytest.fixture(scope="module")
+def base():
+    return planner.prepare(load("mim", **{"tokenizer.codes": "stored"}))
+
+
+def test_a_step_that_does_not_fit_names_what_helps(base):
+    stage = base
+    target = topologies.parse("v5e:2x4")
+    plan = planner.compute(stage, target)
+    assert not plan.fits and plan.memory.over > 2**30
+    words = {line.split(":")[0]: line for line in search.with_switches(plan, stage, confirm=None).switches}
+    assert words["--config.efficiency.remat=full"].endswith("GiB a chip (computed), fits")
+    assert words["--config.efficiency.scan_blocks=True --config.efficiency.remat=full"].endswith("fits")
+    assert "GiB over" in words["--config.efficiency.remat=dots"]
+    assert "GiB over" in words["--config.efficiency.accumulation_steps=2"]
+    assert words["--config.efficiency.accumulation_steps=4"].endswith("fits")
+    assert "GiB over" in words["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
+    assert words["--config.run.batch_size=512"].endswith("fits")
+    assert words["In short"] == "In short: --config.efficiency.remat=full"
+
+
+def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(base, monkeypatch):
+    """A compiler that makes twice of all memory refuses what fits by arithmetic."""
+    target, asked = topologies.parse("v5e:2x4"), []
+    monkeypatch.setattr(planner, "varied", planner.estimated)  # there is nothing to trace for
+
+    def double(stage, target):
+        asked.append(stage.config.efficiency.to_dict())
+        made = planner.compute(stage, target)
+        memory = dataclasses.replace(made.memory, peak=2 * made.memory.peak)
+        return dataclasses.replace(made, memory=memory, compile_s=1.0)
+
+    refused = double(base, target)
+    words = search.with_switches(refused, base, confirm=double).switches
+    assert [efficiency["accumulation_steps"] for efficiency in asked] == [1, 8]
+    assert [line.endswith("(compiled), fits") for line in words].count(True) == 1
+    assert "GiB over" in words[1] and words[1].startswith("--config.efficiency.remat=full: ")
+    assert words[-1] == "In short: --config.efficiency.accumulation_steps=8"
+
+
+def test_the_best_of_many_fit_and_are_in_order(base):
+    plans = search.auto(base, "v5e:64", make=None, minutes=0)
+    assert 1 <= len(plans) <= 5 and all(plan.fits and plan.target.count == 64 for plan in plans)
+    assert plans[0].mesh["data"] == 64  # weights that are gathered take longer
+    hours = [plan.hours for plan in plans]
+    assert hours == sorted(hours)
+    assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
+
+
+def test_of_each_number_of_chips_the_best_two_are_shown(base):
+    plans = search.auto(base, "v5e", make=None, minutes=0)
+    counts = [plan.target.count for plan in plans]
+    assert len(counts) == 5 and all(counts.count(count) <= 2 for count in counts)
+
+
+def test_the_best_are_compiled_until_the_time_is_over_and_those_refused_are_left_out(tiny, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
+
+    def make(stage, target):
+        made = planner.compute(stage, target)
+        now[0] += 60
+        size = made.memory.usable + 1 if made.mesh == refused else made.memory.peak
+        memory = dataclasses.replace(made.memory, peak=size)
+        return dataclasses.replace(made, memory=memory, compiled=True, compile_s=60.0)
+
+    monkeypatch.setattr(planner, "varied", planner.estimated)
+    computed = search.auto(tiny, "v5e:2x4", make=None, minutes=0)
+    assert {plan.compiled for plan in computed} == {False} and len(computed) == 5
+    refused = computed[1].mesh
+    best = search.auto(tiny, "v5e:2x4", make=make, minutes=3)
+    assert 1 < now[0] / 60 <= 3 and len(best) == 5
+    tried = [plan.mesh for plan in computed[: int(now[0]) // 60]]
+    assert [plan.mesh for plan in best if plan.compiled] == [mesh for mesh in tried if mesh != refused]
+    assert refused in tried and refused not in [plan.mesh for plan in best]
+
+
+def test_arithmetic_without_tracing_is_the_same(tiny):
+    keys = {"run.batch_size": 32, "efficiency.remat": "full", "mesh.fsdp": 2}
+    quick, full = (make(tiny, **keys) for make in (planner.estimated, planner.varied))
+    quick, full = (planner.compute(stage, topologies.parse("v5e:2x4")) for stage in (quick, full))
+    assert quick.traced_flops is None and full.traced_flops == full.arithmetic_flops
+    assert dataclasses.replace(quick, config=full.config, traced_flops=full.traced_flops) == full
+
+
+def test_nothing_fits(base):
+    with pytest.raises(UserError, match="GiB over"):
+        search.auto(planner.estimated(base, **{"run.batch_size": 2**20}), "v5e:1", make=None, minutes=0)
+
+
+def test_a_missing_tpu_compiler_is_named_with_its_extra(monkeypatch, tiny):
+    monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
+    with pytest.raises(UserError) as caught:
+        planner.make(tiny, topologies.parse("v5e:2x4"))
+    assert "libtpu" in caught.value.happened and "pip install -e '.[plan]'" in caught.value.instead
+
+
+def test_a_missing_gpu_compiler_leaves_arithmetic_and_says_so(monkeypatch, tiny):
+    monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
+    plan = command.make_forecast(tiny, topologies.parse("h100:8"))
+    assert not plan.compiled and any("plan-gpu" in note for note in plan.notes)
+
+
+def test_the_command_prints_and_keeps_a_plan(tmp_path, capsys):
+    config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
+    figures = command.run_plan(config, "v5e:2x4", str(tmp_path / "w"), num_examples=80, compile_it=False)
+    printed = capsys.readouterr().out
+    assert "v5e:2x4" in printed and "computed" in printed and "binds" in printed
+    assert json.loads((tmp_path / "w/plan.json").read_text()) == json.loads(json.dumps(figures))
+    assert figures["chips"] == 8 and figures["num_steps"] == 4 and figures["memory_per_chip"]["fits"]
+    assert list((tmp_path / "w").iterdir()) == [tmp_path / "w/plan.json"]
+
+
+def test_plans_are_compared_in_a_table(tmp_path, capsys):
+    config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
+    figures = command.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
+    printed = capsys.readouterr().out
+    assert len(figures["best"]) == len([line for line in printed.splitlines() if line.startswith("| v5e:2x4")])
+    mesh = figures["best"][0]["mesh"]
+    assert f"--plan=v5e:2x4 --config.mesh.data={mesh['data']} --config.mesh.fsdp={mesh['fsdp']}" in printed
+
+
+def test_memory_over_is_never_negative(tiny):
+    plan = planner.compute(tiny, topologies.parse("v5p:8"))
+    assert plan.fits and plan.memory.over == 0
+    full = dataclasses.replace(plan.memory, peak=plan.memory.usable + 5)
+    assert full.over == 5 and not dataclasses.replace(plan, memory=full).fits
