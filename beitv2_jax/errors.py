@@ -1,4 +1,4 @@
-"""The exceptions that end the program without a traceback, and what helps to word and to tell them."""
+"""Exceptions that end the program without a traceback, and helpers for their messages."""
 
 import difflib
 import sys
@@ -11,9 +11,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 class UserError(Exception):
-    """Say what happened, what was probably meant and what to write instead.
+    """A mistake that the user can correct; `beitv2_jax.main` prints it without a traceback and exits with code 2.
 
-    `beitv2_jax.main` prints the three parts and exits with code 2; nothing else catches it.
+    Args:
+        happened: what is wrong, a full sentence: "The config has no key 'optim.peak_rl'."
+        meant: the most likely intention, a question: "Did you mean 'optim.peak_lr', whose value is 0.0015?"
+        instead: what to write or do, an instruction: "Write --config.optim.peak_lr=0.0015."
     """
 
     def __init__(self, happened: str, meant: str, instead: str):
@@ -23,11 +26,11 @@ class UserError(Exception):
         self.instead = instead
 
     def __str__(self) -> str:
-        return f"{self.happened}\n  Probably: {self.meant}\n  Instead:  {self.instead}"
+        return f"{self.happened}\n  {self.meant}\n  {self.instead}"
 
 
 class Preempted(Exception):
-    """Say that a run was told to end, has saved, and goes on where it is when it is started again.
+    """A run that was asked to stop has saved its state; the same command resumes it.
 
     `beitv2_jax.main` prints it and exits with `EXIT_CODE`, on which the launchers start a run again.
     """
@@ -35,7 +38,7 @@ class Preempted(Exception):
     EXIT_CODE = 75
 
 
-def tell(message: object) -> None:
-    """Write `message` to stderr in one piece, as `print` does not: the processes of a run may share that stream."""
+def print_error(message: object) -> None:
+    """Write `message` to stderr in one call, so that lines of several processes on one stream stay whole."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()

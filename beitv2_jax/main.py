@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import Preempted, UserError, nearest, tell
+from beitv2_jax.errors import Preempted, UserError, nearest, print_error
 from beitv2_jax.runtime import startup_times
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
@@ -157,8 +157,8 @@ def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
     guess = nearest(key, inside or namesakes or defaults)
     return UserError(
         f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
-        f"'{guess}' was meant, which is {defaults[guess]!r} now.",
-        f"--config.{guess}={shlex.quote(str(defaults[guess]))}",
+        f"Did you mean '{guess}', whose value is {defaults[guess]!r}?",
+        f"Write --config.{guess}={shlex.quote(str(defaults[guess]))}.",
     )
 
 
@@ -296,10 +296,10 @@ def main() -> None:
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         leave(2)
     except Preempted as preempted:
-        tell(preempted)
+        print_error(preempted)
         leave(Preempted.EXIT_CODE)
     except Exception:
         traceback.print_exc()

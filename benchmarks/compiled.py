@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.program import (
     Instruction,
@@ -149,5 +149,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         sys.exit(2)

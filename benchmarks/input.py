@@ -31,7 +31,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.main import start_logging
 from beitv2_jax.tasks import inputs, mim, objectives, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
@@ -206,5 +206,5 @@ if __name__ == "__main__":
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         sys.exit(2)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.runtime.atomic_files import write_text
 from benchmarks import cases
 from benchmarks.run import change
@@ -123,5 +123,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         sys.exit(2)

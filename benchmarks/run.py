@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.errors import UserError, nearest, tell
+from beitv2_jax.errors import UserError, nearest, print_error
 from beitv2_jax.runtime.atomic_files import write_text
 
 TIMEOUT = 900
@@ -193,5 +193,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         sys.exit(2)

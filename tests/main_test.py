@@ -124,8 +124,8 @@ def test_a_slip_is_printed_without_traceback_and_exits_2(tmp_path):
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "Error: The config has no key 'teacher.weigths'.",
-        "  Probably: 'teacher.weights' was meant, which is '' now.",
-        "  Instead:  --config.teacher.weights=''",
+        "  Did you mean 'teacher.weights', whose value is ''?",
+        "  Write --config.teacher.weights=''.",
     ]
     assert not (tmp_path / "w").exists()
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             weights = dataclasses.replace(weights, normalization=options.normalization, assumptions=told)
         left_out = weights_lib.write(weights, options.dest, options.layout)
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         return 2
     print(summary(weights, options.dest, options.layout, left_out))
     return 0

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from beitv2_jax.errors import Preempted, UserError, tell
+from beitv2_jax.errors import Preempted, UserError, print_error
 from beitv2_jax.runtime import heartbeat
 from beitv2_jax.runtime.atomic_files import write_over
 
@@ -158,7 +158,7 @@ class Watch:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        tell(
+        print_error(
             f"{self._name} ends: {reason}\n"
             f"  Here:    {_text(self._place)}{', ' * bool(self._error)}{self._error}; stacks of all threads: {stacks}\n"
             "  Instead: the same command again, as launchers do by themselves; it goes on from the newest checkpoint"

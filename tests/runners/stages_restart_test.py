@@ -167,12 +167,10 @@ def test_runs_that_fail_exit_with_2_and_keep_the_last_good_checkpoint(tmp_path):
     resource.prlimit(processes["full"].pid, resource.RLIMIT_FSIZE, (3000, 3000))
     texts = {name: process.communicate(timeout=200)[1] for name, process in processes.items()}
     assert {name: process.returncode for name, process in processes.items()} == {"nonfinite": 2, "full": 2}, texts
-    assert re.search(
-        r"Error: 3 steps in a row, up to step \d, .* not finite\n  Probably: .*\n  Instead:  ", texts["nonfinite"]
-    )
+    assert re.search(r"Error: 3 steps in a row, up to step \d, .* not finite", texts["nonfinite"])
     params = read_run(str(tmp_path / "nonfinite")).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)) and "changed nothing" in texts["nonfinite"]
     folder = tmp_path / "full" / "checkpoints"
     text = f"Error: the checkpoint of step 2 could not be written to {folder}: File too large"
-    assert text in texts["full"] and "there is none yet\n  Probably: " in texts["full"]
+    assert text in texts["full"] and "there is none yet\n  " in texts["full"]
     assert list(folder.iterdir()) == [] and not (tmp_path / "full" / "summary.json").exists()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         directory = imagenet.prepare(options.archives, options.data_dir)
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         return 2
     print(f"{directory} is ready: --config.data.source=tfds:imagenet2012{_data_dir_flag(options.data_dir)}")
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from beitv2_jax.errors import UserError, tell
+from beitv2_jax.errors import UserError, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.input, options.name, options.data_dir, options.split, options.num_shards, beam_arguments
         )
     except UserError as error:
-        tell(f"Error: {error}")
+        print_error(f"Error: {error}")
         return 2
     counted = ", ".join(f"{summary[name]} {name}" for name in ("written", "unreadable", "duplicates"))
     print(f"{summary['files']} files: {counted}")
