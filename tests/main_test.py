@@ -134,7 +134,7 @@ def test_a_message_is_one_write_so_that_processes_may_share_a_stream(tmp_path):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     command = [sys.executable, "-m", "beitv2_jax.main", "--config=configs/vqkd.py", f"--workdir={tmp_path}/w"]
     subprocess.run([*command, "--config.teacher.weigths=x"], cwd=ROOT, stderr=theirs, timeout=120)
-    assert ours.recv(10_000).endswith(b"--config.teacher.weights=''\n")
+    assert ours.recv(10_000).endswith(b"--config.teacher.weights=''.\n")
 
 
 def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):
