@@ -23,10 +23,11 @@ from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.sizes import SIZES
-from beitv2_jax.tasks import inputs, objectives, targets, vqkd
+from beitv2_jax.tasks import common, inputs, targets, vqkd
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.tasks.tokenize import Tokenizer
 from beitv2_jax.typing import PyTree
@@ -163,20 +164,20 @@ def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]
     image_size, dtype = inputs.tokenizer_view(config).image_size, config.efficiency.dtype
     if config.tokenizer.run == PUBLISHED:
         base = SIZES["base"]
-        model = VQKD(
-            image_size=image_size,
-            encoder={**base, "patch_size": image_size // side},
-            decoder={**{key: size for key, size in base.items() if key != "patch_size"}, "depth": 3},
-            codebook_size=codebook_size,
-            code_dim=CODE_DIM,
-            teacher_width=TEACHER_WIDTH,
-            dtype=dtype,
-        )
+        arguments = {
+            "image_size": image_size,
+            "encoder": {**base, "patch_size": image_size // side},
+            "decoder": {**base, "depth": 3},
+            "codebook_size": codebook_size,
+            "code_dim": CODE_DIM,
+            "teacher_width": TEACHER_WIDTH,
+        }
+        model = VQKD.from_arguments(arguments, Compute(dtype=dtype))
     else:
         trained = config_lib.from_json(read_config(config.tokenizer.run))
-        model = vqkd.make_model(trained, TEACHER_WIDTH, dtype=dtype)
+        model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=TEACHER_WIDTH)
     images = jnp.zeros((1, image_size, image_size, 3))
-    frozen = jax.eval_shape(lambda key: objectives.init_variables(model, key, images, train=False), jax.random.key(0))
+    frozen = jax.eval_shape(lambda key: common.init_variables(model, key, images, train=False), jax.random.key(0))
     tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
     tokens = model.grid[0] * model.grid[1] + 1
     vit = {**vit_sizes({"backbone": frozen["params"]["encoder"]}), "tokens": tokens, "code_dim": model.code_dim}

@@ -52,7 +52,6 @@ def _transformer(model, tokens: int, config, *, layer_scale: bool = False, depth
         itemsize=_itemsize(config),
         layer_scale=layer_scale,
         remat=config.efficiency.remat,
-        scanned=bool(config.efficiency.scan_blocks),
     )
 
 

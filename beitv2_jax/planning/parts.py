@@ -48,7 +48,6 @@ class Transformer:
     layer_scale: bool = False
     gated: bool = False
     remat: str = "none"
-    scanned: bool = False
 
     def block_flops(self) -> dict[str, int]:
         """Return the forward FLOPs of one block's matrix products by name."""

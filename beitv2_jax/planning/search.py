@@ -63,8 +63,6 @@ def _switches(stage: Stage, refused: Forecast) -> Iterator[dict[str, object]]:
     more = REMAT[REMAT.index(efficiency.remat) + 1 :]
     for remat in more:
         yield {"efficiency.remat": remat}
-    if not efficiency.scan_blocks:
-        yield {"efficiency.scan_blocks": True, "efficiency.remat": REMAT[-1]}
     rows = stage.config.run.batch_size // batch_parts(mesh) // efficiency.accumulation_steps
     divisors = [share for share in (2, 4, 8, 16) if rows % share == 0]
     for share in divisors:

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.convert.adapt import for_run
+from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -17,22 +18,21 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
-from beitv2_jax.models import trials
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
 
-COMPUTE_KEYS = ("dtype", "gradient_dtype", "remat", "scan_blocks", *implementations.AUTO)
 
-
-def compute_arguments(config) -> dict[str, Any]:
-    """Return how a model is to compute, as its keyword arguments; the rest of `config.efficiency` is the step's."""
-    asked = {key: config.efficiency[key] for key in COMPUTE_KEYS if key in config.efficiency}
+def compute(config) -> Compute:
+    """Return how the networks of a run compute: `config.efficiency` with every 'auto' resolved for this platform."""
+    names = Compute.__dataclass_fields__
+    requested = {name: value for name, value in config.efficiency.items() if name in names}
     platform = jax.default_backend()
-    chosen = trials.chosen(config, asked, platform)
-    forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in implementations.AUTO if key in chosen]
-    logging.info("forms of computing on %s: %s", platform, ", ".join(forms))
-    return chosen
+    chosen = implementations.resolve_auto(requested, platform)
+    described = [f"{name} {chosen[name]}" for name in implementations.AUTO if name in chosen]
+    logging.info("implementations on %s: %s", platform, ", ".join(described))
+    return Compute(**chosen)
 
 
 def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
@@ -43,7 +43,7 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = for_run(read_weights(config.init_from), kind, _arguments(model))
+    weights = for_run(read_weights(config.init_from), kind, flat_arguments(model))
     variables = {name: tree for name, tree in weights.variables.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("%s numbers from %s (%s)", f"{given:,}", config.init_from, weights.layout)
@@ -51,11 +51,6 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
         names = [name for name, why in weights.dropped.items() if why == reason]
         logging.info("not from there: %s%s (%s)", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
     return variables
-
-
-def _arguments(model) -> dict:
-    fields = (field.name for field in dataclasses.fields(model))
-    return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
 
 
 @dataclasses.dataclass(frozen=True)

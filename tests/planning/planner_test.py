@@ -236,7 +236,6 @@ def test_a_step_that_does_not_fit_names_what_helps(base):
     assert not plan.fits and plan.memory.over > 2**30
     words = {line.split(":")[0]: line for line in search.with_switches(plan, stage, confirm=None).switches}
     assert words["--config.efficiency.remat=full"].endswith("GiB a chip (computed), fits")
-    assert words["--config.efficiency.scan_blocks=True --config.efficiency.remat=full"].endswith("fits")
     assert "GiB over" in words["--config.efficiency.remat=dots"]
     assert "GiB over" in words["--config.efficiency.accumulation_steps=2"]
     assert words["--config.efficiency.accumulation_steps=4"].endswith("fits")

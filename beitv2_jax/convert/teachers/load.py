@@ -1,5 +1,6 @@
 """Find a teacher's weights by path and build the teacher around them: a run of ours, or published weights."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from beitv2_jax.convert.positions import resize_position_embedding, resize_relat
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import OUTPUTS, TeacherWeights, from_state
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone, Compute
+from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.preprocess import NORMALIZATIONS
-from beitv2_jax.models.teachers import Teacher, classifier_tokens, vit_tokens
-from beitv2_jax.models.vit import backbone_arguments
+from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, vit_tokens
 from beitv2_jax.typing import PyTree
 
 GRID_MATCHES = ("resize_input", "resample_features")
@@ -104,16 +106,21 @@ def _build(
     network_grid = (input_size // patch_size,) * 2
     backbone = _resized(network.params["backbone"], network_grid, position_resize, network.arguments)
     params = {**network.params, "backbone": backbone}
-    arguments = {**network.arguments, "image_size": input_size, "dtype": dtype}
-    is_classifier = "num_classes" in arguments
+    arguments, compute = {**network.arguments, "image_size": input_size}, Compute(dtype=dtype)
+    if "num_classes" in arguments:
+        model = Classifier.from_arguments(arguments, compute)
+        tokens = classifier_tokens(model)
+    else:
+        model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
+        tokens = vit_tokens(model)
     teacher = Teacher(
         name=name,
         weights_hash=weights_hash(params),
         choices={
             "normalization": network.normalization,
             "output": "projected" if network.projection_dim else "tokens",
-            "activation": arguments.get("activation", "gelu"),
-            "num_heads": arguments["num_heads"],
+            "activation": model.backbone.activation,
+            "num_heads": model.backbone.num_heads,
             "grid_match": grid_match,
             "position_resize": position_resize,
             "input_size": input_size,
@@ -123,9 +130,9 @@ def _build(
         input_size=input_size,
         network_grid=network_grid,
         grid=tuple(grid),
-        width=network.projection_dim or arguments["width"],
-        num_prefix_tokens=arguments.get("class_token", True) + arguments.get("num_registers", 0),
-        tokens=classifier_tokens(arguments) if is_classifier else vit_tokens(arguments, network.projection_dim),
+        width=network.projection_dim or model.backbone.width,
+        num_prefix_tokens=model.backbone.num_prefix_tokens,
+        tokens=tokens,
     )
     return teacher, params
 
@@ -175,8 +182,7 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
     if config["stage"] == "mim":
-        model = MaskedImageModel(**arguments)
-        arguments = backbone_arguments(model) | {"mask_token": True}
+        arguments = dataclasses.asdict(MaskedImageModel.from_arguments(arguments).backbone)
         params = {"backbone": params["backbone"], "norm": params["norm"]}
     return run.name, TeacherWeights(
         arguments=arguments,
