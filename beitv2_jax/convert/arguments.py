@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from beitv2_jax.convert.positions import grid_of_table
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
@@ -166,10 +167,10 @@ def _grid_of_embedding(known: Mapping[str, Shape], path: str) -> int:
 
 
 def _grid_of_table(rows: int, path: str) -> int:
-    side = round(max(rows - 3, 0) ** 0.5)
-    if side**2 != rows - 3 or side % 2 == 0:
+    grid = grid_of_table(rows)
+    if grid is None:
         raise Unfit(f"has {rows} rows, where (2 g - 1)^2 + 3 fit a grid of g x g, in", path)
-    return (side + 1) // 2
+    return grid
 
 
 def _features(known: Mapping[str, Shape], linear: str) -> int:

@@ -1,58 +1,85 @@
-"""Positions learned on one grid of patches, resized for another: what happens when weights meet another image size.
+"""Resize position embeddings and relative position tables that were trained on another grid of patches.
 
-Done once, in float64, when weights are loaded; the models are built at their final size.
+This is done once, in float64, when weights are loaded; the models are built at their final image size.
 """
 
 import math
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from beitv2_jax.errors import UserError
+
+METHODS = ("bicubic", "offset", "antialias")
+"""Ways to interpolate position embeddings, see `resize_position_embedding`."""
 
 _CLS_ROWS = 3
 _RATIO_RANGE = (1.01, 1.5)
 _RATIO_PRECISION = 1e-6
 _SPLINE_DEGREE = 3
 _CUBIC = -0.75
+_OFFSET = 0.1
+
+
+def grid_of_table(rows: int) -> int | None:
+    """Return the grid size g of a relative position table with (2 g - 1)^2 + 3 rows, None if no g fits."""
+    offsets = math.isqrt(max(0, rows - _CLS_ROWS))
+    return (offsets + 1) // 2 if offsets**2 + _CLS_ROWS == rows and offsets % 2 else None
+
+
+def resize_positions(
+    params: Mapping[str, np.ndarray], grid: tuple[int, int], *, num_prefix: int = 1, method: str = "bicubic"
+) -> dict[str, np.ndarray]:
+    """Return flat parameters ('backbone/pos_embed': array) with all positions resized to `grid`."""
+    resized = dict(params)
+    for path, array in params.items():
+        if path.endswith("rel_pos_bias/table"):
+            resized[path] = resize_relative_table(array, grid)
+        elif path.rpartition("/")[2] == "pos_embed":
+            resized[path] = resize_position_embedding(array, grid, num_prefix=num_prefix, method=method)
+    return resized
 
 
 def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return a relative-position table 'r nh' for the square `grid` of patches; the same table if it has that size.
+    """Return a relative position table 'r nh' for the square `grid` of patches; the same table if it has that size.
 
-    A table has a row for each offset (gh, gw) between two patches, (2·side − 1)² in all, and three for [CLS], which
-    stay. Each head's offsets are taken to lie at 0, ±1, ±(1 + q), ±(1 + q + q²), ... along both axes, with q such that
-    the outermost comes to lie at the outermost offset of the new grid; a bicubic spline through them is read at the
-    integers, and beyond the outermost at its border. Source: the released fine-tuning loader.
+    A table has one row for each offset (gh, gw) between two patches, (2·side − 1)² in all, and three rows for [CLS],
+    which are copied. The offsets of each head are placed at 0, ±1, ±(1 + q), ±(1 + q + q²), ... along both axes, where
+    q is chosen so that the outermost one falls on the outermost offset of the new grid. A bicubic spline through them
+    is evaluated at the integers; beyond the outermost offset the border value is used.
 
     Raises:
-        UserError: the rows form no square, or the grid is not square, or too small a table for a cubic spline.
+        UserError: the rows form no square, the grid is not square, or the table is too small for a cubic spline.
+
+    Source: the released fine-tuning loader.
     """
-    offsets = math.isqrt(max(0, len(table) - _CLS_ROWS))
-    if table.ndim != 2 or offsets**2 + _CLS_ROWS != len(table) or offsets % 2 == 0:
+    side = grid_of_table(len(table))
+    if table.ndim != 2 or side is None:
         raise UserError(
-            f"A relative-position table of shape {table.shape} belongs to no square grid of patches.",
-            "it is not a table of offsets with three rows for [CLS] at its end.",
-            "(2 * side - 1)^2 + 3 rows and a column for each head.",
+            f"A relative position table of shape {table.shape} does not belong to a square grid of patches.",
+            "The weights may be damaged, or come from a model with rectangular images.",
+            "Use weights whose table has (2 * side - 1)^2 + 3 rows and one column for each head.",
         )
-    target = 2 * grid[0] - 1
     if grid[0] != grid[1]:
         raise UserError(
-            f"Relative-position tables cannot be resized to the grid {grid[0]} x {grid[1]}.",
-            "the method is defined for square images only.",
-            "a square image size.",
+            f"Relative position tables cannot be resized to a grid of {grid[0]} x {grid[1]} patches.",
+            "The published method is defined for square images only.",
+            "Use a square image size.",
         )
-    if target == offsets:
+    if grid[0] == side:
         return table
+    offsets, target = 2 * side - 1, 2 * grid[0] - 1
     if offsets <= _SPLINE_DEGREE:
         raise UserError(
-            f"A relative-position table for {offsets // 2 + 1} patches per side is too small to be resized.",
-            "a cubic spline needs at least four offsets in a row.",
-            "weights of a grid of at least 3 x 3 patches.",
+            f"A relative position table for {side} patches per side is too small to be resized.",
+            "A cubic spline needs at least four offsets in a row.",
+            "Use weights that were trained with at least 3 x 3 patches.",
         )
-    # most runs resize nothing, and scipy takes as long to import as jax
+    # imported here: most runs resize nothing, and importing scipy takes as long as importing jax
     from scipy.interpolate import RectBivariateSpline
 
-    known = _spread(offsets // 2, target // 2)
+    known = _spline_coordinates(side - 1, grid[0] - 1)
     wanted = np.clip(np.arange(target) - target // 2, known[0], known[-1])
     heads = table[:-_CLS_ROWS].astype(np.float64).reshape(offsets, offsets, -1)
     resized = [
@@ -63,29 +90,32 @@ def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarra
     return np.concatenate([rows.astype(table.dtype), table[-_CLS_ROWS:]])
 
 
-def _spread(count: int, reach: int) -> np.ndarray:
-    """Return 2·count + 1 coordinates around 0 whose steps grow by a ratio that puts the last at `reach`."""
+def _spline_coordinates(count: int, outermost: int) -> np.ndarray:
+    """Return 2·count + 1 coordinates around 0 whose steps grow by the ratio that places the last at `outermost`."""
     low, high = _RATIO_RANGE
     while high - low > _RATIO_PRECISION:
         ratio = (low + high) / 2
-        if (1 - ratio**count) / (1 - ratio) > reach:
+        if (1 - ratio**count) / (1 - ratio) > outermost:
             high = ratio
         else:
             low = ratio
-    # the last midpoint, as released, not the midpoint of what is left of the interval
+    # like the released code, use the last midpoint, not the midpoint of the final interval
     distances = np.cumsum(ratio ** np.arange(count))
     return np.concatenate([-distances[::-1], [0.0], distances])
 
 
 def resize_position_embedding(
-    embedding: np.ndarray, grid: tuple[int, int], *, num_prefix: int = 1, offset: float = 0.0
+    embedding: np.ndarray, grid: tuple[int, int], *, num_prefix: int = 1, method: str = "bicubic"
 ) -> np.ndarray:
     """Return a position embedding '1 p+n d' for another `grid` of patches; the same one if it has that size.
 
-    The first `num_prefix` positions ([CLS], registers) stay. The patches, on a square grid of side s, are interpolated
-    bicubically (a = −0.75, without antialiasing, edge values repeated): target index i is read at
-    (i + ½) · s / (g + `offset`) − ½. Source: PyTorch's bicubic interpolation; the released loader has offset 0, the
-    models that interpolate while they run have 0.1, by which they guard against rounding.
+    The first `num_prefix` positions ([CLS], registers) are copied. The patches, on a square grid of side s, are
+    interpolated by one of `METHODS`:
+        'bicubic': PyTorch's bicubic interpolation (a = −0.75, no antialiasing, edge values repeated), as in the
+            released loader of BEiT. Target index i is read at (i + ½) · s / g − ½.
+        'offset': the same with (i + ½) · s / (g + 0.1) − ½, as in the code of DINO and CLIP, which add 0.1 to guard
+            against rounding.
+        'antialias': cubic interpolation with antialiasing (a = −0.5), as in timm and OpenCLIP.
 
     Raises:
         UserError: the patches form no square.
@@ -95,21 +125,26 @@ def resize_position_embedding(
     if embedding.ndim != 3 or side == 0 or side**2 != patches.shape[1]:
         raise UserError(
             f"A position embedding of shape {embedding.shape} with {num_prefix} prefix positions has no square grid.",
-            "the number of positions before the patches is another one.",
-            "an embedding of shape (1, prefix + side^2, width).",
+            "The model may have another number of prefix tokens, or rectangular images.",
+            "Use an embedding of shape (1, prefix + side^2, width).",
         )
     if tuple(grid) == (side, side):
         return embedding
-    rows, columns = (_cubic_weights(side, size, offset) for size in grid)
-    square = patches.astype(np.float64).reshape(side, side, -1)
-    resized = np.einsum("ih,jw,hwd->ijd", rows, columns, square, optimize=True)
+    if method == "antialias":
+        # the cubic kernel of jax is the one that PyTorch uses for antialiasing
+        square = patches.reshape(side, side, -1)
+        resized = np.asarray(jax.image.resize(square, (*grid, square.shape[-1]), "cubic"))
+    else:
+        rows, columns = (_cubic_weights(side, size, _OFFSET if method == "offset" else 0.0) for size in grid)
+        square = patches.astype(np.float64).reshape(side, side, -1)
+        resized = np.einsum("ih,jw,hwd->ijd", rows, columns, square, optimize=True)
     resized = resized.reshape(1, grid[0] * grid[1], -1).astype(embedding.dtype)
     return np.concatenate([prefix, resized], axis=1)
 
 
 def _cubic_weights(source: int, target: int, offset: float) -> np.ndarray:
     """Return the weights 'target source' of cubic convolution along one axis."""
-    # positions rounded as PyTorch rounds them, the rest in float64
+    # coordinates are rounded to float32 as in PyTorch, the rest is float64
     scale = np.float32(source / (target + offset))
     position = scale * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
     first = np.floor(position).astype(int)

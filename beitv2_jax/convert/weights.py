@@ -17,7 +17,7 @@ from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, published_
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import WINDOWS, dropped, from_official, recognise, to_official
 from beitv2_jax.convert.files import read_config, read_weights
-from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
+from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, write_run
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
@@ -99,13 +99,8 @@ def resized(weights: Weights, image_size: int) -> Weights:
             "the image size is a slip.",
             f"--image_size={patch_size * max(1, round(image_size / patch_size))}",
         )
-    grid = (image_size // patch_size,) * 2
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
-    for name, array in flat.items():
-        if name.endswith("rel_pos_bias/table"):
-            flat[name] = resize_relative_table(array, grid)
-        elif name.endswith("/pos_embed"):
-            flat[name] = resize_position_embedding(array, grid)
+    flat = resize_positions(flat, (image_size // patch_size,) * 2)
     return dataclasses.replace(
         weights,
         arguments={**weights.arguments, "image_size": image_size},

@@ -95,7 +95,7 @@ def test_beyond_the_outermost_offset_the_border_is_repeated():
 def test_the_same_grid_changes_nothing(resize, length):
     array = np.random.default_rng(0).normal(size=(length, 3)).astype(np.float32)
     if resize is None:
-        assert resize_position_embedding(array[None], (5, 5), offset=0.1).tobytes() == array.tobytes()
+        assert resize_position_embedding(array[None], (5, 5), method="offset").tobytes() == array.tobytes()
     else:
         assert resize(array, (5, 5)).tobytes() == array.tobytes()
 
@@ -130,12 +130,12 @@ def cubic(distance):
     return -0.75 * distance**3 + 3.75 * distance**2 - 6 * distance + 3 if distance < 2 else 0.0
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("method, offset", [("bicubic", 0.0), ("offset", 0.1)])
 @pytest.mark.parametrize("size", [3, 7, 11])
-def test_each_position_weighs_its_four_neighbours(size, offset):
+def test_each_position_weighs_its_four_neighbours(size, method, offset):
     signal = np.random.default_rng(0).normal(size=5)
     embedding = np.repeat(signal, 5).reshape(1, 25, 1)
-    resized = resize_position_embedding(embedding, (size, 5 + size), num_prefix=0, offset=offset)
+    resized = resize_position_embedding(embedding, (size, 5 + size), num_prefix=0, method=method)
     for index, value in enumerate(resized.reshape(size, 5 + size)[:, 0]):
         position = (index + 0.5) * 5 / (size + offset) - 0.5
         near = range(int(np.floor(position)) - 1, int(np.floor(position)) + 3)

@@ -150,7 +150,7 @@ def check_classifier(golden: Golden):
     for size in golden.config.get("resized", ()):
         grid = (size // config["patch_size"],) * 2
         # the released model resizes at every call, with a tenth of a patch added to the grid
-        embedding = resize_position_embedding(golden.state["pos_embed"], grid, offset=0.1)
+        embedding = resize_position_embedding(golden.state["pos_embed"], grid, method="offset")
         golden.check(f"pos_embed_{size}", embedding)
         resized = Classifier.from_arguments({**arguments, "image_size": size})
         backbone = {**params["backbone"], "pos_embed": embedding}

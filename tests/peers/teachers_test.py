@@ -8,7 +8,8 @@ import timm
 import torch
 import transformers
 
-from beitv2_jax.convert.teachers.load import load_teacher, resize_positions
+from beitv2_jax.convert.positions import resize_position_embedding
+from beitv2_jax.convert.teachers.load import load_teacher
 
 DINOV2 = [f"vit_{size}_patch14{reg}_dinov2" for size in ("small", "giant") for reg in ("", "_reg4")]
 TIMM = {
@@ -117,7 +118,7 @@ def test_position_embeddings_are_resized_as_torch_does(rng, how, options, source
     wanted = {"size": (target, target)} if options is not None else {"scale_factor": ((target + 0.1) / source,) * 2}
     resized = torch.nn.functional.interpolate(maps, mode="bicubic", **wanted, **(options or {}))
     expected = resized.permute(0, 2, 3, 1).reshape(1, -1, 6).numpy()
-    ours = resize_positions(embedding, (target, target), how, num_prefix=1)
+    ours = resize_position_embedding(embedding, (target, target), method=how)
     np.testing.assert_array_equal(ours[:, 0], embedding[:, 0])
     np.testing.assert_allclose(ours[:, 1:], expected, atol=1e-5 * np.abs(expected).max())
 

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import Unfit, infer, shapes
 from beitv2_jax.convert.beit.names import CODEBOOK, INDEX, NAMES, TABLE, official_name, our_path, transposed
+from beitv2_jax.convert.positions import grid_of_table
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 from beitv2_jax.typing import PyTree
@@ -107,7 +108,7 @@ def to_official(kind: str, variables: dict[str, PyTree]) -> State:
     state = {name: transposed(path, flat[path], to_ours=False) for path, name in names.items() if flat[path].size}
     indices: dict[int, np.ndarray] = {}
     for name in [name for name in state if name.endswith(TABLE)]:
-        side = _grid(state[name])
+        side = grid_of_table(len(state[name]))
         if side not in indices:
             indices[side] = relative_position_index((side, side)).astype(np.int64)
         state[name.replace(TABLE, INDEX)] = indices[side]
@@ -118,10 +119,6 @@ def to_official(kind: str, variables: dict[str, PyTree]) -> State:
         state["quantize.embedding.embed_avg"] = state["quantize.embedding.weight"]
         state["quantize.embedding.initted"] = np.ones(1, np.float32)
     return state
-
-
-def _grid(table: np.ndarray) -> int:
-    return (round((table.shape[0] - 3) ** 0.5) + 1) // 2
 
 
 def _check(kind: str, flat: State, spell: Callable[[str], str]) -> None:
@@ -150,7 +147,7 @@ def _check_indices(kind: str, state: State, spell: Callable[[str], str]) -> None
         table = state.get(name.replace(INDEX, TABLE))
         if table is None:
             _refuse(kind, "has no table for the index", [spell(name)])
-        side = _grid(table)
+        side = grid_of_table(len(table))
         if side not in expected:
             expected[side] = relative_position_index((side, side))
         if not np.array_equal(state[name], expected[side]):

@@ -43,7 +43,7 @@ class Family:
         arguments: what `VisionTransformer` needs beside the sizes.
         flat_tokens: class token 'd' and positions 'n d', without a leading axis of 1.
         normalization, activation: '' where the family does not settle it.
-        positions: how its own code resizes position embeddings ('bicubic', 'offset', 'antialias').
+        position_resize: how its own code resizes position embeddings, one of `positions.METHODS`.
         projected: its published features go through the projection.
         config_activation: what Hugging Face's config.json means when it names no activation; '' for other families.
         dropped: (pattern, reason) of entries that teachers do not use.
@@ -60,7 +60,7 @@ class Family:
     flat_tokens: bool = False
     normalization: str = ""
     activation: str = "gelu"
-    positions: str = "bicubic"
+    position_resize: str = "bicubic"
     projected: bool = False
     config_activation: str = ""
     dropped: tuple[tuple[str, str], ...] = ()
@@ -102,7 +102,7 @@ _CLIP = dict(
     arguments={"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5},
     flat_tokens=True,
     normalization="clip",
-    positions="offset",
+    position_resize="offset",
     projected=True,
     dropped=(TEXT, CONTRASTIVE, SIZES),
 )
@@ -127,7 +127,7 @@ _TIMM = dict(
         "gamma_2": "ls2.gamma",
     },
     blocks="blocks.{}.",
-    positions="antialias",
+    position_resize="antialias",
     dropped=(HEAD, TEXT, CONTRASTIVE),
 )
 _DINOV2 = _TIMM | dict(
@@ -205,7 +205,7 @@ FAMILIES = (
     Family(
         title="OpenCLIP",
         has=(r"visual\.transformer\.resblocks\.",),
-        **_CLIP | {"activation": "", "positions": "antialias"},
+        **_CLIP | {"activation": "", "position_resize": "antialias"},
     ),
     Family(
         title="Hugging Face CLIP",
@@ -231,7 +231,7 @@ FAMILIES = (
     Family(
         title="Hugging Face DINOv2 with registers",
         has=(r"encoder\.layer\.\d+\.layer_scale", r"embeddings\.register_tokens"),
-        **_HF_DINOV2 | {"positions": "antialias"},
+        **_HF_DINOV2 | {"position_resize": "antialias"},
     ),
     Family(title="Hugging Face DINOv2", has=(r"encoder\.layer\.\d+\.layer_scale",), **_HF_DINOV2),
     Family(
@@ -240,7 +240,7 @@ FAMILIES = (
         **_HF_VIT | {"arguments": {"norm_eps": 1e-12}},
     ),
     Family(title="DINOv2 with registers", has=(r"blocks\.\d+\.ls\d\.", r"register_tokens$"), **_DINOV2),
-    Family(title="DINOv2", has=(r"blocks\.\d+\.ls\d\.", r"mask_token$"), **_DINOV2 | {"positions": "offset"}),
+    Family(title="DINOv2", has=(r"blocks\.\d+\.ls\d\.", r"mask_token$"), **_DINOV2 | {"position_resize": "offset"}),
     Family(
         title="DINOv2 in timm's names",
         has=(r"blocks\.\d+\.ls\d\.",),
@@ -271,7 +271,7 @@ FAMILIES = (
         title="DINO, or a ViT in timm's names without its head",
         has=(r"blocks\.\d+\.attn\.qkv\.",),
         lacks=(r"head(_dist)?\.",),
-        **_TIMM | {"positions": "offset"},
+        **_TIMM | {"position_resize": "offset"},
     ),
     Family(title="ViT in timm's names", has=(r"blocks\.\d+\.attn\.qkv\.",), **_TIMM),
 )

@@ -1,19 +1,17 @@
-"""Find a teacher's weights by path and build the teacher around them: a run of ours, or published weights."""
+"""Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
 import dataclasses
 from collections import Counter
 from pathlib import Path
 
-import jax
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
 from beitv2_jax.convert.files import read_config, read_weights
-from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
+from beitv2_jax.convert.positions import METHODS, resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import OUTPUTS, TeacherWeights, from_state
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
@@ -22,8 +20,6 @@ from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens
 from beitv2_jax.typing import PyTree
 
 GRID_MATCHES = ("resize_input", "resample_features")
-POSITION_RESIZES = ("bicubic", "offset", "antialias")
-_OFFSET = 0.1
 
 
 def load_teacher(
@@ -43,32 +39,33 @@ def load_teacher(
 
     Args:
         weights: the working directory of a run of stage 'finetune' or 'mim', a Hugging Face folder, or a file of a
-            published network; which network it is, is read from the names in it.
-        grid: rows and columns of the features; None takes the network's own patch size.
-        num_heads: 0 takes what the weights' config says, or heads of 64.
-        normalization: input range, '' is the network's own. A run of ours always has its own.
-        output: 'projected' or 'tokens' (normalised tokens of the last block); '' does as published: projected for CLIP,
-            tokens for all others.
-        activation: '' is the network's own; needed where the file does not tell.
-        grid_match: how the network comes to `grid`. 'resize_input' gives it images of as many patches,
-            'resample_features' runs it at the size it was trained with and resamples its features.
-        position_resize: how its position embeddings come to another grid. 'bicubic' is PyTorch's without antialiasing,
-            'antialias' with it, 'offset' as DINO's code does, 0.1 added to the target grid; '' as its own code does.
-        dtype: of the matrix products.
+            published network, which is recognised from the names in it.
+        grid: rows and columns of the features; None uses the patch size of the teacher.
+        num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
+        normalization: name of the input normalisation; '' uses the one of the network. A run keeps its own.
+        output: 'projected' or 'tokens' (normalised tokens of the last block); '' uses the published choice: projected
+            for CLIP, tokens for all others.
+        activation: '' uses the one of the network; needed where the file does not determine it.
+        grid_match: how features on `grid` are obtained. 'resize_input' resizes the images so that the network has as
+            many patches, 'resample_features' runs it at its trained size and resamples its features.
+        position_resize: how position embeddings are resized, one of `positions.METHODS`; '' uses the method of the
+            network's own code.
+        dtype: dtype of the matrix products.
 
     Raises:
-        UserError: nothing usable at `weights`, an option that does not exist or does not suit them, or one left open
-            that they do not settle.
+        UserError: no readable weights, an option that does not exist or does not fit them, or an option that must be
+            given because the weights do not determine it.
     """
     if not Path(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
-            "the path is mistyped, or the stage that trains the teacher has not run.",
-            "--config.teacher.weights=PATH of a run's working directory, or of a published network's weights.",
+            "The path may be mistyped, or the stage that trains the teacher has not run yet.",
+            "Write --config.teacher.weights=PATH with the directory of a run or the weights of a published network.",
         )
     _check_choice("output", output, ("", *OUTPUTS))
     _check_choice("grid_match", grid_match, GRID_MATCHES)
-    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
+    _check_choice("position_resize", position_resize, ("", *METHODS))
+    _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if is_run(weights):
         name, network = _from_run(weights, output)
     else:
@@ -78,34 +75,23 @@ def load_teacher(
         network = network._replace(normalization=normalization or network.normalization)
         for reason, count in Counter(network.dropped.values()).items():
             logging.info("teacher %s: %d entries not used: %s.", name, count, reason)
-    if network.normalization not in NORMALIZATIONS:
-        _refuse_normalization(name, network.normalization)
-    return _build(
-        name,
-        network,
-        image_size=image_size,
-        grid=grid or _own_grid(image_size, network.arguments["patch_size"]),
-        grid_match=grid_match,
-        position_resize=position_resize or network.positions,
-        dtype=dtype,
-    )
-
-
-def _build(
-    name: str,
-    network: TeacherWeights,
-    *,
-    image_size: int,
-    grid: tuple[int, int],
-    grid_match: str,
-    position_resize: str,
-    dtype: str,
-) -> tuple[Teacher, PyTree]:
+    if not network.normalization:
+        raise UserError(
+            f"The weights of {name} do not say how their input images are normalised.",
+            "Networks with these names were trained with different normalisations.",
+            "Write --config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
+        )
     trained_size, patch_size = network.arguments["image_size"], network.arguments["patch_size"]
+    grid = tuple(grid or _grid_of_views(image_size, patch_size))
     input_size = grid[0] * patch_size if grid_match == "resize_input" else trained_size
     network_grid = (input_size // patch_size,) * 2
-    backbone = _resized(network.params["backbone"], network_grid, position_resize, network.arguments)
-    params = {**network.params, "backbone": backbone}
+    position_resize = position_resize or network.position_resize
+    params = dict(network.params)
+    if input_size != trained_size:
+        flat = traverse_util.flatten_dict(params["backbone"], sep="/")
+        num_prefix = network.arguments.get("class_token", True)
+        flat = resize_positions(flat, network_grid, num_prefix=num_prefix, method=position_resize)
+        params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
     arguments, compute = {**network.arguments, "image_size": input_size}, Compute(dtype=dtype)
     if "num_classes" in arguments:
         model = Classifier.from_arguments(arguments, compute)
@@ -129,7 +115,7 @@ def _build(
         image_size=image_size,
         input_size=input_size,
         network_grid=network_grid,
-        grid=tuple(grid),
+        grid=grid,
         width=network.projection_dim or model.backbone.width,
         num_prefix_tokens=model.backbone.num_prefix_tokens,
         tokens=tokens,
@@ -137,47 +123,20 @@ def _build(
     return teacher, params
 
 
-def _resized(backbone: PyTree, grid: tuple[int, int], how: str, arguments: dict) -> PyTree:
-    """Return the backbone's params with position embedding and relative tables for `grid`."""
-    side = arguments["image_size"] // arguments["patch_size"]
-    if grid == (side, side):
-        return backbone
-    flat = traverse_util.flatten_dict(backbone, sep="/")
-    for path, array in flat.items():
-        if path == "pos_embed":
-            flat[path] = resize_positions(array, grid, how, num_prefix=arguments.get("class_token", True))
-        elif path.endswith("rel_pos_bias/table"):
-            flat[path] = resize_relative_table(array, grid)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def resize_positions(embedding: np.ndarray, grid: tuple[int, int], how: str, *, num_prefix: int) -> np.ndarray:
-    """Return a position embedding '1 p+n d' for another grid; `how` is one of POSITION_RESIZES."""
-    if how != "antialias":
-        return resize_position_embedding(
-            embedding, grid, num_prefix=num_prefix, offset=_OFFSET if how == "offset" else 0.0
-        )
-    special, patches = np.split(embedding, [num_prefix], axis=1)
-    side, width = round(patches.shape[1] ** 0.5), patches.shape[2]
-    # jax's cubic kernel is PyTorch's where that antialiases (a = -0.5)
-    patches = jax.image.resize(patches.reshape(side, side, width), (*grid, width), "cubic")
-    return np.concatenate([special, np.asarray(patches).reshape(1, -1, width)], axis=1)
-
-
 def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
     run = read_run(workdir)
     config = run.config
     if config["stage"] not in ("finetune", "mim"):
         raise UserError(
-            f"{workdir} holds a run of stage {config['stage']!r}, which is no teacher.",
-            "the path of another stage was given.",
-            "the working directory of a run of stage 'finetune' or 'mim'.",
+            f"{workdir} holds a run of stage {config['stage']!r}, which cannot be a teacher.",
+            "The path may be that of another stage.",
+            "Write --config.teacher.weights=PATH with the directory of a run of stage 'finetune' or 'mim'.",
         )
     if output == "projected":
         raise UserError(
-            f"{workdir} holds a run of ours, which has no projection.",
-            "the option was left over from a CLIP teacher.",
-            "--config.teacher.output=tokens",
+            f"{workdir} holds a run of this package, which has no projection.",
+            "Did you mean the normalised tokens of its last block?",
+            "Write --config.teacher.output=tokens.",
         )
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
@@ -190,35 +149,27 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
         params=params,
         dropped={},
         normalization=config["normalization"],
-        positions="bicubic",
+        position_resize="bicubic",
     )
 
 
-def _own_grid(image_size: int, patch_size: int) -> tuple[int, int]:
+def _grid_of_views(image_size: int, patch_size: int) -> tuple[int, int]:
     if image_size % patch_size:
+        fitting = patch_size * max(1, round(image_size / patch_size))
         raise UserError(
-            f"Views of {image_size} pixels hold no whole number of the teacher's patches of {patch_size} pixels.",
-            "the features are meant for the patches of the tokenizer.",
-            "--config.teacher.tokenizer_patch_size=N, or --config.views.image_size="
-            f"{patch_size * max(1, round(image_size / patch_size))}",
+            f"Views of {image_size} pixels cannot be divided into the teacher's patches of {patch_size} pixels.",
+            "The features may be meant for the patches of a tokenizer with another patch size.",
+            f"Write --config.teacher.tokenizer_patch_size=N, or --config.views.image_size={fitting}.",
         )
     return (image_size // patch_size,) * 2
 
 
-def _check_choice(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        named = [choice for choice in choices if choice]
+        guess = nearest(value, named)
         raise UserError(
-            f"Unknown {key} {value!r} for the teacher.",
-            "a slip in the name.",
-            f"--config.teacher.{key}={' or '.join(name for name in valid if name)}",
+            f"The teacher has no {key} {value!r}; the choices are {', '.join(named)}.",
+            f"Did you mean {guess!r}?",
+            f"Write --config.teacher.{key}={guess}.",
         )
-
-
-def _refuse_normalization(name: str, normalization: str) -> None:
-    if normalization:
-        _check_choice("normalization", normalization, tuple(NORMALIZATIONS))
-    raise UserError(
-        f"Nothing in the weights of {name} tells the range of their input.",
-        "networks of the same names were trained with different ones.",
-        "--config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
-    )

@@ -38,7 +38,7 @@ class TeacherWeights(NamedTuple):
     params: PyTree
     dropped: dict[str, str]
     normalization: str
-    positions: str
+    position_resize: str
 
 
 class _State:
@@ -112,7 +112,7 @@ def from_state(
         params=params,
         dropped=_dropped(state, used),
         normalization=_normalization(config) or family.normalization,
-        positions=family.positions,
+        position_resize=family.position_resize,
     )
 
 
