@@ -132,7 +132,7 @@ def test_stochastic_depth_drops_whole_branches_of_a_sample_and_is_right_in_the_m
 
     def tokens(params, images, train):
         rngs = {"drop_path": jax.random.key(3)}
-        backbone = lambda model, images: model.backbone(images, train=train).tokens  # noqa: E731
+        backbone = lambda model, images: model.vit(images, train=train).tokens  # noqa: E731
         return np.asarray(model.apply({"params": params}, images, rngs=rngs, method=backbone))
 
     still, without = tokens(params, images[:1], False)[0], tokens(bare, images[:1], False)[0]
