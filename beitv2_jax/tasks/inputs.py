@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from beitv2_jax.convert.adapt import for_run
+from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -43,7 +43,7 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = for_run(read_weights(config.init_from), kind, _arguments(model))
+    weights = adapt_weights(read_weights(config.init_from), kind, _arguments(model))
     variables = {name: tree for name, tree in weights.variables.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("%s numbers from %s (%s)", f"{given:,}", config.init_from, weights.layout)

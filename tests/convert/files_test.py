@@ -104,7 +104,7 @@ def test_the_prefix_of_parallel_training_is_removed_where_all_names_have_it(tmp_
         (mapping({"w": tensor(), "epoch": number(3)}), "'epoch'"),
         (mapping({"model": mapping({"w": tensor(), "names": b"]"})}), "'names'"),
         (mapping({"student": mapping({"w": tensor()})}), "'student'"),
-        (b"}" + number(3) + tensor() + b"s", "3, which is no tensor"),
+        (b"}" + number(3) + tensor() + b"s", "3, which is not a tensor"),
         (b"]" + tensor() + b"a", "a list"),
         (tensor(), "a ndarray"),
         (b"N", "a NoneType"),
@@ -190,7 +190,7 @@ def test_an_index_that_reaches_outside_its_folder_is_refused(tmp_path, place):
         save(folder / "w.safetensors", WEIGHTS)
     index = tmp_path / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"b": place}}))
-    with pytest.raises(UserError, match="does not lie beside it") as caught:
+    with pytest.raises(UserError, match="which is not in the same folder") as caught:
         read_weights(str(tmp_path / "model"))
     assert repr(place) in caught.value.happened
 
@@ -199,7 +199,7 @@ def test_an_index_that_reaches_outside_its_folder_is_refused(tmp_path, place):
     "content, named",
     [
         ("{", "index"),
-        ("[]", "object"),
+        ("[]", "JSON object"),
         ("[" * 100_000, "index"),
         ('{"weight_map": ["w.safetensors"]}', "weight_map"),
         ('{"weight_map": {"b": 3}}', "weight_map"),

@@ -12,7 +12,7 @@ from paths import ROOT
 from safetensors.numpy import load_file
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.__main__ import main, summary
+from beitv2_jax.convert.__main__ import _parser, main, summary
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
@@ -33,14 +33,14 @@ def test_what_was_done_is_printed(tmp_path, capsys):
         f"mim in layout official -> {dest} in layout run",
         "num_heads: 2",
         "early_layer: 1",
-        "dropped on reading: rel_pos_bias.relative_position_index (follows from the grid)",
-        "assumed: early_layer=1: three blocks before the last",
+        "not read: rel_pos_bias.relative_position_index (computed from the grid)",
+        "assumed: early_layer=1: three layers before the last",
         "assumed: normalization=imagenet",
     ):
         assert part in printed, (part, printed)
     assert f"{read(str(dest)).num_params:,} parameters" in printed
     assert main([str(dest), str(tmp_path / "hf"), "--layout=huggingface"]) == 0
-    assert "and 29 more (no Beit there has the patch-aggregation head)" in capsys.readouterr().out
+    assert "and 29 more (no Hugging Face model has the patch-aggregation head)" in capsys.readouterr().out
 
 
 def test_options_reach_the_weights(tmp_path, capsys):
@@ -63,6 +63,46 @@ def test_errors_have_three_parts_and_leave_nothing(tmp_path):
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 3
     assert "'extra'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.npz"]
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["weights.pth"], "DEST"),
+        (["weights.pth", "run", "--layout=tim"], "'timm'"),
+        (["weights.pth", "run", "--image_size=large"], "'large'"),
+        (["absent.pth", "run"], "absent.pth"),
+    ],
+)
+def test_wrong_arguments_end_with_three_sentences(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    for line in printed.splitlines():
+        assert line[-1] in ".?", line
+    assert len(printed.splitlines()) == 3 and not list(tmp_path.iterdir())
+
+
+def test_a_destination_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
+    source = tmp_path / "mim.npz"
+    write(drawn_weights("mim", position="relative_shared"), str(source), "official")
+    (tmp_path / "file").write_text("not a folder")
+    for dest, options in ((tmp_path / "file" / "run", []), (tmp_path / "file" / "out.pth", ["--layout=official"])):
+        assert main([str(source), str(dest), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"Error: Cannot write {dest}: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"mim.npz", "file"}
+
+
+def test_help_shows_an_example_that_parses(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    examples = [line.split()[3:] for line in printed.splitlines() if line.startswith("  python -m beitv2_jax.convert")]
+    assert len(examples) == 3
+    for example in examples:
+        assert _parser().parse_args(example).source == example[0]
 
 
 @pytest.mark.parametrize("layout", ("official", "timm", "huggingface", "run"))
@@ -101,4 +141,4 @@ def test_no_training_starts_in_a_converted_directory(tmp_path):
 def test_long_lists_are_summed_up():
     weights = drawn_weights("classifier", position="relative")
     text = summary(weights, "dest", "timm", {"a": "why", "b": "why", "c": "else"})
-    assert "without a place in DEST: a and 1 more (why)" in text and "without a place in DEST: c (else)" in text
+    assert "not written: a and 1 more (why)" in text and "not written: c (else)" in text

@@ -97,12 +97,12 @@ def test_names_at_fault_are_theirs(tmp_path):
 
 
 def test_what_transformers_cannot_build_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no Beit of kind 'vqkd'"):
+    with pytest.raises(UserError, match="no Beit model of kind 'vqkd'"):
         write(drawn_weights("vqkd"), str(tmp_path / "a"), "huggingface")
-    with pytest.raises(UserError, match="13 wide, the transformer 10"):
+    with pytest.raises(UserError, match="13 wide, but the transformer 10"):
         write(drawn_weights("segmenter"), str(tmp_path / "b"), "huggingface")
     weights = drawn_weights("segmenter")
     weights.arguments["channels"] = weights.arguments["width"]
-    with pytest.raises(UserError, match="cannot read its last block"):
+    with pytest.raises(UserError, match="cannot read the last layer"):
         write(weights, str(tmp_path / "c"), "huggingface")
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beitv2_jax.convert import arguments as arguments_module
 from beitv2_jax.convert.beit import official
-from beitv2_jax.convert.beit.official import dropped, from_official, recognise, to_official
+from beitv2_jax.convert.beit.official import dropped_entries, from_official, recognise, to_official
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 
@@ -62,7 +62,7 @@ def test_published_files(name, quick_shapes):
     else:
         assert len(state) == num_keys
     assert recognise(state) == kind
-    assert len(dropped(kind, state)) == num_dropped
+    assert len(dropped_entries(kind, state)) == num_dropped
     variables = from_official(kind, state)
     assert count(variables) == num_params
     back = to_official(kind, variables)
@@ -121,7 +121,7 @@ def test_tokenizer_tree():
     state = drawn_state("vqkd")
     extra = {"teacher_model.visual.proj": np.ones(3), "scaling_layer.shift": np.ones(3), "loss.x": np.ones(3)}
     variables = from_official("vqkd", state | extra)
-    assert set(dropped("vqkd", state | extra)) == {*extra, *DEAD}
+    assert set(dropped_entries("vqkd", state | extra)) == {*extra, *DEAD}
     assert set(variables["params"]) == {
         *("encoder", "encoder_norm", "encode_task", "decoder", "decoder_norm", "decode_task")
     }
@@ -140,7 +140,7 @@ def test_tokenizer_tree():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_missing_name_is_named(kind, quick_shapes):
     state = drawn_state(kind)
-    recomputed = set(dropped(kind, state))
+    recomputed = set(dropped_entries(kind, state))
     for name in state:
         # without any position there is a model without positions; without any head one of no classes
         if (
@@ -156,7 +156,7 @@ def test_every_missing_name_is_named(kind, quick_shapes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_wrong_shape_is_named(kind, quick_shapes):
     state = drawn_state(kind, position="relative" if kind in ("classifier", "segmenter") else "absolute")
-    recomputed = {name for name in dropped(kind, state) if not name.endswith("index")}
+    recomputed = {name for name in dropped_entries(kind, state) if not name.endswith("index")}
     for name, array in state.items():
         if name in recomputed or array.ndim == 0:
             continue
@@ -197,7 +197,7 @@ def test_another_order_of_offsets_is_refused():
     state = drawn_state("mim", position="relative_shared", grid=3)
     name = "rel_pos_bias.relative_position_index"
     np.testing.assert_array_equal(state[name], relative_position_index((3, 3)))
-    with pytest.raises(UserError, match=f"unknown way, by '{name}'"):
+    with pytest.raises(UserError, match=f"unknown order of relative position offsets in '{name}'"):
         from_official("mim", state | {name: state[name].T})
     with pytest.raises(UserError, match=r"no table for the index 'blocks\.0\.attn\."):
         from_official("mim", state | {"blocks.0.attn.relative_position_index": state[name]})

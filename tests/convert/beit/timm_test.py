@@ -60,5 +60,5 @@ def test_another_epsilon_is_not_lost_silently(tmp_path):
     weights = drawn_weights("classifier", position="relative")
     weights.arguments["norm_eps"] = 1e-12
     assert write(weights, str(tmp_path / "theirs.npz"), "timm") == {
-        "norm_eps": "1e-12 has no place in this layout, whose models take 1e-06"
+        "norm_eps": "the layout cannot store 1e-12; it will be read as 1e-06"
     }

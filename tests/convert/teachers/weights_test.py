@@ -67,7 +67,7 @@ def test_arguments_and_tree_fit_our_transformer():
     weights = from_state(make_state(), num_heads=2)
     expected = dict(image_size=10, patch_size=5, width=6, depth=3, num_heads=2, mlp_dim=7, num_registers=0)
     assert weights.arguments == {**expected, "position": "absolute", "qkv_bias": "full", "activation": "gelu"}
-    assert weights.dropped == dict.fromkeys(("head.bias", "head.weight"), "head: features are the tokens")
+    assert weights.dropped == dict.fromkeys(("head.bias", "head.weight"), "head; the features are the tokens before it")
     model = NormalisedViT(weights.arguments)
     ours = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 10, 10, 3), np.float32))
     assert jax.tree.map(np.shape, weights.params) == jax.tree.map(np.shape, ours["params"])
@@ -113,22 +113,22 @@ def test_every_entry_of_every_family_is_used_or_dropped(name):
 
 def test_what_is_dropped_and_why():
     reasons = set(case_weights("openai_clip").dropped.values())
-    assert reasons == {"text tower", "constant of the contrastive loss", "sizes, which the arrays tell"}
+    assert reasons == {"text encoder", "constant of the contrastive loss", "sizes, which the arrays show"}
     whole = case_weights("hf_siglip").dropped
-    assert whole["vision_model.head.probe"] == "attention pooling: features are the tokens"
+    assert whole["vision_model.head.probe"] == "attention pooling; the features are the tokens before it"
     assert "text_model.head.weight" in whole and "logit_bias" in whole
-    assert case_weights("dinov2").dropped == {"mask_token": "stands for hidden patches, a teacher sees whole images"}
+    assert case_weights("dinov2").dropped == {"mask_token": "for masked patches, but a teacher sees complete images"}
     case = CASES["openai_clip"]
     tokens = from_state(case.state, output="tokens", num_heads=2)
     assert tokens.projection_dim == 0
-    assert tokens.dropped["visual.proj"] == "projection: features are the tokens in front of it"
+    assert tokens.dropped["visual.proj"] == "projection; the features are the tokens before it"
 
 
 def test_the_towers_of_whole_models_are_found():
     state = {f"visual.trunk.{name}": array for name, array in make_state().items() if not name.startswith("head")}
     weights = from_state({**state, "text.x.weight": np.ones(3), "logit_scale": np.ones(())}, num_heads=2)
     np.testing.assert_array_equal(weights.params["norm"]["scale"], state["visual.trunk.norm.weight"])
-    assert weights.dropped == {"text.x.weight": "text tower", "logit_scale": "constant of the contrastive loss"}
+    assert weights.dropped == {"text.x.weight": "text encoder", "logit_scale": "constant of the contrastive loss"}
     with pytest.raises(UserError, match=r"'visual\.trunk\.extra'"):
         from_state({**state, "visual.trunk.extra": np.ones(3)}, num_heads=2)
 

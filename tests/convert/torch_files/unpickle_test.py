@@ -53,7 +53,7 @@ def read(tmp_path):
 )
 def test_a_storage_shorter_than_the_tensor_is_named(offset, shape, strides, container, read):
     body = tensor(storage(key="17"), offset=offset, shape=shape, strides=strides)
-    with pytest.raises(UserError, match=r"storage 17 has 6 numbers where a tensor .* needs"), peak_below(2**20):
+    with pytest.raises(UserError, match=r"storage 17 has 6 numbers, but a tensor .* needs"), peak_below(2**20):
         read(CONTAINERS[container](body, {"17": SIX}))
 
 
@@ -101,9 +101,9 @@ def test_sizes_that_are_no_integers_are_refused(odd, read):
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_claim_of_four_gigabytes_is_refused_before_it_is_allocated(container, read):
     whole = dict(shape=(2**30,), strides=(1,))
-    with pytest.raises(UserError, match="24 bytes where 4294967296 are claimed"), peak_below(2**20):
+    with pytest.raises(UserError, match="24 bytes, but its length requires 4294967296"), peak_below(2**20):
         read(CONTAINERS[container](tensor(storage(length=2**30), **whole)))
-    with pytest.raises(UserError, match="more room"), peak_below(2**20):
+    with pytest.raises(UserError, match="more memory"), peak_below(2**20):
         read(CONTAINERS[container](tensor(shape=(2**30,), strides=(0,))))
     claimed = legacy_file(tensor(storage(length=2**30), **whole), lengths={"0": 2**30})
     with pytest.raises(UserError, match="4294967296"), peak_below(2**20):
@@ -117,7 +117,7 @@ def test_tensors_that_share_a_storage_may_not_unfold_without_end(read):
     one = tensor(storage(length=count), shape=(count,), strides=(1,))
     few, many = (b"](" + one * copies + b"e" for copies in (MIN_BUDGET // 2**20, MIN_BUDGET // 2**20 + 1))
     assert len(read(zip_file(few, {"0": bytes(2**20)}))) == 64
-    with pytest.raises(UserError, match="more room"):
+    with pytest.raises(UserError, match="more memory"):
         read(zip_file(many, {"0": bytes(2**20)}))
 
 
