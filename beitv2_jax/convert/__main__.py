@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.errors import UserError, print_error
 
 _DESCRIPTION = """\
@@ -55,14 +56,10 @@ def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str
         f"{weights.num_params:,} parameters in {weights.num_arrays} arrays",
         *(f"  {name}: {value}" for name, value in weights.arguments.items()),
     ]
-    for title, entries in (("not read", weights.dropped), ("not written", not_written)):
-        reasons: dict[str, list[str]] = {}
-        for name, reason in entries.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"{title}: {names[0]}{more} ({reason})")
-    return "\n".join([*lines, *(f"assumed: {text}" for text in weights.assumptions)])
+    lines += [f"not read: {text}" for text in group_by_reason(weights.dropped)]
+    lines += [f"not written: {text}" for text in group_by_reason(not_written)]
+    lines += [f"assumed: {text}" for text in weights.assumptions]
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

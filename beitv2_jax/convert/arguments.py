@@ -31,6 +31,7 @@ MODELS = {
 """Kind of weights -> its model."""
 
 HEAD_WIDTH = 64
+"""Width of an attention head in most published models; the shapes of weights do not show the number of heads."""
 _CODEBOOK = "codebook/quantizer/codebook"
 _HEADS = "num_heads"
 _LINEAR = ("kernel", "bias")

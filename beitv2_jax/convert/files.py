@@ -60,6 +60,17 @@ def read_config(path: str) -> dict | None:
     return _read_json(directory / "config.json") if (directory / "config.json").is_file() else None
 
 
+def group_by_reason(entries: dict[str, str]) -> list[str]:
+    """Return 'NAME and N more (REASON)' for each reason in {name: reason}, for logs."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in entries.items():
+        names_of.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+        for reason, names in names_of.items()
+    ]
+
+
 def _writable(array: np.ndarray) -> np.ndarray:
     # read-only arrays are views of the file and become invalid with it, so they are copied
     floating = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16

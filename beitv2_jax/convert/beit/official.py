@@ -106,12 +106,8 @@ def to_official(kind: str, variables: dict[str, PyTree]) -> State:
     _check(kind, flat, str)
     # a head with no classes is not written
     state = {name: transposed(path, flat[path], to_ours=False) for path, name in names.items() if flat[path].size}
-    indices: dict[int, np.ndarray] = {}
     for name in [name for name in state if name.endswith(TABLE)]:
-        side = grid_of_table(len(state[name]))
-        if side not in indices:
-            indices[side] = relative_position_index((side, side)).astype(np.int64)
-        state[name.replace(TABLE, INDEX)] = indices[side]
+        state[name.replace(TABLE, INDEX)] = _index_of_table(state[name])
     for name in [name for name in state if name.endswith("running_mean")]:
         state[name.replace("running_mean", _COUNTER)] = np.zeros((), np.int64)
     if kind == "vqkd":
@@ -142,16 +138,17 @@ def _check(kind: str, flat: State, name_in_file: Callable[[str], str]) -> None:
 
 def _check_indices(kind: str, state: State, name_in_file: Callable[[str], str]) -> None:
     """Raise UserError if a stored relative position index orders offsets differently from the published models."""
-    expected: dict[int, np.ndarray] = {}
     for name in (name for name in state if name.endswith(INDEX)):
         table = state.get(name.replace(INDEX, TABLE))
         if table is None:
             _refuse(kind, "has no table for the index", [name_in_file(name)])
-        side = grid_of_table(len(table))
-        if side not in expected:
-            expected[side] = relative_position_index((side, side))
-        if not np.array_equal(state[name], expected[side]):
+        if not np.array_equal(state[name], _index_of_table(table)):
             _refuse(kind, "has an unknown order of relative position offsets in", [name_in_file(name)])
+
+
+def _index_of_table(table: np.ndarray) -> np.ndarray:
+    side = grid_of_table(len(table))
+    return relative_position_index((side, side)).astype(np.int64)
 
 
 def _refuse(kind: str, problem: str, names: list[str]) -> None:

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-HEAD_WIDTH = 64
-"""Usual width of an attention head; state dicts do not show the number of heads."""
 UNUSUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 """Width -> number of heads of published networks whose heads are not 64 wide (So400m, H, g, G, e)."""
 PREFIXES = ("visual.trunk.", "vision_model.", "dinov2.", "dinov2_with_registers.", "vit.", "deit.", "")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beitv2_jax.convert.teachers.layouts import FAMILIES, HEAD_WIDTH, PREFIXES, UNUSUAL_HEADS, Family
+from beitv2_jax.convert.arguments import HEAD_WIDTH
+from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT
