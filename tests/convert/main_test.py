@@ -1,4 +1,4 @@
-"""The converter's command line: what it prints, its errors, and run directories that later stages take as they are."""
+"""The command line of the converter: its output, its errors, and run directories that later stages can read."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from beitv2_jax.tasks.tokenize import load_tokenizer
 CONFIGS = ROOT / "configs"
 
 
-def test_what_was_done_is_printed(tmp_path, capsys):
+def test_the_summary_is_printed(tmp_path, capsys):
     source, dest = tmp_path / "mim.npz", tmp_path / "run"
     write(drawn_weights("mim", position="relative_shared", depth=3), str(source), "official")
     assert main([str(source), str(dest)]) == 0
@@ -55,7 +55,7 @@ def test_options_reach_the_weights(tmp_path, capsys):
     assert run.params["backbone"]["pos_embed"].shape == (1, 17, 10)
 
 
-def test_errors_have_three_parts_and_leave_nothing(tmp_path):
+def test_errors_have_three_sentences_and_leave_no_files(tmp_path):
     np.savez(tmp_path / "wrong.npz", extra=np.ones(3))
     command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "wrong.npz"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_wrong_arguments_end_with_three_sentences(argv, named, tmp_path, monkeyp
     assert len(printed.splitlines()) == 3 and not list(tmp_path.iterdir())
 
 
-def test_a_destination_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
+def test_a_destination_that_cannot_be_written_leaves_no_files(tmp_path, capsys):
     source = tmp_path / "mim.npz"
     write(drawn_weights("mim", position="relative_shared"), str(source), "official")
     (tmp_path / "file").write_text("not a folder")
@@ -106,7 +106,7 @@ def test_help_shows_an_example_that_parses(capsys):
 
 
 @pytest.mark.parametrize("layout", ("official", "timm", "huggingface", "run"))
-def test_from_any_layout_to_any_other(layout, tmp_path):
+def test_conversion_between_any_two_layouts(layout, tmp_path):
     source = peer("huggingface_relative").write(tmp_path / "theirs")
     weights = read(source)
     middle = str(tmp_path / ("middle.safetensors" if layout in ("official", "timm") else "middle"))
@@ -117,7 +117,7 @@ def test_from_any_layout_to_any_other(layout, tmp_path):
     assert_same(read(middle).variables["params"], weights.variables["params"])
 
 
-def test_a_converted_tokenizer_makes_the_model_s_codes(tmp_path):
+def test_a_converted_tokenizer_computes_the_codes_of_the_model(tmp_path):
     weights = drawn_weights("vqkd", patch_size=3, grid=3)
     write(weights, str(tmp_path / "tokenizer"), "run")
     tokenizer, variables = load_tokenizer(str(tmp_path / "tokenizer"), 9, "float32")
@@ -128,7 +128,7 @@ def test_a_converted_tokenizer_makes_the_model_s_codes(tmp_path):
     np.testing.assert_array_equal(ids, expected)
 
 
-def test_no_training_starts_in_a_converted_directory(tmp_path):
+def test_training_does_not_start_in_a_converted_directory(tmp_path):
     write(drawn_weights("mim"), str(tmp_path / "run"), "run")
     config = config_lib.load(f"{CONFIGS / 'mim.py'}:smoke").unlock()
     config.tokenizer.run = "nowhere"
@@ -138,7 +138,7 @@ def test_no_training_starts_in_a_converted_directory(tmp_path):
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_long_lists_are_summed_up():
+def test_long_lists_are_shortened():
     weights = drawn_weights("classifier", position="relative")
     text = summary(weights, "dest", "timm", {"a": "why", "b": "why", "c": "else"})
     assert "not written: a and 1 more (why)" in text and "not written: c (else)" in text

@@ -1,4 +1,4 @@
-"""Weights of every layout as one thing: recognised, resized, written, read again; and as the start of other models."""
+"""Reading, resizing and writing weights of every layout, and initialising other models from them."""
 
 import dataclasses
 import json
@@ -38,13 +38,13 @@ def flat(variables):
         ("segmenter", dict(position="relative", depth=2), set()),
     ],
 )
-def test_what_a_released_file_cannot_tell_is_said(kind, sizes, untold, tmp_path):
+def test_arguments_that_a_released_file_cannot_store_are_reported(kind, sizes, untold, tmp_path):
     assert write(drawn_weights(kind, **sizes), str(tmp_path / "weights.npz"), "official").keys() == untold
 
 
 @pytest.mark.parametrize("ending", ("safetensors", "npz", "pth"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_official_files_come_back_exactly(kind, ending, tmp_path):
+def test_official_files_round_trip_exactly(kind, ending, tmp_path):
     weights = drawn_weights(kind)
     path = str(tmp_path / f"weights.{ending}")
     left_out = write(weights, path, "official")
@@ -58,7 +58,7 @@ def test_official_files_come_back_exactly(kind, ending, tmp_path):
 
 @pytest.mark.parametrize("position", ("absolute", "relative", "relative_shared"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_runs_come_back_exactly(kind, position, tmp_path):
+def test_runs_round_trip_exactly(kind, position, tmp_path):
     weights = drawn_weights(kind, position=position)
     weights = dataclasses.replace(weights, arguments=weights.arguments | ({} if kind == "vqkd" else {"norm_eps": 1e-5}))
     assert write(weights, str(tmp_path / "run"), "run") == {}
@@ -77,7 +77,7 @@ def test_runs_come_back_exactly(kind, position, tmp_path):
     depth=st.integers(1, 3),
     layer_scale=st.booleans(),
 )
-def test_arguments_are_read_from_the_arrays(kind, **sizes):
+def test_arguments_are_inferred_from_the_arrays(kind, **sizes):
     weights = drawn_weights(kind, **sizes)
     told, _ = (
         fill_unknown(
@@ -96,7 +96,7 @@ def test_arguments_are_read_from_the_arrays(kind, **sizes):
     assert told == expected
 
 
-def test_what_no_array_tells_is_the_published_value():
+def test_unknown_arguments_get_the_published_values():
     for name, early_layer, num_heads in (("base_pt1k", 9, 12), ("large_pt1k", 21, 16)):
         kind, state = published(name)
         known = {path: array.shape for path, array in flat(from_official(kind, state)).items()}
@@ -129,7 +129,7 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "kind, position", [("vqkd", "absolute"), ("mim", "relative_shared"), ("classifier", "relative")]
 )
-def test_another_image_size_resizes_the_positions_alone(kind, position, tmp_path):
+def test_another_image_size_resizes_only_the_positions(kind, position, tmp_path):
     weights = drawn_weights(kind, position=position, grid=3)
     write(weights, str(tmp_path / "run"), "run")
     larger = read(str(tmp_path / "run"), image_size=15)
@@ -162,7 +162,7 @@ def test_a_model_without_positions_needs_its_image_size(tmp_path):
     assert (weights.arguments["image_size"], weights.arguments["position"]) == (12, "none")
 
 
-def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
+def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     weights = drawn_weights("classifier")
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"there already exists"):
@@ -196,7 +196,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
         read(str(tmp_path / "mim"))
 
 
-# --- weights as the start of another model
+# --- initialising another model
 
 
 def started(source, kind, **changes):
@@ -210,7 +210,7 @@ def started(source, kind, **changes):
     )
 
 
-def test_pre_training_starts_a_classifier():
+def test_a_pre_trained_model_initialises_a_classifier():
     source = drawn_weights("mim", position="relative_shared")
     given, expected, weights = started(source, "classifier", position="relative", pooling="mean")
     theirs = flat(source.variables)
@@ -224,7 +224,7 @@ def test_pre_training_starts_a_classifier():
     assert weights.dropped.keys() == left and all(weights.dropped.values())
 
 
-def test_shared_tables_are_resized_once_copied():
+def test_shared_tables_are_copied_and_resized():
     source = drawn_weights("mim", position="relative_shared", grid=3)
     given, _, _ = started(source, "classifier", position="relative", pooling="mean", image_size=15)
     table = resize_relative_table(source.variables["params"]["backbone"]["rel_pos_bias"]["table"], (5, 5))
@@ -233,14 +233,14 @@ def test_shared_tables_are_resized_once_copied():
 
 
 @pytest.mark.parametrize("num_classes", (17, 16))
-def test_a_head_for_other_classes_starts_fresh(num_classes):
+def test_a_head_for_other_classes_is_newly_initialised(num_classes):
     source = drawn_weights("classifier", position="relative")
     given, expected, weights = started(source, "classifier", num_classes=num_classes)
     fresh = {"params/head/kernel", "params/head/bias"} if num_classes == 16 else set()
     assert expected.keys() - given.keys() == fresh == weights.dropped.keys()
 
 
-def test_a_tokenizer_s_encoder_starts_a_classifier():
+def test_the_encoder_of_a_tokenizer_initialises_a_classifier():
     source = drawn_weights("vqkd", layer_scale=False)
     given, expected, weights = started(source, "classifier", pooling="mean", layer_scale_init=0.0)
     params = source.variables["params"]
@@ -251,7 +251,7 @@ def test_a_tokenizer_s_encoder_starts_a_classifier():
     assert {path.split("/")[1] for path in expected.keys() - given.keys()} == {"norm", "head"}
 
 
-def test_a_tokenizer_starts_a_tokenizer():
+def test_a_tokenizer_initialises_a_tokenizer():
     source = drawn_weights("vqkd")
     given, expected, weights = started(source, "vqkd")
     windows = {f"codebook/quantizer/{name}" for name in ("window_counts", "last_window_counts")}
@@ -263,7 +263,7 @@ def test_a_tokenizer_starts_a_tokenizer():
         started(source, "vqkd", codebook_size=23)
 
 
-def test_another_codebook_takes_a_fresh_head():
+def test_another_codebook_size_needs_a_new_head():
     source = drawn_weights("mim")
     given, expected, _ = started(source, "mim", codebook_size=23)
     heads = {f"params/{head}/{leaf}" for head in ("lm_head", "aggregation_lm_head") for leaf in ("kernel", "bias")}
@@ -276,7 +276,7 @@ def test_another_codebook_takes_a_fresh_head():
 
 
 @pytest.mark.parametrize("changes", [dict(head_depth=1), dict(head_depth=3), dict(shared_head=True)])
-def test_half_an_aggregation_head_is_refused(changes):
+def test_an_aggregation_head_that_differs_is_refused(changes):
     with pytest.raises(UserError, match="aggregation_"):
         started(drawn_weights("mim"), "mim", **changes)
     given, expected, weights = started(drawn_weights("mim"), "mim", patch_aggregation=False)
@@ -301,6 +301,6 @@ def test_another_network_is_refused_by_name(changes, named):
         started(source, "classifier", **({"position": "relative", "pooling": "mean"} | changes))
 
 
-def test_only_a_tokenizer_starts_a_tokenizer():
+def test_only_a_tokenizer_initialises_a_tokenizer():
     with pytest.raises(UserError, match="kind 'mim' cannot initialise a tokenizer"):
         started(drawn_weights("mim"), "vqkd")

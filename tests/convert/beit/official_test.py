@@ -1,4 +1,4 @@
-"""Released state dicts to our trees and back: every name, every shape, refusals; the published files' contents."""
+"""Converting released state dicts to our variables and back: names, shapes, errors and the published files."""
 
 import math
 
@@ -18,7 +18,7 @@ from beitv2_jax.models.layers import relative_position_index
 DEAD = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
 KINDS = ("vqkd", "mim", "classifier", "segmenter")
 PUBLISHED = {
-    # keys and trained parameters: facts 3.6, 5.1, 1.11, 7a to 7c; UPerNet below: 6.2
+    # number of keys, trained parameters and dropped entries of the published files
     "vqkd_1x768x12_clip": (194, 94_655_008, 329),
     "vqkd_3x768x12_clip": (220, 108_829_216, 329),
     "vqkd_1x768x12_dino": (194, 94_851_872, 329),
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def quick_shapes(monkeypatch):
-    """Trace each model once: hundreds of damaged state dicts have the sizes of one."""
+    """Trace each model only once: hundreds of wrong state dicts have the same sizes."""
     traced = {}
 
     def shapes(kind, arguments):
@@ -82,7 +82,7 @@ def test_published_segmentation_models(width, depth, num_heads, num_params):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_released_code_s_own_state_dicts_come_back_exactly(name, golden_dir):
+def test_state_dicts_of_the_released_code_round_trip_exactly(name, golden_dir):
     with np.load(golden_dir / f"{name}.npz", allow_pickle=False) as arrays:
         state = {key.removeprefix("sd/"): arrays[key] for key in arrays.files if key.startswith("sd/")}
     kind = recognise(state)
@@ -106,7 +106,7 @@ def test_the_released_code_s_own_state_dicts_come_back_exactly(name, golden_dir)
     depth=st.integers(1, 3),
     layer_scale=st.booleans(),
 )
-def test_every_size_comes_back_exactly(**sizes):
+def test_every_size_round_trips_exactly(**sizes):
     kind = sizes.pop("kind")
     state = drawn_state(kind, **sizes)
     assert recognise(state) == kind
@@ -142,7 +142,7 @@ def test_every_missing_name_is_named(kind, quick_shapes):
     state = drawn_state(kind)
     recomputed = set(dropped_entries(kind, state))
     for name in state:
-        # without any position there is a model without positions; without any head one of no classes
+        # without positions or head the state dict is that of another valid model
         if (
             name in recomputed
             or name.endswith("pos_embed")
