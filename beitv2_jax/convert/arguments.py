@@ -204,7 +204,7 @@ def fill_unknown(arguments: dict, num_heads: int | None = None) -> tuple[dict, t
             raise UserError(
                 f"A width of {width} cannot be divided into heads of width {HEAD_WIDTH}.",
                 "The network may have an unusual number of heads, which its weights do not show.",
-                "Write --num_heads=N with the number of heads that it was trained with.",
+                "Run python -m beitv2_jax.convert with --num_heads=N, the number of heads that it was trained with.",
             )
         count = num_heads or width // HEAD_WIDTH
         if width % count:

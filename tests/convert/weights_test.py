@@ -149,7 +149,7 @@ def test_another_image_size_resizes_only_the_positions(kind, position, tmp_path)
     assert resized == {"vqkd": 2, "mim": 1, "classifier": 2}[kind]
     with pytest.raises(UserError, match=r"Images of 16 pixels cannot be divided into patches of 3") as raised:
         read(str(tmp_path / "run"), image_size=16)
-    assert raised.value.instead == "Write --image_size=15."
+    assert raised.value.instead == "Write --image_size=15, or --config.views.image_size=15 for a training run."
 
 
 def test_a_model_without_positions_needs_its_image_size(tmp_path):
