@@ -1,9 +1,10 @@
-"""Weights of other layouts and of finished runs, as trees of this package, and back.
+"""Convert weights between other layouts, runs of this package and its parameter trees.
 
-- torch_files/  the files of PyTorch, read and written without PyTorch
+- torch_files/  read and write PyTorch files without PyTorch
 - beit/         layouts of BEiT weights: official release, timm, Hugging Face
-- teachers/     layouts of published teachers and the frozen networks made of them
-- files, runs   any weight file as a state dict; run directories of this package
-- weights       whole weights of any layout (read, write); adapt fits them to another model
-- arguments     sizes of a model read from the shapes of its weights; positions resizes to another grid
+- teachers/     layouts of published teachers, and loading them as frozen networks
+- files, runs   read any weights file as a state dict; read and write run directories
+- weights       read and write weights of any layout; adapt uses them to initialise another model
+- arguments     infer model arguments from the shapes of weights
+- positions     resize position embeddings and tables
 """

@@ -1,63 +1,101 @@
-"""Convert weights from any layout to any other: python -m beitv2_jax.convert SOURCE DEST [--layout=...].
-
-Without --layout, DEST becomes a run directory of ours, good for --config.tokenizer.run, --config.backbone.run,
---config.teacher.weights and --config.init_from.
-"""
+"""Convert BEiT weights between layouts: python -m beitv2_jax.convert SOURCE DEST [--layout=...]."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.errors import UserError, print_error
+
+_DESCRIPTION = """\
+Convert BEiT weights between layouts.
+
+Without --layout, DEST becomes a run directory of this package. Use it as
+--config.tokenizer.run, --config.backbone.run, --config.teacher.weights or
+--config.init_from.
+"""
+_EXAMPLES = """\
+examples:
+  # released weights to a run directory
+  python -m beitv2_jax.convert beitv2_base_patch16_224_pt1k.pth runs/base
+  # a run to a file in the layout of the released PyTorch code
+  python -m beitv2_jax.convert runs/mim mim.pth --layout=official
+  # a classifier to a Hugging Face folder, with positions resized to 384 pixels
+  python -m beitv2_jax.convert runs/finetune hub --layout=huggingface --image_size=384
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the conversion that `argv` describes; return 0, or 2 after a UserError was printed."""
-    options = _parser().parse_args(argv)
-    # weights are only moved here: no accelerator is claimed for it
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from beitv2_jax.convert import weights as weights_lib
-
+    """Run the conversion that `argv` describes; return 0, or 2 after printing a UserError."""
     try:
-        weights = weights_lib.read(options.source, image_size=options.image_size, num_heads=options.num_heads)
-        if options.normalization and weights.normalization:
-            told = tuple(text for text in weights.assumptions if not text.startswith("normalization="))
-            weights = dataclasses.replace(weights, normalization=options.normalization, assumptions=told)
-        left_out = weights_lib.write(weights, options.dest, options.layout)
+        options = _parser().parse_args(argv)
+        # converting needs no accelerator, so none is initialised
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from beitv2_jax.convert import weights as weights_lib
+
+        weights = weights_lib.read(
+            options.source,
+            image_size=options.image_size,
+            num_heads=options.num_heads,
+            normalization=options.normalization,
+        )
+        not_written = weights_lib.write(weights, options.dest, options.layout)
     except UserError as error:
         print_error(f"Error: {error}")
         return 2
-    print(summary(weights, options.dest, options.layout, left_out))
+    print(summary(weights, options.dest, options.layout, not_written))
     return 0
 
 
-def summary(weights, dest: str, layout: str, left_out: dict[str, str]) -> str:
-    """Return what was converted, what was left out on either side and what was assumed, as text."""
+def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str:
+    """Return the text that lists what was converted, what was left out with the reasons, and what was assumed."""
     lines = [
         f"{weights.kind} in layout {weights.layout} -> {dest} in layout {layout}",
         f"{weights.num_params:,} parameters in {weights.num_arrays} arrays",
         *(f"  {name}: {value}" for name, value in weights.arguments.items()),
     ]
-    for title, entries in (("dropped on reading", weights.dropped), ("without a place in DEST", left_out)):
-        reasons: dict[str, list[str]] = {}
-        for name, reason in entries.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"{title}: {names[0]}{more} ({reason})")
-    return "\n".join([*lines, *(f"assumed: {text}" for text in weights.assumptions)])
+    lines += [f"not read: {text}" for text in group_by_reason(weights.dropped)]
+    lines += [f"not written: {text}" for text in group_by_reason(not_written)]
+    lines += [f"assumed: {text}" for text in weights.assumptions]
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            f"The command line is not valid: {message}.",
+            "An argument may be missing or misspelled.",
+            f"Write {self.prog} SOURCE DEST, or see {self.prog} --help.",
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m beitv2_jax.convert", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("source", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory")
-    parser.add_argument("dest", help="new file (official, timm) or new folder (huggingface, run)")
-    parser.add_argument("--layout", default="run", choices=("run", "official", "timm", "huggingface"))
-    parser.add_argument("--image_size", type=int, help="pixels; position tables and embeddings are resized to it")
-    parser.add_argument("--num_heads", type=int, help="where neither a table, a config nor heads of 64 tell")
-    parser.add_argument("--normalization", choices=("half", "imagenet", "clip"), help="input statistics of the weights")
+    parser = _Parser(
+        prog="python -m beitv2_jax.convert",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory"
+    )
+    parser.add_argument("dest", metavar="DEST", help="new file (official, timm) or new folder (huggingface, run)")
+    parser.add_argument(
+        "--layout", default="run", choices=("run", "official", "timm", "huggingface"), help="of DEST (default: run)"
+    )
+    parser.add_argument(
+        "--image_size", type=int, metavar="PIXELS", help="resize position embeddings and tables to this image size"
+    )
+    parser.add_argument(
+        "--num_heads", type=int, metavar="N", help="attention heads, for weights without position tables or config.json"
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("half", "imagenet", "clip"),
+        help="input normalisation that the weights were trained with (tokenizers have a fixed one)",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
-"""Weights as the start of another model: what the released loading rules keep, resize, copy and leave out.
+"""Initialise a model from the weights of another one, by the loading rules of the released code.
 
-Used by `init_from` of every training stage. What the weights do not have starts fresh, where the rules allow it.
+Used for `init_from` of every training stage. Variables that the weights do not have are newly initialised, where the
+rules allow it.
 """
 
 import dataclasses
@@ -10,19 +11,19 @@ import numpy as np
 from flax import traverse_util
 
 from beitv2_jax.convert.arguments import shapes
-from beitv2_jax.convert.beit.official import WINDOWS
+from beitv2_jax.convert.beit.official import USAGE_COUNTERS
 from beitv2_jax.convert.weights import Weights, resized
 from beitv2_jax.errors import UserError
 
 _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
 
-_FRESH = {
+_NEWLY_INITIALISED = {
     "vqkd": (),
     "mim": ("backbone/mask_token", "norm/", "lm_head/", "aggregation"),
     "classifier": ("fc_norm/", "norm/", "head/"),
     "segmenter": ("fpn1/", "fpn2/", "decode_head/", "auxiliary_head/"),
 }
-"""Beginnings of the variables that may start fresh where the weights have none such, by kind of the new model."""
+"""Kind of the new model -> prefixes of the variables that are newly initialised if the weights have none of them."""
 
 _REPLACEABLE = {
     "vqkd": ("decode_task/fc2/",),
@@ -30,49 +31,49 @@ _REPLACEABLE = {
     "classifier": ("head/",),
     "segmenter": ("decode_head/classes/", "auxiliary_head/classes/"),
 }
-"""Beginnings of the variables that also start fresh where theirs have another shape: what counts classes or codes."""
+"""Kind -> prefixes of the variables that are newly initialised if the shapes differ: outputs for classes or codes."""
 
-_LEFT_OUT = (
-    ("backbone/mask_token", "serves pre-training only"),
-    ("norm/", "the pre-trained final norm; the classifier normalises after pooling, afresh"),
-    ("fc_norm/", "normalises pooled tokens, which the new model does not have"),
+_DROPPABLE = (
+    ("backbone/mask_token", "used in pre-training only"),
+    ("norm/", "the pre-trained final norm; the classifier has a new norm after pooling"),
+    ("fc_norm/", "norm of pooled tokens, which the new model does not have"),
     ("lm_head/", "predicts codes, which the new model does not"),
-    ("aggregation", "serves pre-training only"),
-    ("head/", "predicts other classes"),
+    ("aggregation", "used in pre-training only"),
+    ("head/", "predicts classes, which the new model does not"),
     ("decoder", "reconstructs teacher features, which the new model does not"),
-    ("encode_task/", "maps to codes, which the new model does not"),
+    ("encode_task/", "computes codes, which the new model does not"),
     ("decode_task/", "reconstructs teacher features, which the new model does not"),
-    ("encoder_norm/", "normalises every token, which the new model does not"),
-    ("fpn", "serves segmentation only"),
-    ("auxiliary_head/", "serves segmentation only"),
-    ("decode_head/", "serves segmentation only"),
+    ("encoder_norm/", "norm of every token, which the new model does not have"),
+    ("fpn", "used in segmentation only"),
+    ("auxiliary_head/", "used in segmentation only"),
+    ("decode_head/", "used in segmentation only"),
 )
-"""Beginnings of the variables that may stay behind where the new model has none such, with the reason."""
+"""Prefixes of the variables that may be dropped if the new model has none of them, with the reason."""
 
 
-def for_run(weights: Weights, kind: str, arguments: dict) -> Weights:
-    """Return `weights` as the start of the model of another `kind` or of other `arguments`.
+def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
+    """Return the part of `weights` that initialises a model of this `kind` with these `arguments`.
 
-    Its `variables` hold only what the weights give; the rest of the model starts fresh. A shared position table is
-    copied to every block of a model with a table per block; a tokenizer gives its encoder; positions are resized to the
-    model's image size. `dropped` tells what stayed behind and why.
+    The other variables of the model are newly initialised. A shared position table is copied to every block of a model
+    with one table per block; from a tokenizer the encoder is used; positions are resized to the model's image size.
+    `dropped` has the variables that are not used, with the reasons.
 
     Raises:
-        UserError: the weights belong to a network of other sizes, or have parts of the network that the model lacks.
+        UserError: the weights belong to a network of other sizes, or have parts that the model lacks.
 
     Source: the released loading rules for fine-tuning.
     """
     if kind == "vqkd" and weights.kind != "vqkd":
         raise UserError(
-            f"Weights of kind {weights.kind!r} cannot start a tokenizer.",
-            "the path of other weights was given.",
-            "--config.init_from=PATH of a tokenizer.",
+            f"Weights of kind {weights.kind!r} cannot initialise a tokenizer.",
+            "The path may be that of other weights.",
+            "Write --config.init_from=PATH with the path of a tokenizer.",
         )
     if weights.arguments["image_size"] not in (None, arguments["image_size"]):
         weights = resized(weights, arguments["image_size"])
     flat = traverse_util.flatten_dict(weights.variables, sep="/")
     if kind != weights.kind == "vqkd":
-        flat = _encoder_alone(flat)
+        flat = _encoder_as_backbone(flat)
     expected = shapes(kind, arguments)
     if _SHARED_TABLE in flat and _SHARED_TABLE not in expected:
         table = flat.pop(_SHARED_TABLE)
@@ -86,35 +87,35 @@ def for_run(weights: Weights, kind: str, arguments: dict) -> Weights:
 
     kept, dropped = {}, {}
     for path, array in flat.items():
-        if path in WINDOWS:
-            dropped[path] = "counts codes of the training it comes from"
+        if path in USAGE_COUNTERS:
+            dropped[path] = "a counter of the training run"
         elif path in expected and array.shape == expected[path]:
             kept[path] = array
         elif path in expected and _begins(path, _REPLACEABLE[kind]):
-            dropped[path] = f"has the shape {array.shape}, the model {expected[path]}: starts fresh"
+            dropped[path] = f"has the shape {array.shape}, but the model {expected[path]}"
         elif path in expected:
-            raise _misfit(kind, f"{path} of shape {array.shape} where the model has {expected[path]}", "sizes differ")
+            raise _mismatch(kind, f"{path} of shape {array.shape}, but the model has {expected[path]}")
         elif reason := next(
-            (why for start, why in _LEFT_OUT if _begins(path, (start,)) and not has(expected, start)), None
+            (why for start, why in _DROPPABLE if _begins(path, (start,)) and not has(expected, start)), None
         ):
             dropped[path] = reason
         else:
-            raise _misfit(kind, f"{path}, which the model lacks", "the model is built otherwise")
+            raise _mismatch(kind, f"{path}, which the model lacks")
     for linear in {path.rpartition("/")[0] for path in dropped}:
-        # a kernel and its bias start fresh together
+        # a kernel and its bias are newly initialised together
         for path in [path for path in kept if path.startswith(f"{linear}/") and _begins(path, _REPLACEABLE[kind])]:
-            dropped[path] = "belongs to a map that starts fresh"
+            dropped[path] = "belongs to a layer that is newly initialised"
             del kept[path]
     for path in expected.keys() - kept.keys() - dropped.keys():
-        if not any(_begins(path, (start,)) and not has(flat, start) for start in _FRESH[kind]):
-            raise _misfit(kind, f"no {path}", "the model is built otherwise")
+        if not any(_begins(path, (start,)) and not has(flat, start) for start in _NEWLY_INITIALISED[kind]):
+            raise _mismatch(kind, f"no {path}, which the model needs")
     return dataclasses.replace(
         weights, kind=kind, arguments=arguments, variables=traverse_util.unflatten_dict(kept, sep="/"), dropped=dropped
     )
 
 
-def _encoder_alone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a tokenizer's params with its encoder, and the norm after it, under the names of a classifier."""
+def _encoder_as_backbone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a tokenizer's params with the encoder and its norm renamed to backbone and norm of a classifier."""
     renamed = {"params/encoder/": "params/backbone/", "params/encoder_norm/": "params/fc_norm/"}
     moved = {}
     for path, array in flat.items():
@@ -127,13 +128,13 @@ def _encoder_alone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _begins(path: str, starts: tuple[str, ...]) -> bool:
-    # of any collection: batch statistics lie where the params lie that they belong to
+    # without the collection: batch statistics have the paths of their params
     return path.partition("/")[2].startswith(starts)
 
 
-def _misfit(kind: str, problem: str, meant: str) -> UserError:
+def _mismatch(kind: str, problem: str) -> UserError:
     return UserError(
-        f"The weights of init_from have {problem}, for a model of kind {kind!r}.",
-        f"{meant}: position, layer_scale_init, depth, width, patch_size or code_dim are not those of the weights.",
-        "--config.model.KEY=VALUE as `python -m beitv2_jax.convert SOURCE DEST` lists them.",
+        f"The weights of init_from do not fit the model of kind {kind!r}: they have {problem}.",
+        "The position, layer_scale_init, depth, width, patch_size or code_dim of the config may differ from theirs.",
+        "Write --config.model.KEY=VALUE with the values that `python -m beitv2_jax.convert SOURCE DEST` prints.",
     )

@@ -1,7 +1,8 @@
-"""What weights say about their model: constructor arguments read from shapes, and the shapes those arguments give.
+"""Infer the arguments of a model from the shapes of its weights, and the shapes from the arguments.
 
-Shapes stand under our paths ('params/backbone/cls_token'), whatever layout the weights came in. What no array tells
-(heads without a relative-position table, the early layer) is `None` until `settle` fills it with the published value.
+Shapes are keyed by our paths ('params/backbone/cls_token'), whatever the layout of the weights. Arguments that no shape
+determines (the heads of a model without relative position tables, the early layer) are `None` until `fill_unknown` sets
+the published value.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ MODELS = {
     "classifier": Classifier,
     "segmenter": Segmenter,
 }
-"""Model of each kind of weights."""
+"""Kind of weights -> its model."""
 
 HEAD_WIDTH = 64
+"""Width of an attention head in most published models; the shapes of weights do not show the number of heads."""
 _CODEBOOK = "codebook/quantizer/codebook"
-_HEADS = "num_heads"
 _LINEAR = ("kernel", "bias")
 
 
-class Unfit(Exception):
-    """Weights are those of no model: what is wrong ('lacks', 'has ... in') with the variables at our `paths`."""
+class ShapeMismatch(Exception):
+    """The shapes belong to no model: `problem` ('lacks', 'has ... in') is about the variables at our `paths`."""
 
     def __init__(self, problem: str, *paths: str):
         super().__init__(problem, *paths)
@@ -44,7 +45,7 @@ class Unfit(Exception):
 
 
 def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
-    """Return {our path: shape} of every variable of the model; `None` in `arguments` is filled with what fits."""
+    """Return {our path: shape} of every variable of the model; for `None` in `arguments` any valid value is used."""
     arguments = _filled(arguments, lambda width: 1)
     image_size = arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
     model = MODELS[kind].from_arguments(arguments)
@@ -57,8 +58,8 @@ def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def complete(kind: str, arguments: dict) -> dict:
-    """Return `arguments` with the model's own defaults for those left out."""
+def with_defaults(kind: str, arguments: dict) -> dict:
+    """Return `arguments` with the defaults of the model for those that are missing."""
     return flat_arguments(MODELS[kind].from_arguments(arguments)) | arguments
 
 
@@ -76,15 +77,15 @@ def _patch_size(arguments: dict) -> int:
     return arguments.get("encoder", arguments)["patch_size"]
 
 
-def infer(kind: str, known: Mapping[str, Shape]) -> dict:
-    """Return the constructor arguments that the shapes of weights tell; `None` where they do not tell.
+def infer_arguments(kind: str, known: Mapping[str, Shape]) -> dict:
+    """Return the model arguments that follow from the shapes of weights; `None` for those that do not.
 
     Args:
         kind: one of `MODELS`.
-        known: our path -> shape, in our orientation.
+        known: our path -> shape, with axes in our order.
 
     Raises:
-        Unfit: an array that is needed to tell is missing or of an impossible shape.
+        ShapeMismatch: an array that an argument follows from is missing or has an impossible shape.
     """
     if kind == "vqkd":
         encoder, grid = _transformer(known, "params/encoder")
@@ -124,7 +125,7 @@ def infer(kind: str, known: Mapping[str, Shape]) -> dict:
 
 
 def _transformer(known: Mapping[str, Shape], stem: str) -> tuple[dict, int | None]:
-    """Return the arguments of the transformer at `stem`, and its patches a side (None without positions)."""
+    """Return the arguments of the transformer at `stem`, and its patches per side (None without positions)."""
     block = f"{stem}/blocks_0"
     mlp_places = ((f"{block}/mlp/fc1/kernel", 1), (f"{block}/mlp/fc1/bias", 0), (f"{block}/mlp/fc2/kernel", 0))
     width_places = ((f"{stem}/cls_token", 2), (f"{stem}/patch_embed/bias", 0), (f"{block}/norm1/scale", 0))
@@ -137,7 +138,7 @@ def _transformer(known: Mapping[str, Shape], stem: str) -> tuple[dict, int | Non
         num_heads = _size(known, *((path, 1) for path in tables))
         grid = _grid_of_table(_size(known, *((path, 0) for path in tables)), tables[0])
         if num_heads == 0 or width % num_heads:
-            raise Unfit(f"has {num_heads} heads, which do not divide its width {width}, in", tables[0])
+            raise ShapeMismatch(f"has {num_heads} heads, which do not divide its width {width}, in", tables[0])
     elif f"{stem}/pos_embed" in known:
         position, grid = "absolute", _grid_of_embedding(known, f"{stem}/pos_embed")
     has_scale = any(re.fullmatch(rf"{stem}/blocks_\d+/gamma_[12]", path) for path in known)
@@ -145,10 +146,10 @@ def _transformer(known: Mapping[str, Shape], stem: str) -> tuple[dict, int | Non
         "patch_size": _size(known, (f"{stem}/patch_embed/kernel", 0), (f"{stem}/patch_embed/kernel", 1)),
         "width": width,
         "depth": _depth(known, f"{stem}/blocks_"),
-        _HEADS: num_heads,
+        "num_heads": num_heads,
         "mlp_dim": _size(known, *mlp_places),
         "position": position,
-        # only whether there is one can be seen; where the published base and large start stands for it
+        # shapes only show whether there is layer scale; its initial value is that of the published base and large
         "layer_scale_init": (0.1 if width < 1024 else 1e-5) if has_scale else 0.0,
     }
     return arguments, grid
@@ -162,14 +163,14 @@ def _grid_of_embedding(known: Mapping[str, Shape], path: str) -> int:
     num_patches = _size(known, (path, 1)) - 1
     grid = round(max(num_patches, 0) ** 0.5)
     if grid < 1 or grid**2 != num_patches:
-        raise Unfit(f"has {num_patches} patches, which form no square, in", path)
+        raise ShapeMismatch(f"has {num_patches} patches, which do not form a square, in", path)
     return grid
 
 
 def _grid_of_table(rows: int, path: str) -> int:
     grid = grid_of_table(rows)
     if grid is None:
-        raise Unfit(f"has {rows} rows, where (2 g - 1)^2 + 3 fit a grid of g x g, in", path)
+        raise ShapeMismatch(f"has {rows} rows, which is not (2 g - 1)^2 + 3 for any grid of g x g patches, in", path)
     return grid
 
 
@@ -178,79 +179,78 @@ def _features(known: Mapping[str, Shape], linear: str) -> int:
 
 
 def _size(known: Mapping[str, Shape], *places: tuple[str, int]) -> int:
-    """Return the one size that all `places` (path, axis) show; where they differ the rarer size is at fault."""
+    """Return the size that all `places` (path, axis) have; if they differ, the rarer size is reported as wrong."""
     paths_of: dict[int, list[str]] = {}
     for path, axis in places:
         if path not in known:
-            raise Unfit("lacks", path)
+            raise ShapeMismatch("lacks", path)
         if not -len(known[path]) <= axis < len(known[path]):
-            raise Unfit(f"has only {len(known[path])} axes in", path)
+            raise ShapeMismatch(f"has only {len(known[path])} axes in", path)
         paths_of.setdefault(known[path][axis], []).append(path)
     (size, common), *others = sorted(paths_of.items(), key=lambda item: -len(item[1]))
     if others:
         rare, paths = others[0]
         doubtful = paths if len(paths) < len(common) else [*common, *paths]
-        raise Unfit(f"shows one size as {size} and as {rare}, in", *dict.fromkeys(doubtful))
+        raise ShapeMismatch(f"has the sizes {size} and {rare}, which should be equal, in", *dict.fromkeys(doubtful))
     return size
 
 
-def settle(arguments: dict, num_heads: int | None = None) -> tuple[dict, tuple[str, ...]]:
-    """Return the arguments without `None`, and in words what was assumed for it.
+def fill_unknown(arguments: dict, num_heads: int | None = None) -> tuple[dict, tuple[str, ...]]:
+    """Return the arguments with published values for `None`, and sentences on what was assumed.
 
-    `num_heads` is what the user or a config says of every transformer in the weights.
+    `num_heads`, from the user or a config, holds for every transformer in the weights.
 
     Raises:
-        UserError: a width that is no multiple of 64 and no `num_heads`, or one that contradicts the arrays.
+        UserError: a width that is not a multiple of 64 without `num_heads`, or a `num_heads` that contradicts the
+            arrays.
     """
     assumed = []
 
     def heads(width: int) -> int:
         if not num_heads and width % HEAD_WIDTH:
             raise UserError(
-                f"A width of {width} cannot be cut into heads of {HEAD_WIDTH}.",
-                "the network has an unusual number of heads, which no array tells.",
-                "--num_heads=N with the number of heads it was trained with.",
+                f"A width of {width} cannot be divided into heads of width {HEAD_WIDTH}.",
+                "The network may have an unusual number of heads, which its weights do not show.",
+                "Run python -m beitv2_jax.convert with --num_heads=N, the number of heads that it was trained with.",
             )
         count = num_heads or width // HEAD_WIDTH
         if width % count:
             raise UserError(
-                f"A width of {width} cannot be cut into {count} heads.",
-                "num_heads is that of another network.",
-                f"--num_heads=N that divides {width}.",
+                f"A width of {width} cannot be divided into {count} heads.",
+                "The number of heads may be that of another network.",
+                f"Write --num_heads=N with a number that divides {width}.",
             )
         if not num_heads:
-            assumed.append(f"{_HEADS}={count}: heads of {HEAD_WIDTH}, as in every published model")
+            assumed.append(f"num_heads={count}: heads of width {HEAD_WIDTH}, as in every published model")
         return count
 
-    told = {part.get(_HEADS) for part in (arguments, *filter(_is_dict, arguments.values()))} - {None}
-    if num_heads and told and told != {num_heads}:
+    parts = (arguments, *(value for value in arguments.values() if isinstance(value, dict)))
+    inferred = {part.get("num_heads") for part in parts} - {None}
+    if num_heads and inferred and inferred != {num_heads}:
+        from_tables = inferred.pop()
         raise UserError(
-            f"num_heads={num_heads} was asked for, the relative-position tables are for {told.pop()}.",
-            "num_heads is that of another network.",
-            "leave num_heads out: the tables tell.",
+            f"num_heads is {num_heads}, but the relative position tables have {from_tables} heads.",
+            f"Did you mean {from_tables} heads, as the tables have?",
+            "Leave out --num_heads: the tables determine it.",
         )
     arguments = _filled(arguments, heads, assumed.append)
     return arguments, tuple(dict.fromkeys(assumed))
 
 
 def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], None] = lambda text: None) -> dict:
-    filled = {name: _filled(value, heads) if _is_dict(value) else value for name, value in arguments.items()}
-    if _HEADS in filled and filled[_HEADS] is None:
-        filled[_HEADS] = heads(filled["width"])
+    filled = {name: _filled(value, heads) if isinstance(value, dict) else value for name, value in arguments.items()}
+    if "num_heads" in filled and filled["num_heads"] is None:
+        filled["num_heads"] = heads(filled["width"])
     depth = filled.get("depth")
     if "early_layer" in filled and filled["early_layer"] is None:
         filled["early_layer"] = max(1, depth - 3)
-        note(f"early_layer={filled['early_layer']}: three blocks before the last, as published (9 of 12, 21 of 24)")
+        note(f"early_layer={filled['early_layer']}: three layers before the last, as published (9 of 12, 21 of 24)")
     if "out_layers" in filled and filled["out_layers"] is None:
         filled["out_layers"] = published_out_layers(depth)
-        note(f"out_layers={filled['out_layers']}: a third, half, two thirds and all of the blocks, as published")
+        note(f"out_layers={filled['out_layers']}: at a third, half, two thirds and all of the depth, as published")
     return filled
 
 
 def published_out_layers(depth: int) -> tuple[int, ...]:
-    """Return the blocks, counted from 1, that a segmentation model reads: a third, half, two thirds and all of them."""
+    """Return the layers, counted from 1, that a segmentation model reads: at 1/3, 1/2, 2/3 and all of the depth."""
     return tuple(max(1, depth * sixths // 6) for sixths in (2, 3, 4, 6))
-
-
-def _is_dict(value) -> bool:
-    return isinstance(value, dict)

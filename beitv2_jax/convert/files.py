@@ -1,6 +1,6 @@
-"""Weights files of every container, and Hugging Face directories, as flat dicts of NumPy arrays.
+"""Read weights files of any format, and Hugging Face folders, as flat state dicts of NumPy arrays.
 
-The first step of every conversion: names and shapes are still those of the file; the layouts are told apart later.
+This is the first step of every conversion: names and shapes are still those of the file.
 """
 
 import json
@@ -14,8 +14,8 @@ from beitv2_jax.convert.torch_files.reader import read_torch
 from beitv2_jax.errors import UserError
 
 WRAPPERS = ("model", "module", "state_dict")
-"""Keys under which training scripts keep the state dict, in the order in which they are looked for."""
-_IN_DIRECTORY = (
+"""Keys under which training scripts store the state dict, in the order in which they are tried."""
+_FILES_IN_FOLDER = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -25,42 +25,54 @@ _PARALLEL = "module."
 
 
 def read_weights(path: str) -> dict[str, np.ndarray]:
-    """Return the state dict in a file (.npz, .safetensors, .pth, .pt, .bin, .ckpt) or a Hugging Face directory.
+    """Return the state dict in a file (.npz, .safetensors, .pth, .pt, .bin, .ckpt) or a Hugging Face folder.
 
-    A state dict under 'model', 'module' or 'state_dict' is taken out, the prefix 'module.' of every name removed.
-    Floating-point arrays become float32, integers and truth values stay. Nothing in the file is run.
+    A state dict under the key 'model', 'module' or 'state_dict' is unwrapped, and the prefix 'module.' is removed if
+    all names have it. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
 
     Raises:
-        UserError: there is no such file, it is damaged or of another kind, asks for code to be run, or holds something
-            else than named tensors.
+        UserError: the file does not exist, is damaged or of another format, needs code to be run, or holds something
+            other than named tensors.
     """
     file = Path(path)
     if file.is_dir():
-        file = next((file / name for name in _IN_DIRECTORY if (file / name).is_file()), file)
+        file = next((file / name for name in _FILES_IN_FOLDER if (file / name).is_file()), file)
     if not file.is_file():
+        folder_lacks = f", or the folder has none of {', '.join(_FILES_IN_FOLDER)}" if file.is_dir() else ""
         raise UserError(
-            f"There is no weights file {path}.",
-            f"the path is mistyped, or the folder has none of {', '.join(_IN_DIRECTORY)}.",
-            "an existing file, or the folder of a Hugging Face model.",
+            f"There is no weights file at {path}.",
+            f"The path may be mistyped{folder_lacks}.",
+            "Pass an existing weights file or the folder of a Hugging Face model.",
         )
     state = _shards(file) if file.suffix == ".json" else _read_file(file)
     if state and all(name.startswith(_PARALLEL) for name in state):
         state = {name.removeprefix(_PARALLEL): array for name, array in state.items()}
-    return {name: _own(array) for name, array in state.items()}
+    return {name: _writable(array) for name, array in state.items()}
 
 
 def read_config(path: str) -> dict | None:
-    """Return config.json in the directory `path`, or beside the file `path`; None if there is none.
+    """Return the config.json in the folder `path`, or beside the file `path`; None if there is none.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: the file is not a JSON object.
     """
     directory = Path(path) if Path(path).is_dir() else Path(path).parent
     return _read_json(directory / "config.json") if (directory / "config.json").is_file() else None
 
 
-def _own(array: np.ndarray) -> np.ndarray:
-    # only what cannot be written to is copied: views of a file die with it
+def group_by_reason(entries: dict[str, str]) -> list[str]:
+    """Return 'NAME and N more (REASON)' for each reason in {name: reason}, for logs."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in entries.items():
+        names_of.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+        for reason, names in names_of.items()
+    ]
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    # read-only arrays are views of the file and become invalid with it, so they are copied
     floating = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
     return np.require(array, np.float32 if floating else None, "W")
 
@@ -68,22 +80,24 @@ def _own(array: np.ndarray) -> np.ndarray:
 def _read_file(file: Path) -> dict[str, np.ndarray]:
     if file.suffix not in _READERS:
         raise UserError(
-            f"Cannot read {file}: it is of none of the kinds {', '.join(_READERS)}.",
-            "it is no weights file, or was renamed.",
-            "one of those files, or the folder of a Hugging Face model.",
+            f"Cannot read {file}: its name ends in none of {', '.join(_READERS)}.",
+            "It may be a file of another format, or may have been renamed.",
+            "Pass a file of one of these formats or the folder of a Hugging Face model.",
         )
     try:
         state = _READERS[file.suffix](file)
     except UserError:
         raise
-    # the libraries below raise whatever a damaged file makes them trip over
+    # for a damaged file the libraries raise many types of exceptions
     except Exception as error:
         raise UserError(
-            f"Cannot read {file}: {error}.", "the file was not copied or downloaded whole.", "fetch it again."
+            f"Cannot read {file}: {error}.",
+            "The file may not have been copied or downloaded completely.",
+            "Copy or download it again.",
         ) from error
     for name, array in state.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind in "OSUMm":
-            raise _not_a_state_dict(file, f"{name!r}, which is no tensor")
+            raise _not_a_state_dict(file, f"{name!r}, which is not a tensor")
     return state
 
 
@@ -104,22 +118,22 @@ _READERS |= dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_state_dict)
 
 
 def _shards(index: Path) -> dict[str, np.ndarray]:
-    """Return the tensors that an index.json names, from the files beside it."""
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    """Return the tensors that an index.json lists, read from the files beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise _not_a_state_dict(index, "no 'weight_map' from tensors to files")
     state = {}
-    for place in sorted(set(places.values())):
-        if Path(place).name != place or not (index.parent / place).is_file():
+    for shard_name in sorted(set(weight_map.values())):
+        if Path(shard_name).name != shard_name or not (index.parent / shard_name).is_file():
             raise UserError(
-                f"{index} names the file {place!r}, which does not lie beside it.",
-                "the folder was not fetched whole, or the index was made to reach outside it.",
-                "the folder with all its files.",
+                f"{index} lists the file {shard_name!r}, which is not in the same folder.",
+                "The folder may not have been downloaded completely, or the index points outside it.",
+                "Download the folder with all its files.",
             )
-        shard = _read_file(index.parent / place)
-        for name in [name for name in places if places[name] == place]:
+        shard = _read_file(index.parent / shard_name)
+        for name in [name for name in weight_map if weight_map[name] == shard_name]:
             if name not in shard:
-                raise _not_a_state_dict(index, f"{name!r} in {place}, which lacks it")
+                raise _not_a_state_dict(index, f"{name!r} as a tensor of {shard_name}, which does not have it")
             state[name] = shard[name]
     return state
 
@@ -128,15 +142,23 @@ def _read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"Cannot read {file}: {error}.", "it was not fetched whole.", "fetch it again.") from error
+        raise UserError(
+            f"Cannot read {file}: {error}.",
+            "The file may not have been copied or downloaded completely.",
+            "Copy or download it again.",
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object.", "another file was renamed to it.", "fetch it again.")
+        raise UserError(
+            f"{file} holds JSON, but not a JSON object.",
+            "Another file may have been renamed to it.",
+            "Copy or download it again.",
+        )
     return value
 
 
 def _not_a_state_dict(file: Path, found: str) -> UserError:
     return UserError(
         f"{file} holds {found}.",
-        f"it is no state dict, or holds one under another key than {', '.join(map(repr, WRAPPERS))}.",
-        "a file that maps names to tensors.",
+        f"It may hold more than a state dict, or have it under a key other than {', '.join(map(repr, WRAPPERS))}.",
+        "Save the state dict alone, as a map from names to tensors, and pass that file.",
     )

@@ -1,8 +1,8 @@
-"""What a run left in its working directory: resolved config, weights and codebook.
+"""Read and write the directory of a run: its resolved config, weights and codebook.
 
-Used wherever one stage builds on another (tokenizer, teacher, backbone). Only the items 'params' and 'codebook' of the
-newest checkpoint are read, as NumPy arrays, so the optimizer state and the devices of that run do not matter. Converted
-weights are written in the same form.
+Every stage that builds on another one (tokenizer, teacher, backbone) reads it here. Only the items 'params' and
+'codebook' of the newest checkpoint are read, as NumPy arrays, independent of the optimizer state and of the devices of
+that run. Converted weights are written in the same format.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
 ITEMS = ("params", "codebook")
-"""What later stages read of a checkpoint."""
+"""Items of a checkpoint that later stages read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,18 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Tell whether `path` is the directory of a run of ours: one whose config.json names a stage."""
+    """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
     return Path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
 def read_run(workdir: str) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
-    `codebook` is empty for runs that have none.
-
-    The run is another's: nothing in it is changed.
+    `codebook` is empty for runs that have none. Nothing in the directory is changed.
 
     Raises:
-        UserError: no such directory, no config.json, no complete checkpoint in it, or the newest is damaged. That one
-            is the result of the run, so none before it is taken in its place.
+        UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
+            the result of the run, so an older one is not used in its place.
     """
     directory = Path(workdir).absolute()
     config_file = directory / "config.json"
@@ -66,12 +64,12 @@ def read_run(workdir: str) -> Run:
         max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
     )
     if newest is None:
-        raise _not_a_run(workdir, "holds no complete checkpoint")
+        raise _not_a_run(workdir, "has no complete checkpoint")
     if damage := find_damage(Path(newest.path), ITEMS):
         raise UserError(
-            f"The newest checkpoint of {workdir}, that of step {newest.step}, is damaged: {damage}.",
-            "the disk failed, or the folder was copied in part.",
-            f"copy it again from where it is whole, or move {newest.path} away and the newest before it is read.",
+            f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
+            "The disk may have failed, or the folder may have been copied only in part.",
+            f"Copy the folder again, or move {newest.path} away to use the checkpoint before it.",
         )
     return Run(
         name=f"{directory.name}@{newest.step}",
@@ -84,7 +82,7 @@ def read_run(workdir: str) -> Run:
 def write_run(workdir: str, config: dict, variables: dict[str, PyTree]) -> None:
     """Write a directory that `read_run` reads: `config` and, as step 0, the params and the codebook (if any).
 
-    It holds no optimizer state and no data position, so that no training can continue in it.
+    It has no optimizer state and no data position, so a run cannot be resumed from it.
     """
     directory = Path(workdir).absolute()
     directory.mkdir(parents=True)
@@ -108,7 +106,7 @@ def weights_hash(tree: PyTree) -> str:
 
 
 def _read_item(path: Path) -> PyTree:
-    # Orbax cannot save an empty tree, so an item without arrays is absent
+    # Orbax cannot save an empty tree, so an item without arrays does not exist
     if not path.is_dir():
         return {}
     handler = ocp.PyTreeCheckpointHandler()
@@ -116,16 +114,16 @@ def _read_item(path: Path) -> PyTree:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     handler.close()
-    return _plain(tree)
+    return _as_dicts(tree)
 
 
-def _plain(tree: PyTree) -> PyTree:
-    return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+def _as_dicts(tree: PyTree) -> PyTree:
+    return {key: _as_dicts(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _not_a_run(workdir: str, problem: str) -> UserError:
     return UserError(
         f"{workdir} {problem}.",
-        "the stage before this one has not run yet, or the path is another one.",
-        "the working directory (--workdir) of a run that has saved a checkpoint.",
+        "The stage that this one builds on may not have run yet, or the path may be mistyped.",
+        "Pass the directory (--workdir) of a run that has saved a checkpoint.",
     )

@@ -1,7 +1,7 @@
-"""Trained weights of any layout as one thing: read, resized to another image size, written.
+"""Read trained weights of any layout, resize them to another image size, and write them in any layout.
 
-A layout is how a file names its arrays: 'official' (the released PyTorch code), 'timm', 'huggingface' (a directory with
-config.json), or 'run', a run directory of ours. The kind of model is recognised from the names.
+A layout is how a file names its arrays: 'official' (the released PyTorch code), 'timm', 'huggingface' (a folder with
+config.json), or 'run' (a run directory of this package). The kind of model is recognised from the names.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from beitv2_jax.convert.arguments import HEAD_WIDTH, complete, infer, published_out_layers, settle
+from beitv2_jax.convert.arguments import HEAD_WIDTH, fill_unknown, infer_arguments, published_out_layers, with_defaults
 from beitv2_jax.convert.beit import huggingface, timm
-from beitv2_jax.convert.beit.official import WINDOWS, dropped, from_official, recognise, to_official
+from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, write_run
@@ -25,26 +25,26 @@ from beitv2_jax.typing import PyTree
 
 STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
 """Kind of weights -> the stage that trains them."""
-_MOVING = {"segmenter": "batch_stats"}
-"""Kind of weights -> the collection that its runs keep as their codebook: what steps move without an optimizer."""
+_MODEL_STATE = {"segmenter": "batch_stats"}
+"""Kind of weights -> the collection that its runs store as 'codebook': state that no optimizer updates."""
 
-_NUM_MASKED = 75 / 196  # share of hidden patches in the published pre-training
+_MASKED_FRACTION = 75 / 196  # of the patches, in the published pre-training
 RELEASED_EPSILON = 1e-6
 """Layer norm epsilon of every released model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Trained weights and the model they belong to.
+    """Trained weights and the arguments of their model.
 
     Attributes:
         kind: 'vqkd', 'mim', 'classifier' or 'segmenter'.
         arguments: keyword arguments of the model of that kind.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
-        layout: where they come from: 'official', 'timm', 'huggingface' or 'run'.
-        dropped: {name: reason} of what was left out.
-        assumptions: what nothing told and was therefore assumed, in words.
-        normalization: name of the input statistics; '' for a tokenizer, which takes [-1, 1].
+        layout: of the source: 'official', 'timm', 'huggingface' or 'run'.
+        dropped: {name: reason} of the entries that were not used.
+        assumptions: sentences on what the source does not say and was therefore assumed.
+        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1].
     """
 
     kind: str
@@ -57,29 +57,39 @@ class Weights:
 
     @property
     def num_params(self) -> int:
-        """Number of trained parameters; codebook and batch statistics are no parameters."""
+        """Number of trained parameters, without codebook and batch statistics."""
         return sum(array.size for array in traverse_util.flatten_dict(self.variables["params"]).values())
 
     @property
     def num_arrays(self) -> int:
-        """Number of arrays of all collections."""
+        """Number of arrays in all collections."""
         return len(traverse_util.flatten_dict(self.variables))
 
 
-def read(path: str, *, image_size: int | None = None, num_heads: int | None = None) -> Weights:
-    """Read weights of any layout, with positions resized to `image_size` if it differs from theirs.
+def read(
+    path: str, *, image_size: int | None = None, num_heads: int | None = None, normalization: str | None = None
+) -> Weights:
+    """Read weights of any layout.
 
-    `num_heads` is needed where the width is no multiple of 64 and neither tables nor a config tell.
+    Args:
+        path: of a file, a Hugging Face folder or a run directory.
+        image_size: positions are resized to it; None keeps the size of the weights.
+        num_heads: needed if the width is no multiple of 64 and neither position tables nor a config.json give it.
+        normalization: name of the input normalisation, if it is known to differ from the stored or usual one; ignored
+            for tokenizers, which have a fixed one.
 
     Raises:
-        UserError: nothing readable at `path`, an entry unknown, missing or wrongly shaped, or sizes that do not fit.
+        UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
     """
-    weights = _from_run(path) if is_run(path) else _from_state(read_weights(path), read_config(path) or {}, num_heads)
+    if is_run(path):
+        weights = _from_run(path, normalization)
+    else:
+        weights = _from_state(read_weights(path), read_config(path) or {}, num_heads, normalization)
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
-            f"{path} holds a model without positions, whose arrays do not tell an image size.",
-            "it was trained without position embeddings.",
-            "--image_size=N with the size it was trained at.",
+            f"The image size of {path} is unknown: the model has no position embeddings or tables.",
+            "It may have been trained without positions.",
+            "Run python -m beitv2_jax.convert with --image_size=N, the image size that it was trained with.",
         )
     if image_size is None or image_size == weights.arguments["image_size"]:
         return weights
@@ -87,17 +97,18 @@ def read(path: str, *, image_size: int | None = None, num_heads: int | None = No
 
 
 def resized(weights: Weights, image_size: int) -> Weights:
-    """Return the weights for another image size: position tables and embeddings as the released loaders resize them.
+    """Return the weights for another image size, with positions resized as in the released loaders.
 
     Raises:
-        UserError: `image_size` is no multiple of the patch size.
+        UserError: `image_size` is not a multiple of the patch size.
     """
     patch_size = weights.arguments.get("encoder", weights.arguments)["patch_size"]
     if image_size % patch_size:
+        fitting = patch_size * max(1, round(image_size / patch_size))
         raise UserError(
-            f"Images of {image_size} pixels cannot be cut into patches of {patch_size}.",
-            "the image size is a slip.",
-            f"--image_size={patch_size * max(1, round(image_size / patch_size))}",
+            f"Images of {image_size} pixels cannot be divided into patches of {patch_size} pixels.",
+            f"Did you mean {fitting} pixels?",
+            f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
         )
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
     flat = resize_positions(flat, (image_size // patch_size,) * 2)
@@ -109,39 +120,50 @@ def resized(weights: Weights, image_size: int) -> Weights:
 
 
 def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
-    """Write weights to a new file or directory and return {our path: reason} of what the layout has no place for.
+    """Write weights to a new file or folder and return {name: reason} of what the layout cannot store.
 
-    'official' and 'timm' go to .safetensors, .npz or .pth ({'model': state dict}, as the released scripts load it),
-    'huggingface' and 'run' to a directory. Nothing is left at `path` unless all of it was written.
+    'official' and 'timm' are files: .safetensors, .npz or .pth ({'model': state dict}, as the released scripts load
+    it). 'huggingface' and 'run' are folders. Nothing is left at `path` unless all of it was written.
 
     Raises:
-        UserError: there is something at `path`, or the model has no form in that layout.
+        UserError: `path` exists or cannot be written, or the layout has no such model.
     """
     target = Path(path)
     if target.exists():
-        raise UserError(f"{path} exists.", "an earlier conversion wrote it.", "another path, or remove that one first.")
-    save, left_out = _WRITERS[layout](weights, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # a sibling, so that renaming moves nothing between disks; the name keeps its ending, which tells the format
+        raise UserError(
+            f"{path} already exists.",
+            "An earlier conversion may have written it.",
+            "Pass another path, or remove the existing one first.",
+        )
+    save, not_written = _WRITERS[layout](weights, target)
+    # written beside the target, so that it is renamed on one disk; the suffix is kept, as it determines the format
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         save(unfinished)
         unfinished.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error}.",
+            "The disk may be full, or its folder may not be writable.",
+            "Free disk space, or pass a path in a folder that you can write to.",
+        ) from error
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
-    return left_out
+        elif unfinished.exists():
+            unfinished.unlink()
+    return not_written
 
 
-def _from_run(path: str) -> Weights:
+def _from_run(path: str, normalization: str | None) -> Weights:
     run = read_run(path)
     kinds = {stage: kind for kind, stage in STAGES.items()}
     if run.config["stage"] not in kinds:
         raise UserError(
             f"{path} holds a run of stage {run.config['stage']!r}, which trains no model.",
-            "the path of another stage was given.",
-            f"the directory of a run of stage {', '.join(kinds)}.",
+            "The path may be that of another stage.",
+            f"Pass the directory of a run of one of the stages {', '.join(kinds)}.",
         )
     kind = kinds[run.config["stage"]]
     arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
@@ -152,38 +174,41 @@ def _from_run(path: str) -> Weights:
     return Weights(
         kind=kind,
         arguments=arguments,
-        variables={"params": run.params, "codebook": {}, _MOVING.get(kind, "codebook"): run.codebook},
+        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.codebook},
         layout="run",
-        normalization=run.config.get("normalization", ""),
+        normalization="" if kind == "vqkd" else normalization or run.config["normalization"],
     )
 
 
-def _from_state(state: dict[str, np.ndarray], config: dict, num_heads: int | None) -> Weights:
-    layout, spell, known, assumptions = "official", str, {}, ()
+def _from_state(
+    state: dict[str, np.ndarray], config: dict, num_heads: int | None, normalization: str | None
+) -> Weights:
+    layout, name_in_file, known, assumptions = "official", str, {}, ()
     if huggingface.is_huggingface(state):
         layout = "huggingface"
-        state, spell = huggingface.to_released_names(state)
+        state, name_in_file = huggingface.to_released_names(state)
         known, assumptions = huggingface.read_settings(config)
         num_heads = known.pop("num_heads", None) or num_heads
     kind = recognise(state)
-    variables = from_official(kind, state, spell)
+    variables = from_official(kind, state, name_in_file)
     if layout == "official" and timm.is_timm(kind, state):
         layout = "timm"
     flat = traverse_util.flatten_dict(variables, sep="/")
-    told = infer(kind, {path: array.shape for path, array in flat.items()})
-    told |= {name: value for name, value in known.items() if name in told or name == "norm_eps"}
-    arguments, assumed = settle(told, num_heads)
+    inferred = infer_arguments(kind, {path: array.shape for path, array in flat.items()})
+    inferred |= {name: value for name, value in known.items() if name in inferred or name == "norm_eps"}
+    arguments, assumed = fill_unknown(inferred, num_heads)
     assumptions += assumed
-    normalization = ""
-    if kind != "vqkd":
+    if kind == "vqkd":
+        normalization = ""
+    elif not normalization:
         normalization = "half" if kind == "mim" and not arguments["patch_aggregation"] else "imagenet"
-        assumptions += (f"normalization={normalization}: no array tells; BEiT v2 takes imagenet, most of BEiT v1 half",)
+        assumptions += (f"normalization={normalization}: BEiT v2 uses imagenet, most of BEiT v1 half",)
     return Weights(
         kind=kind,
         arguments=arguments,
         variables=variables,
         layout=layout,
-        dropped={spell(name): reason for name, reason in dropped(kind, state).items()},
+        dropped={name_in_file(name): reason for name, reason in dropped_entries(kind, state).items()},
         assumptions=assumptions,
         normalization=normalization,
     )
@@ -194,27 +219,27 @@ _Save = Callable[[Path], None]
 
 def _official_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     state = to_official(weights.kind, weights.variables)
-    windows = {path: "counts codes during training" for path in WINDOWS if weights.kind == "vqkd"}
-    return _state_saver(state, target), windows | _untold(weights)
+    counters = {path: "a counter of the training run" for path in USAGE_COUNTERS if weights.kind == "vqkd"}
+    return _state_saver(state, target), counters | _not_stored(weights)
 
 
 def _timm_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
-    state, left_out = timm.to_timm(weights.kind, to_official(weights.kind, weights.variables))
-    return _state_saver(state, target), left_out | _untold(weights)
+    state, not_written = timm.to_timm(weights.kind, to_official(weights.kind, weights.variables))
+    return _state_saver(state, target), not_written | _not_stored(weights)
 
 
 def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     official = to_official(weights.kind, weights.variables)
-    state, left_out = huggingface.to_huggingface(weights.kind, official)
-    config = huggingface.config_of(weights.kind, complete(weights.kind, weights.arguments))
+    state, not_written = huggingface.to_huggingface(weights.kind, official)
+    config = huggingface.make_config(weights.kind, with_defaults(weights.kind, weights.arguments))
     state = _contiguous(state)
-    return lambda path: huggingface.save(path, state, config), left_out
+    return lambda path: huggingface.save(path, state, config), not_written
 
 
 def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     config = run_config(weights)
-    moving = weights.variables.get(_MOVING.get(weights.kind, "codebook"), {})
-    variables = {"params": weights.variables["params"], "codebook": moving}
+    model_state = weights.variables.get(_MODEL_STATE.get(weights.kind, "codebook"), {})
+    variables = {"params": weights.variables["params"], "codebook": model_state}
     return lambda path: write_run(str(path), config, variables), {}
 
 
@@ -227,45 +252,52 @@ _WRITERS = {
 
 
 def run_config(weights: Weights) -> dict:
-    """Return what later stages read of the config of a run; it is no config that the run could be continued with.
+    """Return the part of a run's config that later stages read; a run cannot be resumed with it.
 
     Raises:
-        UserError: a classifier without classes.
+        UserError: a classifier without a head.
     """
     if weights.arguments.get("num_classes") == 0:
         raise UserError(
-            "The classifier has no head, and the stages know none without.",
-            "the weights are those of a bare backbone.",
-            "--layout=huggingface or --layout=timm; --config.init_from takes the source as it is.",
+            "The classifier has no head, and a run directory cannot hold a classifier without one.",
+            "The weights may be those of a backbone alone, which --config.init_from reads without conversion.",
+            "Write --layout=huggingface or --layout=timm.",
         )
     model = dict(weights.arguments)
     image_size = model.pop("image_size")
-    config = {"stage": STAGES[weights.kind], "converted_from": weights.layout, "views": {"image_size": image_size}}
+    config = {"stage": STAGES[weights.kind], "views": {"image_size": image_size}}
     if weights.kind == "vqkd":
         del model["teacher_width"]
     else:
         config["normalization"] = weights.normalization
     if weights.kind == "mim":
-        config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * _NUM_MASKED))}
+        config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * _MASKED_FRACTION))}
     return config | {"model": model}
 
 
-def _untold(weights: Weights) -> dict[str, str]:
-    """Return what no array tells and readers of the layout will therefore take to be as published, where it is not."""
-    arguments = complete(weights.kind, weights.arguments)
+def _not_stored(weights: Weights) -> dict[str, str]:
+    """Return {argument: reason} of what files without a config cannot store and readers will therefore assume wrongly.
+
+    Readers assume the published values, so only arguments that differ from these are listed.
+    """
+    arguments = with_defaults(weights.kind, weights.arguments)
     epsilon = arguments.get("norm_eps", RELEASED_EPSILON)
-    untold = {}
+    not_stored = {}
     if epsilon != RELEASED_EPSILON:
-        untold["norm_eps"] = f"{epsilon:g} has no place in this layout, whose models take {RELEASED_EPSILON:g}"
+        not_stored["norm_eps"] = f"the layout cannot store {epsilon:g}; it will be read as {RELEASED_EPSILON:g}"
     for part in (arguments, arguments.get("encoder") or {}, arguments.get("decoder") or {}):
         has_table = part.get("position", "absolute").startswith("relative")
         if part.get("width", 0) != HEAD_WIDTH * part.get("num_heads", 0) and not has_table:
-            untold["num_heads"] = f"{part['num_heads']} has no place in this layout: read it with --num_heads"
+            not_stored["num_heads"] = f"the layout cannot store {part['num_heads']}; read the file with --num_heads"
     if arguments.get("patch_aggregation") and arguments["early_layer"] != max(1, arguments["depth"] - 3):
-        untold["early_layer"] = f"{arguments['early_layer']} has no place in this layout, read as three before the last"
+        not_stored["early_layer"] = (
+            f"the layout cannot store {arguments['early_layer']}; it will be read as three layers before the last"
+        )
     if "out_layers" in arguments and tuple(arguments["out_layers"]) != published_out_layers(arguments["depth"]):
-        untold["out_layers"] = f"{arguments['out_layers']} has no place in this layout, read as the published ones"
-    return untold
+        not_stored["out_layers"] = (
+            f"the layout cannot store {arguments['out_layers']}; they will be read as the published ones"
+        )
+    return not_stored
 
 
 def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:
@@ -276,12 +308,14 @@ def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:
     }
     if target.suffix not in savers:
         raise UserError(
-            f"{target} ends in none of {', '.join(savers)}.",
-            "a directory was meant, or the ending was left out.",
-            f"{target.with_suffix('.safetensors')}, or another --layout.",
+            f"The name {target} ends in none of {', '.join(savers)}.",
+            f"Did you mean {target.with_suffix('.safetensors')}, or a folder of another --layout?",
+            f"Write {target.with_suffix('.safetensors')}.",
         )
     return savers[target.suffix]
 
 
 def _contiguous(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array, order="C") for name, array in state.items()}  # ascontiguousarray would add an axis
+    return {
+        name: np.asarray(array, order="C") for name, array in state.items()
+    }  # ascontiguousarray adds an axis to scalars

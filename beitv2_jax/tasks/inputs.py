@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from beitv2_jax.convert.adapt import for_run
+from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
+from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -43,13 +44,12 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = for_run(read_weights(config.init_from), kind, flat_arguments(model))
+    weights = adapt_weights(read_weights(config.init_from), kind, flat_arguments(model))
     variables = {name: tree for name, tree in weights.variables.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
-    logging.info("%s numbers from %s (%s)", f"{given:,}", config.init_from, weights.layout)
-    for reason in sorted(set(weights.dropped.values())):
-        names = [name for name, why in weights.dropped.items() if why == reason]
-        logging.info("not from there: %s%s (%s)", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
+    logging.info("initialised %s parameters from %s (layout: %s)", f"{given:,}", config.init_from, weights.layout)
+    for text in group_by_reason(weights.dropped):
+        logging.info("not used from %s: %s", config.init_from, text)
     return variables
 
 

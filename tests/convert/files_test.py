@@ -1,4 +1,4 @@
-"""State dicts from every container: wrappers, dtypes, Hugging Face folders, and files that are refused."""
+"""Reading state dicts from files of every format: wrappers, dtypes, Hugging Face folders, and refused files."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ def save(path, state):
 
 
 def same(found, expected):
-    """Check names, shapes and numbers, and that the arrays are nobody else's."""
+    """Check names, shapes and numbers, and that the arrays are writable."""
     assert found.keys() == expected.keys()
     for name, array in found.items():
         assert array.flags.writeable
@@ -86,12 +86,12 @@ def test_wrappers_are_opened_in_order(tmp_path, keys, taken):
     assert list(read_weights(str(tmp_path / "w.pth"))) == [taken]
 
 
-def test_a_tensor_called_model_is_no_wrapper(tmp_path):
+def test_a_tensor_called_model_is_not_unwrapped(tmp_path):
     (tmp_path / "w.pth").write_bytes(zip_file(mapping({"model": tensor(), "module.x": tensor()})))
     assert read_weights(str(tmp_path / "w.pth")).keys() == {"model", "module.x"}
 
 
-def test_the_prefix_of_parallel_training_is_removed_where_all_names_have_it(tmp_path):
+def test_the_prefix_of_parallel_training_is_removed_if_all_names_have_it(tmp_path):
     save(tmp_path / "w.npz", {"module.a": np.ones(2), "module.module.b": np.ones(3)})
     assert read_weights(str(tmp_path / "w.npz")).keys() == {"a", "module.b"}
     (tmp_path / "w.pth").write_bytes(zip_file(mapping({"model": mapping({"module.a": tensor()})})))
@@ -104,13 +104,13 @@ def test_the_prefix_of_parallel_training_is_removed_where_all_names_have_it(tmp_
         (mapping({"w": tensor(), "epoch": number(3)}), "'epoch'"),
         (mapping({"model": mapping({"w": tensor(), "names": b"]"})}), "'names'"),
         (mapping({"student": mapping({"w": tensor()})}), "'student'"),
-        (b"}" + number(3) + tensor() + b"s", "3, which is no tensor"),
+        (b"}" + number(3) + tensor() + b"s", "3, which is not a tensor"),
         (b"]" + tensor() + b"a", "a list"),
         (tensor(), "a ndarray"),
         (b"N", "a NoneType"),
     ],
 )
-def test_what_is_no_state_dict_is_named(tmp_path, body, found):
+def test_a_file_without_a_state_dict_is_refused(tmp_path, body, found):
     (tmp_path / "w.pth").write_bytes(zip_file(body))
     with pytest.raises(UserError, match=found) as caught:
         read_weights(str(tmp_path / "w.pth"))
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named(tmp_path, suffix):
 def test_a_folder_with_one_file(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(zip_file(mapping({"w": tensor()})))
     same(read_weights(str(tmp_path)), {"w": np.arange(6).reshape(2, 3)})
-    # safetensors, where there are both
+    # if both exist, safetensors is read
     save(tmp_path / "model.safetensors", WEIGHTS)
     same(read_weights(str(tmp_path)), WEIGHTS)
 
@@ -190,7 +190,7 @@ def test_an_index_that_reaches_outside_its_folder_is_refused(tmp_path, place):
         save(folder / "w.safetensors", WEIGHTS)
     index = tmp_path / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"b": place}}))
-    with pytest.raises(UserError, match="does not lie beside it") as caught:
+    with pytest.raises(UserError, match="which is not in the same folder") as caught:
         read_weights(str(tmp_path / "model"))
     assert repr(place) in caught.value.happened
 
@@ -199,7 +199,7 @@ def test_an_index_that_reaches_outside_its_folder_is_refused(tmp_path, place):
     "content, named",
     [
         ("{", "index"),
-        ("[]", "object"),
+        ("[]", "JSON object"),
         ("[" * 100_000, "index"),
         ('{"weight_map": ["w.safetensors"]}', "weight_map"),
         ('{"weight_map": {"b": 3}}', "weight_map"),

@@ -1,4 +1,4 @@
-"""The converter's command line: what it prints, its errors, and run directories that later stages take as they are."""
+"""The command line of the converter: its output, its errors, and run directories that later stages can read."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from paths import ROOT
 from safetensors.numpy import load_file
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.__main__ import main, summary
+from beitv2_jax.convert.__main__ import _parser, main, summary
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
@@ -24,7 +24,7 @@ from beitv2_jax.tasks.tokenize import load_tokenizer
 CONFIGS = ROOT / "configs"
 
 
-def test_what_was_done_is_printed(tmp_path, capsys):
+def test_the_summary_is_printed(tmp_path, capsys):
     source, dest = tmp_path / "mim.npz", tmp_path / "run"
     write(drawn_weights("mim", position="relative_shared", depth=3), str(source), "official")
     assert main([str(source), str(dest)]) == 0
@@ -33,14 +33,14 @@ def test_what_was_done_is_printed(tmp_path, capsys):
         f"mim in layout official -> {dest} in layout run",
         "num_heads: 2",
         "early_layer: 1",
-        "dropped on reading: rel_pos_bias.relative_position_index (follows from the grid)",
-        "assumed: early_layer=1: three blocks before the last",
+        "not read: rel_pos_bias.relative_position_index (computed from the grid)",
+        "assumed: early_layer=1: three layers before the last",
         "assumed: normalization=imagenet",
     ):
         assert part in printed, (part, printed)
     assert f"{read(str(dest)).num_params:,} parameters" in printed
     assert main([str(dest), str(tmp_path / "hf"), "--layout=huggingface"]) == 0
-    assert "and 29 more (no Beit there has the patch-aggregation head)" in capsys.readouterr().out
+    assert "and 29 more (no Hugging Face model has the patch-aggregation head)" in capsys.readouterr().out
 
 
 def test_options_reach_the_weights(tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_options_reach_the_weights(tmp_path, capsys):
     assert run.params["backbone"]["pos_embed"].shape == (1, 17, 10)
 
 
-def test_errors_have_three_parts_and_leave_nothing(tmp_path):
+def test_errors_have_three_sentences_and_leave_no_files(tmp_path):
     np.savez(tmp_path / "wrong.npz", extra=np.ones(3))
     command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "wrong.npz"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -65,8 +65,48 @@ def test_errors_have_three_parts_and_leave_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.npz"]
 
 
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["weights.pth"], "DEST"),
+        (["weights.pth", "run", "--layout=tim"], "'timm'"),
+        (["weights.pth", "run", "--image_size=large"], "'large'"),
+        (["absent.pth", "run"], "absent.pth"),
+    ],
+)
+def test_wrong_arguments_end_with_three_sentences(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    for line in printed.splitlines():
+        assert line[-1] in ".?", line
+    assert len(printed.splitlines()) == 3 and not list(tmp_path.iterdir())
+
+
+def test_a_destination_that_cannot_be_written_leaves_no_files(tmp_path, capsys):
+    source = tmp_path / "mim.npz"
+    write(drawn_weights("mim", position="relative_shared"), str(source), "official")
+    (tmp_path / "file").write_text("not a folder")
+    for dest, options in ((tmp_path / "file" / "run", []), (tmp_path / "file" / "out.pth", ["--layout=official"])):
+        assert main([str(source), str(dest), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"Error: Cannot write {dest}: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"mim.npz", "file"}
+
+
+def test_help_shows_an_example_that_parses(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    examples = [line.split()[3:] for line in printed.splitlines() if line.startswith("  python -m beitv2_jax.convert")]
+    assert len(examples) == 3
+    for example in examples:
+        assert _parser().parse_args(example).source == example[0]
+
+
 @pytest.mark.parametrize("layout", ("official", "timm", "huggingface", "run"))
-def test_from_any_layout_to_any_other(layout, tmp_path):
+def test_conversion_between_any_two_layouts(layout, tmp_path):
     source = peer("huggingface_relative").write(tmp_path / "theirs")
     weights = read(source)
     middle = str(tmp_path / ("middle.safetensors" if layout in ("official", "timm") else "middle"))
@@ -77,7 +117,7 @@ def test_from_any_layout_to_any_other(layout, tmp_path):
     assert_same(read(middle).variables["params"], weights.variables["params"])
 
 
-def test_a_converted_tokenizer_makes_the_model_s_codes(tmp_path):
+def test_a_converted_tokenizer_computes_the_codes_of_the_model(tmp_path):
     weights = drawn_weights("vqkd", patch_size=3, grid=3)
     write(weights, str(tmp_path / "tokenizer"), "run")
     tokenizer, variables = load_tokenizer(str(tmp_path / "tokenizer"), 9, "float32")
@@ -90,7 +130,7 @@ def test_a_converted_tokenizer_makes_the_model_s_codes(tmp_path):
     np.testing.assert_array_equal(ids, expected)
 
 
-def test_no_training_starts_in_a_converted_directory(tmp_path):
+def test_training_does_not_start_in_a_converted_directory(tmp_path):
     write(drawn_weights("mim"), str(tmp_path / "run"), "run")
     config = config_lib.load(f"{CONFIGS / 'mim.py'}:smoke").unlock()
     config.tokenizer.run = "nowhere"
@@ -100,7 +140,7 @@ def test_no_training_starts_in_a_converted_directory(tmp_path):
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_long_lists_are_summed_up():
+def test_long_lists_are_shortened():
     weights = drawn_weights("classifier", position="relative")
     text = summary(weights, "dest", "timm", {"a": "why", "b": "why", "c": "else"})
-    assert "without a place in DEST: a and 1 more (why)" in text and "without a place in DEST: c (else)" in text
+    assert "not written: a and 1 more (why)" in text and "not written: c (else)" in text

@@ -1,4 +1,4 @@
-"""Position tables and embeddings on another grid: the released loader's numbers, and what follows by hand."""
+"""Position tables and embeddings on another grid: results of the released loader and calculations by hand."""
 
 import json
 
@@ -31,7 +31,7 @@ def coordinates(count, ratio):
     return np.array([-step for step in reversed(steps)] + [0.0] + steps)
 
 
-def test_tables_and_embeddings_are_those_of_the_released_loader(loader):
+def test_tables_and_embeddings_equal_those_of_the_released_loader(loader):
     cases = json.loads(str(loader["config"]))["cases"]
     compared = 0
     for name, expected in loader.items():
@@ -68,13 +68,13 @@ def test_the_published_gaussian():
     "side, ratio",
     [(12, 1.0100009), (16, 1.0234928), (24, 1.0903074), (28, 1.1144276), (32, 1.1349178), (40, 1.1685036)],
 )
-def test_a_plane_is_read_at_the_integers(side, ratio):
-    # a spline reproduces the plane 2 x + 3 y, so the table shows the coordinates that its entries were given
+def test_a_plane_is_evaluated_at_the_integers(side, ratio):
+    # a spline reproduces the plane 2 x + 3 y, so the result shows the coordinates of the entries
     known = coordinates(13, ratio)
     plane = np.stack([2 * known[:, None] + 3 * known, np.zeros((27, 27))], axis=-1)
     resized = resize_relative_table(table_of(plane), (side, side))[:-3].reshape(2 * side - 1, 2 * side - 1, 2)
     wanted = np.clip(np.arange(2 * side - 1) - (side - 1), known[0], known[-1])
-    # the ratios are published to seven digits; the outermost coordinate moves by up to 500 times their error
+    # the ratios are published to seven digits; the error of the outermost coordinate is up to 500 times larger
     np.testing.assert_allclose(resized[:, :, 0], 2 * wanted[:, None] + 3 * wanted, atol=5e-4)
     assert not resized[:, :, 1].any()
 
@@ -92,7 +92,7 @@ def test_beyond_the_outermost_offset_the_border_is_repeated():
 
 
 @pytest.mark.parametrize("resize, length", [(resize_relative_table, (2 * 5 - 1) ** 2 + 3), (None, 26)])
-def test_the_same_grid_changes_nothing(resize, length):
+def test_the_same_grid_returns_the_input(resize, length):
     array = np.random.default_rng(0).normal(size=(length, 3)).astype(np.float32)
     if resize is None:
         assert resize_position_embedding(array[None], (5, 5), method="offset").tobytes() == array.tobytes()
@@ -100,8 +100,8 @@ def test_the_same_grid_changes_nothing(resize, length):
         assert resize(array, (5, 5)).tobytes() == array.tobytes()
 
 
-def test_doubling_an_embedding_by_hand():
-    # 2 -> 4 reads at -1/4, 1/4, 3/4, 5/4; the cubic with a = -3/4 at the distances 1/4, 3/4, 5/4, 7/4 from a patch
+def test_a_doubled_embedding_equals_a_calculation_by_hand():
+    # 2 -> 4 is evaluated at -1/4, 1/4, 3/4, 5/4; the cubic (a = -3/4) at distances 1/4, 3/4, 5/4, 7/4 from a patch
     quarter, three, five, seven = 0.87890625, 0.26171875, -0.10546875, -0.03515625
     weights = np.array([[seven + three + quarter, five], [five + quarter, three + seven]])  # edges repeated
     weights = np.concatenate([weights, weights[::-1, ::-1]])
@@ -114,7 +114,7 @@ def test_doubling_an_embedding_by_hand():
     np.testing.assert_allclose(resized[0, 2:].reshape(4, 4, 3), expected, atol=1e-12)
 
 
-def test_rows_and_columns_keep_their_places():
+def test_rows_and_columns_are_not_swapped():
     rows = np.repeat(np.arange(5.0), 5)
     embedding = np.stack([rows, rows.reshape(5, 5).T.ravel()], axis=-1)[None]
     resized = resize_position_embedding(embedding, (3, 7), num_prefix=0).reshape(3, 7, 2)
@@ -132,7 +132,7 @@ def cubic(distance):
 
 @pytest.mark.parametrize("method, offset", [("bicubic", 0.0), ("offset", 0.1)])
 @pytest.mark.parametrize("size", [3, 7, 11])
-def test_each_position_weighs_its_four_neighbours(size, method, offset):
+def test_each_position_is_a_weighted_sum_of_four_neighbours(size, method, offset):
     signal = np.random.default_rng(0).normal(size=5)
     embedding = np.repeat(signal, 5).reshape(1, 25, 1)
     resized = resize_position_embedding(embedding, (size, 5 + size), num_prefix=0, method=method)
@@ -145,7 +145,7 @@ def test_each_position_weighs_its_four_neighbours(size, method, offset):
 
 
 @pytest.mark.parametrize("rows", [0, 2, 3, 7, 84 + 1, 4**2 + 3, 8**2 + 3])
-def test_a_table_of_no_square_grid_is_refused(rows):
+def test_a_table_without_a_square_grid_is_refused(rows):
     with pytest.raises(UserError, match=rf"\({rows}, 2\)"):
         resize_relative_table(np.zeros((rows, 2)), (5, 5))
 
@@ -159,6 +159,6 @@ def test_grids_that_the_method_does_not_cover_are_refused():
 
 
 @pytest.mark.parametrize("shape, prefix", [((1, 26, 3), 0), ((1, 26, 3), 2), ((1, 1, 3), 1), ((26, 3), 1)])
-def test_an_embedding_of_no_square_grid_is_refused(shape, prefix):
+def test_an_embedding_without_a_square_grid_is_refused(shape, prefix):
     with pytest.raises(UserError, match="square"):
         resize_position_embedding(np.zeros(shape), (4, 4), num_prefix=prefix)

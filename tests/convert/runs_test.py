@@ -1,4 +1,4 @@
-"""Reading earlier runs: newest complete checkpoint, NumPy whatever the devices were, no optimizer state."""
+"""Reading runs: the newest complete checkpoint, as NumPy arrays for any devices, without optimizer state."""
 
 import json
 
@@ -40,7 +40,7 @@ def write_run(workdir, steps, with_codebook=True):
     return workdir
 
 
-def test_newest_step_comes_back_as_numpy(tmp_path):
+def test_the_newest_step_is_read_as_numpy(tmp_path):
     workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
     (workdir / "checkpoints" / "19.orbax-checkpoint-tmp").mkdir()  # an unfinished save
     run = read_run(str(workdir))
@@ -58,7 +58,7 @@ def test_a_run_without_codebook_has_an_empty_one(tmp_path):
 
 
 @pytest.mark.parametrize("item", ["params", "codebook", "train"])
-def test_a_damaged_newest_checkpoint_is_refused_and_left_as_it_is(tmp_path, item):
+def test_a_corrupt_newest_checkpoint_is_refused_and_not_changed(tmp_path, item):
     workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
     folder = workdir / "checkpoints" / "13"
     damaged = max((path for path in (folder / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -69,7 +69,7 @@ def test_a_damaged_newest_checkpoint_is_refused_and_left_as_it_is(tmp_path, item
     if item == "train":  # of no use here
         assert read_run(str(workdir)).step == 13
         return
-    with pytest.raises(UserError, match=f"step 13, is damaged: {item}/.* holds other bytes") as caught:
+    with pytest.raises(UserError, match=f"step 13, is corrupt: {item}/.* holds other bytes") as caught:
         read_run(str(workdir))
     assert str(workdir) in caught.value.happened and str(folder) in caught.value.instead
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
@@ -106,7 +106,7 @@ def test_hash_depends_on_names_values_shapes_and_not_on_order():
     assert len({weights_hash(other) for other in [tree, *others]}) == 5
 
 
-def test_run_hash_sees_the_codebook(tmp_path):
+def test_the_hash_of_a_run_includes_the_codebook(tmp_path):
     with_codebook = read_run(str(write_run(tmp_path / "a", steps=[2])))
     without = read_run(str(write_run(tmp_path / "b", steps=[2], with_codebook=False)))
     assert with_codebook.weights_hash != without.weights_hash

@@ -1,4 +1,4 @@
-"""Released segmentation models to our trees and back: every name and layout, refusals by name."""
+"""Converting released segmentation models to our variables and back: names, layouts and errors."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_an_unknown_name_is_refused(state, name):
         from_official("segmenter", state | {name: np.ones(3, np.float32)})
 
 
-def test_paths_of_another_model_are_refused(state):
+def test_variables_of_another_model_are_refused(state):
     variables = from_official("segmenter", state)
     variables["params"]["decode_head"].pop("fusion")
     with pytest.raises(UserError, match=r"decode_head\.fpn_bottleneck\.conv\.weight"):

@@ -1,6 +1,6 @@
-"""Hugging Face's Beit models: their names for the released ones' entries, and their config.json.
+"""Convert between released names and those of Hugging Face's Beit models, and read and write their config.json.
 
-Queries, keys and values stand apart there. The names are those of the published files (`BeitModel`,
+Hugging Face stores queries, keys and values separately. The names are those of the published files (`BeitModel`,
 `BeitForImageClassification`, `BeitForMaskedImageModeling`, `BeitForSemanticSegmentation`), which every version of
 transformers reads. None of these models has the patch-aggregation head.
 """
@@ -18,7 +18,7 @@ from beitv2_jax.convert.beit.names import INDEX, TABLE
 from beitv2_jax.errors import UserError
 
 DEFAULT_EPSILON = 1e-12
-"""Layer norm epsilon of a config that does not say; the released code has 1e-6."""
+"""Layer norm epsilon if config.json has none; the released code uses 1e-6."""
 
 _INNER = "attention.attention"
 _QKV = ("query", "key", "value")
@@ -29,7 +29,7 @@ _BLOCK = (
     ("norm2", "layernorm_after"),
     ("attn.q_bias", f"{_INNER}.query.bias"),
     ("attn.v_bias", f"{_INNER}.value.bias"),
-    ("attn.qkv", f"{_INNER}.qkv"),  # the three parts, joined
+    ("attn.qkv", f"{_INNER}.qkv"),  # queries, keys and values, concatenated
     (f"attn.{TABLE}", f"{_INNER}.relative_position_bias.{TABLE}"),
     (f"attn.{INDEX}", f"{_INNER}.relative_position_bias.{INDEX}"),
     ("attn.proj", "attention.output.dense"),
@@ -67,14 +67,14 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """Two names of each entry, released and theirs, as beginnings; `stems` are those of the list of blocks."""
+    """Pairs of name prefixes, (released, Hugging Face); `stems` is the pair for the list of blocks."""
 
     pairs: Pairs
     stems: tuple[str, str]
 
     @classmethod
     def of(cls, kind: str, stem: str) -> "_Names":
-        """Return the names of a kind whose transformer stands at `stem` there ('beit.', '' for a bare BeitModel)."""
+        """Return the names of a kind whose Hugging Face transformer is at `stem` ('beit.', '' for a BeitModel)."""
         released = "backbone." if kind == "segmenter" else ""
         backbone = _BACKBONE
         if kind == "classifier":
@@ -83,11 +83,11 @@ class _Names:
         return cls(backbone + _HEADS[kind], (f"{released}blocks", f"{stem}encoder.layer"))
 
     def released(self, name: str) -> str:
-        """Return the released name of theirs; one that no rule knows stays as it is."""
+        """Return the released name for a Hugging Face name; an unknown name is returned unchanged."""
         return self._renamed(name, 1, 0)
 
     def theirs(self, name: str) -> str:
-        """Return their name of a released one."""
+        """Return the Hugging Face name for a released name; an unknown name is returned unchanged."""
         return self._renamed(name, 0, 1)
 
     def _renamed(self, name: str, before: int, after: int) -> str:
@@ -104,17 +104,17 @@ class _Names:
 
 
 def is_huggingface(state: dict[str, np.ndarray]) -> bool:
-    """Tell whether the names are those of a Hugging Face Beit."""
+    """Return whether the names are those of a Hugging Face Beit model."""
     return any(re.match(r"(beit\.)?(embeddings\.|encoder\.layer\.)", name) for name in state)
 
 
 def to_released_names(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Callable[[str], str]]:
-    """Return the state dict under released names, and the function that gives a released name's name here.
+    """Return the state dict with released names, and a function from released names to names in the file.
 
-    Names that no rule knows stay as they are, so that the released layout refuses them by name.
+    Unknown names are kept, so that reading the released layout reports them.
 
     Raises:
-        UserError: of the queries, keys and values of a block one is missing, or they are no equal matrices.
+        UserError: queries, keys or values of a block are missing, or are not matrices of the same shape.
     """
     marks = (("segmenter", "decode_head."), ("mim", "lm_head."), ("classifier", ""))
     kind = next(kind for kind, mark in marks if any(name.startswith(mark) for name in state))
@@ -123,41 +123,41 @@ def to_released_names(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarra
     for name, array in state.items():
         piece = re.fullmatch(rf"(.*{_INNER})\.({'|'.join(_QKV)})\.weight", name)
         if piece:
-            released.setdefault(names.released(f"{piece[1]}.qkv.weight"), _joined(state, piece[1]))
+            released.setdefault(names.released(f"{piece[1]}.qkv.weight"), _concatenated(state, piece[1]))
         else:
             released[names.released(name)] = array
     return released, lambda official: names.theirs(official).replace(".qkv.", ".query.")
 
 
-def _joined(state: dict[str, np.ndarray], stem: str) -> np.ndarray:
+def _concatenated(state: dict[str, np.ndarray], stem: str) -> np.ndarray:
     parts = [f"{stem}.{part}.weight" for part in _QKV]
     shape = next(state[part].shape for part in parts if part in state)
     for part in parts:
         if part not in state or state[part].shape != shape or len(shape) != 2:
             found = f"has the shape {state[part].shape}" if part in state else "is missing"
             raise UserError(
-                f"{part!r} {found}, beside others of shape {shape}.",
-                "the file is damaged.",
-                "queries, keys and values of one shape in each block.",
+                f"{part!r} {found}; the queries, keys and values of its block must be matrices of the same shape.",
+                "The file may be damaged.",
+                "Copy or download it again.",
             )
     return np.concatenate([state[part] for part in parts])
 
 
 def read_settings(config: dict) -> tuple[dict, tuple[str, ...]]:
-    """Return the arguments that config.json gives beyond the arrays, and what was assumed without it.
+    """Return the arguments that only config.json has, and sentences on what was assumed without it.
 
-    transformers counts `out_indices` from 1 with the embeddings as the first, so that index i is block i - 1 here. The
-    published configs, [3, 5, 7, 11], hence read other blocks than the released models' 4, 6, 8 and 12.
+    In `out_indices`, transformers counts the embeddings as layer 1, so its index i is our layer i - 1. The published
+    configs have [3, 5, 7, 11] and therefore read other layers than the released models, which read 4, 6, 8 and 12.
 
     Raises:
-        UserError: it is the config of another architecture or of another activation.
+        UserError: the config is of another architecture or has another activation.
     """
     for key, ours in (("model_type", "beit"), ("hidden_act", "gelu")):
         if config.get(key, ours) != ours:
             raise UserError(
-                f"config.json says {key}={config[key]!r}; only {ours!r} can be converted.",
-                "the model is a relative of BEiT with other parts.",
-                "a BEiT model.",
+                f"config.json has {key}={config[key]!r}, but only {ours!r} can be converted.",
+                "The model may be a variant of BEiT with other layers.",
+                "Pass a folder whose model is a BEiT.",
             )
     settings = {"norm_eps": config.get("layer_norm_eps", DEFAULT_EPSILON)}
     if "num_attention_heads" in config:
@@ -166,26 +166,28 @@ def read_settings(config: dict) -> tuple[dict, tuple[str, ...]]:
         settings["out_layers"] = tuple(index - 1 for index in config["out_indices"])
     if "layer_norm_eps" in config:
         return settings, ()
-    return settings, (f"norm_eps={DEFAULT_EPSILON:g}: the default of transformers, as no config.json says",)
+    return settings, (f"norm_eps={DEFAULT_EPSILON:g}: the default of transformers, as there is none in a config.json",)
 
 
 def to_huggingface(kind: str, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the Hugging Face state dict of a released one, and {name: reason} of what has no place there.
+    """Return the Hugging Face state dict for a released one, and {name: reason} of the entries that it cannot hold.
 
     Raises:
-        UserError: there is no such model there.
+        UserError: Hugging Face has no model of this kind.
     """
     if kind not in _ARCHITECTURES:
         raise UserError(
-            f"Hugging Face has no Beit of kind {kind!r}.",
-            "transformers has no tokenizer of BEiT v2.",
-            "--layout=official, or weights of another kind.",
+            f"Hugging Face has no Beit model of kind {kind!r}.",
+            "The library transformers does not include the tokenizer of BEiT v2.",
+            "Write --layout=official.",
         )
-    left_out = {name: "no Beit there has the patch-aggregation head" for name in state if name.startswith("cls_pt_")}
+    not_written = {
+        name: "no Hugging Face model has the patch-aggregation head" for name in state if name.startswith("cls_pt_")
+    }
     names = _Names.of(kind, "" if kind == "classifier" and "head.weight" not in state else "beit.")
     converted = {}
     for name, array in state.items():
-        if name in left_out or name.endswith(INDEX):
+        if name in not_written or name.endswith(INDEX):
             continue
         theirs = names.theirs(name)
         if ".qkv." in theirs:
@@ -193,11 +195,11 @@ def to_huggingface(kind: str, state: dict[str, np.ndarray]) -> tuple[dict[str, n
             converted |= {theirs.replace(".qkv.", f".{part}."): rows for part, rows in parts}
         else:
             converted[theirs] = array
-    return converted, left_out
+    return converted, not_written
 
 
-def config_of(kind: str, arguments: dict) -> dict:
-    """Return the config.json of a model with these arguments, none left out.
+def make_config(kind: str, arguments: dict) -> dict:
+    """Return the config.json of a model with these arguments, which must be complete.
 
     Raises:
         UserError: a segmentation model that Hugging Face cannot build.
@@ -234,15 +236,15 @@ def config_of(kind: str, arguments: dict) -> dict:
     if kind == "segmenter":
         if arguments["channels"] != arguments["width"]:
             raise UserError(
-                f"The segmentation head is {arguments['channels']} wide, the transformer {arguments['width']}.",
-                "Hugging Face builds the head as wide as the transformer.",
-                "--layout=official.",
+                f"The segmentation head is {arguments['channels']} wide, but the transformer {arguments['width']}.",
+                "Hugging Face can only build a head that is as wide as the transformer.",
+                "Write --layout=official.",
             )
         if max(arguments["out_layers"]) == arguments["depth"]:
             raise UserError(
-                f"The segmentation model reads blocks {arguments['out_layers']} of {arguments['depth']}.",
-                "it is a released one; transformers' segmentation model cannot read its last block.",
-                "--layout=official.",
+                f"The segmentation model reads layers {arguments['out_layers']} of {arguments['depth']}.",
+                "Hugging Face's segmentation model cannot read the last layer, which the released models do.",
+                "Write --layout=official.",
             )
         config |= {
             "out_indices": [layer + 1 for layer in arguments["out_layers"]],
@@ -256,7 +258,7 @@ def config_of(kind: str, arguments: dict) -> dict:
 
 
 def save(directory: Path, state: dict[str, np.ndarray], config: dict) -> None:
-    """Write model.safetensors (of contiguous arrays) and config.json into the new folder `directory`."""
+    """Write model.safetensors (from contiguous arrays) and config.json to the new folder `directory`."""
     directory.mkdir()
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""What the released PyTorch models call the variables of ours, kind by kind, and how their kernels lie in memory.
+"""Names and kernel layouts of the released PyTorch models, for each of our variables.
 
-Pure data with three look-ups; `convert.beit.official` moves whole state dicts by it.
+`convert.beit.official` uses these tables to convert whole state dicts.
 """
 
 import re
@@ -30,7 +30,7 @@ _BLOCK = (
     | _pairs("mlp.fc1", "mlp/fc1", _LINEAR)
     | _pairs("mlp.fc2", "mlp/fc2", _LINEAR)
 )
-"""Official name -> our path inside one block."""
+"""Official name -> our path, inside one block."""
 
 
 def _transformer(official: str, ours: str) -> dict[str, str]:
@@ -96,7 +96,7 @@ NAMES = {
     | _pairs("head", "params/head", _LINEAR),
     "segmenter": _segmenter(),
 }
-"""Official name -> our path of everything outside the blocks, by kind."""
+"""Kind -> official name -> our path, for everything outside the blocks."""
 
 _STACKS = {
     "vqkd": {"encoder.blocks": "params/encoder/blocks", "decoder.blocks": "params/decoder/blocks"},
@@ -104,14 +104,14 @@ _STACKS = {
     "classifier": {"blocks": "params/backbone/blocks"},
     "segmenter": {"backbone.blocks": "params/backbone/blocks"},
 }
-"""Official stem -> our stem of every list of blocks, by kind."""
+"""Kind -> official prefix -> our prefix of every list of blocks."""
 
 _UPSAMPLING = re.compile(r"params/(fpn1/up_[01]|fpn2)/kernel")
 _POINTWISE = re.compile(r"params/(decode|auxiliary)_head/classes/kernel")
 
 
 def our_path(kind: str, name: str) -> str | None:
-    """Return our path of the official `name`, None for a name that the kind does not have."""
+    """Return our path for the official `name`, None if the kind has no such name."""
     if name in NAMES[kind]:
         return NAMES[kind][name]
     for official, ours in _STACKS[kind].items():
@@ -122,7 +122,7 @@ def our_path(kind: str, name: str) -> str | None:
 
 
 def official_name(kind: str, path: str) -> str:
-    """Return what the variable at our `path` is called in a released model.
+    """Return the name of the variable at our `path` in the released model.
 
     Raises:
         UserError: no released model has such a variable.
@@ -136,18 +136,18 @@ def official_name(kind: str, path: str) -> str:
                 if mine == found[2]:
                     return f"{official}.{found[1]}.{theirs}"
     raise UserError(
-        f"The parameter {path} has no place in a released model of kind {kind!r}.",
-        "the weights are of another kind, or use a part that the released models do not have.",
-        f"give the kind the weights belong to: {', '.join(NAMES)}.",
+        f"The released model of kind {kind!r} has no parameter for {path}.",
+        "The weights may be of another kind, or use a part that the released models do not have.",
+        "Write --layout=run, which stores every model.",
     )
 
 
 def transposed(path: str, array: np.ndarray, *, to_ours: bool) -> np.ndarray:
-    """Return the array of the variable at our `path` with its axes in the other order; only kernels differ.
+    """Return the array of the variable at our `path` with its axes in PyTorch's order, or in ours with `to_ours`.
 
-    Linear: (out, in) there, (in, out) here. Convolution: (out, in, h, w) there, (h, w, in, out) here; transposed
-    convolution: (in, out, h, w) there. The 1x1 convolutions in front of segmentation logits are linear maps here.
-    An array with a wrong number of axes comes back in some order: its shape is refused later.
+    Only kernels differ. Linear: (out, in) in PyTorch, (in, out) here. Convolution: (out, in, h, w) in PyTorch, (h, w,
+    in, out) here; transposed convolution: (in, out, h, w) in PyTorch. The 1x1 convolutions before the segmentation
+    logits are linear layers here. The shapes of arrays with a wrong number of axes are checked by the caller.
     """
     if not path.endswith("/kernel"):
         return array

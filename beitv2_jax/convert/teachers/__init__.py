@@ -1,1 +1,1 @@
-"""Teacher weights (CLIP, DINO, DINOv2, ...) as one kind of frozen network."""
+"""Read the weights of published teachers and of runs, and build frozen networks from them."""

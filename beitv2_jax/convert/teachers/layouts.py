@@ -1,8 +1,8 @@
-"""State dicts of published vision transformers -> our tree: one row per family of names.
+"""Layouts of the state dicts of published vision transformers, one `Family` per way of naming the entries.
 
-A row tells which entries give a family away, where each of our arrays stands in it, and what goes with the network but
-not with its weights: input range, activation, epsilon, and how its own code resizes position embeddings. Linear weights
-are transposed, patch convolutions go to (height, width, in, out).
+A family says which entries identify it, which entry holds each of our arrays, and what the weights alone do not show:
+input normalisation, activation, epsilon, and how the network's own code resizes position embeddings. Linear weights are
+transposed; patch convolutions become (height, width, in, out).
 """
 
 import dataclasses
@@ -10,43 +10,44 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-HEAD_WIDTH = 64
-"""Usual width of one attention head; state dicts do not say how many heads there are."""
 UNUSUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
-"""Heads of the published networks of these widths (So400m, H, g, G, e), whose heads are wider than 64."""
-WHOLE_MODEL = ("visual.trunk.", "vision_model.", "dinov2.", "dinov2_with_registers.", "vit.", "deit.", "")
-"""What precedes a network's names where it is part of a larger model; '' is none."""
+"""Width -> number of heads of published networks whose heads are not 64 wide (So400m, H, g, G, e)."""
+PREFIXES = ("visual.trunk.", "vision_model.", "dinov2.", "dinov2_with_registers.", "vit.", "deit.", "")
+"""Prefixes of the network's names inside a larger model; '' is none."""
 
 TEXT = (
     r"(text_model|text|transformer|token_embedding|ln_final|text_projection|positional_embedding)(\.|$)",
-    "text tower",
+    "text encoder",
 )
 CONTRASTIVE = (r"logit_(scale|bias)$", "constant of the contrastive loss")
-SIZES = (r"(input_resolution|context_length|vocab_size)$", "sizes, which the arrays tell")
-POSITION_IDS = (r"embeddings\.position_ids$", "numbers 0, 1, 2 ...")
-MASK_TOKEN = (r"(embeddings\.)?mask_token$", "stands for hidden patches, a teacher sees whole images")
-HEAD = (r"(head|head_dist|classifier|cls_classifier|distillation_classifier|pooler)\.", "head: features are the tokens")
-POOLING = (r"(attn_pool|head)\.", "attention pooling: features are the tokens")
+SIZES = (r"(input_resolution|context_length|vocab_size)$", "sizes, which the arrays show")
+POSITION_IDS = (r"embeddings\.position_ids$", "the numbers 0, 1, 2, ...")
+MASK_TOKEN = (r"(embeddings\.)?mask_token$", "for masked patches, but a teacher sees complete images")
+HEAD = (
+    r"(head|head_dist|classifier|cls_classifier|distillation_classifier|pooler)\.",
+    "head; the features are the tokens before it",
+)
+POOLING = (r"(attn_pool|head)\.", "attention pooling; the features are the tokens before it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One way of naming a vision transformer, and what goes with the networks that are named so.
+    """One way of naming the entries of a vision transformer, and properties of the networks with these names.
 
     Attributes:
-        title: for messages.
-        has, lacks: patterns of entries; each of `has` must match one, each of `lacks` none.
-        trunk: our path, or our module, -> its name outside of the blocks.
-        block: the same inside of a block; a tuple names arrays that ours holds in one, one below the other.
+        title: name for messages.
+        has, lacks: regular expressions; each of `has` must match the start of an entry, none of `lacks` may.
+        trunk: our path, or our module, -> its name, outside the blocks.
+        block: the same inside a block; a tuple names arrays that are concatenated in ours.
         blocks: name of block i.
-        gated: block names that replace those of `block` where the MLP is gated.
-        arguments: what `VisionTransformer` needs beside the sizes.
-        flat_tokens: class token 'd' and positions 'n d', without a leading axis of 1.
-        normalization, activation: '' where the family does not settle it.
-        position_resize: how its own code resizes position embeddings, one of `positions.METHODS`.
-        projected: its published features go through the projection.
-        config_activation: what Hugging Face's config.json means when it names no activation; '' for other families.
-        dropped: (pattern, reason) of entries that teachers do not use.
+        gated: names that replace those of `block` if the MLP is gated.
+        arguments: arguments of `VisionTransformer` other than sizes.
+        flat_tokens: the class token is 'd' and the positions 'n d', without a leading axis of 1.
+        normalization, activation: '' if networks of the family differ in it.
+        position_resize: how the network's own code resizes position embeddings, one of `positions.METHODS`.
+        projected: whether the published features include the projection.
+        config_activation: activation if Hugging Face's config.json has none; '' for families without a config.json.
+        dropped: (pattern, reason) of entries that a teacher does not use.
     """
 
     title: str
@@ -201,7 +202,7 @@ FAMILIES = (
         has=(r"visual\.transformer\.resblocks\.", r"input_resolution$"),
         **_CLIP | {"activation": "quick_gelu"},
     ),
-    # these have GELU or QuickGELU, and nothing in the file tells which
+    # these networks have GELU or QuickGELU, and the file does not show which
     Family(
         title="OpenCLIP",
         has=(r"visual\.transformer\.resblocks\.",),
@@ -252,7 +253,7 @@ FAMILIES = (
         **_TIMM | {"arguments": {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}, "normalization": "clip"},
         activation="",
     ),
-    # as trained, and as Hugging Face has it; timm gives B/16, L/16 and So400m/14 the exact GELU
+    # the activation it was trained with, also in Hugging Face; timm uses exact GELU for B/16, L/16 and So400m/14
     Family(
         title="SigLIP in timm's names",
         has=(r"blocks\.\d+\.attn\.qkv\.", r"attn_pool\."),
@@ -275,4 +276,4 @@ FAMILIES = (
     ),
     Family(title="ViT in timm's names", has=(r"blocks\.\d+\.attn\.qkv\.",), **_TIMM),
 )
-"""Every family that is recognised; the first row that fits a state dict is taken."""
+"""All families; the first one that matches a state dict is used."""

@@ -1,13 +1,12 @@
 """Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 from absl import logging
 from flax import traverse_util
 
-from beitv2_jax.convert.files import read_config, read_weights
+from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
 from beitv2_jax.convert.positions import METHODS, resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import OUTPUTS, TeacherWeights, from_state
@@ -73,8 +72,8 @@ def load_teacher(
         arrays, config = read_weights(weights), read_config(weights)
         network = from_state(arrays, config, output=output, activation=activation, num_heads=num_heads)
         network = network._replace(normalization=normalization or network.normalization)
-        for reason, count in Counter(network.dropped.values()).items():
-            logging.info("teacher %s: %d entries not used: %s.", name, count, reason)
+        for text in group_by_reason(network.dropped):
+            logging.info("teacher %s: not used: %s", name, text)
     if not network.normalization:
         raise UserError(
             f"The weights of {name} do not say how their input images are normalised.",

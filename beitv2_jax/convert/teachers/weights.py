@@ -1,7 +1,7 @@
-"""A published vision transformer's state dict -> arguments and params of `models.teachers.NormalisedViT`.
+"""Convert the state dict of a published vision transformer to arguments and params of `NormalisedViT`.
 
-The family of names is recognised from the entries (`convert.teachers.layouts`). Every entry is used, or dropped for a
-stated reason; a missing, unknown or wrongly shaped one is an error that names it.
+The family of names is recognised from the entries (`convert.teachers.layouts`). Every entry is used or dropped for a
+known reason; a missing, unknown or wrongly shaped entry is an error that names it.
 """
 
 import re
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beitv2_jax.convert.teachers.layouts import FAMILIES, HEAD_WIDTH, UNUSUAL_HEADS, WHOLE_MODEL, Family
+from beitv2_jax.convert.arguments import HEAD_WIDTH
+from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.preprocess import NORMALIZATIONS
@@ -27,10 +28,10 @@ _DISTILLATION = "backbone/distillation_token"
 
 
 class TeacherWeights(NamedTuple):
-    """A network at the image size it was trained with.
+    """A teacher's network at the image size it was trained with.
 
     `arguments` and `projection_dim` (0: none) are those of `NormalisedViT`; `dropped` maps each unused entry to the
-    reason; `normalization` is '' where nothing settles it.
+    reason; `normalization` is '' if it is unknown.
     """
 
     arguments: dict
@@ -42,7 +43,7 @@ class TeacherWeights(NamedTuple):
 
 
 class _State:
-    """A state dict under the names that a family knows, the names in the file kept for messages."""
+    """A state dict with the names of a family, and the original names in the file for messages."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], family: Family, prefix: str):
         self.family = family
@@ -50,23 +51,23 @@ class _State:
         self.arrays = {name: np.asarray(arrays[original]) for name, original in self.original.items()}
         self.prefix = prefix
 
-    def misfit(self, problem: str) -> UserError:
+    def mismatch(self, problem: str) -> UserError:
         return UserError(
-            f"The weights have {problem}.",
-            f"they do not belong to a network of the kind they look like ({self.family.title}).",
-            "weights of one of the kinds that README.md lists under teachers, as they were published.",
+            f"The weights, recognised as {self.family.title}, have {problem}.",
+            "They may belong to another network with similar names, or may have been changed after publication.",
+            "Pass the unchanged weights of a network of this family.",
         )
 
     def require(self, name: str, ndim: int | None = None) -> np.ndarray:
         if name not in self.arrays:
-            raise self.misfit(f"no entry {self.prefix + name!r}")
+            raise self.mismatch(f"no entry {self.prefix + name!r}")
         array = self.arrays[name]
         if ndim is not None and array.ndim != ndim:
-            raise self.misfit(f"{self.original[name]!r} of shape {array.shape}, which should have {ndim} axes")
+            raise self.mismatch(f"{self.original[name]!r} of shape {array.shape}, where {ndim} axes are expected")
         return array
 
     def get(self, path: str) -> np.ndarray | None:
-        """Return the array of our trunk parameter `path` in its own layout, None where the file has none."""
+        """Return the array for our parameter `path` outside the blocks, in the file's layout, or None."""
         known = path in self.family.trunk or path.rpartition("/")[0] in self.family.trunk
         return self.arrays.get(self.family.names(path)[0]) if known else None
 
@@ -79,31 +80,31 @@ def from_state(
     activation: str = "",
     num_heads: int = 0,
 ) -> TeacherWeights:
-    """Return the network that a state dict holds.
+    """Return the network in a state dict.
 
     `config` is the config.json beside the file, if any. `output` 'projected' keeps the projection of contrastive
-    models, 'tokens' drops it, '' does as the family's published teacher does. `activation` and `num_heads` ('' and 0:
-    as the config or the family says) override.
+    models, 'tokens' drops it, '' does what the published teacher of the family does. `activation` and `num_heads`
+    replace those of the config or the family, unless they are '' and 0.
 
     Raises:
-        UserError: no known family, an entry missing, unknown or wrongly shaped, or a choice that is left to the user.
+        UserError: no known family, a missing, unknown or wrongly shaped entry, or an option that must be given.
     """
     family, prefix = recognise(arrays)
     state = _State(arrays, family, prefix)
-    described = _described(config) if family.config_activation else None
+    vision_config = _vision_config(config) if family.config_activation else None
     sizes = _sizes(state)
     if sizes.pop("gated"):
         activation = "swiglu"
     arguments = {
         **sizes,
-        "num_heads": _num_heads(sizes["width"], num_heads, described),
+        "num_heads": _num_heads(sizes["width"], num_heads, vision_config),
         "position": "absolute",
         "qkv_bias": "full",
         **family.arguments,
-        "activation": activation or _activation(family, described),
+        "activation": activation or _activation(family, vision_config),
     }
-    if described is not None and "layer_norm_eps" in described:
-        arguments["norm_eps"] = described["layer_norm_eps"]
+    if vision_config is not None and "layer_norm_eps" in vision_config:
+        arguments["norm_eps"] = vision_config["layer_norm_eps"]
     projection_dim = _projection_dim(state, output)
     params, used = _params(state, arguments, projection_dim)
     return TeacherWeights(
@@ -117,18 +118,18 @@ def from_state(
 
 
 def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
-    """Return the family of names and what precedes them in this file.
+    """Return the family of names and their prefix in this file.
 
     Raises:
-        UserError: no family fits, or they are weights of a BEiT model.
+        UserError: no family matches, or the weights are those of a BEiT model.
     """
     if any(re.search(_BEIT, name) for name in arrays):
         raise UserError(
-            "The weights are of a BEiT model.",
-            "a checkpoint of the released code, of timm or of Hugging Face, whose layouts are converted first.",
-            "python -m beitv2_jax.convert WEIGHTS RUN, then --config.teacher.weights=RUN",
+            "The weights are those of a BEiT model, which must be converted before it can be a teacher.",
+            "They may come from the released code, timm or Hugging Face.",
+            "Run python -m beitv2_jax.convert WEIGHTS RUN, then write --config.teacher.weights=RUN.",
         )
-    for prefix in WHOLE_MODEL:
+    for prefix in PREFIXES:
         names = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
 
         def found(pattern: str, names: list[str] = names) -> bool:
@@ -139,19 +140,19 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
                 return family, prefix
     some = ", ".join(sorted(arrays)[:3])
     raise UserError(
-        f"The weights are of no known kind of teacher: their entries are {some} ...",
-        "they are no vision transformer, or are wrapped in an outer dict.",
-        f"weights of one of these kinds: {'; '.join(family.title for family in FAMILIES)}.",
+        f"The weights belong to no known family of teachers; their first entries are {some}.",
+        "They may not be a vision transformer, or a state dict inside another dict.",
+        f"Pass weights of one of these families: {'; '.join(family.title for family in FAMILIES)}.",
     )
 
 
-def _described(config: dict | None) -> dict | None:
-    """Return the part of a Hugging Face config that describes the image network."""
+def _vision_config(config: dict | None) -> dict | None:
+    """Return the part of a Hugging Face config.json that describes the image network."""
     return None if config is None else config.get("vision_config", config)
 
 
 def _normalization(config: dict | None) -> str:
-    """Return the input range that the config.json of a timm repository states, '' where it states none."""
+    """Return the input normalisation in the config.json of a timm repository, '' if there is none."""
     stated = (config or {}).get("pretrained_cfg", {})
     for name, statistics in NORMALIZATIONS.items():
         if "mean" in stated and np.allclose((stated["mean"], stated["std"]), statistics, atol=1e-4):
@@ -159,31 +160,31 @@ def _normalization(config: dict | None) -> str:
     return ""
 
 
-def _activation(family: Family, described: dict | None) -> str:
-    if described is None:
+def _activation(family: Family, vision_config: dict | None) -> str:
+    if vision_config is None:
         activation = family.activation
-    elif "hidden_act" in described:
-        activation = _CONFIG_ACTIVATIONS.get(described["hidden_act"], "")
+    elif "hidden_act" in vision_config:
+        activation = _CONFIG_ACTIVATIONS.get(vision_config["hidden_act"], "")
     else:
         activation = family.config_activation
     if not activation:
         raise UserError(
-            f"Nothing beside the weights ({family.title}) tells the activation of their network.",
-            "networks of this kind were trained with different ones.",
-            "--config.teacher.activation=quick_gelu (OpenAI CLIP and its kin), gelu (most of OpenCLIP) or gelu_tanh "
-            "(SigLIP).",
+            f"The activation of the network ({family.title}) is unknown.",
+            "Networks of this family were trained with different ones, which their weights do not show.",
+            "Write --config.teacher.activation=quick_gelu (OpenAI CLIP and networks trained like it), gelu (most of "
+            "OpenCLIP) or gelu_tanh (SigLIP).",
         )
     return activation
 
 
-def _num_heads(width: int, num_heads: int, described: dict | None) -> int:
-    given = num_heads or (described or {}).get("num_attention_heads", 0 if described is None else 12)
+def _num_heads(width: int, num_heads: int, vision_config: dict | None) -> int:
+    given = num_heads or (vision_config or {}).get("num_attention_heads", 0 if vision_config is None else 12)
     heads = given or UNUSUAL_HEADS.get(width, width // HEAD_WIDTH)
     if heads == 0 or width % heads or (not given and width not in UNUSUAL_HEADS and width % HEAD_WIDTH):
         raise UserError(
-            f"A width of {width} cannot be cut into {f'{given} heads' if given else f'heads of {HEAD_WIDTH}'}.",
-            "the network has an unusual number of heads, which its weights do not tell.",
-            "--config.teacher.num_heads=N with the number of heads it was trained with.",
+            f"A width of {width} cannot be divided into {f'{given} heads' if given else f'heads of {HEAD_WIDTH}'}.",
+            "The network may have an unusual number of heads, which its weights do not show.",
+            "Write --config.teacher.num_heads=N with the number of heads that it was trained with.",
         )
     return heads
 
@@ -193,9 +194,9 @@ def _sizes(state: _State) -> dict[str, int]:
     (kernel_name,) = family.names("backbone/patch_embed/kernel")
     if kernel_name in state.arrays and state.arrays[kernel_name].ndim == 2 and family.flat_tokens:
         raise UserError(
-            f"{state.original[kernel_name]!r} maps flat patches: these are weights of a NaFlex network.",
-            "SigLIP 2 has checkpoints of two kinds; those with flexible image shapes are not supported.",
-            "a SigLIP 2 checkpoint of a fixed resolution, such as siglip2-base-patch16-224.",
+            f"{state.original[kernel_name]!r} takes flattened patches, as in NaFlex networks, which are not supported.",
+            "Did you mean a SigLIP 2 checkpoint with a fixed resolution?",
+            "Pass the weights of a checkpoint such as siglip2-base-patch16-224.",
         )
     width, _, patch_size, _ = state.require(kernel_name, ndim=4).shape
     pattern = re.escape(family.blocks).replace(r"\{\}", r"(\d+)")
@@ -220,15 +221,15 @@ def _sizes(state: _State) -> dict[str, int]:
 
 
 def _position_rows(state: _State) -> tuple[int, int]:
-    """Return how many rows of the position embedding precede the patches, and the side of the patch grid."""
+    """Return the number of rows before the patches in the position embedding, and the side of the patch grid."""
     (name,) = state.family.names("backbone/pos_embed")
     rows = state.require(name, ndim=2 if state.family.flat_tokens else 3).shape[-2]
     side = int(rows**0.5)
     special = state.family.arguments.get("class_token", True) + (state.get(_DISTILLATION) is not None)
     if side == 0 or rows - side**2 not in {0, special}:
-        raise state.misfit(
-            f"{state.original[name]!r} for {rows} places, which are no square of patches with or without the other "
-            f"tokens ('cls_token' ...) that are there"
+        raise state.mismatch(
+            f"{state.original[name]!r} with {rows} rows, which are not a square grid of patches, with or without the "
+            f"other tokens such as 'cls_token'"
         )
     return rows - side**2, side
 
@@ -244,16 +245,16 @@ def _projection_dim(state: _State, output: str) -> int:
         named = f" {family.names(path)[0]!r}" if family.projected else ""
         raise UserError(
             f"The weights ({family.title}) have no projection{named}.",
-            "only contrastive models have one, and some files hold their transformer alone.",
-            "--config.teacher.output=tokens for the normalised tokens in front of it.",
+            "Only contrastive models have one, and some files hold their transformer alone.",
+            "Write --config.teacher.output=tokens for the normalised tokens before the projection.",
         )
     if kernel.ndim != 2:
-        raise state.misfit(f"{family.names(path)[0]!r} of shape {kernel.shape}, which should have 2 axes")
+        raise state.mismatch(f"{family.names(path)[0]!r} of shape {kernel.shape}, where 2 axes are expected")
     return kernel.shape[0] if family.names(path)[0].endswith("weight") else kernel.shape[1]
 
 
 def _params(state: _State, arguments: dict, projection_dim: int) -> tuple[PyTree, set[str]]:
-    """Return our tree and the names of the entries in it."""
+    """Return our params and the names of the entries that they use."""
     size, width = arguments["image_size"], arguments["width"]
     model = NormalisedViT(Backbone(**arguments), projection_dim)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
@@ -272,9 +273,9 @@ def _params(state: _State, arguments: dict, projection_dim: int) -> tuple[PyTree
 def _array(
     state: _State, names: tuple[str, ...], shape: tuple[int, ...], stored: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Return the entries `names`, one below the other, in our layout of the given shape.
+    """Return the concatenation of the entries `names` in our layout, with the given shape.
 
-    PyTorch's 'weight' arrays are transposed, others are as ours or, with `stored`, of another shape.
+    Arrays called 'weight' are transposed; others have our shape or, if given, the shape `stored`.
     """
     axes = tuple(range(len(shape)))
     if stored is None and names[0].endswith("weight"):
@@ -284,18 +285,18 @@ def _array(
     for name in names:
         found = state.require(name).shape
         if found != tuple(expected):
-            raise state.misfit(
-                f"{state.original[name]!r} of shape {found} where {tuple(expected)} fits the other entries"
+            raise state.mismatch(
+                f"{state.original[name]!r} of shape {found}, but the other entries require {tuple(expected)}"
             )
     joined = np.concatenate([state.arrays[name] for name in names])
     return np.ascontiguousarray(joined.transpose(axes) if stored is None else joined.reshape(shape))
 
 
 def _positions(state: _State, width: int, num_registers: int) -> tuple[dict[str, np.ndarray], set[str]]:
-    """Return position embedding and registers, and the names of the entries they come from.
+    """Return position embedding and registers, and the names of the entries that they use.
 
-    Positions of [CLS] that a file leaves out are zeros. DeiT's distillation token is a register to which its position
-    has been added.
+    If the file has no position for [CLS], it is zero. DeiT's distillation token becomes a register, with its position
+    added to it.
     """
     family = state.family
     before, side = _position_rows(state)
@@ -320,8 +321,8 @@ def _dropped(state: _State, used: set[str]) -> dict[str, str]:
     for name in sorted(state.arrays.keys() - used):
         reasons = [reason for pattern, reason in state.family.dropped if re.match(pattern, name)]
         if state.family.projected and name in state.family.names("projection/kernel"):
-            reasons.append("projection: features are the tokens in front of it")
+            reasons.append("projection; the features are the tokens before it")
         if not reasons:
-            raise state.misfit(f"the unknown entry {state.original[name]!r}")
+            raise state.mismatch(f"the unknown entry {state.original[name]!r}")
         dropped[state.original[name]] = reasons[0]
     return dropped

@@ -1,1 +1,1 @@
-"""Reading and writing PyTorch files without PyTorch and without running code from them."""
+"""Read and write PyTorch files without PyTorch, and without running code from them."""

@@ -1,10 +1,10 @@
-"""An interpreter of pickles that calls nothing, for files whose origin nobody vouches for.
+"""Interpret pickles without calling anything, for files from sources that may not be trusted.
 
-A pickle is a program that may call any function Python can import. pickle.Unpickler can be told which names to look up,
-but lets the file call what they name, set attributes on it, and size its tables. So this interpreter knows the few
-operations that files of tensors are made of: a global name is a string that is looked up in the tables below and
-nowhere else, nothing is imported, no attribute is set, and whatever else a file asks for is refused by name. Memory and
-time stay within bounds that the size of the file sets. `convert.torch_files.reader` finds the pickles and the storages.
+A pickle is a program that may call any function that Python can import. pickle.Unpickler can restrict which names are
+looked up, but still lets the file call them, set attributes on them and choose the size of its tables. This interpreter
+supports only the operations that files of tensors need: a global name is a string that is looked up in the tables below
+and nowhere else, nothing is imported, no attribute is set, and everything else is refused by name. The size of the file
+bounds memory and time. `convert.torch_files.reader` finds the pickles and the storages.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _DTYPES = {f"torch.{dtype.name}" for dtype in _STORAGES.values()}
 _NUMPY_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _DICTS = {"collections.OrderedDict", "collections.Counter"}
-_STAND_FOR_FIRST_ARGUMENT = {
+_BECOME_FIRST_ARGUMENT = {
     "builtins.frozenset",
     "builtins.set",
     "torch.Size",
@@ -49,12 +49,12 @@ _STAND_FOR_FIRST_ARGUMENT = {
     "torch.jit._pickle.build_tensorlist",
     "torch.jit._pickle.restore_type_tag",
 }
-_STAND_FOR_ARGUMENTS = {"pathlib.PosixPath", "pathlib.WindowsPath", "torch.device"}
+_BECOME_ARGUMENTS = {"pathlib.PosixPath", "pathlib.WindowsPath", "torch.device"}
 _NAMESPACE, _ENCODE = "argparse.Namespace", "_codecs.encode"
 _DTYPE, _SCALAR = "numpy.dtype", "numpy._core.multiarray.scalar"
 _SCRIPT_MODULE = "__torch__."
 _KNOWN = {_NAMESPACE, _ENCODE, _DTYPE, _SCALAR, *_STORAGES, *_TENSORS, *_DICTS}
-_KNOWN |= _STAND_FOR_FIRST_ARGUMENT | _STAND_FOR_ARGUMENTS
+_KNOWN |= _BECOME_FIRST_ARGUMENT | _BECOME_ARGUMENTS
 _RENAMED = (("__builtin__.", "builtins."), ("numpy.core.", "numpy._core."), ("pathlib._local.", "pathlib."))
 
 _CONSTANTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"}
@@ -65,23 +65,23 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class ForbiddenError(Exception):
-    """The file asks for something outside the tables; the message names it."""
+    """The file needs something outside the tables; the message names it."""
 
 
-class Module(dict):
-    """What a module of a TorchScript archive holds."""
+class ScriptModule(dict):
+    """The attributes of a module in a TorchScript archive."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    """The name of something that Python could import; here it only stands for itself."""
+    """The name of something that Python could import; it is only compared with the tables."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """The numbers below tensors. `memory` is None while a file is only measured."""
+    """The numbers of one or more tensors; `memory` is None in the first pass over a legacy file."""
 
     name: str
     dtype: np.dtype
@@ -89,11 +89,11 @@ class _Storage:
     memory: memoryview | None
 
 
-class Machine:
-    """Runs one pickle.
+class Interpreter:
+    """Interprets one pickle.
 
-    `load(key, dtype)` gives the bytes of a storage; where it gives None, tensors become None. Whatever makes more of
-    less (tensors that share a storage, copies) draws on `budget` bytes; all else grows no faster than the pickle.
+    `load(key, dtype)` returns the bytes of a storage; if it returns None, tensors become None. `budget` limits the
+    bytes of tensors and copies, which may be larger than the file; everything else is no larger than the pickle.
 
     Every method raises ForbiddenError for what is refused, and ValueError or another exception for a damaged pickle.
     """
@@ -101,7 +101,7 @@ class Machine:
     def __init__(self, load: Callable[[str, np.dtype], memoryview | None], budget: int):
         self._load = load
         self._budget = budget
-        self._stack, self._below, self._memo = [], [], {}
+        self._stack, self._outer_stacks, self._memo = [], [], {}
         self._unfilled = {}
         self._pairwise = {
             "STACK_GLOBAL": lambda module, name: _find(f"{_name(module)}.{_name(name)}"),
@@ -111,7 +111,7 @@ class Machine:
         }
 
     def run(self, stream: io.BytesIO) -> object:
-        """Return what the pickle at the position of `stream` stands for, and leave the position right behind it."""
+        """Return the value of the pickle at the position of `stream`, and leave the position after it."""
         for operation, argument, _ in pickletools.genops(stream):
             if operation.name == "STOP":
                 break
@@ -132,7 +132,7 @@ class Machine:
         elif operation in ("BINGET", "LONG_BINGET"):
             stack.append(self._memo[argument])
         elif operation == "MARK":
-            self._below.append(stack)
+            self._outer_stacks.append(stack)
             self._stack = []
         elif operation in ("TUPLE", "APPENDS", "SETITEMS"):
             self._close_mark(operation)
@@ -150,10 +150,10 @@ class Machine:
         elif operation == "BINPERSID":
             stack.append(self._storage(*_expect(tuple, stack.pop())))
         elif operation not in ("PROTO", "FRAME"):
-            raise ForbiddenError(f"the pickle operation {operation} ({_words(argument)})")
+            raise ForbiddenError(f"the pickle operation {operation} ({_describe(argument)})")
 
     def _close_mark(self, operation: str) -> None:
-        items, self._stack = self._stack, self._below.pop()
+        items, self._stack = self._stack, self._outer_stacks.pop()
         if operation == "TUPLE":
             self._stack.append(tuple(items))
         elif operation == "APPENDS":
@@ -164,13 +164,13 @@ class Machine:
                 target[_name(key)] = value
 
     def _reduce(self, function: object, arguments: object) -> object:
-        """Return what the value of `function(*arguments)` is to be; nothing is called."""
+        """Return the value that represents `function(*arguments)`; nothing is called."""
         name, arguments = _expect(_Global, function).name, _expect(tuple, arguments)
         if name in _TENSORS:
             return self._tensor(*arguments[:4], *arguments[6:])
-        if name in _STAND_FOR_FIRST_ARGUMENT:
+        if name in _BECOME_FIRST_ARGUMENT:
             return arguments[0]
-        if name in _STAND_FOR_ARGUMENTS:
+        if name in _BECOME_ARGUMENTS:
             return arguments
         if name in _DICTS:
             return self._fill({}, *arguments[:1])
@@ -178,31 +178,31 @@ class Machine:
             text = _expect(str, arguments[0])
             self._spend(len(text))
             return text.encode("latin-1")
-        # a tuple of names, not a set: hashing what a file made up of nested tuples could take forever
+        # _NUMPY_CODES is a tuple, not a set: hashing nested tuples from a file could take forever
         if name == _DTYPE and arguments[0] in _NUMPY_CODES:
             return np.dtype(arguments[0])
         if name == _SCALAR:
             dtype, raw = _expect(np.dtype, arguments[0]), _expect(bytes, arguments[1])
             return np.frombuffer(raw, dtype, count=1)[0]
-        raise ForbiddenError(f"{name}({_words(arguments[0]) if arguments else ''})")
+        raise ForbiddenError(f"{name}({_describe(arguments[0]) if arguments else ''})")
 
     def _new_object(self, kind: object, arguments: object) -> dict:
         name = _expect(_Global, kind).name
         if arguments != () or not (name == _NAMESPACE or name.startswith(_SCRIPT_MODULE)):
             raise ForbiddenError(f"a new {name}")
-        made = {} if name == _NAMESPACE else Module()
+        made = {} if name == _NAMESPACE else ScriptModule()
         self._unfilled[id(made)] = made
         return made
 
     def _build(self, target: object, state: object) -> object:
-        """Give `target` its state; that of an OrderedDict (the _metadata of state dicts) is left out."""
+        """Set the state of `target`; the state of an OrderedDict (the _metadata of state dicts) is ignored."""
         if id(target) in self._unfilled:
             self._fill(self._unfilled.pop(id(target)), _expect(dict, state))
         elif isinstance(target, np.dtype):
             if _expect(tuple, state)[1] not in ("<", "|"):
                 raise ValueError("its numbers are big-endian")
         elif type(target) is not dict:
-            raise ForbiddenError(f"a change to {_words(target)}")
+            raise ForbiddenError(f"a change to {_describe(target)}")
         return target
 
     def _fill(self, target: dict, pairs: dict | list = ()) -> dict:
@@ -214,17 +214,17 @@ class Machine:
     def _storage(self, tag: object, kind: object, key: object, _device: object, length: object, view: object = None):
         kind = _expect(_Global, kind).name
         if tag != "storage" or kind not in _STORAGES or view is not None:
-            raise ForbiddenError(f"{kind} as {_words(tag)}, a view of {_words(view)}")
+            raise ForbiddenError(f"{kind} as {_describe(tag)}, a view of {_describe(view)}")
         key, dtype = _name(_expect(str, key)), _STORAGES[kind]
         memory, needed = self._load(key, dtype), _count(length) * dtype.itemsize
         if memory is not None and len(memory) < needed:
-            raise ValueError(f"its storage {key} has {len(memory)} bytes where {needed} are claimed")
+            raise ValueError(f"its storage {key} has {len(memory)} bytes, but its length requires {needed}")
         return _Storage(key, dtype, length, memory)
 
     def _tensor(self, storage: object, offset: object, shape: object, strides: object, metadata: object = None):
         storage, offset, shape, strides = _expect(_Storage, storage), _count(offset), _counts(shape), _counts(strides)
         if len(shape) != len(strides) or metadata:
-            raise ValueError(f"a tensor of shape {shape} has strides {strides} and metadata {_words(metadata)}")
+            raise ValueError(f"a tensor of shape {shape} has strides {strides} and metadata {_describe(metadata)}")
         if storage.memory is None:
             return None
         size, itemsize = math.prod(shape), storage.dtype.itemsize
@@ -233,7 +233,7 @@ class Machine:
         needed = offset + 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
         if needed > storage.length:
             has = f"its storage {storage.name} has {storage.length} numbers"
-            raise ValueError(f"{has} where a tensor of shape {shape} needs {needed}")
+            raise ValueError(f"{has}, but a tensor of shape {shape} needs {needed}")
         self._spend(size * itemsize)
         steps = tuple(stride * itemsize for stride in strides)
         return np.ndarray(shape, storage.dtype, storage.memory, offset * itemsize, steps)
@@ -241,7 +241,7 @@ class Machine:
     def _spend(self, size: int) -> None:
         self._budget -= size
         if self._budget < 0:
-            raise ValueError("its tensors take far more room than the file, as if made to exhaust the memory")
+            raise ValueError("its tensors take far more memory than the file")
 
 
 def _find(name: str) -> object:
@@ -255,17 +255,17 @@ def _find(name: str) -> object:
 
 
 def _name(value: object) -> object:
-    """Return `value` if it may be a key: of bounded length, since others could take forever to hash and compare."""
+    """Return `value` if it may be a key: keys have a bounded length, so that hashing and comparing them is fast."""
     if isinstance(value, str) and len(value) <= MAX_NAME:
         return value
     if isinstance(value, float | None) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
-    raise ValueError(f"it uses {_words(value)} as a name")
+    raise ValueError(f"it uses {_describe(value)} as a name")
 
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"it counts {_words(value)} numbers")
+        raise ValueError(f"it has {_describe(value)} as a count")
     return value
 
 
@@ -277,12 +277,12 @@ def _counts(values: object) -> tuple[int, ...]:
 
 def _expect(kind: type, value: object) -> object:
     if not isinstance(value, kind):
-        raise ValueError(f"its pickle has {_words(value)} in place of a {kind.__name__.strip('_').lower()}")
+        raise ValueError(f"its pickle has {_describe(value)} instead of a {kind.__name__.strip('_').lower()}")
     return value
 
 
-def _words(value: object) -> str:
-    """Return a few words for `value`; containers are only named, since they may hold themselves."""
+def _describe(value: object) -> str:
+    """Return a short description of `value`; for containers only the type, since they may contain themselves."""
     if isinstance(value, str | int | float | bytes | None):
         return reprlib.repr(value)
     return value.name if isinstance(value, _Global) else f"a {type(value).__name__}"

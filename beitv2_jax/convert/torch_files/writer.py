@@ -1,6 +1,6 @@
-"""Write PyTorch's zip format without PyTorch: nested dicts with arrays as leaves, readable by `torch.load`.
+"""Write PyTorch's zip format without PyTorch: nested dicts with arrays as leaves, which `torch.load` reads.
 
-The pickle inside names only what tensors need, so `torch.load(weights_only=True)` takes it.
+The pickle names only what tensors need, so `torch.load(weights_only=True)` accepts it.
 """
 
 import pickle
@@ -27,7 +27,7 @@ def save(path: Path, tree: dict) -> None:
     """Write `tree` (dicts with string keys, arrays as leaves) to `path`.
 
     Raises:
-        UserError: an array of a type that PyTorch does not have.
+        UserError: an array of a dtype that PyTorch does not have.
     """
     arrays: list[np.ndarray] = []
     program = pickle.PROTO + b"\x02" + _pickled(tree, arrays) + pickle.STOP
@@ -40,7 +40,7 @@ def save(path: Path, tree: dict) -> None:
 
 
 def _pickled(value, arrays: list[np.ndarray]) -> bytes:
-    """Return the pickle opcodes that push `value`; arrays are collected, their opcodes refer to them by number."""
+    """Return the pickle opcodes that push `value`; arrays are appended to `arrays` and referred to by index."""
     if isinstance(value, dict):
         items = b"".join(_pickled(key, arrays) + _pickled(inner, arrays) for key, inner in value.items())
         return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
@@ -59,9 +59,9 @@ def _pickled(value, arrays: list[np.ndarray]) -> bytes:
 def _tensor(array: np.ndarray, arrays: list[np.ndarray]) -> bytes:
     if array.dtype.name not in _STORAGES:
         raise UserError(
-            f"PyTorch files hold no arrays of type {array.dtype}.",
-            "the weights were changed to an unusual type.",
-            f"one of {', '.join(_STORAGES)}.",
+            f"PyTorch files cannot hold arrays of dtype {array.dtype}.",
+            "The weights may have been converted to an unusual dtype.",
+            f"Convert the arrays to one of {', '.join(_STORAGES)}.",
         )
     arrays.append(array)
     strides = tuple(int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim))

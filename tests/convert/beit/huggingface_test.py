@@ -1,4 +1,4 @@
-"""Models of transformers: their stored numbers, names and configs, in and out."""
+"""Beit models of transformers: stored outputs, names and configs, read and written."""
 
 import json
 
@@ -15,7 +15,7 @@ CASES = [name for name in NAMES if name.startswith("huggingface")]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_their_weights_give_their_answers(name, tmp_path):
+def test_their_weights_give_their_outputs(name, tmp_path):
     theirs = peer(name)
     weights = read(theirs.write(tmp_path / "theirs"))
     assert weights.layout == "huggingface"
@@ -24,7 +24,7 @@ def test_their_weights_give_their_answers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_their_files_come_back_exactly(name, tmp_path):
+def test_their_files_round_trip_exactly(name, tmp_path):
     theirs = peer(name)
     assert write(read(theirs.write(tmp_path / "theirs")), str(tmp_path / "back"), "huggingface") == {}
     state = load_file(tmp_path / "back" / "model.safetensors")
@@ -33,7 +33,7 @@ def test_their_files_come_back_exactly(name, tmp_path):
         assert array.dtype == theirs.state[key].dtype and array.shape == theirs.state[key].shape, key
         np.testing.assert_array_equal(array, theirs.state[key], err_msg=key)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    # stochastic depth is no property of weights; transformers writes more than it needs
+    # stochastic depth is not stored in weights, and transformers writes keys that it does not need
     same = {key: value for key, value in config.items() if key != "drop_path_rate"}
     if theirs.config["architectures"] == ["BeitModel"]:
         same = {key: value for key, value in same.items() if not key.endswith("2id") and key != "id2label"}
@@ -45,7 +45,7 @@ def test_their_files_come_back_exactly(name, tmp_path):
 
 @pytest.mark.parametrize("position", ("absolute", "relative", "relative_shared"))
 @pytest.mark.parametrize("kind", ("mim", "classifier"))
-def test_our_weights_come_back_exactly(kind, position, tmp_path):
+def test_our_weights_round_trip_exactly(kind, position, tmp_path):
     weights = drawn_weights(kind, position=position)
     left_out = write(weights, str(tmp_path / "theirs"), "huggingface")
     again = read(str(tmp_path / "theirs"))
@@ -69,7 +69,7 @@ def test_published_files_have_index_buffers(tmp_path):
     assert all(name.startswith("beit.encoder.layer.") for name in weights.dropped)
 
 
-def test_names_at_fault_are_theirs(tmp_path):
+def test_errors_use_the_names_in_the_file(tmp_path):
     def refused(match, change, config=None):
         theirs = peer("huggingface_relative")
         change(theirs.state)
@@ -96,13 +96,13 @@ def test_names_at_fault_are_theirs(tmp_path):
     refused("hidden_act='relu'", lambda state: None, {"hidden_act": "relu"})
 
 
-def test_what_transformers_cannot_build_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no Beit of kind 'vqkd'"):
+def test_models_that_transformers_cannot_build_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no Beit model of kind 'vqkd'"):
         write(drawn_weights("vqkd"), str(tmp_path / "a"), "huggingface")
-    with pytest.raises(UserError, match="13 wide, the transformer 10"):
+    with pytest.raises(UserError, match="13 wide, but the transformer 10"):
         write(drawn_weights("segmenter"), str(tmp_path / "b"), "huggingface")
     weights = drawn_weights("segmenter")
     weights.arguments["channels"] = weights.arguments["width"]
-    with pytest.raises(UserError, match="cannot read its last block"):
+    with pytest.raises(UserError, match="cannot read the last layer"):
         write(weights, str(tmp_path / "c"), "huggingface")
     assert not list(tmp_path.iterdir())

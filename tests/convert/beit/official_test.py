@@ -1,4 +1,4 @@
-"""Released state dicts to our trees and back: every name, every shape, refusals; the published files' contents."""
+"""Converting released state dicts to our variables and back: names, shapes, errors and the published files."""
 
 import math
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from beitv2_jax.convert import arguments as arguments_module
 from beitv2_jax.convert.beit import official
-from beitv2_jax.convert.beit.official import dropped, from_official, recognise, to_official
+from beitv2_jax.convert.beit.official import dropped_entries, from_official, recognise, to_official
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 
 DEAD = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
 KINDS = ("vqkd", "mim", "classifier", "segmenter")
 PUBLISHED = {
-    # keys and trained parameters: facts 3.6, 5.1, 1.11, 7a to 7c; UPerNet below: 6.2
+    # number of keys, trained parameters and dropped entries of the published files
     "vqkd_1x768x12_clip": (194, 94_655_008, 329),
     "vqkd_3x768x12_clip": (220, 108_829_216, 329),
     "vqkd_1x768x12_dino": (194, 94_851_872, 329),
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def quick_shapes(monkeypatch):
-    """Trace each model once: hundreds of damaged state dicts have the sizes of one."""
+    """Trace each model only once: hundreds of wrong state dicts have the same sizes."""
     traced = {}
 
     def shapes(kind, arguments):
@@ -62,7 +62,7 @@ def test_published_files(name, quick_shapes):
     else:
         assert len(state) == num_keys
     assert recognise(state) == kind
-    assert len(dropped(kind, state)) == num_dropped
+    assert len(dropped_entries(kind, state)) == num_dropped
     variables = from_official(kind, state)
     assert count(variables) == num_params
     back = to_official(kind, variables)
@@ -82,7 +82,7 @@ def test_published_segmentation_models(width, depth, num_heads, num_params):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_released_code_s_own_state_dicts_come_back_exactly(name, golden_dir):
+def test_state_dicts_of_the_released_code_round_trip_exactly(name, golden_dir):
     with np.load(golden_dir / f"{name}.npz", allow_pickle=False) as arrays:
         state = {key.removeprefix("sd/"): arrays[key] for key in arrays.files if key.startswith("sd/")}
     kind = recognise(state)
@@ -106,7 +106,7 @@ def test_the_released_code_s_own_state_dicts_come_back_exactly(name, golden_dir)
     depth=st.integers(1, 3),
     layer_scale=st.booleans(),
 )
-def test_every_size_comes_back_exactly(**sizes):
+def test_every_size_round_trips_exactly(**sizes):
     kind = sizes.pop("kind")
     state = drawn_state(kind, **sizes)
     assert recognise(state) == kind
@@ -121,7 +121,7 @@ def test_tokenizer_tree():
     state = drawn_state("vqkd")
     extra = {"teacher_model.visual.proj": np.ones(3), "scaling_layer.shift": np.ones(3), "loss.x": np.ones(3)}
     variables = from_official("vqkd", state | extra)
-    assert set(dropped("vqkd", state | extra)) == {*extra, *DEAD}
+    assert set(dropped_entries("vqkd", state | extra)) == {*extra, *DEAD}
     assert set(variables["params"]) == {
         *("encoder", "encoder_norm", "encode_task", "decoder", "decoder_norm", "decode_task")
     }
@@ -140,9 +140,9 @@ def test_tokenizer_tree():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_missing_name_is_named(kind, quick_shapes):
     state = drawn_state(kind)
-    recomputed = set(dropped(kind, state))
+    recomputed = set(dropped_entries(kind, state))
     for name in state:
-        # without any position there is a model without positions; without any head one of no classes
+        # without positions or head the state dict is that of another valid model
         if (
             name in recomputed
             or name.endswith("pos_embed")
@@ -156,7 +156,7 @@ def test_every_missing_name_is_named(kind, quick_shapes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_wrong_shape_is_named(kind, quick_shapes):
     state = drawn_state(kind, position="relative" if kind in ("classifier", "segmenter") else "absolute")
-    recomputed = {name for name in dropped(kind, state) if not name.endswith("index")}
+    recomputed = {name for name in dropped_entries(kind, state) if not name.endswith("index")}
     for name, array in state.items():
         if name in recomputed or array.ndim == 0:
             continue
@@ -197,7 +197,7 @@ def test_another_order_of_offsets_is_refused():
     state = drawn_state("mim", position="relative_shared", grid=3)
     name = "rel_pos_bias.relative_position_index"
     np.testing.assert_array_equal(state[name], relative_position_index((3, 3)))
-    with pytest.raises(UserError, match=f"unknown way, by '{name}'"):
+    with pytest.raises(UserError, match=f"unknown order of relative position offsets in '{name}'"):
         from_official("mim", state | {name: state[name].T})
     with pytest.raises(UserError, match=r"no table for the index 'blocks\.0\.attn\."):
         from_official("mim", state | {"blocks.0.attn.relative_position_index": state[name]})

@@ -1,4 +1,4 @@
-"""timm's Beit models: their stored numbers and names, in and out."""
+"""Beit models of timm: stored outputs and names, read and written."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ HEADS = {"timm_absolute": 3}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_their_weights_give_their_answers_and_come_back_exactly(name, tmp_path):
+def test_their_weights_give_their_outputs_and_round_trip_exactly(name, tmp_path):
     theirs = peer(name)
     weights = read(theirs.write(tmp_path / "theirs"), num_heads=HEADS.get(name))
     assert weights.dropped == {}
     assert error(answers(weights, theirs.inputs), theirs.outputs["logits"]) < 1e-5
-    untold = {"num_heads"} if name == "timm_absolute" else set()
-    assert write(weights, str(tmp_path / "back.safetensors"), "timm").keys() == untold
+    not_stored = {"num_heads"} if name == "timm_absolute" else set()
+    assert write(weights, str(tmp_path / "back.safetensors"), "timm").keys() == not_stored
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == theirs.state.keys()
     for key, array in back.items():
@@ -28,7 +28,7 @@ def test_their_weights_give_their_answers_and_come_back_exactly(name, tmp_path):
 
 
 @pytest.mark.parametrize("position", ("absolute", "relative", "relative_shared"))
-def test_our_weights_come_back_exactly(position, tmp_path):
+def test_our_weights_round_trip_exactly(position, tmp_path):
     weights = drawn_weights("classifier", position=position)
     write(weights, str(tmp_path / "theirs.safetensors"), "timm")
     again = read(str(tmp_path / "theirs.safetensors"), num_heads=2)
@@ -51,14 +51,14 @@ def test_a_masked_image_model_becomes_features(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("vqkd", "segmenter"))
-def test_what_timm_does_not_have_is_refused(kind, tmp_path):
+def test_models_that_timm_does_not_have_are_refused(kind, tmp_path):
     with pytest.raises(UserError, match=f"timm has no model of kind '{kind}'"):
         write(drawn_weights(kind), str(tmp_path / "theirs.safetensors"), "timm")
 
 
-def test_another_epsilon_is_not_lost_silently(tmp_path):
+def test_an_epsilon_that_is_not_stored_is_reported(tmp_path):
     weights = drawn_weights("classifier", position="relative")
     weights.arguments["norm_eps"] = 1e-12
     assert write(weights, str(tmp_path / "theirs.npz"), "timm") == {
-        "norm_eps": "1e-12 has no place in this layout, whose models take 1e-06"
+        "norm_eps": "the layout cannot store 1e-12; it will be read as 1e-06"
     }

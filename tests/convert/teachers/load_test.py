@@ -1,4 +1,4 @@
-"""Loading a teacher by path: published networks, runs of ours, other grids, and errors that say what to change."""
+"""Loading a teacher: published networks, runs of this package, other grids, and errors."""
 
 import functools
 import json
@@ -62,17 +62,17 @@ def pixels_of(size, seed=0):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_gives_the_features_of_its_library(name, tmp_path):
-    """Features of transformers, timm and open_clip, computed in float64; some on another grid than the weights'."""
+    """Features of transformers, timm and open_clip, in float64; some on another grid than the weights."""
     assert CASES[name].error(tmp_path) < teacher_cases.TOLERANCE
 
 
-def test_the_cases_can_tell_details_apart(tmp_path):
-    """What must not be overlooked moves the features by more than what is allowed."""
+def test_the_cases_detect_wrong_details(tmp_path):
+    """Wrong options change the features by more than the tolerance."""
     for name, option in (("hf_clip", {"activation": "gelu_tanh"}), ("hf_dinov2", {"position_resize": "antialias"})):
         assert CASES[name].error(tmp_path, **option) > 1.5 * teacher_cases.TOLERANCE, name
 
 
-def test_what_published_networks_are_used_with(tmp_path):
+def test_default_options_of_published_networks(tmp_path):
     used = {}
     for name in ("openai_clip", "open_clip", "hf_clip", "hf_siglip", "dinov2", "hf_dinov2_giant_registers"):
         teacher, _ = CASES[name].load(tmp_path)
@@ -88,7 +88,7 @@ def test_what_published_networks_are_used_with(tmp_path):
     }
 
 
-def test_a_timm_file_gives_timm_features(timm_file):
+def test_a_timm_file_gives_the_features_of_timm(timm_file):
     teacher, params = load_teacher(str(timm_file), image_size=32, num_heads=3, normalization="half")
     assert (teacher.name, teacher.grid, teacher.width) == ("vit_golden", (4, 4), 48)
     with np.load(TIMM, allow_pickle=False) as arrays:
@@ -108,7 +108,7 @@ def test_clip_features_without_the_projection(tmp_path):
     np.testing.assert_allclose(tokens @ params["projection"]["kernel"], case.features, atol=1e-4)
 
 
-def test_a_teacher_of_other_patches_sees_images_of_the_same_grid(tmp_path):
+def test_a_teacher_with_other_patches_gets_images_with_the_same_grid(tmp_path):
     """Patch 14 for a tokenizer of patch 16: 48-pixel views with 3 x 3 patches become 42-pixel images."""
     case = CASES["hf_dinov2_giant_registers"]
     views = pixels_of(48)
@@ -123,8 +123,8 @@ def test_a_teacher_of_other_patches_sees_images_of_the_same_grid(tmp_path):
     np.testing.assert_allclose(features, tokens[:, 5:], atol=1e-5 * np.abs(tokens).max())
 
 
-def test_a_teacher_s_features_resampled_to_the_tokenizer_s_grid(tmp_path):
-    """The network sees the size that it was trained with, 70 pixels, and its 5 x 5 features become 3 x 3."""
+def test_features_are_resampled_to_the_grid_of_the_tokenizer(tmp_path):
+    """The network gets images of its trained size, 70 pixels, and its 5 x 5 features become 3 x 3."""
     case = CASES["hf_dinov2_giant_registers"]
     teacher, params = case.load(tmp_path, image_size=48, grid_match="resample_features")
     assert (teacher.input_size, teacher.network_grid, teacher.grid) == (70, (5, 5), (3, 3))
@@ -139,7 +139,7 @@ def test_a_teacher_s_features_resampled_to_the_tokenizer_s_grid(tmp_path):
     assert np.abs(features - quick_jit(matched.features)(params, views)).max() > 0.01
 
 
-def test_without_a_grid_the_teacher_s_own_patches_count(tmp_path):
+def test_without_a_grid_the_teacher_s_patch_size_is_used(tmp_path):
     case = CASES["hf_dinov2_giant_registers"]
     teacher, _ = case.load(tmp_path, image_size=56, grid=None)
     assert (teacher.grid, teacher.input_size) == ((4, 4), 56)
@@ -155,14 +155,14 @@ def test_position_embeddings_are_resized_as_asked():
     }
     for method, result in results.items():
         np.testing.assert_array_equal(result[:, 0], embedding[:, 0], err_msg=method)
-    # antialiased, constants and slopes stay what they are away from the border
+    # antialiasing preserves slopes away from the border
     ramp = np.broadcast_to(np.arange(16.0).reshape(16, 1, 1), (16, 16, 2)).reshape(1, 256, 2).astype(np.float32)
     resized = resize_position_embedding(ramp, (8, 8), method="antialias", num_prefix=0).reshape(8, 8, 2)
     np.testing.assert_allclose(resized[2:6, :, 0], np.broadcast_to(np.arange(4.5, 12, 2)[:, None], (4, 8)), atol=1e-5)
     assert np.abs(results["antialias"] - results["bicubic"]).max() > 0.01
 
 
-def test_the_hash_follows_the_weights(timm_file, tmp_path):
+def test_the_hash_depends_on_the_weights(timm_file, tmp_path):
     teacher, _ = load_teacher(str(timm_file), image_size=32, num_heads=3, normalization="half")
     with np.load(timm_file) as arrays:
         changed = {name: arrays[name] for name in arrays.files}
@@ -190,7 +190,7 @@ def test_a_finetune_run_is_a_teacher_with_its_own_normalization(finetune_run):
     np.testing.assert_allclose(quick_jit(teacher.features)(loaded, pixels), tokens[:, 1:], atol=1e-6)
 
 
-def test_a_finetune_run_sees_another_size_with_its_positions_resized(finetune_run):
+def test_positions_of_a_finetune_run_are_resized_to_another_image_size(finetune_run):
     workdir, params = finetune_run
     teacher, loaded = load_teacher(str(workdir), image_size=8)
     assert (teacher.grid, teacher.input_size) == ((4, 4), 8)
@@ -199,7 +199,7 @@ def test_a_finetune_run_sees_another_size_with_its_positions_resized(finetune_ru
     assert quick_jit(teacher.features)(loaded, pixels_of(8)).shape == (2, 16, 10)
 
 
-def test_a_mim_run_is_a_teacher_by_its_normalised_tokens(tmp_path):
+def test_a_mim_run_is_a_teacher_with_normalised_tokens(tmp_path):
     sizes = dict(patch_size=2, width=10, depth=2, num_heads=5, mlp_dim=7)
     model = dict(**sizes, codebook_size=3, early_layer=1, head_depth=1)
     variables = drawn_variables(

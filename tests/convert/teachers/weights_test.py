@@ -1,4 +1,4 @@
-"""State dicts of published ViTs: which family, every entry placed or dropped for a reason, errors that name it."""
+"""State dicts of published ViTs: their family, the use of every entry, and errors that name entries."""
 
 import re
 
@@ -68,13 +68,13 @@ def test_arguments_and_tree_fit_our_transformer():
     weights = from_state(make_state(), num_heads=2)
     expected = dict(image_size=10, patch_size=5, width=6, depth=3, num_heads=2, mlp_dim=7, num_registers=0)
     assert weights.arguments == {**expected, "position": "absolute", "qkv_bias": "full", "activation": "gelu"}
-    assert weights.dropped == dict.fromkeys(("head.bias", "head.weight"), "head: features are the tokens")
+    assert weights.dropped == dict.fromkeys(("head.bias", "head.weight"), "head; the features are the tokens before it")
     model = NormalisedViT(Backbone(**weights.arguments))
     ours = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 10, 10, 3), np.float32))
     assert jax.tree.map(np.shape, weights.params) == jax.tree.map(np.shape, ours["params"])
 
 
-def test_every_entry_arrives_once_in_our_layout():
+def test_every_entry_is_used_once_in_our_layout():
     state = make_state()
     flat = traverse_util.flatten_dict(from_state(state, num_heads=3).params, sep="/")
     np.testing.assert_array_equal(flat["backbone/blocks_2/mlp/fc1/kernel"], state["blocks.2.mlp.fc1.weight"].T)
@@ -87,7 +87,7 @@ def test_every_entry_arrives_once_in_our_layout():
 
 
 @pytest.mark.parametrize("name", TITLES)
-def test_the_family_is_read_from_the_entries(name):
+def test_the_family_is_recognised_from_the_entries(name):
     family, _ = recognise(CASES[name].state)
     assert family.title == TITLES[name]
     assert TITLES.keys() == CASES.keys()
@@ -95,16 +95,16 @@ def test_the_family_is_read_from_the_entries(name):
 
 @pytest.mark.parametrize("name", TITLES)
 def test_every_entry_of_every_family_is_used_or_dropped(name):
-    """Each entry has a place or a reason to have none; one that is missing is asked for by name."""
+    """Every entry is used or dropped for a reason, and an error names each missing entry."""
     case, weights = CASES[name], case_weights(name)
     assert all(weights.dropped.values())
     used = sorted(case.state.keys() - weights.dropped.keys())
     size = sum(case.state[key].size for key in used)
     ours = {path: array.size for path, array in traverse_util.flatten_dict(weights.params, sep="/").items()}
-    # timm leaves out the position of [CLS], DeiT's second special token shares the row of its position
+    # timm has no position for [CLS]; the position of DeiT's distillation token is added to the token
     added = {"timm_dinov2_registers": 16, "timm_deit": -16, "hf_deit": -16}.get(name, 0)
     assert sum(ours.values()) == size + added
-    # without its registers a network is one of the same family that has none
+    # a network without its registers is still a network of its family
     for key in (key for key in used if not re.search(r"\.\d+\.|reg(ister)?_token", key)):
         short = {other: array for other, array in case.state.items() if other != key}
         with pytest.raises(UserError) as caught:
@@ -114,22 +114,22 @@ def test_every_entry_of_every_family_is_used_or_dropped(name):
 
 def test_what_is_dropped_and_why():
     reasons = set(case_weights("openai_clip").dropped.values())
-    assert reasons == {"text tower", "constant of the contrastive loss", "sizes, which the arrays tell"}
+    assert reasons == {"text encoder", "constant of the contrastive loss", "sizes, which the arrays show"}
     whole = case_weights("hf_siglip").dropped
-    assert whole["vision_model.head.probe"] == "attention pooling: features are the tokens"
+    assert whole["vision_model.head.probe"] == "attention pooling; the features are the tokens before it"
     assert "text_model.head.weight" in whole and "logit_bias" in whole
-    assert case_weights("dinov2").dropped == {"mask_token": "stands for hidden patches, a teacher sees whole images"}
+    assert case_weights("dinov2").dropped == {"mask_token": "for masked patches, but a teacher sees complete images"}
     case = CASES["openai_clip"]
     tokens = from_state(case.state, output="tokens", num_heads=2)
     assert tokens.projection_dim == 0
-    assert tokens.dropped["visual.proj"] == "projection: features are the tokens in front of it"
+    assert tokens.dropped["visual.proj"] == "projection; the features are the tokens before it"
 
 
-def test_the_towers_of_whole_models_are_found():
+def test_networks_inside_larger_models_are_found():
     state = {f"visual.trunk.{name}": array for name, array in make_state().items() if not name.startswith("head")}
     weights = from_state({**state, "text.x.weight": np.ones(3), "logit_scale": np.ones(())}, num_heads=2)
     np.testing.assert_array_equal(weights.params["norm"]["scale"], state["visual.trunk.norm.weight"])
-    assert weights.dropped == {"text.x.weight": "text tower", "logit_scale": "constant of the contrastive loss"}
+    assert weights.dropped == {"text.x.weight": "text encoder", "logit_scale": "constant of the contrastive loss"}
     with pytest.raises(UserError, match=r"'visual\.trunk\.extra'"):
         from_state({**state, "visual.trunk.extra": np.ones(3)}, num_heads=2)
 
@@ -181,7 +181,7 @@ def test_wrong_shape_of_one_of_three_is_named(name):
 
 
 @pytest.mark.parametrize("num_heads", [0, 4])
-def test_heads_that_do_not_fit_ask_for_the_option(num_heads):
+def test_heads_that_do_not_fit_name_the_option(num_heads):
     with pytest.raises(UserError, match="num_heads"):
         from_state(make_state(), num_heads=num_heads)
 
@@ -196,13 +196,13 @@ def test_heads_of_the_published_widths(width, heads):
     assert from_state(state).arguments["num_heads"] == heads
 
 
-def test_a_hugging_face_config_settles_heads_activation_and_epsilon():
+def test_a_hugging_face_config_sets_heads_activation_and_epsilon():
     case = CASES["hf_clip"]
     assert case_weights("hf_clip").arguments["activation"] == "gelu"
     described = {"vision_config": {"num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3}}
     arguments = from_state(case.state, described).arguments
     assert (arguments["num_heads"], arguments["activation"], arguments["norm_eps"]) == (4, "gelu_tanh", 1e-3)
-    # what a config leaves out is the library's default
+    # a missing key means the default of the library
     assert from_state(case.state, {"vision_config": {"num_attention_heads": 4}}).arguments["activation"] == "quick_gelu"
     with pytest.raises(UserError, match="12 heads"):
         from_state(case.state, {"vision_config": {}})
@@ -212,7 +212,7 @@ def test_a_hugging_face_config_settles_heads_activation_and_epsilon():
         from_state(case.state, {"vision_config": {"num_attention_heads": 4, "hidden_act": "relu"}})
 
 
-def test_a_timm_repository_s_config_tells_the_input_range():
+def test_a_timm_config_sets_the_normalization():
     for mean, name in ((0.5, "half"), (0.485, "imagenet")):
         stated = {"mean": [0.5] * 3, "std": [0.5] * 3}
         if name == "imagenet":
@@ -221,7 +221,7 @@ def test_a_timm_repository_s_config_tells_the_input_range():
     assert from_state(make_state(), {"pretrained_cfg": {}}, num_heads=2).normalization == ""
 
 
-def test_an_activation_that_the_file_does_not_tell_is_asked_for():
+def test_an_unknown_activation_is_an_error():
     for name in ("open_clip", "timm_clip"):
         with pytest.raises(UserError, match=r"teacher\.activation=quick_gelu"):
             from_state(CASES[name].state, num_heads=2)
@@ -231,7 +231,7 @@ def test_an_activation_that_the_file_does_not_tell_is_asked_for():
         from_state(without_class_token, num_heads=2)
 
 
-def test_a_projection_that_is_not_there_is_asked_about():
+def test_a_missing_projection_is_an_error():
     with pytest.raises(UserError, match=r"visual_projection.*\n.*\n.*teacher\.output=tokens"):
         from_state(CASES["hf_clip_tokens"].state, CASES["hf_clip_tokens"].config)
     with pytest.raises(UserError, match=r"teacher\.output=tokens"):
@@ -248,8 +248,8 @@ def test_other_networks_are_refused_by_kind():
         from_state({"layer1.0.conv1.weight": np.ones(3)})
 
 
-def test_families_name_what_the_model_has():
-    """Every row can name every parameter its networks have."""
+def test_families_have_names_for_all_parameters():
+    """Every family names every parameter of its networks."""
     for family in FAMILIES:
         assert family.names("backbone/blocks_4/attn/qkv/bias") and family.names("norm/scale")
         if "layer_scale_init" in family.arguments:

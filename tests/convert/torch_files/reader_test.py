@@ -1,4 +1,4 @@
-"""torch's files read without torch: real ones exactly, hostile and damaged ones refused, and nothing ever run."""
+"""Reading files of torch without torch: real, malicious and damaged files, without running any code."""
 
 import contextlib
 import json
@@ -49,11 +49,11 @@ def leaves(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
-# --- what real torch wrote
+# --- files written by real torch
 
 
 @pytest.mark.parametrize("file", REAL_FILES)
-def test_files_of_real_torch_give_what_torch_put_in(file):
+def test_files_of_real_torch_are_read_exactly(file):
     name = file.split("_")[0].split(".")[0]
     found = leaves(read_torch(str(REAL / file)))
     with np.load(REAL / "expected.npz", allow_pickle=False) as expected:
@@ -75,7 +75,7 @@ def test_tensors_are_views_of_the_file():
         assert array.size == 0 or (not array.flags.owndata and not array.flags.writeable)
 
 
-# --- files that would run something
+# --- files that would run code
 
 SYSTEM = {
     "GLOBAL": lambda command: call(glob("os", "system"), text(command)),
@@ -144,11 +144,11 @@ def test_a_command_is_refused_by_name_and_does_not_run(how, nested, container, t
         ("__main__", "Network"),
     ],
 )
-def test_whatever_tensors_do_not_need_is_refused_by_name(module, name, read):
+def test_names_that_tensors_do_not_need_are_refused(module, name, read):
     for ask in (glob(module, name), text(module) + text(name) + b"\x93"):
         with pytest.raises(UserError) as caught:
             read(zip_file(mapping({"weight": tensor(), "odd": ask})))
-        assert f"asks for {module}.{name} " in caught.value.happened
+        assert f" needs {module}.{name}, " in caught.value.happened
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_whatever_tensors_do_not_need_is_refused_by_name(module, name, read):
         glob("torch._utils", "_rebuild_parameter") + b")\x81",
         glob("__torch__.network", "Network") + row(number(9)) + b"\x81",
         glob("argparse", "Namespace") + row(number(9)) + b"\x81",
-        # attributes set on what stands for a function, a class, a list, a tensor
+        # attributes set on a function, a class, a list and a tensor
         glob("torch._utils", "_rebuild_parameter") + row(b"N", mapping({"__defaults__": row(number(9))})) + b"b",
         glob("argparse", "Namespace") + row(b"N", mapping({"__new__": glob("torch", "Size")})) + b"b",
         glob("argparse", "Namespace") + b")\x81" + row(b"N", mapping({"__class__": glob("torch", "Size")})) + b"b",
@@ -216,7 +216,7 @@ def test_prefixes_of_real_files_are_refused(file, read):
 
 
 def read_or_refuse(path, content):
-    """Read `content`, touching every number in it; anything but a result or a UserError fails the test."""
+    """Read `content` and access every number in it; any exception but a UserError fails the test."""
     path.write_bytes(content)
     try:
         tree = read_torch(str(path))
@@ -256,7 +256,7 @@ def test_files_of_other_kinds_are_refused(read, tmp_path):
     for content in (b"", b"PK", b"\x93NUMPY", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"\0" * 999):
         with pytest.raises(UserError, match=r"weights\.pth"):
             read(content)
-    with pytest.raises(UserError, match=r"files of torch\.save"):
+    with pytest.raises(UserError, match=r"magic number of torch\.save"):
         read(program(mapping({"weight": number(3)})))
     for path in (tmp_path, tmp_path / "absent.pth"):
         with pytest.raises(UserError, match=path.name):
@@ -286,7 +286,7 @@ def test_an_entry_outside_the_folder_is_refused_by_name(name, read):
     assert repr(name) in caught.value.happened
 
 
-def test_one_folder_with_one_pickle_is_asked_for(read):
+def test_exactly_one_folder_with_one_pickle_is_required(read):
     with pytest.raises(UserError, match=r"data\.pkl"):
         read(zip_file(tensor(), extra={"other/data.pkl": program(tensor())}))
     with pytest.raises(UserError, match=r"data\.pkl"):
@@ -300,7 +300,7 @@ def test_one_folder_with_one_pickle_is_asked_for(read):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressed_entries_are_refused_before_they_unfold(compression, read):
+def test_compressed_entries_are_refused_before_decompression(compression, read):
     zeros = bytes(2**26)
     content = zip_file(tensor(storage(length=2**24), shape=(2**24,), strides=(1,)), {"0": zeros})
     assert read(content).shape == (2**24,)
@@ -354,7 +354,7 @@ def test_a_torchscript_archive_gives_the_state_dict_of_its_module(read):
     }
 
 
-def test_modules_that_hold_each_other_without_end_are_refused(read):
+def test_modules_in_endless_cycles_are_refused(read):
     circle = glob("__torch__.a", "A") + b")\x81q\x00" + mapping({"child": b"h\x00"}) + b"b"
     with pytest.raises(UserError, match="without end"):
         read(zip_file(circle))

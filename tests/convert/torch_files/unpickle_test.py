@@ -1,4 +1,4 @@
-"""The pickle interpreter on tensors that do not fit their storages, and on files made to exhaust time or memory."""
+"""The pickle interpreter: tensors that do not fit their storages, and files that try to exhaust time or memory."""
 
 import functools
 import struct
@@ -51,14 +51,14 @@ def read(tmp_path):
         (2**62, (2, 3), (3, 1)),
     ],
 )
-def test_a_storage_shorter_than_the_tensor_is_named(offset, shape, strides, container, read):
+def test_a_storage_shorter_than_the_tensor_is_refused(offset, shape, strides, container, read):
     body = tensor(storage(key="17"), offset=offset, shape=shape, strides=strides)
-    with pytest.raises(UserError, match=r"storage 17 has 6 numbers where a tensor .* needs"), peak_below(2**20):
+    with pytest.raises(UserError, match=r"storage 17 has 6 numbers, but a tensor .* needs"), peak_below(2**20):
         read(CONTAINERS[container](body, {"17": SIX}))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_the_last_number_of_a_storage_is_reached(container, read):
+def test_a_tensor_may_end_at_the_end_of_its_storage(container, read):
     numbers = np.frombuffer(SIX, np.float32)
     array = read(CONTAINERS[container](tensor(offset=1, shape=(2, 2, 1), strides=(1, 3, 5))))
     np.testing.assert_array_equal(array, numbers[[[[1], [4]], [[2], [5]]]])
@@ -88,7 +88,7 @@ def test_impossible_shapes_are_refused(offset, shape, strides, read):
 
 
 @pytest.mark.parametrize("odd", [b"N", b"\x88", b"G" + bytes(8), text("3"), row(number(3))])
-def test_sizes_that_are_no_integers_are_refused(odd, read):
+def test_sizes_that_are_not_integers_are_refused(odd, read):
     def body(size):
         sizes, strides = row(size), row(number(1))
         return call(glob("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), sizes, strides)
@@ -101,9 +101,9 @@ def test_sizes_that_are_no_integers_are_refused(odd, read):
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_claim_of_four_gigabytes_is_refused_before_it_is_allocated(container, read):
     whole = dict(shape=(2**30,), strides=(1,))
-    with pytest.raises(UserError, match="24 bytes where 4294967296 are claimed"), peak_below(2**20):
+    with pytest.raises(UserError, match="24 bytes, but its length requires 4294967296"), peak_below(2**20):
         read(CONTAINERS[container](tensor(storage(length=2**30), **whole)))
-    with pytest.raises(UserError, match="more room"), peak_below(2**20):
+    with pytest.raises(UserError, match="more memory"), peak_below(2**20):
         read(CONTAINERS[container](tensor(shape=(2**30,), strides=(0,))))
     claimed = legacy_file(tensor(storage(length=2**30), **whole), lengths={"0": 2**30})
     with pytest.raises(UserError, match="4294967296"), peak_below(2**20):
@@ -112,12 +112,12 @@ def test_a_claim_of_four_gigabytes_is_refused_before_it_is_allocated(container, 
         read(legacy_file(tensor(), lengths={"0": -1}))
 
 
-def test_tensors_that_share_a_storage_may_not_unfold_without_end(read):
+def test_tensors_that_share_a_storage_have_a_memory_limit(read):
     count = 2**18
     one = tensor(storage(length=count), shape=(count,), strides=(1,))
     few, many = (b"](" + one * copies + b"e" for copies in (MIN_BUDGET // 2**20, MIN_BUDGET // 2**20 + 1))
     assert len(read(zip_file(few, {"0": bytes(2**20)}))) == 64
-    with pytest.raises(UserError, match="more room"):
+    with pytest.raises(UserError, match="more memory"):
         read(zip_file(many, {"0": bytes(2**20)}))
 
 
@@ -147,7 +147,7 @@ def test_every_dtype_of_storage(kind, dtype, read):
             read(container(body, {"0": numbers.tobytes()[:-1]}))
 
 
-def test_a_storage_that_is_missing_or_of_two_dtypes_is_refused(read):
+def test_a_missing_storage_or_one_with_two_dtypes_is_refused(read):
     with pytest.raises(UserError, match="archive/data/1"):
         read(zip_file(tensor(storage(key="1"))))
     with pytest.raises(UserError):
@@ -156,7 +156,7 @@ def test_a_storage_that_is_missing_or_of_two_dtypes_is_refused(read):
         read(legacy_file(row(tensor(), tensor(storage("IntStorage")))))
 
 
-def test_tensors_whose_numbers_are_not_what_lies_in_the_file_are_refused(read):
+def test_tensors_with_metadata_are_refused(read):
     lazily_negated = tensor()[:-2] + mapping({"neg": b"\x88"}) + b"tR"
     with pytest.raises(UserError, match="metadata"):
         read(zip_file(lazily_negated))
@@ -179,11 +179,11 @@ def doubled(levels: int) -> bytes:
         row(text("storage"), glob("torch", "FloatStorage"), doubled(200), text("cpu"), number(6)) + b"Q",
         call(glob("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), doubled(200), doubled(200)),
         call(glob("os", "system"), doubled(200)),
-        # sizes of a megabyte each, to be multiplied
+        # sizes that take a megabyte each and would be multiplied
         tensor(shape=(), strides=()).replace(
             b"(t(t", row(b"\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20 + b"q\x00", *[b"h\x00"] * 63) * 2
         ),
-        # a module that holds itself, under a long name
+        # a module that contains itself under a long name
         glob("__torch__.a", "A") + b")\x81q\x00" + mapping({"child" * 180: b"h\x00"}) + b"b",
         b"B\xff\xff\xff\xff",
         b"X\xff\xff\xff\xff",
@@ -203,7 +203,7 @@ def test_a_small_file_takes_little_time_and_memory(body, read):
     assert time.monotonic() - start < 5
 
 
-def test_a_memo_of_any_index_takes_no_table(read):
+def test_a_large_memo_index_allocates_no_table(read):
     with peak_below(2**21):
         tree = read(zip_file(b"]r\xff\xff\xff\xff" + b"j\xff\xff\xff\xff" + b"a"))
     assert tree[0] is tree

@@ -1,4 +1,4 @@
-"""PyTorch files written without PyTorch; real torch reads them in peers/beit_test.py."""
+"""Writing PyTorch files without PyTorch; peers/beit_test.py reads them with real torch."""
 
 import zipfile
 
@@ -12,7 +12,7 @@ from beitv2_jax.errors import UserError
 TYPES = ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")
 
 
-def test_every_type_and_shape_comes_back_exactly(tmp_path):
+def test_every_dtype_and_shape_round_trips_exactly(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {name: rng.integers(0, 2, (3, 5, 7)).astype(name) for name in TYPES}
     arrays |= {"scalar": np.float32(2.5), "empty": np.zeros((0, 3), np.float32), "größe.λ": np.arange(11)}
@@ -29,7 +29,7 @@ def test_every_type_and_shape_comes_back_exactly(tmp_path):
         assert back["model"][name].shape == np.shape(array), name
 
 
-def test_types_without_a_counterpart_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no arrays of type complex64"):
+def test_dtypes_that_torch_lacks_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot hold arrays of dtype complex64"):
         save(tmp_path / "weights.pth", {"model": {"x": np.zeros(3, np.complex64)}})
     assert not list(tmp_path.iterdir())
