@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beitv2_jax.planning.accounting import traced_flops
+from beitv2_jax.planning.traced import traced_flops
 from beitv2_jax.planning.program import (
     flops_by_type,
     memory_bytes,
