@@ -33,7 +33,6 @@ MODELS = {
 HEAD_WIDTH = 64
 """Width of an attention head in most published models; the shapes of weights do not show the number of heads."""
 _CODEBOOK = "codebook/quantizer/codebook"
-_HEADS = "num_heads"
 _LINEAR = ("kernel", "bias")
 
 
@@ -139,7 +138,7 @@ def _transformer(known: Mapping[str, Shape], stem: str) -> tuple[dict, int | Non
         "patch_size": _size(known, (f"{stem}/patch_embed/kernel", 0), (f"{stem}/patch_embed/kernel", 1)),
         "width": width,
         "depth": _depth(known, f"{stem}/blocks_"),
-        _HEADS: num_heads,
+        "num_heads": num_heads,
         "mlp_dim": _size(known, *mlp_places),
         "position": position,
         # shapes only show whether there is layer scale; its initial value is that of the published base and large
@@ -204,7 +203,7 @@ def fill_unknown(arguments: dict, num_heads: int | None = None) -> tuple[dict, t
             raise UserError(
                 f"A width of {width} cannot be divided into heads of width {HEAD_WIDTH}.",
                 "The network may have an unusual number of heads, which its weights do not show.",
-                "Write --num_heads=N with the number of heads that it was trained with.",
+                "Run python -m beitv2_jax.convert with --num_heads=N, the number of heads that it was trained with.",
             )
         count = num_heads or width // HEAD_WIDTH
         if width % count:
@@ -214,10 +213,11 @@ def fill_unknown(arguments: dict, num_heads: int | None = None) -> tuple[dict, t
                 f"Write --num_heads=N with a number that divides {width}.",
             )
         if not num_heads:
-            assumed.append(f"{_HEADS}={count}: heads of width {HEAD_WIDTH}, as in every published model")
+            assumed.append(f"num_heads={count}: heads of width {HEAD_WIDTH}, as in every published model")
         return count
 
-    inferred = {part.get(_HEADS) for part in (arguments, *filter(_is_dict, arguments.values()))} - {None}
+    parts = (arguments, *(value for value in arguments.values() if isinstance(value, dict)))
+    inferred = {part.get("num_heads") for part in parts} - {None}
     if num_heads and inferred and inferred != {num_heads}:
         from_tables = inferred.pop()
         raise UserError(
@@ -230,9 +230,9 @@ def fill_unknown(arguments: dict, num_heads: int | None = None) -> tuple[dict, t
 
 
 def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], None] = lambda text: None) -> dict:
-    filled = {name: _filled(value, heads) if _is_dict(value) else value for name, value in arguments.items()}
-    if _HEADS in filled and filled[_HEADS] is None:
-        filled[_HEADS] = heads(filled["width"])
+    filled = {name: _filled(value, heads) if isinstance(value, dict) else value for name, value in arguments.items()}
+    if "num_heads" in filled and filled["num_heads"] is None:
+        filled["num_heads"] = heads(filled["width"])
     depth = filled.get("depth")
     if "early_layer" in filled and filled["early_layer"] is None:
         filled["early_layer"] = max(1, depth - 3)
@@ -246,7 +246,3 @@ def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], 
 def published_out_layers(depth: int) -> tuple[int, ...]:
     """Return the layers, counted from 1, that a segmentation model reads: at 1/3, 1/2, 2/3 and all of the depth."""
     return tuple(max(1, depth * sixths // 6) for sixths in (2, 3, 4, 6))
-
-
-def _is_dict(value) -> bool:
-    return isinstance(value, dict)

@@ -89,7 +89,7 @@ def read(
         raise UserError(
             f"The image size of {path} is unknown: the model has no position embeddings or tables.",
             "It may have been trained without positions.",
-            "Write --image_size=N with the image size that it was trained with.",
+            "Run python -m beitv2_jax.convert with --image_size=N, the image size that it was trained with.",
         )
     if image_size is None or image_size == weights.arguments["image_size"]:
         return weights
@@ -108,7 +108,7 @@ def resized(weights: Weights, image_size: int) -> Weights:
         raise UserError(
             f"Images of {image_size} pixels cannot be divided into patches of {patch_size} pixels.",
             f"Did you mean {fitting} pixels?",
-            f"Write --image_size={fitting}.",
+            f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
         )
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
     flat = resize_positions(flat, (image_size // patch_size,) * 2)
@@ -265,7 +265,7 @@ def run_config(weights: Weights) -> dict:
         )
     model = dict(weights.arguments)
     image_size = model.pop("image_size")
-    config = {"stage": STAGES[weights.kind], "converted_from": weights.layout, "views": {"image_size": image_size}}
+    config = {"stage": STAGES[weights.kind], "views": {"image_size": image_size}}
     if weights.kind == "vqkd":
         del model["teacher_width"]
     else:

@@ -1,4 +1,4 @@
-"""Augmentations against timm and torchvision themselves: single operations exactly, draws by their distribution."""
+"""Compare augmentations with timm and torchvision: operations exactly, random draws by their distribution."""
 
 import teacher_oracles  # noqa: F401 - makes torchvision importable  # isort: skip
 
@@ -42,7 +42,7 @@ def scene(index: int, size: tuple[int, int] = (224, 224)) -> Image.Image:
     return Image.fromarray(draw_scene(host_rng(1, "scene", index), index % 10).image).resize(size, Image.BICUBIC)
 
 
-def test_the_fifteen_are_timm_s():
+def test_the_fifteen_operations_are_those_of_timm():
     transform = timm_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", dict(HPARAMS))
     assert sorted(op.name for op in transform.ops) == sorted(NAMES.values())
     assert set(NAMES) == set(randaugment.OPERATIONS)
@@ -53,7 +53,7 @@ def test_the_fifteen_are_timm_s():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("magnitude", [0.0, 3.7, 9.0, 9.99])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_operations_equal_timm_s(name, magnitude, sign, monkeypatch):
+def test_operations_equal_those_of_timm(name, magnitude, sign, monkeypatch):
     monkeypatch.setattr(timm_augment, "_randomly_negate", lambda value: sign * value)
     operation = timm_augment.AugmentOp(NAMES[name], prob=1.0, magnitude=magnitude, hparams=HPARAMS)
     for index in range(3):
@@ -63,7 +63,7 @@ def test_operations_equal_timm_s(name, magnitude, sign, monkeypatch):
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_cutmix_shares_are_distributed_as_timm_s():
+def test_cutmix_fractions_are_distributed_as_in_timm():
     np.random.seed(0)
     count = 4000
     theirs = [cutmix_bbox_and_lam((2, 3, 32, 32), np.random.beta(1.0, 1.0))[1] for _ in range(count)]
@@ -75,7 +75,7 @@ def test_cutmix_shares_are_distributed_as_timm_s():
     np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.03)
 
 
-def test_erased_boxes_are_distributed_as_timm_s():
+def test_erased_boxes_are_distributed_as_in_timm():
     torch.manual_seed(0)
     count, size = 4000, 32
     erase = RandomErasing(probability=0.25, mode="pixel", device="cpu")
@@ -95,7 +95,7 @@ def test_erased_boxes_are_distributed_as_timm_s():
     np.testing.assert_allclose(figures[0][:6], figures[1][:6], atol=0.025)
 
 
-def test_views_are_distributed_as_torchvision_s():
+def test_views_are_distributed_as_in_torchvision():
     torch.manual_seed(0)
     image, count = Image.new("RGB", (500, 333)), 4000
     theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
@@ -107,7 +107,7 @@ def test_views_are_distributed_as_torchvision_s():
         assert np.abs(apart).max() < 15
 
 
-def test_jitter_factors_and_order_are_distributed_as_torchvision_s():
+def test_jitter_factors_and_order_are_distributed_as_in_torchvision():
     torch.manual_seed(0)
     jitter, count = ColorJitter(0.4, 0.4, 0.4), 3000
     theirs = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None) for _ in range(count)]
@@ -122,7 +122,7 @@ def test_jitter_factors_and_order_are_distributed_as_torchvision_s():
     )
 
 
-def test_the_jitter_of_a_whole_image_is_torchvision_s():
+def test_the_jitter_of_a_whole_image_equals_torchvision():
     adjust = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation)
     for index in range(12):
         image = scene(index, (31, 32))  # small enough for an exact grey level
@@ -136,7 +136,7 @@ def test_the_jitter_of_a_whole_image_is_torchvision_s():
         assert apart.mean() < 0.1 and apart.max() <= 3
 
 
-def test_the_jitter_of_a_crop_is_near_torchvision_s_jitter_before_the_crop():
+def test_the_jitter_of_a_crop_is_close_to_torchvision_before_cropping():
     adjust = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation)
     apart = []
     for index in range(20):

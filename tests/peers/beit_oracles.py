@@ -1,7 +1,7 @@
-"""Tiny Beit models with random weights as timm and transformers build them, and what they answer.
+"""Small Beit models of timm and transformers with random weights, and their outputs.
 
-Used by beit_test.py and make_beit_fixtures.py. The libraries run as they are, in float64; a case holds what a user
-would have: the arrays under the published names and config.json where there is one.
+Used by beit_test.py and make_beit_fixtures.py. The libraries are not changed and run in float64. A case has the files
+that a user would have: the arrays with the published names and, if there is one, config.json.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ transformers.logging.disable_progress_bar()
 
 WIDTH, DEPTH, HEADS, MLP, CLASSES, CODES = 9, 2, 3, 14, 7, 11
 SMALL = 0.05
-"""Scale of what is written to the residual stream: layer norms see small variances, so a wrong epsilon shows."""
+"""Scale of the additions to the residual stream: variances are small, so a wrong layer norm epsilon is detected."""
 
 
 @dataclasses.dataclass
 class Case:
-    """One model: `state` under the names of its layout, `inputs` channels last, `outputs` in float64."""
+    """One model: `state` with the names of its layout, `inputs` channels last, `outputs` in float64."""
 
     state: dict[str, np.ndarray]
     config: dict | None
@@ -42,7 +42,7 @@ class Case:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter and running statistic a value of visible size."""
+    """Set every parameter and running statistic to a random value that affects the outputs."""
     rng = np.random.default_rng(seed)
     state = model.state_dict()
     for name, tensor in state.items():
@@ -70,13 +70,13 @@ def images_for(size: int, seed: int) -> np.ndarray:
 
 
 def mask_for(grid: int, seed: int) -> np.ndarray:
-    """Return a mask with the same number of hidden patches in both rows."""
+    """Return a mask with the same number of masked patches in both rows."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(grid * grid) < grid for _ in range(2)])
 
 
 def channels_first(images: np.ndarray) -> torch.Tensor:
-    """Return images as PyTorch wants them, in float64."""
+    """Return images with channels first, as PyTorch tensors in float64."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2)).double()
 
 
@@ -165,7 +165,7 @@ def huggingface_case(name: str) -> Case:
 
 
 def huggingface_outputs(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what a model of transformers answers, channels last, in float64."""
+    """Return the outputs of a model of transformers, channels last, in float64."""
     model = model.double().eval()
     extra = {"bool_masked_pos": torch.from_numpy(inputs["mask"])} if "mask" in inputs else {}
     with torch.no_grad():

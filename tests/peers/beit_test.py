@@ -1,4 +1,4 @@
-"""Real timm and transformers against our Beit models, in both directions: logits, names, bits."""
+"""Compare our BEiT models with timm and transformers in both directions: outputs, names and exact weights."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 
 def save(made, path: Path) -> str:
-    """Write a case as its users have it."""
+    """Write a case in the format that its users have."""
     if made.config is None:
         save_file(made.state, path.with_suffix(".safetensors"))
         return str(path.with_suffix(".safetensors"))
@@ -48,7 +48,7 @@ def heads_of(name: str) -> int | None:
 
 
 def drawn(kind: str, **arguments) -> Weights:
-    """Return random weights of ours, of a size at which activations stay moderate."""
+    """Return random weights of our model, scaled so that activations stay moderate."""
     model = MODELS[kind](**arguments)
     size = arguments["image_size"]
     inputs = [np.zeros((1, size, size, 3), np.float32)]
@@ -79,7 +79,7 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("name", TIMM + HUGGINGFACE)
-def test_their_weights_give_their_answers_and_come_back_bit_for_bit(name, tmp_path):
+def test_their_weights_give_their_outputs_and_round_trip_exactly(name, tmp_path):
     made = case(name)
     weights = read(save(made, tmp_path / "theirs"), num_heads=heads_of(name))
     assert error(answers(weights, made.inputs), made.outputs["logits"]) < TOLERANCE
@@ -94,7 +94,7 @@ def test_their_weights_give_their_answers_and_come_back_bit_for_bit(name, tmp_pa
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_our_files_fit_timm_strictly(name, tmp_path):
+def test_timm_loads_our_files_strictly(name, tmp_path):
     made = case(name)
     weights = read(save(made, tmp_path / "theirs"), num_heads=heads_of(name))
     for ending in ("safetensors", "pth"):
@@ -144,8 +144,8 @@ def test_our_classifier_in_timm_and_transformers(name, tmp_path):
 def test_our_masked_image_model_in_transformers(position, tmp_path):
     weights = drawn("mim", **SIZES, codebook_size=17, position=position, early_layer=2, head_depth=1)
     inputs = {"images": images_for(20, seed=9), "mask": mask_for(5, seed=8)}
-    left_out = write(weights, str(tmp_path / "ours"), "huggingface")
-    assert left_out and all(name.startswith("cls_pt_layers.0.") for name in left_out)
+    not_written = write(weights, str(tmp_path / "ours"), "huggingface")
+    assert not_written and all(name.startswith("cls_pt_layers.0.") for name in not_written)
     model, report = transformers.BeitForMaskedImageModeling.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     assert error(answers(weights, inputs), huggingface_outputs(model, inputs)["logits"]) < TOLERANCE

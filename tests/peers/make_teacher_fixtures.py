@@ -1,4 +1,4 @@
-"""Make tests/golden/teachers.npz: teachers of every family in small, and their features.
+"""Write tests/golden/teachers.npz: a small teacher of every family, and its features.
 
 PYTHONPATH=tests:tests/peers python tests/peers/make_teacher_fixtures.py
 """

@@ -1,7 +1,7 @@
 """Write tests/golden/torch_files with real torch: python tests/peers/make_torch_files.py.
 
-Small files in each of torch's containers, and beside them expected.npz, which holds what is in them: arrays by
-container-independent name and path, and everything else as JSON under 'plain'.
+The files are small, one or more for each format of torch. expected.npz has their contents: arrays by name and path,
+which do not depend on the format, and everything else as JSON with the key 'plain'.
 """
 
 import argparse
@@ -17,7 +17,7 @@ DIRECTORY = pathlib.Path(__file__).parents[1] / "golden" / "torch_files"
 
 
 class Tower(torch.nn.Module):
-    """Two layers and a buffer, nested as CLIP's visual tower is."""
+    """Two layers and a buffer, nested like the image encoder of CLIP."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Tower(torch.nn.Module):
 
 
 class Network(torch.nn.Module):
-    """A tower, and attributes of the kinds that TorchScript keeps beside tensors."""
+    """An image encoder, and attributes of the types that TorchScript stores beside tensors."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Network(torch.nn.Module):
 
 
 def tensors() -> dict:
-    """Return tensors of every dtype and layout that checkpoints hold."""
+    """Return tensors of every dtype and memory layout that occurs in checkpoints."""
     base = torch.arange(42.0)
     dtypes = (torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.uint8)
     dtypes += (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -69,7 +69,7 @@ def tensors() -> dict:
 
 
 def checkpoint() -> dict:
-    """Return what a training script saves."""
+    """Return a checkpoint like those of training scripts."""
     network = Tower()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     network(torch.randn(2, 3, 4, 4)).square().sum().backward()
@@ -102,7 +102,7 @@ def checkpoint() -> dict:
 
 
 def plain(value: object) -> object:
-    """Return `value` in the form in which `read_torch` is to return it."""
+    """Return `value` as `read_torch` should return it."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
         return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()

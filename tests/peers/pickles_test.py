@@ -1,4 +1,4 @@
-"""Our reader against torch.load on new files of random tensors: every container, dtype and layout."""
+"""Compare our reader with torch.load on files of random tensors: every format, dtype and memory layout."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ DTYPES += (torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def random_tensor(rng):
-    """Return a tensor of any dtype, and any view of its storage."""
+    """Return a tensor with a random dtype and a random view of its storage."""
     shape = tuple(int(size) for size in rng.integers(0, 6, rng.integers(0, 5)))
     tensor = (torch.randn(shape) * 100).to(DTYPES[rng.integers(len(DTYPES))])
     for _ in range(rng.integers(0, 4)):
@@ -44,12 +44,12 @@ def random_view(tensor, axis, kind):
 
 
 def compare(path):
-    """Compare what we read with what torch loads, number for number."""
+    """Check that our reader and torch.load return equal values."""
     found, expected = leaves(read_torch(str(path))), leaves(plain(torch.load(path, weights_only=False)))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, np.ndarray):
-            # torch's bfloat16 arrive as float32, for NumPy has none of its own
+            # bfloat16 tensors of torch are compared as float32, because NumPy has no bfloat16
             np.testing.assert_array_equal(found[name].astype(value.dtype), value, name, strict=True)
             assert found[name].dtype.itemsize == value.dtype.itemsize or found[name].dtype.name == "bfloat16"
         else:
@@ -70,7 +70,7 @@ def test_random_tensors(tmp_path, container, seed):
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 @pytest.mark.parametrize("make", [tensors, checkpoint])
-def test_what_is_committed_is_what_torch_writes_now(tmp_path, container, make):
+def test_the_stored_files_are_those_that_torch_writes_now(tmp_path, container, make):
     torch.save(make(), tmp_path / "weights.pth", **CONTAINERS[container])
     compare(tmp_path / "weights.pth")
 

@@ -1,7 +1,7 @@
-"""Tiny teachers with random weights as transformers, timm and open_clip build them, and the features they give.
+"""Small teachers of transformers, timm and open_clip with random weights, and their features.
 
-Used by teachers_test.py and make_teacher_fixtures.py. The libraries run as they are, in float64; a case holds what a
-user would have: the arrays under the published names, config.json where there is one, pixels.
+Used by teachers_test.py and make_teacher_fixtures.py. The libraries are not changed and run in float64. A case has the
+files that a user would have (the arrays with the published names and, if there is one, config.json), and pixels.
 """
 
 import json
@@ -31,14 +31,14 @@ MEANS = {
 }
 WIDTH, DEPTH, HEADS, MLP, PROJECTED = 16, 2, 2, 24, 5
 SMALL = 0.05
-"""Scale of what is written to the residual stream: layer norms see small variances, so a wrong epsilon shows."""
+"""Scale of the additions to the residual stream: variances are small, so a wrong layer norm epsilon is detected."""
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
 def randomise(state: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Return values of visible size for every entry; all of them are whole in half precision."""
+    """Return random values that affect the features for every entry; all are exact in half precision."""
     drawn = {}
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
@@ -86,7 +86,7 @@ def _arrays(model):
 
 
 def _saved(model):
-    """Return what `save_pretrained` writes: the published names, and config.json."""
+    """Return the output of `save_pretrained`: arrays with the published names, and config.json."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors"), json.loads((Path(folder) / "config.json").read_text())
@@ -184,7 +184,7 @@ def _timm_model(name, patch, side, **sizes):
 
 
 def timm_vit(rng, name, patch=16, side=3, grid=3, normalization="half", options=None):
-    """Build any of timm's vision transformers, tiny; on another grid timm itself resizes the position embedding."""
+    """Build a small vision transformer of timm; on another grid, timm resizes the position embedding."""
     model = _finish(_timm_model(name, patch, side), rng)
     state = _arrays(model)
     if grid != side:
@@ -200,7 +200,7 @@ def timm_vit(rng, name, patch=16, side=3, grid=3, normalization="half", options=
 
 
 def official_dinov2(rng, name, patch=14, side=5):
-    """Name the arrays as the DINOv2 release does; timm, which reads that release, computes the features."""
+    """Build DINOv2 with its released names; timm, which reads them, computes the features."""
     model = _timm_model(name, patch, side)
     names = {"reg_token": "register_tokens"}
     swiglu = "giant" in name
@@ -225,7 +225,7 @@ def official_dinov2(rng, name, patch=14, side=5):
 
 
 def open_clip(rng, patch=16, side=3, grid=3, quick_gelu=False, openai=False):
-    """Build CLIP in OpenAI's names, text tower included; `openai` adds the sizes that the released archives hold."""
+    """Build CLIP with OpenAI's names and its text encoder; `openai` adds the sizes in the released archives."""
     import open_clip as library
 
     def build(side):

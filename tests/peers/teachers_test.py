@@ -1,4 +1,4 @@
-"""Teachers against transformers, timm and open_clip themselves: random weights, real patch sizes, other image sizes."""
+"""Compare teachers with transformers, timm and open_clip: random weights, real patch sizes, other image sizes."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_hugging_face_vit_and_deit(rng, tmp_path, distilled, grid):
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("grid", [3, 5])
 def test_timm(rng, tmp_path, name, grid):
-    """On another grid by timm's antialiased resize, which a DINO file, named alike, does not have."""
+    """On another grid, timm resizes with antialiasing; files of DINO have the same names but do not."""
     normalization, options = TIMM[name]
     options = {"position_resize": "antialias", **options}
     check(oracles.timm_vit(rng, name, 8, 3, grid, normalization, options), tmp_path)
@@ -92,7 +92,7 @@ def test_open_clip(rng, tmp_path, patch, side, grid, quick_gelu):
 
 
 def test_a_torchscript_archive_as_openai_released_clip(rng, tmp_path):
-    """Half precision, text tower and sizes included; the names are those of the modules of the traced program."""
+    """The archive has half precision, the text encoder and the sizes; names are those of the traced modules."""
     case = oracles.open_clip(rng, 16, quick_gelu=True, openai=True)
     root = torch.nn.Module()
     for name, array in case.state.items():
@@ -123,9 +123,9 @@ def test_position_embeddings_are_resized_as_torch_does(rng, how, options, source
     np.testing.assert_allclose(ours[:, 1:], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def counted(model, *left_out):
+def counted(model, *excluded):
     names = model.named_parameters()
-    return sum(p.numel() for name, p in names if not any(part in name for part in left_out))
+    return sum(p.numel() for name, p in names if not any(part in name for part in excluded))
 
 
 @pytest.mark.parametrize("name", teacher_cases.SIZES)

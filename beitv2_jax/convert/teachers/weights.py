@@ -54,7 +54,7 @@ class _State:
         return UserError(
             f"The weights, recognised as {self.family.title}, have {problem}.",
             "They may belong to another network with similar names, or may have been changed after publication.",
-            "Pass the unchanged weights of one of the teachers that README.md lists.",
+            "Pass the unchanged weights of a network of this family.",
         )
 
     def require(self, name: str, ndim: int | None = None) -> np.ndarray:

@@ -19,8 +19,8 @@ def test_their_weights_give_their_outputs_and_round_trip_exactly(name, tmp_path)
     weights = read(theirs.write(tmp_path / "theirs"), num_heads=HEADS.get(name))
     assert weights.dropped == {}
     assert error(answers(weights, theirs.inputs), theirs.outputs["logits"]) < 1e-5
-    untold = {"num_heads"} if name == "timm_absolute" else set()
-    assert write(weights, str(tmp_path / "back.safetensors"), "timm").keys() == untold
+    not_stored = {"num_heads"} if name == "timm_absolute" else set()
+    assert write(weights, str(tmp_path / "back.safetensors"), "timm").keys() == not_stored
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == theirs.state.keys()
     for key, array in back.items():

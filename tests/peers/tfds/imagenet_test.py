@@ -1,4 +1,4 @@
-"""TFDS's own builder of imagenet2012, with TensorFlow, against ours without: the same archives, the same records."""
+"""Compare our ImageNet-1k builder with the one of TFDS: the same archives give the same records."""
 
 import io
 import json
@@ -15,10 +15,10 @@ from beitv2_jax.data.prepare import imagenet
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Return the directories of both builders."""
+    """Return the output directories of both builders."""
     archives = made.make(tmp_path_factory.mktemp("archives"))
     (archives / "ILSVRC2012_img_test_v10102019.tar").rename(archives / "ILSVRC2012_img_test.tar")
-    # TFDS has the labels of the validation images in a list of its own; the first of them have to do
+    # TFDS has its own list of validation labels; its first entries are used here
     names = pathlib.Path(tfds.__path__[0], "datasets/imagenet2012/validation_labels.txt")
     truth = names.read_text().split()[: len(made.TRUTH)]
     train = made.train_files()
@@ -61,5 +61,5 @@ def test_records_are_the_same_in_the_same_order(directories, split):
             assert theirs["image"] == mine["image"]
             continue
         pixels = [np.asarray(Image.open(io.BytesIO(record["image"])), int) for record in (theirs, mine)]
-        # the two libraries convert CMYK to RGB and encode at quality 100 each in their way
+        # the two libraries convert CMYK to RGB and encode at quality 100 differently
         assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 2
