@@ -229,36 +229,35 @@ def base():
 
 
 def test_a_step_that_does_not_fit_names_what_helps(base):
-    stage = base
     target = topologies.parse("v5e:2x4")
-    plan = planner.predict(stage, target)
+    plan = planner.predict(base, target)
     assert not plan.fits and plan.memory.excess > 2**30
-    words = {line.split(":")[0]: line for line in search.with_remedies(plan, stage, confirm=None).remedies}
-    assert words["--config.efficiency.remat=full"].endswith("GiB per chip (traced), fits")
-    assert "GiB are missing" in words["--config.efficiency.remat=dots"]
-    assert "GiB are missing" in words["--config.efficiency.accumulation_steps=2"]
-    assert words["--config.efficiency.accumulation_steps=4"].endswith("fits")
-    assert "GiB are missing" in words["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
-    assert words["--config.run.batch_size=512"].endswith("fits")
-    assert words["In short"] == "In short: --config.efficiency.remat=full"
+    remedies = {line.split(":")[0]: line for line in search.with_remedies(plan, base, confirm=None).remedies}
+    assert remedies["--config.efficiency.remat=full"].endswith("GiB per chip (traced), fits")
+    assert "GiB are missing" in remedies["--config.efficiency.remat=dots"]
+    assert "GiB are missing" in remedies["--config.efficiency.accumulation_steps=2"]
+    assert remedies["--config.efficiency.accumulation_steps=4"].endswith("fits")
+    assert "GiB are missing" in remedies["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
+    assert remedies["--config.run.batch_size=512"].endswith("fits")
+    assert remedies["In short"] == "In short: --config.efficiency.remat=full"
 
 
-def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(base, monkeypatch):
-    """A compiler that needs twice the memory refuses what fits by estimate."""
+def test_the_first_change_that_should_fit_is_compiled_and_the_rest_is_scaled(base):
+    """A compiler that needs two and a half times the memory refuses what fits by estimate."""
     target, asked = topologies.parse("v5e:2x4"), []
 
-    def double(stage, target):
-        asked.append(stage.config.efficiency.to_dict())
-        made = planner.predict(stage, target)
-        memory = dataclasses.replace(made.memory, peak=2 * made.memory.peak)
+    def enlarged(step, target):
+        asked.append(step.config.efficiency.to_dict())
+        made = planner.predict(step, target)
+        memory = dataclasses.replace(made.memory, peak=2.5 * made.memory.peak)
         return dataclasses.replace(made, memory=memory, compile_s=1.0)
 
-    refused = double(base, target)
-    words = search.with_remedies(refused, base, confirm=double).remedies
+    refused = enlarged(base, target)
+    remedies = search.with_remedies(refused, base, confirm=enlarged).remedies
     assert [efficiency["accumulation_steps"] for efficiency in asked] == [1, 8]
-    assert [line.endswith("(compiled), fits") for line in words].count(True) == 1
-    assert "GiB are missing" in words[1] and words[1].startswith("--config.efficiency.remat=full: ")
-    assert words[-1] == "In short: --config.efficiency.accumulation_steps=8"
+    assert [line.endswith("(compiled), fits") for line in remedies].count(True) == 1
+    assert "GiB are missing" in remedies[1] and remedies[1].startswith("--config.efficiency.remat=full: ")
+    assert remedies[-1] == "In short: --config.efficiency.accumulation_steps=8"
 
 
 def test_the_best_of_many_fit_and_are_in_order(base):
