@@ -123,11 +123,11 @@ def estimated(name: str, target: topologies.Target, **keys) -> Prediction:
 
 
 def plan_metrics(name: str, target: topologies.Target, known: dict, **keys) -> dict | str:
-    """Return the metrics of a plan, compiled where they are known; a message where there is no plan."""
+    """Return the metrics of a plan, compiled where they are known; a message where the batch cannot be divided."""
     try:
         prediction, _ = fitting(name, target, **keys)
-    except UserError as error:
-        return error.happened
+    except UserError:
+        return "cannot be divided"
     metrics = {**prediction.metrics(), **known.get(key_of(name, target, prediction.config), {})}
     hours = prediction.num_steps * metrics["step_seconds"] / 3600
     return {**metrics, "hours": hours, "chip_hours": hours * target.count}

@@ -1,4 +1,4 @@
-"""The `--plan` command: predict a stage's training step for chips that are not here, and keep the result as plan.json."""
+"""The `--plan` command: predict a training step for chips that are not here, and write the result to plan.json."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Predict a run before any hardware is there: does its step fit, what limits it, how long it takes, how many chip-hours.
+"""Predict a run before any hardware is there: does its step fit, what limits it, how long does it take.
 
 `predict` follows the traced step alone. `compile_and_predict` also compiles the real training step for a described
 topology, and takes memory, bytes moved and collectives from the compiled program. Both return a `Prediction`.

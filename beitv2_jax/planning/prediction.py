@@ -83,7 +83,7 @@ class Prediction:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step at peak rates: compute and memory overlap, the collectives follow and overlap with nothing."""
+        """Seconds of a step at peak rates: compute and memory access overlap, the collectives come after them."""
         return max(self.compute_s, self.hbm_s) + self.interconnect_s
 
     @property

@@ -37,7 +37,7 @@ class Component:
     Attributes:
         name: the path of its modules, such as `backbone/blocks`; of a network that is not trained, its class.
         parameters: trained numbers.
-        flops: FLOPs of an image in one step, forward and backward; 2 for each multiply-add of products and convolutions.
+        flops: FLOPs of an image in one step, forward and backward: 2 for each multiply-add of a product or convolution.
         exact_flops: those of `flops` that are products at the highest precision, for which chips are slower.
         saved_bytes: residuals, which the forward pass saves for the backward pass.
         frozen: whether it is not trained.
