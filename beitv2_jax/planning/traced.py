@@ -25,8 +25,11 @@ from beitv2_jax.typing import PyTree
 PROBE_BATCH = 1009
 OUTSIDE = "outside the modules"
 """Component of the operations that no module contains, such as those of a loss."""
+RECOMPUTED = "recomputed"
+"""Name under which `flops_by_component` counts the products that rematerialisation runs again."""
 
 _TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|remat)\(|\)")
+_REMATTED = "rematted_computation"
 _NUMBERED = re.compile(r"_\d+$")
 
 
@@ -136,12 +139,13 @@ def traced_flops(function, *arguments: PyTree) -> int:
 
 
 def flops_by_component(function, *arguments: PyTree) -> dict[str, int]:
-    """Return `traced_flops` by component."""
+    """Return `traced_flops` by component; what rematerialisation runs again is counted under `RECOMPUTED`."""
     found = list(products(trace(function, *arguments)))
     trained = {_root(product.stack) for product in found if _is_backward(product.stack)}
     sums: dict[str, int] = defaultdict(int)
     for product in found:
-        sums[_component(product.stack, trained)] += product.flops
+        name = RECOMPUTED if _REMATTED in product.stack else _component(product.stack, trained)
+        sums[name] += product.flops
     return dict(sums)
 
 
@@ -214,7 +218,7 @@ def _modules(stack: Any) -> list[str]:
     root = _root(stack)
     # Rematerialisation repeats the stack outside the block: what follows the last class is the whole path.
     start = max((i + 1 for i, name in enumerate(names) if name.split(".")[0] == root), default=0)
-    return [name for name in names[start:] if "." not in name and name != "rematted_computation"]
+    return [name for name in names[start:] if "." not in name and name != _REMATTED]
 
 
 def _root(stack: Any) -> str:
