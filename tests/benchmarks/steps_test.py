@@ -26,7 +26,7 @@ def test_a_step_counts_its_flops_by_component(name):
     block = 2 * 17 * (4 * 16**2 + 2 * 16 * 24) + 2 * (2 * 17**2 * 16)
     expected = {
         "mim_base_stored": {"backbone/blocks": 3 * 2 * block},
-        "vqkd": {"encoder/blocks": 3 * 2 * block, "decoder/blocks": 3 * block},
+        "vqkd_stored": {"encoder/blocks": 3 * 2 * block, "decoder/blocks": 3 * block},
         "finetune": {"backbone/blocks": 3 * 2 * block, "head": 3 * 2 * 16 * 7},
         "segment": {"backbone/blocks": 3 * 2 * block},
     }
