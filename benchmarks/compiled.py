@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = topologies.parse(arguments.target)
         planner.start_compilers()
         options["device"] = topologies.devices(target)[0]
-        compiler_options = planner.OPTIONS[target.chip.platform]
+        compiler_options = planner.COMPILER_OPTIONS[target.chip.platform]
     compiled = cases.lowered(arguments.name, options).compile(compiler_options=compiler_options)
     if arguments.text:
         write_text(Path(arguments.text), compiled.as_text())

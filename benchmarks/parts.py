@@ -20,7 +20,7 @@ from beitv2_jax.models.ops import attention
 from beitv2_jax.models.ops import nearest_code as nearest_code_lib
 from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
-from beitv2_jax.planning.accounting import traced_flops
+from beitv2_jax.planning.traced import traced_flops
 from beitv2_jax.tasks.common import init_variables, released_no_decay
 from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
 from beitv2_jax.training import optim, sharding

@@ -1,12 +1,11 @@
-"""How every published recipe runs on more and more chips: does it fit, what binds, and how efficiency falls.
+"""Predict every published recipe on 8 to 1024 chips: does it fit, what is the bottleneck, how does efficiency fall.
 
     python -m benchmarks.scaling [--kind=v5e] [--compile=NAME,...] [--chips=64,...] [--docs=docs/scaling.md]
 
-Writes the tables of docs/scaling.md between its markers; one that has no marker there is printed. A plan is computed by
-arithmetic in seconds, or compiled in about a minute each on an idle machine: `--compile` names the recipes whose plans
-are compiled for `--kind` at the numbers of `--chips`. Compiled figures are kept in docs/scaling.json and taken from
-there by the next call, so that the tables can be made a part at a time; they are kept as long as recipe, target, batch
-and switches are the same.
+Writes the tables of docs/scaling.md between its markers; one that has no marker there is printed. A plan is estimated
+from the traced step in seconds, or compiled in some minutes: `--compile` names the recipes whose plans are compiled for
+`--kind` at the numbers of `--chips`. Compiled metrics are kept in docs/scaling.json and taken from there by the next
+call, as long as recipe, target, batch, remat and accumulation are the same.
 """
 
 import functools
@@ -22,7 +21,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.main import start_logging
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import CHIPS
-from beitv2_jax.planning.figures import Forecast
+from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.report.pipeline import markdown_table
 from benchmarks.pages import write_between
 
@@ -46,9 +45,10 @@ RECIPES = {
 SAME_STEP = {"MIM large, ImageNet-22k": "MIM large 1600"}
 """Recipes whose compiled step is that of another; they differ in data and length alone."""
 GRADIENTS = {"efficiency.gradient_dtype": "bfloat16"}
-PARTS = (1, 2, 4, 8, 16)
-SWITCHES = tuple(
-    {"efficiency.remat": remat, "efficiency.accumulation_steps": parts} for remat in ("none", "full") for parts in PARTS
+CHANGES = tuple(
+    {"efficiency.remat": remat, "efficiency.accumulation_steps": steps}
+    for remat in ("none", "full")
+    for steps in (1, 2, 4, 8, 16)
 )
 """What is tried where a step does not fit as it is."""
 NUMBERS = (8, 64, 256, 512, 1024)
@@ -62,7 +62,7 @@ KEPT = (
     "roofline_seconds",
     "step_seconds",
     "images_per_second",
-    "source_of_figures",
+    "source",
     "compile_seconds",
 )
 _KIND = flags.DEFINE_string("kind", "v5e", "Chip of the first two tables.")
@@ -81,8 +81,8 @@ def config_of(name: str, **keys):
 
 
 @functools.cache
-def stage_of(name: str, platform: str = "tpu") -> planner.Stage:
-    """Return a recipe, described."""
+def step_of(name: str, platform: str = "tpu") -> planner.PlannedStep:
+    """Return the step of a recipe."""
     return planner.prepare(config_of(name), platform=platform)
 
 
@@ -91,25 +91,25 @@ def key_of(name: str, target: topologies.Target, config) -> str:
     efficiency = config.efficiency
     key = f"{SAME_STEP.get(name, name)}, {target.name}, batch {config.run.batch_size}"
     key += f", remat {efficiency.remat}" if efficiency.remat != "none" else ""
-    return key + (f", {efficiency.accumulation_steps} parts" if efficiency.accumulation_steps > 1 else "")
+    return key + (f", {efficiency.accumulation_steps} micro-batches" if efficiency.accumulation_steps > 1 else "")
 
 
-def fitting(name: str, target: topologies.Target, **keys) -> tuple[Forecast, dict[str, object]]:
-    """Return the plan of a recipe by arithmetic, and the changed keys: as it is if it fits, else the fastest that does.
+def fitting(name: str, target: topologies.Target, **keys) -> tuple[Prediction, dict[str, object]]:
+    """Return the estimate of a recipe and the changed keys: as it is if it fits, else the fastest that does.
 
     Of plans none of which fits it is the one that needs least memory.
 
     Raises:
         UserError: the batch cannot be divided over the target.
     """
-    as_it_is = computed(name, target, **keys)
+    as_it_is = estimated(name, target, **keys)
     if as_it_is.fits:
         return as_it_is, keys
     tried = [(as_it_is, keys)]
-    for switches in SWITCHES:
-        changed = {**keys, **switches}
+    for changes in CHANGES:
+        changed = {**keys, **changes}
         try:
-            tried.append((computed(name, target, **changed), changed))
+            tried.append((estimated(name, target, **changed), changed))
         except UserError:
             continue  # no image is left to divide
     fits = [(plan.step_s, number) for number, (plan, _) in enumerate(tried) if plan.fits]
@@ -117,57 +117,57 @@ def fitting(name: str, target: topologies.Target, **keys) -> tuple[Forecast, dic
     return tried[min(fits or needs)[1]]
 
 
-def computed(name: str, target: topologies.Target, **keys) -> Forecast:
-    """Return the plan of a recipe by arithmetic, with changed keys."""
-    return planner.compute(planner.estimated(stage_of(name), **keys), target)
+def estimated(name: str, target: topologies.Target, **keys) -> Prediction:
+    """Return the plan of a recipe estimated from its traced step, with changed keys."""
+    return planner.predict(planner.varied(step_of(name), **keys), target)
 
 
-def plan_figures(name: str, target: topologies.Target, known: dict, **keys) -> dict | str:
-    """Return the figures of a plan, compiled where they are known; words where there is none."""
+def plan_metrics(name: str, target: topologies.Target, known: dict, **keys) -> dict | str:
+    """Return the metrics of a plan, compiled where they are known; a message where the batch cannot be divided."""
     try:
-        forecast, _ = fitting(name, target, **keys)
-    except UserError as error:
-        return error.happened
-    figures = {**forecast.figures(), **known.get(key_of(name, target, forecast.config), {})}
-    hours = forecast.num_steps * figures["step_seconds"] / 3600
-    return {**figures, "hours": hours, "chip_hours": hours * target.count}
+        prediction, _ = fitting(name, target, **keys)
+    except UserError:
+        return "cannot be divided"
+    metrics = {**prediction.metrics(), **known.get(key_of(name, target, prediction.config), {})}
+    hours = prediction.num_steps * metrics["step_seconds"] / 3600
+    return {**metrics, "hours": hours, "chip_hours": hours * target.count}
 
 
 def plans(name: str, kind: str, known: dict, *, growing: bool) -> Iterator[tuple[topologies.Target, dict | str]]:
-    """Yield (target, figures) of a recipe for every number of chips.
+    """Yield (target, metrics) of a recipe for every number of chips.
 
     `growing` batches keep the images of a chip at those of 64 chips, or what the recipe's batch gives 8.
     """
-    per_chip = max(stage_of(name).config.run.batch_size // 64, 1)
+    per_chip = max(step_of(name).config.run.batch_size // 64, 1)
     for count in NUMBERS:
         target = topologies.parse(f"{kind}:{count}")
         keys = {"run.batch_size": per_chip * count} if growing else {}
-        yield target, plan_figures(name, target, known, **keys)
+        yield target, plan_metrics(name, target, known, **keys)
 
 
 HEADER = (
-    "chips", "batch", "memory of a chip", "compute ms", "HBM ms", "exchange ms", "binds", "images/s",
-    "hours / chip-hours", "",
+    "chips", "batch", "memory per chip", "compute ms", "HBM ms", "collectives ms", "bottleneck", "images/s",
+    "hours / chip-hours", "source",
 )  # fmt: skip
 
 
-def cells(target: topologies.Target, figures: dict | str) -> tuple[str, ...]:
+def cells(target: topologies.Target, metrics: dict | str) -> tuple[str, ...]:
     """Return what stands in a row of a table below HEADER."""
-    if isinstance(figures, str):
-        return (str(target.count), figures, *[""] * (len(HEADER) - 2))
-    memory, bounds, efficiency = figures["memory_per_chip"], figures["roofline_seconds"], figures["efficiency"]
+    if isinstance(metrics, str):
+        return (str(target.count), metrics, *[""] * (len(HEADER) - 2))
+    memory, bounds, efficiency = metrics["memory_per_chip"], metrics["roofline_seconds"], metrics["efficiency"]
     steps = efficiency["accumulation_steps"]
     needs = f"{memory['peak'] / GIB:.1f} GiB" + (", remat" if efficiency["remat"] != "none" else "")
-    needs += f", {steps} parts" if steps > 1 else ""
+    needs += f", {steps} micro-batches" if steps > 1 else ""
     return (
         str(target.count),
-        f"{figures['batch_size']} ({figures['images_per_chip']:g} a chip)",
-        needs if memory["fits"] else f"{needs}: {memory['over'] / GIB:.1f} over",
+        f"{metrics['batch_size']} ({metrics['images_per_chip']:g} per chip)",
+        needs if memory["fits"] else f"{needs}: {memory['excess'] / GIB:.1f} GiB are missing",
         *(f"{1e3 * bounds[bound]:.1f}" for bound in ("compute", "HBM", "interconnect")),
-        bounds["binds"],
-        f"{figures['images_per_second']:,.0f}",
-        f"{figures['hours']:,.1f} / {figures['chip_hours']:,.0f}",
-        figures["source_of_figures"],
+        bounds["bottleneck"],
+        f"{metrics['images_per_second']:,.0f}",
+        f"{metrics['hours']:,.1f} / {metrics['chip_hours']:,.0f}",
+        metrics["source"],
     )
 
 
@@ -176,13 +176,13 @@ def scaling_table(kind: str, known: dict, *, growing: bool) -> str:
     rows = [("recipe", *HEADER[:-2], "per chip", *HEADER[-2:])]
     for name in RECIPES:
         best = None
-        for target, figures in plans(name, kind, known, growing=growing):
-            row, share = cells(target, figures), ""
-            if isinstance(figures, dict):
-                per_chip = figures["images_per_second"] / target.count
+        for target, metrics in plans(name, kind, known, growing=growing):
+            row, fraction = cells(target, metrics), ""
+            if isinstance(metrics, dict):
+                per_chip = metrics["images_per_second"] / target.count
                 best = best or per_chip
-                share = f"{per_chip / best:.0%}"
-            rows.append((name, *row[:-2], share, *row[-2:]))
+                fraction = f"{per_chip / best:.0%}"
+            rows.append((name, *row[:-2], fraction, *row[-2:]))
     return markdown_table(rows)
 
 
@@ -191,29 +191,29 @@ def others_table(known: dict) -> str:
     rows = [("target", *HEADER)]
     for text in OTHERS:
         target = topologies.parse(text)
-        rows.append((target.name, *cells(target, plan_figures(OTHERS_RECIPE, target, known))))
+        rows.append((target.name, *cells(target, plan_metrics(OTHERS_RECIPE, target, known))))
     return markdown_table(rows)
 
 
 def differences_table(known: dict) -> str:
-    """Return, for everything that was compiled, arithmetic over compiler: memory, products, FLOPs and bytes."""
-    header = ("plan", "peak GiB", "computed", "TFLOPs", "computed", "GB moved", "computed", "exchange ms", "computed")
+    """Return, for everything that was compiled, how far the estimates are above or below it."""
+    header = ("plan", "peak GiB", "traced", "TFLOPs", "traced", "GB moved", "traced", "collectives ms", "traced")
     rows = [header]
-    for key, figures in sorted(known.items()):
+    for key, metrics in sorted(known.items()):
         name, target, keys = _parsed(key)
-        arithmetic = computed(name, target, **keys)
-        counted = figures["flops_per_chip"]["compiler"]
+        estimate = estimated(name, target, **keys)
+        flops = metrics["flops_per_chip"]["compiled"]
         rows.append(
             (
                 key,
-                f"{figures['memory_per_chip']['peak'] / GIB:.2f}",
-                _percent(arithmetic.memory.peak, figures["memory_per_chip"]["peak"]),
-                f"{counted / TERA:.2f}" if counted else "not counted",
-                _percent(arithmetic.arithmetic_flops, counted),
-                f"{figures['bytes_moved_per_chip'] / GIGA:.1f}",
-                _percent(arithmetic.bytes_moved, figures["bytes_moved_per_chip"]),
-                f"{1e3 * figures['roofline_seconds']['interconnect']:.1f}",
-                _percent(arithmetic.interconnect_s, figures["roofline_seconds"]["interconnect"]),
+                f"{metrics['memory_per_chip']['peak'] / GIB:.2f}",
+                _percent(estimate.memory.peak, metrics["memory_per_chip"]["peak"]),
+                f"{flops / TERA:.2f}",
+                _percent(estimate.traced_flops, flops),
+                f"{metrics['bytes_moved_per_chip'] / GIGA:.1f}",
+                _percent(estimate.bytes_moved, metrics["bytes_moved_per_chip"]),
+                f"{1e3 * metrics['roofline_seconds']['interconnect']:.1f}",
+                _percent(estimate.interconnect_s, metrics["roofline_seconds"]["interconnect"]),
             )
         )
     return markdown_table(rows)
@@ -222,22 +222,22 @@ def differences_table(known: dict) -> str:
 def _parsed(key: str) -> tuple[str, topologies.Target, dict[str, object]]:
     """Return recipe, target and changed keys of a plan that `key_of` named."""
     name = max((name for name in RECIPES if key.startswith(name + ", ")), key=len)
-    target, batch, *switches = key.removeprefix(name + ", ").split(", ")
+    target, batch, *changes = key.removeprefix(name + ", ").split(", ")
     keys: dict[str, object] = {"run.batch_size": int(batch.removeprefix("batch "))}
-    for switch in switches:
-        if switch.startswith("remat "):
-            keys["efficiency.remat"] = switch.removeprefix("remat ")
+    for change in changes:
+        if change.startswith("remat "):
+            keys["efficiency.remat"] = change.removeprefix("remat ")
         else:
-            keys["efficiency.accumulation_steps"] = int(switch.removesuffix(" parts"))
+            keys["efficiency.accumulation_steps"] = int(change.removesuffix(" micro-batches"))
     return name, topologies.parse(target), keys
 
 
-def _percent(computed: float, compiled: float | None) -> str:
-    return f"{computed / compiled - 1:+.0%}" if compiled else ""
+def _percent(estimate: float, compiled: float) -> str:
+    return f"{estimate / compiled - 1:+.0%}"
 
 
 def chips_table() -> str:
-    """Return the table of peak rates and where they stand."""
+    """Return the table of peak rates with their sources."""
     rates = ("bfloat16 TFLOP/s", "float32 TFLOP/s", "memory GiB", "memory GB/s", "link GB/s", "network GB/s")
     rows = [("chip", *rates, "source")]
     for chip in CHIPS.values():
@@ -256,29 +256,29 @@ def chips_table() -> str:
 
 
 def compile_plans(names: list[str], numbers: list[int], kind: str, path: Path) -> None:
-    """Compile the fixed-batch plans that are not known yet, and keep each as soon as it is made."""
+    """Compile the fixed-batch plans that are not known yet, and write each as soon as it is made."""
     for name in RECIPES if names == ["all"] else names:
         for number in numbers:
             known, target = read(path), topologies.parse(f"{kind}:{number}")
             try:
-                forecast, changed = fitting(name, target)
-                key = key_of(name, target, forecast.config)
+                prediction, changed = fitting(name, target)
+                key = key_of(name, target, prediction.config)
                 if key in known:
                     continue
-                figures = planner.make(
-                    planner.varied(stage_of(name, target.chip.platform), **changed), target
-                ).figures()
+                metrics = planner.compile_and_predict(
+                    planner.varied(step_of(name, target.chip.platform), **changed), target
+                ).metrics()
             except UserError as error:
                 print(f"{name}, {target.name}: {error.happened}")
                 continue
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process so far
-            known[key] = {**{field: figures[field] for field in KEPT}, "compiler_memory": memory}
+            known[key] = {**{field: metrics[field] for field in KEPT}, "compiler_memory": memory}
             path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-            print(f"{key}: {figures['compile_seconds']:.0f} s", flush=True)
+            print(f"{key}: {metrics['compile_seconds']:.0f} s", flush=True)
 
 
 def read(path: Path) -> dict:
-    """Return the compiled figures that are kept."""
+    """Return the compiled metrics that are kept."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> None:
         f"fixed batch, {kind}": scaling_table(kind, known, growing=False),
         f"growing batch, {kind}": scaling_table(kind, known, growing=True),
         "other chips": others_table(known),
-        "compiled and computed": differences_table(known),
+        "compiled and estimated": differences_table(known),
         "chips": chips_table(),
     }.items():
         write_between(docs, name, table)

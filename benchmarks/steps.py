@@ -23,9 +23,7 @@ from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.teachers import Teacher, clip_teacher
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.planning import accounting
-from beitv2_jax.planning.components import components
-from beitv2_jax.planning.parts import Component
+from beitv2_jax.planning.traced import flops_by_component
 from beitv2_jax.tasks import common
 from beitv2_jax.tasks import finetune as finetune_task
 from beitv2_jax.tasks import mim as mim_task
@@ -53,8 +51,7 @@ class Step:
         start: (compiled) -> function without arguments that starts the next call and returns what to wait for; makes
             weights and batch.
         images: of one call.
-        parts: its work by arithmetic, for one image; without products that are done again for want of memory.
-        traced_flops: of one call, counted in the traced program.
+        flops: FLOPs of one call by component, counted in the traced program.
         parameters: trained numbers, or those of the frozen network where nothing is trained.
         forms: what "auto" came to mean, by setting.
     """
@@ -62,10 +59,14 @@ class Step:
     lowered: jax.stages.Lowered
     start: Callable[[Callable], Callable[[], Any]]
     images: int
-    parts: list[Component]
-    traced_flops: int
+    flops: Mapping[str, int]
     parameters: int
     forms: Mapping[str, str]
+
+    @property
+    def traced_flops(self) -> int:
+        """FLOPs of one call, with those of products that rematerialisation runs again."""
+        return sum(self.flops.values())
 
 
 def mim(recipe: Recipe, *, live: bool = False) -> Step:
@@ -73,14 +74,13 @@ def mim(recipe: Recipe, *, live: bool = False) -> Step:
     model = MaskedImageModel.from_arguments({**recipe.model, "image_size": recipe.views.image_size}, compute(recipe))
     num_masked = recipe.masking.num_masked
     side = recipe.views.image_size // recipe.model.patch_size
-    networks, frozen_vit = {}, {}
+    networks = {}
 
     def code_ids(frozen, batch, images):
         return batch[CODE_IDS]
 
     if live:
         tokenizer, networks["tokenizer"] = untrained_tokenizer(recipe)
-        frozen_vit["tokenizer"] = _frozen_sizes(recipe.tokenizer.encoder, side, code_dim=recipe.tokenizer.code_dim)
 
         def code_ids(frozen, batch, images):
             return encode(tokenizer, frozen["tokenizer"], images)
@@ -96,7 +96,7 @@ def mim(recipe: Recipe, *, live: bool = False) -> Step:
         init=lambda key: common.init_variables(model, key, image, first_mask, num_masked=num_masked, train=False),
         loss=mim_task.mim_loss(model, num_masked=num_masked, normalization=recipe.normalization, code_ids=code_ids),
     )
-    return training_step(task, recipe, batch, networks, frozen_vit)
+    return training_step(task, recipe, batch, networks)
 
 
 def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
@@ -104,11 +104,10 @@ def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
     model = VQKD.from_arguments(
         {**recipe.model, "image_size": recipe.views.image_size, "teacher_width": recipe.teacher_width}, compute(recipe)
     )
-    networks, frozen_vit, targets = {}, {}, vqkd_task.stored_features
+    networks, targets = {}, vqkd_task.stored_features
     batch = images_batch(recipe)
     if live:
         teacher, networks["teacher"] = untrained_teacher(recipe)
-        frozen_vit["teacher"] = _teacher_sizes(recipe, teacher)
 
         def targets(frozen, batch):
             return teacher.features(frozen["teacher"], batch["images"])
@@ -124,7 +123,7 @@ def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
         loss=vqkd_task.vqkd_loss(model, targets),
         finish=vqkd_task.vqkd_finish(recipe.model.ema_decay, window=SCHEDULE["num_steps"]),
     )
-    return training_step(task, recipe, batch, networks, frozen_vit)
+    return training_step(task, recipe, batch, networks)
 
 
 def finetune(recipe: Recipe) -> Step:
@@ -147,7 +146,7 @@ def finetune(recipe: Recipe) -> Step:
         layer_of=lambda path: common.layer_of(path, depth=recipe.model.depth),
         num_layers=recipe.model.depth,
     )
-    return training_step(task, recipe, batch, {}, {})
+    return training_step(task, recipe, batch, {})
 
 
 def segment(recipe: Recipe) -> Step:
@@ -166,18 +165,17 @@ def segment(recipe: Recipe) -> Step:
         layer_of=lambda path: common.layer_of(path, depth=recipe.model.depth),
         num_layers=recipe.model.depth,
     )
-    return training_step(task, recipe, batch, {}, {})
+    return training_step(task, recipe, batch, {})
 
 
 def tokenize(recipe: Recipe) -> Step:
     """Return what the tokenize stage computes for a batch, with the tokenizer of a mim recipe."""
     tokenizer, network = untrained_tokenizer(recipe)
-    sizes = _frozen_sizes(recipe.tokenizer.encoder, tokenizer.grid[0], code_dim=recipe.tokenizer.code_dim)
 
     def apply(frozen, batch):
         return encode(tokenizer, frozen, common.view_pixels(batch))
 
-    return _inference(apply, network, recipe, {"tokenizer": sizes})
+    return _inference(apply, network, recipe)
 
 
 def extract(recipe: Recipe) -> Step:
@@ -188,17 +186,11 @@ def extract(recipe: Recipe) -> Step:
     def apply(frozen, batch):
         return encoding.shrink(teacher.features(frozen, batch["images"]), xp=jnp)
 
-    return _inference(apply, network, recipe, {"teacher": _teacher_sizes(recipe, teacher)})
+    return _inference(apply, network, recipe)
 
 
-def training_step(
-    task: Task,
-    recipe: Recipe,
-    batch: Batch,
-    networks: Mapping[str, Init],
-    frozen_vit: Mapping[str, Mapping[str, int]],
-) -> Step:
-    """Return the optimizer step of a task on a recipe's device, beside frozen `networks`, whose sizes are `frozen_vit`.
+def training_step(task: Task, recipe: Recipe, batch: Batch, networks: Mapping[str, Init]) -> Step:
+    """Return the optimizer step of a task on a recipe's device, beside frozen `networks`.
 
     Nothing is on the device before the step is started.
     """
@@ -219,19 +211,17 @@ def training_step(
 
         return run
 
-    without_remat = Recipe({**recipe, "efficiency": Recipe({**recipe.efficiency, "remat": "none"})})
     return Step(
         lower_step(step, *arguments, mesh),
         start,
         recipe.run.batch_size,
-        components(without_remat, frozen_vit),
-        accounting.traced_flops(step, *arguments),
+        flops_by_component(step, *arguments),
         _numbers(state.params),
         _forms(recipe),
     )
 
 
-def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mapping[str, Mapping[str, int]]) -> Step:
+def _inference(apply: Callable, network: Init, recipe: Recipe) -> Step:
     mesh, batch = sharding.make_mesh(devices=[device_of(recipe)]), images_batch(recipe)
     init = functools.partial(network, jax.random.key(SEED))
     arguments = _shapes(init, mesh), _batch_shapes(batch, mesh)
@@ -244,8 +234,7 @@ def _inference(apply: Callable, network: Init, recipe: Recipe, frozen_vit: Mappi
         jax.jit(apply).lower(*arguments),
         start,
         recipe.run.batch_size,
-        [part for part in components(recipe, frozen_vit) if part.frozen],
-        accounting.traced_flops(apply, *arguments),
+        flops_by_component(apply, *arguments),
         _numbers(arguments[0]),
         _forms(recipe),
     )
@@ -346,23 +335,6 @@ def untrained_teacher(recipe: Recipe) -> tuple[Teacher, Init]:
     )
     image = jnp.zeros((1, teacher.input_size, teacher.input_size, 3))
     return teacher, lambda key: network.init(key, image)["params"]
-
-
-def _frozen_sizes(vit: Mapping[str, int], side: int, **more: int) -> dict[str, int]:
-    return {
-        "width": vit["width"],
-        "depth": vit["depth"],
-        "mlp_dim": vit["mlp_dim"],
-        "gated": False,
-        "patch_inputs": 3 * vit["patch_size"] ** 2,
-        "projection": 0,
-        "tokens": side * side + 1,
-        **more,
-    }
-
-
-def _teacher_sizes(recipe: Recipe, teacher: Teacher) -> dict[str, int]:
-    return {**_frozen_sizes(recipe.teacher, teacher.network_grid[0]), "projection": recipe.teacher_width}
 
 
 def _numbers(tree: PyTree) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from beitv2_jax.planning.chips import CHIPS, Chip
-from beitv2_jax.planning.parts import total_flops
-from beitv2_jax.planning.program import missed_flops, read_program
+from beitv2_jax.planning.program import product_flops, read_program
+from beitv2_jax.planning.traced import RECOMPUTED
 
 KINDS = {
     "H200": "h200",
@@ -72,13 +72,12 @@ def rates(seconds: list[float], count: int) -> dict[str, Any]:
 
 
 def compiled_flops(compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -> tuple[float | None, str]:
-    """Return the compiler's own count of FLOPs with the rounds of loops that it leaves out, and where it stands.
+    """Return the FLOPs of the products and convolutions of the compiled program, and the source of the count.
 
-    A compiler that counts nothing is asked for the program before it was optimised. Kernels of our own count nothing.
+    Where its text shows none, as with a library's convolutions, the count is that before optimisation.
     """
-    costs = compiled.cost_analysis() or {}
-    if costs.get("flops", 0) > 0:
-        return costs["flops"] + missed_flops(read_program(compiled.as_text())), "compiled program"
+    if flops := product_flops(read_program(compiled.as_text())):
+        return flops, "compiled program"
     costs = lowered.cost_analysis() or {}
     return (costs["flops"], "program before optimisation") if costs.get("flops", 0) > 0 else (None, "not counted")
 
@@ -127,7 +126,8 @@ def measure_step(step: Any, effort: Effort) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - started
     (seconds,) = samples({"": step.start(compiled)}, effort).values()
     flops, source = compiled_flops(compiled, step.lowered)
-    arithmetic = step.images * total_flops(step.parts)
+    by_component = {name: flops for name, flops in step.flops.items() if name != RECOMPUTED}
+    arithmetic = sum(by_component.values())
     counted = {"traced": step.traced_flops, "compiler": flops, "compiler_source": source}
     return {
         "batch_size": step.images,
@@ -135,7 +135,10 @@ def measure_step(step: Any, effort: Effort) -> dict[str, Any]:
         "chosen": dict(step.forms),
         "seconds": spread(seconds),
         "images_per_second": rates(seconds, step.images),
-        "flops": {**work(arithmetic, counted), "per_image": {part.name: part.flops for part in step.parts}},
+        "flops": {
+            **work(arithmetic, counted),
+            "per_image": {name: flops / step.images for name, flops in by_component.items()},
+        },
         "utilisation": utilisation(arithmetic, seconds),
         "peak_memory": peak_bytes(compiled),
         "compile_seconds": compile_seconds,

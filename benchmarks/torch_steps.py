@@ -17,8 +17,7 @@ from torch.nn import functional
 from transformers import BeitConfig, BeitModel
 
 from beitv2_jax.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from beitv2_jax.planning.components import components
-from benchmarks import timing
+from benchmarks import steps, timing
 from benchmarks.recipes import Recipe
 
 SEED = 0
@@ -167,7 +166,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 def _measure(model: nn.Module, batch, recipe: Recipe, effort: timing.Effort) -> dict[str, Any]:
     """Return rates of the plain and of the compiled step, which take turns; the faster one is the peer."""
     parameters = sum(tensor.numel() for tensor in model.parameters())
-    ours = sum(part.params for part in components(recipe))
+    ours = getattr(steps, recipe.stage)(recipe).parameters
     assert parameters == ours, f"{parameters} parameters, ours has {ours}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")

@@ -50,14 +50,12 @@ _GREY_SIDE = 64
 class Description:
     """A task without inputs, and what its batches look like.
 
-    `batch` holds shapes of the whole global batch; `task.frozen` holds shapes too. `frozen_vit` are the arguments of
-    the frozen transformer that runs in the step, by the name of its weights.
+    `batch` holds shapes of the whole global batch; `task.frozen` holds shapes too.
     """
 
     task: Task
     batch: Batch
     config: Any
-    frozen_vit: Mapping[str, Mapping[str, int]]
 
 
 def complete(config):
@@ -121,21 +119,20 @@ def describe(config, num_examples: int) -> Description:
     stage = importlib.import_module(f"beitv2_jax.tasks.{config.stage}")
     source = _Source(num_examples, config.model.get("num_classes", 1000))
     opened = inputs.Opened((source, source))
-    frozen_vit: dict[str, Mapping[str, int]] = {}
     if config.stage == "vqkd":
-        opened, frozen_vit = _with_teacher(config, opened)
+        opened = _with_teacher(config, opened)
     elif config.stage == "mim":
-        opened, frozen_vit = _with_tokenizer(config, opened)
-    return Description(stage.make_task(config, opened), _batch(stage, config, opened), config, frozen_vit)
+        opened = _with_tokenizer(config, opened)
+    return Description(stage.make_task(config, opened), _batch(stage, config, opened), config)
 
 
-def _with_teacher(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
+def _with_teacher(config, opened: inputs.Opened) -> inputs.Opened:
     patch_size = config.model.encoder.patch_size
     side = config.views.image_size // patch_size
     if config.teacher.features:
         encoding = FeatureEncoding(_STORED_FEATURES, side * side, TEACHER_WIDTH)
         reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
-        return dataclasses.replace(opened, stored=(reader, reader)), {}
+        return dataclasses.replace(opened, stored=(reader, reader))
     if config.teacher.weights == PUBLISHED:
         teacher, network = clip_teacher(
             SIZES["base"],
@@ -148,19 +145,16 @@ def _with_teacher(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
         weights = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
     else:
         teacher, weights = load_teacher(**targets.teacher_arguments(config, patch_size))
-    frozen = {"teacher": _shapes(weights)}
-    tokens = teacher.network_grid[0] * teacher.network_grid[1] + teacher.num_prefix_tokens
-    vit = {**vit_sizes(frozen["teacher"]), "tokens": tokens}
-    return dataclasses.replace(opened, network=teacher, frozen=frozen), {"teacher": vit}
+    return dataclasses.replace(opened, network=teacher, frozen={"teacher": _shapes(weights)})
 
 
-def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]:
+def _with_tokenizer(config, opened: inputs.Opened) -> inputs.Opened:
     side = config.views.image_size // config.model.patch_size
     codebook_size = config.model.codebook_size
     if config.tokenizer.codes:
         encoding = CodeEncoding(codebook_size, side * side)
         reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"codebook_size": codebook_size})
-        return dataclasses.replace(opened, stored=(reader, reader)), {}
+        return dataclasses.replace(opened, stored=(reader, reader))
     image_size, dtype = inputs.tokenizer_view(config).image_size, config.efficiency.dtype
     if config.tokenizer.run == PUBLISHED:
         base = SIZES["base"]
@@ -179,27 +173,7 @@ def _with_tokenizer(config, opened: inputs.Opened) -> tuple[inputs.Opened, dict]
     images = jnp.zeros((1, image_size, image_size, 3))
     frozen = jax.eval_shape(lambda key: common.init_variables(model, key, images, train=False), jax.random.key(0))
     tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
-    tokens = model.grid[0] * model.grid[1] + 1
-    vit = {**vit_sizes({"backbone": frozen["params"]["encoder"]}), "tokens": tokens, "code_dim": model.code_dim}
-    return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": frozen}), {"tokenizer": vit}
-
-
-def vit_sizes(params: PyTree) -> dict[str, int]:
-    """Return width, depth, mlp_dim (of its second map), gated, patch_inputs and projection of a transformer's params.
-
-    `params` are those of `NormalisedViT` or a classifier: a tree with "backbone".
-    """
-    backbone = params["backbone"]
-    patch = backbone["patch_embed"]["kernel"].shape
-    mlp = backbone["blocks_0"]["mlp"]
-    return {
-        "width": patch[-1],
-        "depth": sum(name.startswith("blocks_") for name in backbone),
-        "mlp_dim": mlp["fc2"]["kernel"].shape[0],
-        "gated": mlp["fc1"]["kernel"].shape[1] == 2 * mlp["fc2"]["kernel"].shape[0],
-        "patch_inputs": int(np.prod(patch[:-1])),
-        "projection": params["projection"]["kernel"].shape[1] if "projection" in params else 0,
-    }
+    return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": frozen})
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -1,7 +1,6 @@
-"""Find the collectives of a compiled program: what is exchanged, how many bytes, between which devices.
+"""Find the collectives of a compiled program: their kinds, their bytes, and the devices that take part.
 
-One program that every device runs; its collectives name devices by their place in the mesh (the flattened order of
-`mesh.devices`).
+Every device runs the same program, whose collectives name devices by their index in the flattened `mesh.devices`.
 """
 
 import dataclasses
@@ -30,24 +29,20 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        arrays: (element type, shape) of what it yields on one device; the compiler joins many exchanges in one.
+        arrays: (element type, shape) of each result on one device; the compiler combines many collectives into one.
         groups: the devices that exchange with each other; for a permutation (source, target) pairs.
-        count: times a step runs it: above 1 inside loops.
-        source: the traced operation that it comes from, as the program's metadata have it.
-        loop_unknown: it stands in a loop whose length the program does not tell, and was counted once.
+        count: how often a step runs it, above 1 inside loops.
     """
 
     kind: str
     arrays: tuple[Array, ...]
     groups: Groups
     count: int = 1
-    source: str = ""
-    loop_unknown: bool = False
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Return the bytes of its largest side on one device by element type."""
-        # what a scatter yields is one part of what there was before
+        """Return `bytes` by element type."""
+        # the result of a scatter is one part of its operand
         factor = len(self.groups[0]) if self.kind == "reduce-scatter" else 1
         summed: dict[str, int] = defaultdict(int)
         for dtype, shape in self.arrays:
@@ -56,7 +51,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of its largest side on one device: what is reduced, gathered or scattered."""
+        """Return the bytes that are reduced, gathered or scattered on one device."""
         return sum(self.dtypes.values())
 
     def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
@@ -70,12 +65,11 @@ class Collective:
 
 
 def find_collectives(program: Program, num_devices: int, num_slices: int = 1) -> list[Collective]:
-    """Return the collectives of a compiled program in the order of its text, but those between no two devices.
+    """Return the collectives of a compiled program in the order of its text, without those of a single device.
 
     Args:
         num_devices: of all slices.
-        num_slices: the program of several slices exchanges inside a slice as that of one does, and hands what goes
-            between them to the hosts; both are found.
+        num_slices: with several slices, what goes between them is sent to the hosts; those transfers are found too.
     """
     per_slice = num_devices // num_slices
     found = []
@@ -88,34 +82,25 @@ def find_collectives(program: Program, num_devices: int, num_slices: int = 1) ->
             groups = _slice_groups(line, kind, per_slice, num_slices) if between else _groups(line.rest, per_slice)
             if all(len(set(group)) < 2 for group in groups):
                 continue
-            source = re.search(r'op_name="([^"]*)"', line.rest)
-            found.append(
-                Collective(
-                    kind,
-                    line.arrays[:1] if between else _arrays(kind, line.opcode.endswith("-start"), line.arrays),
-                    groups,
-                    program.times[name],
-                    source[1] if source else "",
-                    name in program.unknown,
-                )
-            )
+            arrays = line.arrays[:1] if between else _arrays(kind, line.opcode.endswith("-start"), line.arrays)
+            found.append(Collective(kind, arrays, groups, program.times[name]))
     return found
 
 
 def _kind(line: Instruction) -> str | None:
-    """Return which of KINDS an operation is or starts, None if it is none."""
+    """Return which of KINDS an operation is or starts, None if it is no collective."""
     if line.opcode == "send":
         transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest)
-        # of another kind what is sent is all that is known: it goes once over the network
+        # of another kind only what is sent is known: it crosses the network once
         return _BETWEEN_SLICES.get(transfer[1], "all-to-all") if transfer else None
     kind = line.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def _slice_groups(line: Instruction, kind: str, per_slice: int, num_slices: int) -> Groups:
-    """Return which devices exchange between slices: each with those of its place in the others, or by pairs.
+    """Return which devices exchange between slices: those of the same index in each slice, or pairs.
 
-    A device is named there by 100000 times its slice, counted from 1, and its number in the slice.
+    A device is written there as 100000 times its slice, counted from 1, plus its index in the slice.
     """
     if kind == "collective-permute":
         pairs = re.findall(r"(\d+)->(\d+)", line.rest)
@@ -137,7 +122,7 @@ def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, Any]]:
 
 
 def _arrays(kind: str, start: bool, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return what a collective yields out of all that its start does."""
+    """Return the results of a collective among all that its start operation returns."""
     if start and kind == "collective-permute":
         return arrays[1:2]  # (operand, result, contexts)
     if start and kind != "all-reduce":
@@ -164,9 +149,9 @@ def _groups(line: str, num_devices: int) -> Groups:
 
 
 def _mesh_groups(match: re.Match) -> Groups:
-    """Return the groups of `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: devices that differ in the axes named.
+    """Return the groups of `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: devices that differ in the named axes.
 
-    An axis may be named in part, `'b':(2)2` is the middle factor of 'b' cut as 2 x 2 x rest.
+    `'b':(2)2` names a factor of an axis: the second one of 'b' split into 2 x 2 x rest.
     """
     axes, devices, named = match.groups()
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", axes)}
@@ -198,7 +183,7 @@ def _mesh_groups(match: re.Match) -> Groups:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    """Return the numbers from 0 that `[4,2]T(1,0)` lists: shaped, transposed, flat."""
+    """Return the indices that `[4,2]T(1,0)` lists: counted from 0, reshaped, transposed, flattened."""
     sizes = numbers(shape)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return (ids.transpose(numbers(order)) if order else ids).reshape(-1)

@@ -1,15 +1,16 @@
-"""A run planned before any hardware is there: does its step fit, what binds it, how long and how many chip-hours.
+"""Predict a run before any hardware is there: does its step fit, what limits it, how long does it take.
 
-`make` compiles the real training step for a described topology, from the config alone. `compute` gives the same figures
-by arithmetic. Both return a `Forecast`, whose `compiled` says which it is.
+`predict` follows the traced step alone. `compile_and_predict` also compiles the real training step for a described
+topology, and takes memory, bytes moved and collectives from the compiled program. Both return a `Prediction`.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,82 +21,78 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.ops import implementations
-from beitv2_jax.planning import abstract_task, accounting, topologies
+from beitv2_jax.planning import abstract_task, topologies, traced
 from beitv2_jax.planning.chips import Network
 from beitv2_jax.planning.collectives import Collective, find_collectives
-from beitv2_jax.planning.components import components, transformers
-from beitv2_jax.planning.figures import Forecast, Memory, batch_parts
-from beitv2_jax.planning.parts import FLOAT32, Component, total_flops
-from beitv2_jax.planning.program import memory_bytes, missed_flops, product_flops, read_program
+from beitv2_jax.planning.prediction import Memory, Prediction, batch_shards
+from beitv2_jax.planning.program import memory_bytes, product_flops, read_program
 from beitv2_jax.planning.topologies import Target
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training import state as state_lib
-from beitv2_jax.training.step import lower_step, make_train_step
+from beitv2_jax.training.step import TrainStep, lower_step, make_train_step
 from beitv2_jax.typing import PyTree
 
-USABLE_SHARE = {"cuda": 0.95, "tpu": 15.75 / 16}
-"""Of a chip's memory: what a GPU's allocator and libraries leave, and what the TPU compiler takes for available."""
-TEMPORARIES = {"cuda": 1.1, "tpu": 1.0}
-"""Temporary memory that a compiler takes, over that by arithmetic; a GPU's fuses less. Fitted to a step of MIM base."""
+USABLE_FRACTION = {"cuda": 0.95, "tpu": 15.75 / 16}
+"""Fraction of a chip's memory that a GPU's allocator and libraries leave, and that the TPU compiler has available."""
 STATE_TRAFFIC = 32
-"""Bytes that a step moves for each parameter: gradient read for its norm, all four read, and three of them written."""
-PART_TRAFFIC = 24
-"""... and for each further part of a batch whose gradients are accumulated: weights read, sums read and written."""
-PASSES = {"cuda": (9.4, 9.4), "tpu": (1.0, 11.2)}
-"""Least and most times that a step moves each byte that passes through it, fitted to compiled programs. A TPU keeps
-what it can in its cores' own memory."""
-KEPT_STREAM = 70e6
-"""Bytes of the residual stream of a chip's images at which the times lie halfway between."""
-OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
+"""Bytes that a step moves for each parameter: it reads the gradient for its norm and again with the weight and both
+moments, and writes the last three."""
+ACCUMULATION_TRAFFIC = 24
+"""Bytes that each further micro-batch moves for each parameter: weights read, sums of gradients read and written."""
+TRAFFIC_RATIO = {"cuda": (3.2, 3.2), "tpu": (0.6, 2.8)}
+"""Least and greatest ratio of the bytes that a compiled step moves for its images to those that its products read and
+write. Fitted to the compiled programs of docs/scaling.md. A TPU keeps small arrays in its on-chip memory."""
+ON_CHIP_BYTES = 150e6
+"""Bytes that a product reads and writes for the images of a chip at which the ratio is halfway. Fitted likewise."""
+COMPILER_OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
+FLOAT32_BYTES = 4
 _JAX_NAMES = {"tpu": "tpu", "cuda": "gpu"}
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
-_REFUSED_TEMPORARIES = re.compile(
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_TEMPORARIES_OUT_OF_MEMORY = re.compile(
     r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SAME_TRACE = ("run.batch_size", "efficiency.accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.tensor")
+"""Keys of a config that leave the cost of one image as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class PlannedStep:
     """A training step as its config describes it, before any mesh: the same for every target.
 
-    `state`, `frozen` and `batch` hold the shapes of the whole run. `notes` say what the config left open. `frozen_vit`
-    is that of `planning.abstract_task.Description`. `function` and `traced_flops` are None where there is
-    arithmetic only.
+    `state`, `frozen` and `batch` hold the shapes of the whole run. `notes` say what the config left open.
     """
 
     config: Any
     num_examples: int
     notes: tuple[str, ...]
-    function: Callable | None
     state: PyTree
     frozen: PyTree
     batch: PyTree
-    parts: list[Component]
-    frozen_vit: Mapping[str, Mapping[str, int]]
-    traced_flops: int | None
+    cost: traced.StepCost
 
     @property
     def num_steps(self) -> int:
         """Steps of the configured schedule."""
-        return _steps(self.config, self.num_examples)[1]
+        return _schedule_steps(self.config, self.num_examples)[1]
 
-    def placed(self, mesh: Mesh | AbstractMesh) -> "Stage":
-        """Return the stage with its shapes on a mesh.
+    def placed(self, mesh: Mesh | AbstractMesh) -> "PlannedStep":
+        """Return the step with its shapes on a mesh.
 
         Raises:
             UserError: the batch cannot be divided over it.
         """
         batch_size, steps = self.config.run.batch_size, self.config.efficiency.accumulation_steps
-        parts = batch_parts(dict(mesh.shape)) * steps
-        if batch_size % parts:
-            chips = f"{parts // steps} chips (data x fsdp)" + (f" in {steps} steps" if steps > 1 else "")
+        shards = batch_shards(dict(mesh.shape))
+        if batch_size % (shards * steps):
+            micro_batches = f" in {steps} micro-batches" if steps > 1 else ""
+            size = -(-batch_size // (shards * steps)) * shards * steps
             raise UserError(
-                f"A batch of {batch_size} cannot be divided over {chips}.",
-                "the batch size was chosen for fewer chips.",
-                f"--config.run.batch_size={-(-batch_size // parts) * parts}, or a smaller target.",
+                f"A batch of {batch_size} images cannot be divided over {shards} chips (data x fsdp){micro_batches}.",
+                f"Did you mean a batch of {size} images?",
+                f"Pass --config.run.batch_size={size}, or choose a target with fewer chips.",
             )
         rows = sharding.batch_sharding(mesh)
         return dataclasses.replace(
@@ -106,51 +103,55 @@ class Stage:
         )
 
 
-def prepare(config, num_examples: int = 0, *, platform: str = "tpu") -> Stage:
-    """Describe the stage that a config trains; what the config leaves open is what the published recipe used.
+def prepare(config, num_examples: int = 0, *, platform: str = "tpu") -> PlannedStep:
+    """Describe the step that a config trains; what the config leaves open is what the published recipe used.
 
     Args:
         num_examples: images of an epoch; 0 takes those of the data set.
-        platform: that of the target's chip, whose forms of computing "auto" means.
+        platform: that of the target's chip, whose implementations "auto" means.
 
     Raises:
         UserError: the config is inconsistent, of a stage without training, or of a set of unknown length.
     """
     config, notes = abstract_task.complete(config)
-    forms = implementations.resolve_auto(config.efficiency, _JAX_NAMES[platform])
-    config = _changed(config, {f"efficiency.{key}": value for key, value in forms.items()})
+    chosen = implementations.resolve_auto(config.efficiency, _JAX_NAMES[platform])
+    config = _changed(config, {f"efficiency.{key}": value for key, value in chosen.items()})
     config_lib.validate(config)
     num_examples = abstract_task.count_examples(config, num_examples)
     config_lib.validate(config, num_examples)
-    return _stage(config, num_examples, notes)
+    return _planned(config, num_examples, notes)
 
 
-def varied(stage: Stage, **keys) -> Stage:
-    """Return the stage of the same config with other values of `{"section.key": value}`."""
-    return _stage(_changed(stage.config, keys), stage.num_examples, stage.notes)
+def varied(step: PlannedStep, **keys) -> PlannedStep:
+    """Return the step of the same config with other values of `{"section.key": value}`.
+
+    It is traced again only where the cost of one image may have changed.
+    """
+    return _planned(_changed(step.config, keys), step.num_examples, step.notes)
 
 
-def estimated(stage: Stage, **keys) -> Stage:
-    """Return what `varied` does, at once and for arithmetic only; `keys` must leave the network's shapes alone."""
-    config = _changed(stage.config, keys)
-    batch_size = config.run.batch_size
+def _planned(config, num_examples: int, notes: tuple[str, ...]) -> PlannedStep:
+    probe = _changed(config, dict(zip(_SAME_TRACE, (traced.PROBE_BATCH, 1, -1, 1, 1), strict=True)))
+    state, frozen, rows, cost = _traced(config_lib.to_json(probe))
     batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in stage.batch.items()
+        name: jax.ShapeDtypeStruct((config.run.batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in rows.items()
     }
-    parts = components(config, stage.frozen_vit)
-    return dataclasses.replace(stage, config=config, batch=batch, parts=parts, function=None, traced_flops=None)
+    return PlannedStep(config, num_examples, notes, state, frozen, batch, cost)
 
 
-def _changed(config, keys: Mapping[str, Any]):
-    config = config.copy_and_resolve_references().unlock()
-    config.update_from_flattened_dict(keys)
-    return config.lock()
+@functools.lru_cache(maxsize=16)
+def _traced(config_json: str) -> tuple[PyTree, PyTree, PyTree, traced.StepCost]:
+    """Return the shapes of state, frozen networks and probe batch of a config, and the cost of its step."""
+    config = config_lib.from_json(config_json)
+    task, batch, function, state = _train_step(config, 1000 * traced.PROBE_BATCH)
+    return state, task.frozen, batch, traced.step_cost(function, state.params, state, task.frozen, batch)
 
 
-def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
+def _train_step(config, num_examples: int) -> tuple[Any, PyTree, TrainStep, PyTree]:
+    """Return the task of a config, the shapes of its batch, its step, and the shapes of its state."""
     description = abstract_task.describe(config, num_examples)
     task, ema_decay = description.task, config.optim.ema_decay
-    optimizer, schedule = optim.for_task(task, config.optim, *_steps(config, num_examples))
+    optimizer, schedule = optim.for_task(task, config.optim, *_schedule_steps(config, num_examples))
     mesh = _abstract_mesh(dict.fromkeys(sharding.AXES, 1))
     state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_ema=ema_decay > 0)
     function = make_train_step(
@@ -161,18 +162,13 @@ def _stage(config, num_examples: int, notes: tuple[str, ...]) -> Stage:
         ema_decay=ema_decay,
         accumulation_steps=config.efficiency.accumulation_steps,
     )
-    return Stage(
-        config,
-        num_examples,
-        notes,
-        function,
-        state,
-        task.frozen,
-        description.batch,
-        components(config, description.frozen_vit),
-        description.frozen_vit,
-        accounting.traced_flops(function, state, task.frozen, description.batch),
-    )
+    return task, description.batch, function, state
+
+
+def _changed(config, keys: Mapping[str, Any]):
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(keys)
+    return config.lock()
 
 
 def start_compilers() -> None:
@@ -183,35 +179,35 @@ def start_compilers() -> None:
     jax.config.update("jax_platforms", "cpu")  # jax has read its environment already
 
 
-def make(stage: Stage, target: Target) -> Forecast:
-    """Compile the step of a stage for a target, on the mesh that its config asks for, and return its forecast.
+def compile_and_predict(step: PlannedStep, target: Target) -> Prediction:
+    """Compile a step for a target, on the mesh that its config asks for, and return its prediction.
 
     Raises:
         UserError: the compiler is missing, or batch and mesh do not fit the target.
     """
-    mesh = sharding.make_mesh(**stage.config.mesh, devices=topologies.devices(target))
+    mesh = sharding.make_mesh(**step.config.mesh, devices=topologies.devices(target))
     network = target.network(list(mesh.devices.flat))
-    stage = stage.placed(mesh)
-    forecast = _computed(stage, target, dict(mesh.shape), network)
+    step = step.placed(mesh)
+    prediction = _from_trace(step, target, dict(mesh.shape), network)
     started = time.monotonic()
     try:
-        compiled = _compile(stage, mesh, target)
+        compiled = _compile(step, mesh, target)
     except jax.errors.JaxRuntimeError as error:
-        refused = _refusal(str(error), forecast.memory.arguments)
-        if refused is None:
+        memory = _out_of_memory(str(error), prediction.memory.arguments)
+        if memory is None:
             raise
-        note = "the compiler refused the step: memory is its count, bytes moved and collectives are computed"
+        note = "The compiler refused the step: memory is its count, bytes moved and collectives follow the traced step."
         return dataclasses.replace(
-            forecast,
-            memory=refused,
+            prediction,
+            memory=memory,
             compile_s=time.monotonic() - started,
-            notes=(*forecast.notes, note),
+            notes=(*prediction.notes, note),
         )
-    return _measured(forecast, compiled, network, time.monotonic() - started)
+    return _from_compiled(prediction, compiled, network, time.monotonic() - started)
 
 
-def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None) -> Forecast:
-    """Return the forecast of a stage by arithmetic: nothing is compiled, no compiler is needed.
+def predict(step: PlannedStep, target: Target, mesh: Mapping[str, int] | None = None) -> Prediction:
+    """Return the prediction of a step from its trace: nothing is compiled, no compiler is needed.
 
     Args:
         mesh: sizes of the axes, those of the config if None.
@@ -219,15 +215,15 @@ def compute(stage: Stage, target: Target, mesh: Mapping[str, int] | None = None)
     Raises:
         UserError: batch and mesh do not fit the target.
     """
-    sizes = sharding.mesh_sizes(target.count, **(mesh or stage.config.mesh))
-    return _computed(stage.placed(_abstract_mesh(sizes)), target, sizes, target.network())
+    sizes = sharding.mesh_sizes(target.count, **(mesh or step.config.mesh))
+    return _from_trace(step.placed(_abstract_mesh(sizes)), target, sizes, target.network())
 
 
 def _abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _steps(config, num_examples: int) -> tuple[int, int]:
+def _schedule_steps(config, num_examples: int) -> tuple[int, int]:
     """Return warm-up and length of the schedule in steps."""
     sizes = {"batch_size": config.run.batch_size, "num_examples": num_examples}
     return config_lib.steps(config.optim.warmup, **sizes), config_lib.steps(config.run.duration, **sizes)
@@ -239,23 +235,19 @@ def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def _compile(stage: Stage, mesh: Mesh, target: Target):
+def _compile(step: PlannedStep, mesh: Mesh, target: Target):
     logging.info("compiling the step for %s on %s", dict(mesh.shape), target.name)
-    lowered = lower_step(stage.function, stage.state, stage.frozen, stage.batch, mesh)
-    return lowered.compile(compiler_options=OPTIONS[target.chip.platform])
+    _, _, function, _ = _train_step(step.config, step.num_examples)
+    lowered = lower_step(function, step.state, step.frozen, step.batch, mesh)
+    return lowered.compile(compiler_options=COMPILER_OPTIONS[target.chip.platform])
 
 
-def _refusal(message: str, arguments: int) -> Memory | None:
-    """Return the memory that a TPU compiler says a step lacks when it refuses it, None of another fault.
-
-    Args:
-        message: which tells of everything, or of the temporaries alone.
-        arguments: bytes of the step's arguments.
-    """
-    if match := _REFUSED.search(message):
-        used, usable = _size(*match.groups()[:2]), _size(*match.groups()[2:])
-        return Memory(arguments, used - arguments, used, usable)
-    if match := _REFUSED_TEMPORARIES.search(message):
+def _out_of_memory(message: str, arguments: int) -> Memory | None:
+    """Return the memory that the message of a compiler names which refuses a step; None if it names none."""
+    if match := _OUT_OF_MEMORY.search(message):
+        peak, usable = _size(*match.groups()[:2]), _size(*match.groups()[2:])
+        return Memory(arguments, peak - arguments, peak, usable)
+    if match := _TEMPORARIES_OUT_OF_MEMORY.search(message):
         temporaries, usable = _size(*match.groups()[:2]), _size(*match.groups()[2:])
         return Memory(arguments, temporaries, arguments + temporaries, usable)
     return None
@@ -265,140 +257,130 @@ def _size(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit.upper()])
 
 
-def _computed(stage: Stage, target: Target, shape: dict[str, int], network: Network) -> Forecast:
-    chip, config = target.chip, stage.config
-    images = config.run.batch_size / batch_parts(shape)
-    share = config.run.batch_size / math.prod(shape.values())
-    frozen_bytes = accounting.device_bytes(stage.frozen)
-    arguments = accounting.device_bytes(stage.state) + frozen_bytes + accounting.device_bytes(stage.batch)
-    steps = config.efficiency.accumulation_steps
-    temporaries = accounting.temporary_bytes(stage.parts, images, stage.state.params, steps)
-    temporaries = int(TEMPORARIES[chip.platform] * temporaries)
-    usable = int(USABLE_SHARE[chip.platform] * chip.hbm_bytes)
-    memory = Memory(arguments, temporaries, arguments + temporaries, usable)
-    collectives = expected_collectives(stage, shape, images)
-    passed = sum(part.passed or part.kept + part.held for part in stage.parts)
-    local_params = accounting.device_bytes(stage.state.params) / FLOAT32
-    moved = (STATE_TRAFFIC + (steps - 1) * PART_TRAFFIC) * local_params
-    moved += _passes(config, chip.platform, images / steps) * images * passed + steps * frozen_bytes
+def _from_trace(step: PlannedStep, target: Target, mesh: dict[str, int], network: Network) -> Prediction:
+    chip, config, cost = target.chip, step.config, step.cost
+    accumulation_steps = config.efficiency.accumulation_steps
+    images = config.run.batch_size / batch_shards(mesh)
+    images_of_chip = config.run.batch_size / math.prod(mesh.values())
+    frozen_bytes, weight_bytes = traced.device_bytes(step.frozen), traced.device_bytes(step.state.params)
+    arguments = traced.device_bytes(step.state) + frozen_bytes + traced.device_bytes(step.batch)
+    weights_fraction = weight_bytes / (FLOAT32_BYTES * cost.parameters)
+    temporaries = cost.peak_live_bytes(images / accumulation_steps, weights_fraction)
+    temporaries = int(temporaries + (weight_bytes if accumulation_steps > 1 else 0))  # the sums of the gradients
+    usable = int(USABLE_FRACTION[chip.platform] * chip.hbm_bytes)
+    collectives = expected_collectives(step, mesh, images)
+    moved = (STATE_TRAFFIC + (accumulation_steps - 1) * ACCUMULATION_TRAFFIC) * weight_bytes / FLOAT32_BYTES
+    moved += _traffic_ratio(cost, chip.platform, images / accumulation_steps) * images * cost.product_bytes
+    moved += accumulation_steps * frozen_bytes
     # what is gathered is written, and read again; what is scattered likewise
     moved += 2 * sum(c.count * c.bytes for c in collectives if c.kind != "all-reduce")
-    plain, exact = (share * total_flops(stage.parts, exact=value) for value in (False, True))
-    return Forecast(
+    fast_flops = cost.flops - cost.exact_flops
+    return Prediction(
         target=target,
-        mesh=shape,
+        mesh=mesh,
         config=config,
         compiled=False,
-        num_examples=stage.num_examples,
-        num_steps=stage.num_steps,
-        parts=stage.parts,
-        memory=memory,
-        arithmetic_flops=plain + exact,
-        traced_flops=stage.traced_flops and stage.traced_flops / math.prod(shape.values()),
-        product_flops=None,
-        compiler_flops=None,
+        num_examples=step.num_examples,
+        num_steps=step.num_steps,
+        components=cost.components,
+        memory=Memory(arguments, temporaries, arguments + temporaries, usable),
+        traced_flops=images_of_chip * cost.flops,
+        compiled_flops=None,
         bytes_moved=moved,
         collectives=collectives,
-        compute_s=plain / chip.flops + exact / chip.exact_flops,
+        compute_s=images_of_chip * (fast_flops / chip.flops + cost.exact_flops / chip.exact_flops),
         hbm_s=moved / chip.hbm_rate,
-        interconnect_s=_exchange_seconds(collectives, network),
-        notes=stage.notes,
+        interconnect_s=_collective_seconds(collectives, network),
+        notes=step.notes,
     )
 
 
-def _passes(config, platform: str, images: float) -> float:
-    """Return how often a step moves each byte that passes through it, with so many images on a chip at once."""
-    least, most = PASSES[platform]
-    stream = FLOAT32 * images * max(blocks.tokens * blocks.width for blocks in transformers(config))
-    return least + (most - least) * stream / (stream + KEPT_STREAM)
+def _traffic_ratio(cost: traced.StepCost, platform: str, images: float) -> float:
+    """Return the bytes moved for images over those that products read and write, with so many images on a chip."""
+    least, greatest = TRAFFIC_RATIO[platform]
+    product = images * cost.product_bytes / cost.num_products
+    return least + (greatest - least) * product / (product + ON_CHIP_BYTES)
 
 
-def _exchange_seconds(collectives: Iterable[Collective], network: Network) -> float:
+def _collective_seconds(collectives: Iterable[Collective], network: Network) -> float:
     return sum(collective.count * network.seconds(collective) for collective in collectives)
 
 
-def _measured(forecast: Forecast, compiled, network: Network, seconds: float) -> Forecast:
-    """Return the forecast with what a compiled program says in place of arithmetic."""
-    chip, target = forecast.target.chip, forecast.target
+def _from_compiled(prediction: Prediction, compiled, network: Network, seconds: float) -> Prediction:
+    """Return the prediction with what a compiled program says in place of what follows from the trace."""
+    target = prediction.target
     sizes = compiled.memory_analysis()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    # outputs that are not written into arguments, and the program itself, need room too
+    # outputs that are not written into arguments, and the program itself, take memory too
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     code = sizes.generated_code_size_in_bytes
     peak = max(getattr(sizes, "peak_memory_in_bytes", 0), arguments + temporaries + outputs + code)
     program = read_program(compiled.as_text())
     collectives = find_collectives(program, target.count, target.slices)
-    costs = compiled.cost_analysis() or {}
-    flops, moved, notes = None, memory_bytes(program), list(forecast.notes)
-    if costs.get("flops"):
-        missed, counted = missed_flops(program), costs["bytes accessed"]
-        flops = costs["flops"] + missed
-        if missed:
-            notes.append(
-                f"the compiler counts the body of a loop once: {missed / 1e12:.3f} TFLOPs of the other rounds are "
-                "added from the program's text"
-            )
-        if moved < 0.9 * counted:
-            notes.append(
-                f"the compiler itself counts {counted / 1e9:.1f} GB moved, with what stays in a core's own memory; "
-                "those above reach the chip's memory by the program's text"
-            )
-    else:
-        notes.append("this compiler counts no FLOPs: the products are those of the program's text")
+    moved = memory_bytes(program)
     return dataclasses.replace(
-        forecast,
+        prediction,
         compiled=True,
         compile_s=seconds,
-        memory=Memory(arguments, temporaries, peak, forecast.memory.usable),
-        product_flops=product_flops(program),
-        compiler_flops=flops,
+        memory=Memory(arguments, temporaries, peak, prediction.memory.usable),
+        compiled_flops=product_flops(program),
         bytes_moved=moved,
         collectives=collectives,
-        hbm_s=moved / chip.hbm_rate,
-        interconnect_s=_exchange_seconds(collectives, network),
-        notes=tuple(notes),
+        hbm_s=moved / target.chip.hbm_rate,
+        interconnect_s=_collective_seconds(collectives, network),
     )
 
 
-def expected_collectives(stage: Stage, shape: dict[str, int], images: float) -> list[Collective]:
-    """Return the collectives that a step on a mesh must run, by arithmetic; `images` are those of one chip.
+def expected_collectives(step: PlannedStep, mesh: dict[str, int], images: float) -> list[Collective]:
+    """Return the collectives that a step on a mesh must run; `images` are those of one chip.
 
-    Gradients are summed over `data` and, in shares, over `fsdp`, where weights are gathered for the forward and for the
-    backward pass. Over `tensor` each block sums its two outputs, forward and backward. The tokenizer sums its code
-    statistics over the whole batch. With accumulation what goes over `data` does so once, in float32, as the TPU's
-    compiler moves it out of the loop; the rest happens for each part of the batch.
+    Gradients are summed over `data` and, in parts, over `fsdp`, where weights are gathered for the forward and for the
+    backward pass. Over `tensor` each product whose input is sharded sums its output in the forward pass, and the
+    product before it does so in the backward pass. The tokenizer sums its code statistics over the whole batch. With
+    accumulation what goes over `data` does so once, in float32, as the TPU's compiler moves it out of the loop; the
+    rest happens for each micro-batch.
     """
-    config, local = stage.config, accounting.device_bytes(stage.state.params)
+    config, local = step.config, traced.device_bytes(step.state.params)
     steps = config.efficiency.accumulation_steps
     summed = "bf16" if config.efficiency.gradient_dtype == "bfloat16" and steps == 1 else "f32"
     found = []
 
     def add(kind: str, size: float, axes: tuple[str, ...], count: int = 1, dtype: str = "f32") -> None:
-        group = _first_group(shape, axes)
+        group = _first_group(mesh, axes)
         if len(group) > 1 and count:
             parts = len(group) if kind == "reduce-scatter" else 1
-            numbers = int(size) // FLOAT32 // parts
+            numbers = int(size) // FLOAT32_BYTES // parts
             found.append(Collective(kind, ((dtype, (numbers,)),), (group,), count))
 
-    if shape["fsdp"] > 1:
-        whole = local * shape["fsdp"]
+    if mesh["fsdp"] > 1:
+        whole = local * mesh["fsdp"]
         add("all-gather", whole, ("fsdp",), 2 * steps)
         add("reduce-scatter", whole, ("fsdp",), steps, dtype=summed)
     add("all-reduce", local, ("data",), dtype=summed)
-    if shape["tensor"] > 1:
-        for blocks in transformers(config):
-            size = images / steps * FLOAT32 * blocks.tokens * blocks.width
-            add("all-reduce", size, ("tensor",), 4 * blocks.depth * steps)
+    if mesh["tensor"] > 1:
+        for size in _sharded_input_outputs(step):
+            add("all-reduce", images / steps * FLOAT32_BYTES * size, ("tensor",), 2 * steps)
     if config.stage == "vqkd":
         add(
             "all-reduce",
-            FLOAT32 * config.model.codebook_size * (config.model.code_dim + 1),
+            FLOAT32_BYTES * config.model.codebook_size * (config.model.code_dim + 1),
             ("data", "fsdp"),
         )
     return found
 
 
-def _first_group(shape: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
+def _sharded_input_outputs(step: PlannedStep) -> list[float]:
+    """Return how many numbers each trained product whose weights are sharded along their input yields for an image."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step.state.params):
+        module = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+        axes = (*leaf.sharding.spec, *(None,) * leaf.ndim)[: leaf.ndim]
+        if leaf.ndim > 1 and "tensor" in np.atleast_1d(axes[-2] or ""):
+            found.append(step.cost.output_sizes[module])
+    return found
+
+
+def _first_group(mesh: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
     """Return the devices that differ from the first one in `axes` alone."""
-    ids = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
-    return tuple(ids[tuple(slice(None) if axis in axes else 0 for axis in shape)].reshape(-1).tolist())
+    ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    return tuple(ids[tuple(slice(None) if axis in axes else 0 for axis in mesh)].reshape(-1).tolist())

@@ -1,7 +1,10 @@
-"""Read a compiled program's text: its computations, how often a step runs each, and what its loops add to the costs.
+"""Read a compiled program's text: its computations, how often a step runs each, its products and its memory access.
 
-Used by the plan of a run. A compiler's own count takes the body of a loop once; `missed_flops` says what it leaves out.
-The text is what `compiled.as_text()` gives.
+The text is that of `compiled.as_text()`. It is parsed here because jaxlib offers no other access: its `HloInstruction`
+has a name, an opcode and operands, but neither shapes nor attributes nor called computations, and the serialized
+`HloModuleProto` needs a schema that no dependency of this project installs. `compiled.cost_analysis()` counts the body
+of a loop once, and takes arrays that stay in a TPU's on-chip memory for memory access. Whatever jax does offer in
+structured form, such as `memory_analysis()`, is read there.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ Array = tuple[str, Shape]
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,<=]*)\]")
-_ELSEWHERE = re.compile(_SHAPE.pattern + r"\{[^}]*S\([1-9]\d*\)[^}]*\}")
+_ON_CHIP = re.compile(_SHAPE.pattern + r"\{[^}]*S\([1-9]\d*\)[^}]*\}")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 _LIBRARY = re.compile(r'custom_call_target="__cublas\$.*"lhs_contracting_dimensions":\[([^\]]*)\]')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -34,7 +37,7 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation: `name = arrays opcode(operands), rest`; `result` is the text of its type."""
+    """One line of a computation, `name = result opcode(rest`; `result` is the text of its type."""
 
     name: str
     result: str
@@ -43,36 +46,35 @@ class Instruction:
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """What it yields: one array, or those of a tuple."""
+        """The arrays that it returns: one, or those of a tuple."""
         return tuple((dtype, numbers(dims)) for dtype, dims in _SHAPE.findall(self.result))
 
     @property
     def memory_arrays(self) -> tuple[Array, ...]:
-        """Those of the arrays that stand in the device's memory, not in a core's own."""
-        return tuple((dtype, numbers(dims)) for dtype, dims in _SHAPE.findall(_ELSEWHERE.sub("", self.result)))
+        """Those of `arrays` that are in the device's memory, not in on-chip memory."""
+        return tuple((dtype, numbers(dims)) for dtype, dims in _SHAPE.findall(_ON_CHIP.sub("", self.result)))
 
     @property
     def operands(self) -> list[str]:
-        """Names of what it reads."""
+        """Names of the instructions whose results it reads."""
         return re.findall(r"%([\w.-]+)", self.rest.split(")", 1)[0])
 
     def attribute(self, name: str) -> str:
-        """Return what stands after `name=`, without its braces; '' if it is not there."""
+        """Return the value of an attribute without its braces; '' if it is not there."""
         match = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.rest)
         return (match[1] or match[2] or "").lstrip("%") if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Hold computations by name, that of the entry is ''.
+    """Computations by name; that of the entry is ''.
 
-    `times` a step runs each; `unknown` stand in a loop whose length the text does not tell, and are counted once;
-    `fused` are the insides of operations, whose results never reach the memory.
+    `times` tells how often a step runs each. The body of a loop whose length the text does not tell counts once.
+    `fused` are the computations inside of fusions, whose results never reach the memory.
     """
 
     computations: Mapping[str, Sequence[Instruction]]
     times: Mapping[str, int]
-    unknown: frozenset[str]
     fused: frozenset[str]
 
 
@@ -88,20 +90,20 @@ def read_program(text: str) -> Program:
                 current.append(Instruction(*match.groups()))
         elif match := _COMPUTATION.match(line):
             current = computations.setdefault("" if match[1] else match[2], [])
-    times, unknown, fused = _times(computations)
-    return Program(computations, times, frozenset(unknown), frozenset(fused))
+    times, fused = _times(computations)
+    return Program(computations, times, frozenset(fused))
 
 
 def product_flops(program: Program) -> int:
-    """Return the FLOPs of the matrix products and convolutions that a step runs on one device, loops and all.
+    """Return the FLOPs of the matrix products and convolutions that a step runs on one device, in all rounds of loops.
 
     Those of a kernel are what it states itself.
     """
-    return sum(program.times[name] * _flops(lines) for name, lines in program.computations.items())
+    return sum(flops_by_type(program).values())
 
 
 def flops_by_type(program: Program) -> dict[str, int]:
-    """Return what `product_flops` sums, by the element types of the factors; what kernels state stands apart."""
+    """Return what `product_flops` sums, by the element types of the factors; kernels have a row of their own."""
     found: dict[str, int] = defaultdict(int)
     for name, lines in program.computations.items():
         for types, flops in _products(lines):
@@ -110,10 +112,7 @@ def flops_by_type(program: Program) -> dict[str, int]:
 
 
 def memory_bytes(program: Program) -> int:
-    """Return the bytes that a step reads from and writes to the device's memory, loops and all.
-
-    A TPU's compiler keeps many arrays in a core's own memory, and its count of bytes takes those in.
-    """
+    """Return the bytes that a step reads from and writes to the device's memory, with all rounds of loops."""
     total = 0
     for name, lines in program.computations.items():
         if name not in program.fused:
@@ -122,34 +121,25 @@ def memory_bytes(program: Program) -> int:
     return total
 
 
-def missed_flops(program: Program) -> int:
-    """Return the FLOPs of the products of a step beyond a count that takes the body of each loop once."""
-    return sum(
-        (program.times[name] - 1) * _flops(lines)
-        for name, lines in program.computations.items()
-        if program.times[name] > 1
-    )
-
-
 def array_bytes(arrays: Iterable[Array]) -> int:
     """Return the bytes of arrays."""
     return sum(math.prod(shape) * width(dtype) for dtype, shape in arrays)
 
 
 def width(dtype: str) -> int:
-    """Return the bytes of a number of an element type, at least 1."""
+    """Return the bytes of one element of a type, at least 1."""
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return max(1, bits // 8)
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers in a text."""
+    """Return the integers in a text."""
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def _times(computations: Mapping[str, Sequence[Instruction]]) -> tuple[dict[str, int], set[str], set[str]]:
-    """Return how often a step runs each computation, those in a loop of unknown length, and the insides of fusions."""
-    callers: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
+def _times(computations: Mapping[str, Sequence[Instruction]]) -> tuple[dict[str, int], set[str]]:
+    """Return how often a step runs each computation, and those inside of fusions."""
+    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     fused: set[str] = set()
     for name, lines in computations.items():
         for line in lines:
@@ -158,49 +148,42 @@ def _times(computations: Mapping[str, Sequence[Instruction]]) -> tuple[dict[str,
                 called += [("branch", branch.strip().lstrip("%")) for branch in branches.split(",")]
             rounds = _rounds(line, computations) if line.opcode == "while" else 1
             for how, other in called:
-                callers[other].append((name, rounds or 1, rounds is None))
+                callers[other].append((name, rounds))
                 if line.opcode == "fusion" or (how == "to_apply" and line.opcode != "call"):
                     fused.add(other)
     times = {"": 1}
-    unknown: set[str] = set()
 
     def resolve(name: str) -> int:
         if name not in times:
-            times[name] = sum(resolve(caller) * factor for caller, factor, _ in callers[name])
-            if any(lost or caller in unknown for caller, _, lost in callers[name]):
-                unknown.add(name)
+            times[name] = sum(resolve(caller) * rounds for caller, rounds in callers[name])
         return times[name]
 
     for name in computations:
         resolve(name)
-    return times, unknown, fused
+    return times, fused
 
 
-def _rounds(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> int | None:
-    """Return how often a loop runs: as the compiler notes, or by its condition, in which jax's loops count from 0 on.
+def _rounds(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> int:
+    """Return how often a loop runs: as the compiler notes, or by its condition, since jax's loops count up from 0.
 
-    None where neither tells.
+    Where neither tells, it counts once.
     """
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     lines = {line.name: line for line in computations.get(loop.attribute("condition"), ())}
-    if not lines:
-        return None
-    last = list(lines.values())[-1]
-    if last.opcode != "compare" or last.attribute("direction") != "LT":
-        return None
+    last = list(lines.values())[-1] if lines else None
+    if last is None or last.opcode != "compare" or last.attribute("direction") != "LT":
+        return 1
     counter, bound = (lines[name] for name in last.operands)
     known = counter.opcode == "get-tuple-element" and bound.opcode == "constant"
-    return int(numbers(bound.rest)[0]) if known else None
-
-
-def _flops(lines: Sequence[Instruction]) -> int:
-    """Return the FLOPs of one computation's own products, 2 a multiply-add; those with padding zeros are left out."""
-    return sum(flops for _, flops in _products(lines))
+    return int(numbers(bound.rest)[0]) if known else 1
 
 
 def _products(lines: Sequence[Instruction]) -> Iterator[tuple[str, int]]:
-    """Yield what the element types of each product's factors are, and its FLOPs; kernels have no types."""
+    """Yield the element types of each product's factors and its FLOPs, 2 for each multiply-add.
+
+    Products with the zeros of a padding are left out. A kernel has the type "kernels".
+    """
     arrays = {line.name: line.arrays[0] for line in lines if line.arrays}
     for line in lines:
         library = _LIBRARY.search(line.rest)
@@ -240,8 +223,8 @@ def _convolution_flops(line: Instruction, left: Shape, right: Shape, out: Shape)
 def moved_bytes(line: Instruction, sizes: Mapping[str, int], program: Program) -> int:
     """Return the bytes that an operation reads and writes; `sizes` are those of its computation's results.
 
-    Of an array from which a fusion takes a slice, and of one into which it writes one, the slice alone is moved: so a
-    loop reads and writes its round's part of what stands for all rounds.
+    Where a fusion reads or writes a slice of an array, only the slice is moved: a loop reads and writes its round's
+    part of an array that holds all rounds.
     """
     if line.opcode in _FREE or line.opcode.endswith("-done"):
         return 0
@@ -254,7 +237,7 @@ def moved_bytes(line: Instruction, sizes: Mapping[str, int], program: Program) -
     elif line.opcode == "dynamic-update-slice":
         read, written = [read[1]], read[1]
     elif line.opcode in ("copy-start", "slice-start"):
-        # it yields both sides; the smaller one is moved, and counts on each side that has a size here
+        # it returns both sides; the smaller one is moved, and counts for each side that is in the device's memory
         moved = min(array_bytes([array]) for array in line.arrays[:2])
         return sum(min(moved, array_bytes([array])) for array in line.memory_arrays)
     return sum(read) + written
@@ -267,7 +250,7 @@ def _fusion_bytes(inner: Sequence[Instruction], read: list[int], written: int) -
     for parameter in (line for line in inner if line.opcode == "parameter"):
         place = int(parameter.rest.split(")")[0])
         users = [line for line in inner if parameter.name in line.operands]
-        # None: it is no array that is sliced, but an index or what is written
+        # None: the parameter is not the sliced array but an index or the slice that is written
         uses = {line.opcode if line.operands[0] == parameter.name else None for line in users}
         if uses == {"dynamic-slice"} and read[place]:
             read[place] = sum(sizes[line.name] for line in users)

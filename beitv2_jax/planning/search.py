@@ -1,4 +1,4 @@
-"""Look for better plans: the switches that make a step fit, and the best meshes and batches for a kind of chip."""
+"""Look for better plans: changes that make a step fit, and the best meshes and micro-batches for a kind of chip."""
 
 import dataclasses
 import time
@@ -9,147 +9,145 @@ from absl import logging
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import find_chip
-from beitv2_jax.planning.figures import Forecast, batch_parts
-from beitv2_jax.planning.planner import Stage
+from beitv2_jax.planning.planner import PlannedStep
+from beitv2_jax.planning.prediction import Prediction, batch_shards
 from beitv2_jax.planning.topologies import Target
 
 SHOWN = 5
-SHOWN_OF_A_TARGET = 2
-"""... of them where numbers of chips are compared too."""
-NEAR = 1.1
+"""Plans that a search returns."""
+SHOWN_PER_TARGET = 2
+"""At most so many of them have the same number of chips, where several numbers are compared."""
+COST_TOLERANCE = 1.1
 """Plans that cost at most so many times the cheapest compete by time."""
 REMAT = ("none", "dots", "full")
-"""From what keeps most to what keeps least."""
+"""In the order of what they save, the most first."""
 ACCUMULATION = (1, 2, 4, 8, 16)
 GIB = 2**30
 
-Make = Callable[[Stage, Target], Forecast]
+Make = Callable[[PlannedStep, Target], Prediction]
 
 
-def with_switches(forecast: Forecast, stage: Stage, *, confirm: Make | None) -> Forecast:
-    """Return the forecast, with words on what would make it fit where it does not.
+def with_remedies(prediction: Prediction, step: PlannedStep, *, confirm: Make | None) -> Prediction:
+    """Return the prediction, with a sentence on each change that might make the step fit where it does not.
 
-    Each switch is computed, and scaled by what the compiler made of the refused step; the first one that should fit
-    is compiled by `confirm`.
+    Each change is estimated, and scaled by the ratio of the refused step's compiled memory to its estimate; the first
+    one that should fit is compiled by `confirm`.
     """
-    if forecast.fits:
-        return forecast
-    usable = forecast.memory.usable
-    scale = forecast.memory.peak / planner.compute(stage, forecast.target).memory.peak
-    words, helping = [], []
-    for keys in _switches(stage, forecast):
-        name = " ".join(f"--config.{key}={value}" for key, value in keys.items())
+    if prediction.fits:
+        return prediction
+    usable = prediction.memory.usable
+    scale = prediction.memory.peak / planner.predict(step, prediction.target).memory.peak
+    remedies, helpful = [], []
+    for keys in _changes(step, prediction):
+        flags = " ".join(f"--config.{key}={value}" for key, value in keys.items())
         try:
-            need, how = (
-                planner.compute(planner.estimated(stage, **keys), forecast.target).memory.peak * scale,
-                "computed",
-            )
-            if need <= usable and confirm is not None:
-                tried, confirm = confirm(planner.varied(stage, **keys), forecast.target), None
-                need, how = tried.memory.peak, tried.sources["memory"]
+            changed = planner.varied(step, **keys)
+            needed, source = planner.predict(changed, prediction.target).memory.peak * scale, "traced"
+            if needed <= usable and confirm is not None:
+                tried, confirm = confirm(changed, prediction.target), None
+                needed, source = tried.memory.peak, tried.sources["memory"]
         except UserError as error:
-            words.append(f"{name}: not possible. {error.happened}")
+            remedies.append(f"{flags}: not possible. {error.happened}")
             continue
-        verdict = "fits" if need <= usable else f"is {(need - usable) / GIB:.1f} GiB over"
-        words.append(f"{name}: {need / GIB:.1f} GiB a chip ({how}), {verdict}")
-        helping += [name] if need <= usable else []
-    words.append(f"In short: {helping[0] if helping else 'none of these; more chips, or chips with more memory'}")
-    return dataclasses.replace(forecast, switches=tuple(words))
+        verdict = "fits" if needed <= usable else f"{(needed - usable) / GIB:.1f} GiB are missing"
+        remedies.append(f"{flags}: {needed / GIB:.1f} GiB per chip ({source}), {verdict}")
+        helpful += [flags] if needed <= usable else []
+    advice = helpful[0] if helpful else "none of these; use more chips, or chips with more memory"
+    return dataclasses.replace(prediction, remedies=(*remedies, f"In short: {advice}"))
 
 
-def _switches(stage: Stage, refused: Forecast) -> Iterator[dict[str, object]]:
+def _changes(step: PlannedStep, refused: Prediction) -> Iterator[dict[str, object]]:
     """Yield changed keys of a config: those that leave the result as it is, then smaller batches."""
-    efficiency, target, mesh = stage.config.efficiency, refused.target, refused.mesh
+    efficiency, target, mesh = step.config.efficiency, refused.target, refused.mesh
     more = REMAT[REMAT.index(efficiency.remat) + 1 :]
     for remat in more:
         yield {"efficiency.remat": remat}
-    rows = stage.config.run.batch_size // batch_parts(mesh) // efficiency.accumulation_steps
-    divisors = [share for share in (2, 4, 8, 16) if rows % share == 0]
-    for share in divisors:
-        yield {"efficiency.accumulation_steps": share * efficiency.accumulation_steps}
-    share = min(target.count // target.slices, 8)
-    if mesh["fsdp"] == 1 and share > 1:
+    rows = step.config.run.batch_size // batch_shards(mesh) // efficiency.accumulation_steps
+    divisors = [divisor for divisor in (2, 4, 8, 16) if rows % divisor == 0]
+    for divisor in divisors:
+        yield {"efficiency.accumulation_steps": divisor * efficiency.accumulation_steps}
+    shards = min(target.count // target.slices, 8)
+    if mesh["fsdp"] == 1 and shards > 1:
         for remat in (efficiency.remat, *more[-1:]):
-            yield {"mesh.fsdp": share, "efficiency.remat": remat}
-    for share in divisors:
-        yield {"run.batch_size": stage.config.run.batch_size // share}
+            yield {"mesh.fsdp": shards, "efficiency.remat": remat}
+    for divisor in divisors:
+        yield {"run.batch_size": step.config.run.batch_size // divisor}
 
 
-def auto(stage: Stage, kind: str, *, make: Make | None, minutes: float) -> list[Forecast]:
+def find_best(step: PlannedStep, kind: str, *, make: Make | None, minutes: float) -> list[Prediction]:
     """Return the best SHOWN plans for chips of a kind (`v5e`) or for one target (`v5e:64`), the best one first.
 
-    Meshes, numbers of chips, remat and accumulation, and so the batch that a chip holds at once, are tried by
-    arithmetic. Among the plans that fit and cost at most NEAR times the chip-hours of the cheapest, the faster is
-    better; then come the others, the cheaper ones first. From the best one on `make` then compiles them, and leaves
-    out those that do not fit after all, until SHOWN are found, at most SHOWN_OF_A_TARGET of one number of chips; no
-    compilation is begun that would probably end after `minutes`, so that the last may be computed still.
+    Meshes, numbers of chips, remat and accumulation are tried with estimates from the traced step. Among the plans that
+    fit and cost at most COST_TOLERANCE times the chip-hours of the cheapest, the faster is better; then come the
+    others, the cheaper ones first. From the best one on `make` then compiles them, and leaves out those that do not fit
+    after all, until SHOWN are found, at most SHOWN_PER_TARGET of one number of chips. No compilation is begun that
+    would probably end after `minutes`, so the last plans may be estimates still.
 
     Raises:
         UserError: no such chip or target, or nothing fits.
     """
     chosen = [topologies.parse(kind)] if ":" in kind else topologies.rented(find_chip(kind))
-    tried = [forecast for target in chosen for forecast in _tried(stage, target)]
-    fitting = [forecast for forecast in tried if forecast.fits]
-    if not fitting:
-        least = min((forecast.memory.over for forecast in tried), default=None)
+    tried = [prediction for target in chosen for prediction in _tried(step, target)]
+    fitting = [prediction for prediction in tried if prediction.fits]
+    if not tried:
         raise UserError(
-            f"None of {len(tried)} plans for {kind} holds this step"
-            + (f", the best is {least / GIB:.1f} GiB over." if tried else "."),
-            "the batch of one chip is too large, or the model." if tried else "the batch has fewer images than chips.",
-            "another --config.run.batch_size, or another kind of chip.",
+            f"No number of chips of {kind} divides a batch of {step.config.run.batch_size} images.",
+            "Did you mean a larger batch?",
+            f"Pass --config.run.batch_size={chosen[0].count}, or a multiple of it.",
         )
-    logging.info("%d plans for %s tried by arithmetic, %d fit", len(tried), kind, len(fitting))
+    if not fitting:
+        least = min(prediction.memory.excess for prediction in tried)
+        raise UserError(
+            f"None of {len(tried)} plans for {kind} fits into memory; the best one lacks {least / GIB:.1f} GiB.",
+            "Did you mean a smaller batch?",
+            f"Pass --config.run.batch_size={max(step.config.run.batch_size // 2, 1)}, or choose another kind of chip.",
+        )
+    logging.info("estimated %d plans for %s, %d fit", len(tried), kind, len(fitting))
 
-    cheapest = min(forecast.chip_hours for forecast in fitting)
+    cheapest = min(prediction.chip_hours for prediction in fitting)
 
-    def rank(forecast: Forecast) -> tuple[bool, float]:
-        near = forecast.chip_hours <= NEAR * cheapest
-        return (not near, forecast.hours if near else forecast.chip_hours)
+    def rank(prediction: Prediction) -> tuple[bool, float]:
+        cheap = prediction.chip_hours <= COST_TOLERANCE * cheapest
+        return (not cheap, prediction.hours if cheap else prediction.chip_hours)
 
-    best: list[Forecast] = []
-    most = SHOWN if len(chosen) == 1 else SHOWN_OF_A_TARGET
+    best: list[Prediction] = []
+    most = SHOWN if len(chosen) == 1 else SHOWN_PER_TARGET
     started, longest = time.monotonic(), 0.0
-    for forecast in sorted(fitting, key=rank):
+    for prediction in sorted(fitting, key=rank):
         if len(best) == SHOWN:
             break
-        if [plan.target for plan in best].count(forecast.target) == most:
+        if [plan.target for plan in best].count(prediction.target) == most:
             continue
         if make is not None and time.monotonic() - started + longest < 60 * minutes:
-            forecast = make(planner.varied(stage, **keys_of(forecast)), forecast.target)
-            longest = max(longest, forecast.compile_s)
-            if not forecast.fits:
-                logging.info("%s, mesh %s: does not fit after all", forecast.target.name, forecast.mesh)
+            prediction = make(planner.varied(step, **config_keys(prediction)), prediction.target)
+            longest = max(longest, prediction.compile_s)
+            if not prediction.fits:
+                logging.info("%s with mesh %s does not fit after all", prediction.target.name, prediction.mesh)
                 continue
-        best.append(forecast)
+        best.append(prediction)
     if not best:
         raise UserError(
-            f"The compiler refused all {len(fitting)} plans for {kind} that fit by arithmetic.",
-            "arithmetic is a few per cent off.",
-            "--plan= of one of them says what is missing, or another --config.run.batch_size.",
+            f"The compiler refused all {len(fitting)} plans for {kind} that fit by estimate.",
+            "Did you mean a smaller batch?",
+            f"Pass --config.run.batch_size={max(step.config.run.batch_size // 2, 1)}, or choose another kind of chip.",
         )
     return sorted(best, key=rank)
 
 
-def _tried(stage: Stage, target: Target) -> Iterator[Forecast]:
+def _tried(step: PlannedStep, target: Target) -> Iterator[Prediction]:
     """Yield plans of every mesh: the fastest that fits with the least remat that any fits with, and those that do not.
 
-    Fewer images at once may be the faster: more of what passes stays on a core.
+    Smaller micro-batches may be faster, as more of their arrays stay in on-chip memory.
     """
-    variants = {
-        remat: {
-            steps: planner.estimated(stage, **{"efficiency.remat": remat, "efficiency.accumulation_steps": steps})
-            for steps in ACCUMULATION
-        }
-        for remat in REMAT
-    }
     for mesh in _meshes(target):
-        rows, left = divmod(stage.config.run.batch_size, batch_parts(mesh))
-        for by_steps in variants.values():
-            possible = (plan for steps, plan in by_steps.items() if not left and rows % steps == 0)
-            plans = [planner.compute(plan, target, mesh) for plan in possible]
-            yield from (forecast for forecast in plans if not forecast.fits)
-            if fitting := [forecast for forecast in plans if forecast.fits]:
-                yield min(fitting, key=lambda forecast: forecast.step_s)
+        rows, remainder = divmod(step.config.run.batch_size, batch_shards(mesh))
+        possible = [steps for steps in ACCUMULATION if not remainder and rows % steps == 0]
+        for remat in REMAT:
+            keys = [{"efficiency.remat": remat, "efficiency.accumulation_steps": steps} for steps in possible]
+            plans = [planner.predict(planner.varied(step, **changes), target, mesh) for changes in keys]
+            yield from (plan for plan in plans if not plan.fits)
+            if fitting := [plan for plan in plans if plan.fits]:
+                yield min(fitting, key=lambda plan: plan.step_s)
                 break
 
 
@@ -161,10 +159,10 @@ def _meshes(target: Target) -> Iterator[dict[str, int]]:
             yield {"data": target.count // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
 
 
-def keys_of(forecast: Forecast) -> dict[str, object]:
+def config_keys(prediction: Prediction) -> dict[str, object]:
     """Return the keys of a config that ask for a plan's mesh, remat and accumulation."""
-    efficiency = forecast.config.efficiency
-    sizes = {f"mesh.{axis}": size for axis, size in forecast.mesh.items()}
+    efficiency = prediction.config.efficiency
+    sizes = {f"mesh.{axis}": size for axis, size in prediction.mesh.items()}
     return {
         **sizes,
         "efficiency.remat": efficiency.remat,

@@ -122,7 +122,7 @@ def test_a_step_is_measured_and_grows(monkeypatch):
     sizes |= {"model.depth": 1, "model.early_layer": 1, "model.head_depth": 1, "model.codebook_size": 11}
     options, effort = {"quick": True, "changes": sizes}, timing.Effort(0.001, 2)
     made = timing.measure_step(cases.step_of("mim_base_stored", options), effort)
-    assert made["flops"]["traced_ratio"] == 1.0 and 1.0 < made["flops"]["compiler_ratio"] < 2.5
+    assert made["flops"]["traced_ratio"] == 1.0 and made["flops"]["compiler_ratio"] == pytest.approx(1.0, rel=0.01)
     assert made["peak_memory"]["bytes"] > 4 * made["parameters"] * 3  # weights and two moments
     assert made["utilisation"] is None  # a CPU is in no table of peaks
     assert len(made["seconds"]["samples"]) == 2

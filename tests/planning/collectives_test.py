@@ -39,7 +39,6 @@ def test_a_joined_all_reduce_of_a_tpu():
     assert found.dtypes == {"f32": 4 + 768, "bf16": 154}
     assert found.bytes == 926
     assert found.groups == ((0, 1, 2, 3, 4, 5, 6, 7),)
-    assert found.source == "jit(train_step)/jvp()/reduce_sum"
 
 
 @pytest.mark.parametrize(
@@ -147,13 +146,12 @@ def test_a_loop_counts_its_body_as_often_as_it_runs():
         text = text.replace(f"TRIPS{count}", f'{{"known_trip_count":{{"n":"{count}"}}}}')
     found = {collective.arrays[0][1]: collective for collective in find_collectives(text, 8)}
     assert (found[(3,)].count, found[(2,)].count) == (15, 1)
-    assert not found[(3,)].loop_unknown
 
 
-def test_a_loop_of_unknown_length_says_so():
+def test_the_body_of_a_loop_of_unknown_length_counts_once():
     body = "%body (a: f32[]) -> f32[] {\n  %x = f32[3]{0} all-reduce(%p), replica_groups={}, to_apply=%add\n}\n"
     found = only("  %w = f32[] while(%a), condition=%c, body=%body", other=body)
-    assert (found.count, found.loop_unknown) == (1, True)
+    assert found.count == 1
 
 
 @pytest.fixture(scope="module")

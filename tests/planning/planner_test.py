@@ -1,4 +1,4 @@
-"""Plans: targets read, stages described without data, figures by arithmetic and from compiled programs, and errors."""
+"""Plans: targets, tasks without data, predictions from the traced step and from compiled programs, and errors."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.planning import abstract_task, command, planner, search, topologies
 from beitv2_jax.planning.chips import CHIPS
-from beitv2_jax.planning.planner import _refusal
+from beitv2_jax.planning.planner import _out_of_memory
 from beitv2_jax.training import sharding
-from tests.planning.accounting_test import small
+from tests.planning.small_configs import small
 
 
 def load(name, arg="", **keys):
@@ -96,7 +96,6 @@ def test_a_tokenizer_run_is_described_by_its_config(tmp_path):
     )
     assert notes == ()
     description = abstract_task.describe(config, 100)
-    assert description.frozen_vit["tokenizer"]["width"] == 24
     kernel = description.task.frozen["tokenizer"]["params"]["encoder"]["blocks_2"]["mlp"]["fc1"]["kernel"]
     assert kernel.shape == (24, 40)
 
@@ -133,8 +132,8 @@ def tiny():
     return planner.prepare(small("mim", **{"run.batch_size": 64}), 1000)
 
 
-def test_a_computed_plan_by_hand(tiny):
-    plan = planner.compute(tiny, topologies.parse("v5e:2x4"))
+def test_a_prediction_by_hand(tiny):
+    plan = planner.predict(tiny, topologies.parse("v5e:2x4"))
     params = sum(leaf.size for leaf in jax.tree.leaves(tiny.state.params))
     assert plan.mesh == {"data": 8, "fsdp": 1, "tensor": 1} and not plan.compiled
     assert plan.memory.arguments == pytest.approx(
@@ -143,7 +142,7 @@ def test_a_computed_plan_by_hand(tiny):
     (reduced,) = plan.collectives
     assert (reduced.kind, reduced.bytes, reduced.axes(plan.mesh)) == ("all-reduce", 4 * params, ("data",))
     assert plan.interconnect_s == pytest.approx(2 * 4 * params * 7 / 8 / 100e9)
-    assert plan.compute_s == pytest.approx(8 * sum(part.flops for part in plan.parts) / 197e12)
+    assert plan.compute_s == pytest.approx(8 * sum(part.flops for part in plan.components) / 197e12)
     assert plan.step_s == max(plan.compute_s, plan.hbm_s) + plan.interconnect_s
     assert plan.num_steps == 1600 * (1000 // 64)
     assert plan.hours == pytest.approx(plan.num_steps * plan.step_s / 3600)
@@ -157,8 +156,8 @@ def _bytes(leaf):
 
 def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
     target = topologies.parse("v5e:2x4")
-    whole = planner.compute(tiny, target)
-    shared = planner.compute(tiny, target, {"data": 2, "fsdp": 4, "tensor": 1})
+    whole = planner.predict(tiny, target)
+    shared = planner.predict(tiny, target, {"data": 2, "fsdp": 4, "tensor": 1})
     assert shared.memory.arguments < 0.7 * whole.memory.arguments
     kinds = {collective.kind: collective for collective in shared.collectives}
     assert set(kinds) == {"all-gather", "reduce-scatter", "all-reduce"}
@@ -166,62 +165,62 @@ def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
     assert kinds["all-reduce"].bytes < 0.7 * whole.collectives[0].bytes
 
 
-def test_forms_of_computing_are_those_of_the_target():
+def test_implementations_are_those_of_the_target():
     stages = {platform: planner.prepare(load("vqkd"), platform=platform) for platform in ("tpu", "cuda")}
-    forms = {platform: stage.config.efficiency for platform, stage in stages.items()}
-    assert forms["tpu"].nearest_code == implementations.AUTO["nearest_code"]["tpu"]
-    assert forms["cuda"].nearest_code == implementations.AUTO["nearest_code"]["gpu"] != forms["tpu"].nearest_code
+    chosen = {platform: stage.config.efficiency for platform, stage in stages.items()}
+    assert chosen["tpu"].nearest_code == implementations.AUTO["nearest_code"]["tpu"]
+    assert chosen["cuda"].nearest_code == implementations.AUTO["nearest_code"]["gpu"] != chosen["tpu"].nearest_code
 
 
 def test_exact_products_cost_their_own_rate():
     stage = planner.prepare(small("vqkd"), 100)
-    plan = planner.compute(stage, topologies.parse("v5e:1"))
-    exact = sum(part.flops for part in plan.parts if part.exact)
+    plan = planner.predict(stage, topologies.parse("v5e:1"))
+    exact = sum(part.exact_flops for part in plan.components)
     assert exact > 0
-    plain = sum(part.flops for part in plan.parts) - exact
+    plain = sum(part.flops for part in plan.components) - exact
     assert plan.compute_s == pytest.approx(7 * (plain / 197e12 + exact / (197e12 / 6)))
 
 
 def test_a_batch_that_cannot_be_divided(tiny):
     with pytest.raises(UserError, match="batch_size=256"):
-        planner.compute(tiny, topologies.parse("v5e:256"))
+        planner.predict(tiny, topologies.parse("v5e:256"))
 
 
-def test_the_refusal_of_a_tpu_compiler_is_read():
+def test_the_memory_in_the_message_of_a_tpu_compiler_is_read():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
         "Used 45.40G of 15.75G hbm. Exceeded hbm capacity by 29.65G."
     )
-    memory = _refusal(message, 2**30)
+    memory = _out_of_memory(message, 2**30)
     assert memory.peak == pytest.approx(45.40 * 2**30) and memory.usable == pytest.approx(15.75 * 2**30)
-    assert memory.temporaries + memory.arguments == memory.peak and memory.over > 0
-    assert _refusal("INTERNAL: something else", 1) is None
+    assert memory.temporaries + memory.arguments == memory.peak and memory.excess > 0
+    assert _out_of_memory("INTERNAL: something else", 1) is None
 
 
-def test_a_refusal_that_tells_of_the_temporaries_alone():
+def test_a_message_about_the_temporaries_alone_is_read():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.85G) exceeds "
         "available HBM (15.75G)."
     )
-    memory = _refusal(message, 2**30)
+    memory = _out_of_memory(message, 2**30)
     assert memory.temporaries == pytest.approx(18.85 * 2**30) and memory.peak == memory.temporaries + 2**30
     assert memory.usable == pytest.approx(15.75 * 2**30)
 
 
-def test_a_compiled_program_takes_the_place_of_arithmetic(tiny):
-    """What `make` does with a TPU's program, done with one of the CPU's eight devices."""
+def test_a_compiled_program_takes_the_place_of_estimates(tiny):
+    """What `compile_and_predict` does with a TPU's program, done with one of the CPU's devices."""
     mesh = sharding.make_mesh()
     stage, target = tiny.placed(mesh), topologies.parse("v5e:2x4")
     network = target.network()
-    computed = planner._computed(stage, target, dict(mesh.shape), network)
-    plan = planner._measured(computed, planner._compile(stage, mesh, target), network, 1.0)
+    estimated = planner._from_trace(stage, target, dict(mesh.shape), network)
+    plan = planner._from_compiled(estimated, planner._compile(stage, mesh, target), network, 1.0)
     assert plan.compiled and plan.memory.arguments > 0 and plan.memory.temporaries > 0
-    assert plan.compiler_flops > plan.arithmetic_flops == pytest.approx(plan.traced_flops)
+    assert plan.compiled_flops == plan.traced_flops == 8 * tiny.cost.flops
     reduced = sum(c.count * c.bytes for c in plan.collectives if c.kind == "all-reduce")
     params = 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.state.params))
     assert params <= reduced < 1.1 * params
     assert not [c for c in plan.collectives if c.kind == "all-gather"]
-    json.dumps(plan.figures())
+    json.dumps(plan.metrics())
 
 
 @pytest.fixture(scope="module")
@@ -230,41 +229,39 @@ def base():
 
 
 def test_a_step_that_does_not_fit_names_what_helps(base):
-    stage = base
     target = topologies.parse("v5e:2x4")
-    plan = planner.compute(stage, target)
-    assert not plan.fits and plan.memory.over > 2**30
-    words = {line.split(":")[0]: line for line in search.with_switches(plan, stage, confirm=None).switches}
-    assert words["--config.efficiency.remat=full"].endswith("GiB a chip (computed), fits")
-    assert "GiB over" in words["--config.efficiency.remat=dots"]
-    assert "GiB over" in words["--config.efficiency.accumulation_steps=2"]
-    assert words["--config.efficiency.accumulation_steps=4"].endswith("fits")
-    assert "GiB over" in words["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
-    assert words["--config.run.batch_size=512"].endswith("fits")
-    assert words["In short"] == "In short: --config.efficiency.remat=full"
+    plan = planner.predict(base, target)
+    assert not plan.fits and plan.memory.excess > 2**30
+    remedies = {line.split(":")[0]: line for line in search.with_remedies(plan, base, confirm=None).remedies}
+    assert remedies["--config.efficiency.remat=full"].endswith("GiB per chip (traced), fits")
+    assert "GiB are missing" in remedies["--config.efficiency.remat=dots"]
+    assert "GiB are missing" in remedies["--config.efficiency.accumulation_steps=2"]
+    assert remedies["--config.efficiency.accumulation_steps=4"].endswith("fits")
+    assert "GiB are missing" in remedies["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
+    assert remedies["--config.run.batch_size=512"].endswith("fits")
+    assert remedies["In short"] == "In short: --config.efficiency.remat=full"
 
 
-def test_the_first_switch_that_should_fit_is_compiled_and_the_rest_is_scaled(base, monkeypatch):
-    """A compiler that makes twice of all memory refuses what fits by arithmetic."""
+def test_the_first_change_that_should_fit_is_compiled_and_the_rest_is_scaled(base):
+    """A compiler that needs two and a half times the memory refuses what fits by estimate."""
     target, asked = topologies.parse("v5e:2x4"), []
-    monkeypatch.setattr(planner, "varied", planner.estimated)  # there is nothing to trace for
 
-    def double(stage, target):
-        asked.append(stage.config.efficiency.to_dict())
-        made = planner.compute(stage, target)
-        memory = dataclasses.replace(made.memory, peak=2 * made.memory.peak)
+    def enlarged(step, target):
+        asked.append(step.config.efficiency.to_dict())
+        made = planner.predict(step, target)
+        memory = dataclasses.replace(made.memory, peak=2.5 * made.memory.peak)
         return dataclasses.replace(made, memory=memory, compile_s=1.0)
 
-    refused = double(base, target)
-    words = search.with_switches(refused, base, confirm=double).switches
+    refused = enlarged(base, target)
+    remedies = search.with_remedies(refused, base, confirm=enlarged).remedies
     assert [efficiency["accumulation_steps"] for efficiency in asked] == [1, 8]
-    assert [line.endswith("(compiled), fits") for line in words].count(True) == 1
-    assert "GiB over" in words[1] and words[1].startswith("--config.efficiency.remat=full: ")
-    assert words[-1] == "In short: --config.efficiency.accumulation_steps=8"
+    assert [line.endswith("(compiled), fits") for line in remedies].count(True) == 1
+    assert "GiB are missing" in remedies[1] and remedies[1].startswith("--config.efficiency.remat=full: ")
+    assert remedies[-1] == "In short: --config.efficiency.accumulation_steps=8"
 
 
 def test_the_best_of_many_fit_and_are_in_order(base):
-    plans = search.auto(base, "v5e:64", make=None, minutes=0)
+    plans = search.find_best(base, "v5e:64", make=None, minutes=0)
     assert 1 <= len(plans) <= 5 and all(plan.fits and plan.target.count == 64 for plan in plans)
     assert plans[0].mesh["data"] == 64  # weights that are gathered take longer
     hours = [plan.hours for plan in plans]
@@ -273,7 +270,7 @@ def test_the_best_of_many_fit_and_are_in_order(base):
 
 
 def test_of_each_number_of_chips_the_best_two_are_shown(base):
-    plans = search.auto(base, "v5e", make=None, minutes=0)
+    plans = search.find_best(base, "v5e", make=None, minutes=0)
     counts = [plan.target.count for plan in plans]
     assert len(counts) == 5 and all(counts.count(count) <= 2 for count in counts)
 
@@ -283,70 +280,70 @@ def test_the_best_are_compiled_until_the_time_is_over_and_those_refused_are_left
     monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
 
     def make(stage, target):
-        made = planner.compute(stage, target)
+        made = planner.predict(stage, target)
         now[0] += 60
         size = made.memory.usable + 1 if made.mesh == refused else made.memory.peak
         memory = dataclasses.replace(made.memory, peak=size)
         return dataclasses.replace(made, memory=memory, compiled=True, compile_s=60.0)
 
-    monkeypatch.setattr(planner, "varied", planner.estimated)
-    computed = search.auto(tiny, "v5e:2x4", make=None, minutes=0)
-    assert {plan.compiled for plan in computed} == {False} and len(computed) == 5
-    refused = computed[1].mesh
-    best = search.auto(tiny, "v5e:2x4", make=make, minutes=3)
+    estimated = search.find_best(tiny, "v5e:2x4", make=None, minutes=0)
+    assert {plan.compiled for plan in estimated} == {False} and len(estimated) == 5
+    refused = estimated[1].mesh
+    best = search.find_best(tiny, "v5e:2x4", make=make, minutes=3)
     assert 1 < now[0] / 60 <= 3 and len(best) == 5
-    tried = [plan.mesh for plan in computed[: int(now[0]) // 60]]
+    tried = [plan.mesh for plan in estimated[: int(now[0]) // 60]]
     assert [plan.mesh for plan in best if plan.compiled] == [mesh for mesh in tried if mesh != refused]
     assert refused in tried and refused not in [plan.mesh for plan in best]
 
 
-def test_arithmetic_without_tracing_is_the_same(tiny):
-    keys = {"run.batch_size": 32, "efficiency.remat": "full", "mesh.fsdp": 2}
-    quick, full = (make(tiny, **keys) for make in (planner.estimated, planner.varied))
-    quick, full = (planner.compute(stage, topologies.parse("v5e:2x4")) for stage in (quick, full))
-    assert quick.traced_flops is None and full.traced_flops == full.arithmetic_flops
-    assert dataclasses.replace(quick, config=full.config, traced_flops=full.traced_flops) == full
+def test_a_step_is_traced_again_only_where_the_cost_of_an_image_changes(tiny):
+    target = topologies.parse("v5e:2x4")
+    same = planner.varied(tiny, **{"run.batch_size": 32, "efficiency.accumulation_steps": 2, "mesh.fsdp": 2})
+    assert same.cost is tiny.cost and same.batch["images"].shape[0] == 32
+    halved = planner.predict(same, target)
+    assert halved.traced_flops == planner.predict(tiny, target).traced_flops / 2
+    assert planner.varied(tiny, **{"efficiency.remat": "full"}).cost.flops > tiny.cost.flops
 
 
 def test_nothing_fits(base):
-    with pytest.raises(UserError, match="GiB over"):
-        search.auto(planner.estimated(base, **{"run.batch_size": 2**20}), "v5e:1", make=None, minutes=0)
+    with pytest.raises(UserError, match=r"lacks [\d.]+ GiB"):
+        search.find_best(planner.varied(base, **{"run.batch_size": 2**20}), "v5e:1", make=None, minutes=0)
 
 
 def test_a_missing_tpu_compiler_is_named_with_its_extra(monkeypatch, tiny):
     monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
     with pytest.raises(UserError) as caught:
-        planner.make(tiny, topologies.parse("v5e:2x4"))
+        planner.compile_and_predict(tiny, topologies.parse("v5e:2x4"))
     assert "libtpu" in caught.value.happened and "pip install -e '.[plan]'" in caught.value.instead
 
 
-def test_a_missing_gpu_compiler_leaves_arithmetic_and_says_so(monkeypatch, tiny):
+def test_without_a_gpu_compiler_the_prediction_follows_the_trace_and_says_so(monkeypatch, tiny):
     monkeypatch.setattr(topologies, "is_installed", lambda platform: False)
-    plan = command.make_forecast(tiny, topologies.parse("h100:8"))
+    plan = command.make_prediction(tiny, topologies.parse("h100:8"))
     assert not plan.compiled and any("plan-gpu" in note for note in plan.notes)
 
 
 def test_the_command_prints_and_keeps_a_plan(tmp_path, capsys):
     config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
-    figures = command.run_plan(config, "v5e:2x4", str(tmp_path / "w"), num_examples=80, compile_it=False)
+    metrics = command.run_plan(config, "v5e:2x4", str(tmp_path / "w"), num_examples=80, compile_it=False)
     printed = capsys.readouterr().out
-    assert "v5e:2x4" in printed and "computed" in printed and "binds" in printed
-    assert json.loads((tmp_path / "w/plan.json").read_text()) == json.loads(json.dumps(figures))
-    assert figures["chips"] == 8 and figures["num_steps"] == 4 and figures["memory_per_chip"]["fits"]
+    assert "v5e:2x4" in printed and "traced" in printed and "bottleneck" in printed
+    assert json.loads((tmp_path / "w/plan.json").read_text()) == json.loads(json.dumps(metrics))
+    assert metrics["chips"] == 8 and metrics["num_steps"] == 4 and metrics["memory_per_chip"]["fits"]
     assert list((tmp_path / "w").iterdir()) == [tmp_path / "w/plan.json"]
 
 
 def test_plans_are_compared_in_a_table(tmp_path, capsys):
     config = load("mim", "smoke", **{"tokenizer.codes": "stored"})
-    figures = command.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
+    metrics = command.run_plan(config, "auto:v5e:8", num_examples=80, compile_it=False)
     printed = capsys.readouterr().out
-    assert len(figures["best"]) == len([line for line in printed.splitlines() if line.startswith("| v5e:2x4")])
-    mesh = figures["best"][0]["mesh"]
+    assert len(metrics["best"]) == len([line for line in printed.splitlines() if line.startswith("| v5e:2x4")])
+    mesh = metrics["best"][0]["mesh"]
     assert f"--plan=v5e:2x4 --config.mesh.data={mesh['data']} --config.mesh.fsdp={mesh['fsdp']}" in printed
 
 
-def test_memory_over_is_never_negative(tiny):
-    plan = planner.compute(tiny, topologies.parse("v5p:8"))
-    assert plan.fits and plan.memory.over == 0
+def test_excess_memory_is_never_negative(tiny):
+    plan = planner.predict(tiny, topologies.parse("v5p:8"))
+    assert plan.fits and plan.memory.excess == 0
     full = dataclasses.replace(plan.memory, peak=plan.memory.usable + 5)
-    assert full.over == 5 and not dataclasses.replace(plan, memory=full).fits
+    assert full.excess == 5 and not dataclasses.replace(plan, memory=full).fits

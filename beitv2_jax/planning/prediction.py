@@ -1,4 +1,4 @@
-"""What `--plan` foretells: memory, FLOPs, exchanges and the times that follow from them.
+"""Predicted memory, FLOPs, collectives and step time of a training step on a target.
 
 Made by `planning.planner`, printed by `planning.report`.
 """
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from beitv2_jax.planning.collectives import Collective, totals
-from beitv2_jax.planning.parts import Component
 from beitv2_jax.planning.topologies import Target
+from beitv2_jax.planning.traced import Component
 from beitv2_jax.training import sharding
 
-_BOUNDS = ("compute", "HBM", "interconnect")
+_LIMITS = ("compute", "HBM", "interconnect")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip; `peak` is what a step needs at once, `usable` what there is."""
+    """Bytes on one chip; `peak` is what a step needs at once, `usable` what the chip offers."""
 
     arguments: int
     temporaries: int
@@ -26,26 +26,25 @@ class Memory:
     usable: int
 
     @property
-    def over(self) -> int:
-        """Bytes missing; 0 where the step fits."""
+    def excess(self) -> int:
+        """Bytes that are missing; 0 where the step fits."""
         return max(0, self.peak - self.usable)
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
-    """What a step of a config needs and takes on a target, and a run of such steps.
+class Prediction:
+    """Memory, work and time of a config's step on a target, and of a run of such steps.
 
     Attributes:
-        compiled: whether memory, `compiler_flops`, `bytes_moved` and `collectives` are those of a compiled program; if
-            not, they are computed.
-        parameters: trained numbers; `parts` are those and the frozen ones, each with its FLOPs of an image and step.
-        arithmetic_flops, traced_flops, product_flops, compiler_flops: of one chip in a step: by formulas, in the traced
-            program, the matrix products of the compiled program, and the compiler's own count, which takes in what is
-            no product too. Of a loop, whose body a compiler counts once, every round is in them.
+        compiled: whether memory, `compiled_flops`, `bytes_moved` and `collectives` are those of a compiled program; if
+            not, they are estimated from the traced step.
+        components: each with its cost for one image.
+        traced_flops, compiled_flops: FLOPs of one chip in a step: products and convolutions of the traced step, and of
+            the compiled program, with every round of its loops.
         collectives: of one step.
         compute_s, hbm_s, interconnect_s: the least seconds that each of the three takes in a step.
         notes: what was assumed.
-        switches: words on each change that was tried to make the step fit, and whether it does.
+        remedies: a sentence on each change that was tried to make the step fit.
     """
 
     target: Target
@@ -54,12 +53,10 @@ class Forecast:
     compiled: bool
     num_examples: int
     num_steps: int
-    parts: list[Component]
+    components: tuple[Component, ...]
     memory: Memory
-    arithmetic_flops: float
-    traced_flops: float | None
-    product_flops: float | None
-    compiler_flops: float | None
+    traced_flops: float
+    compiled_flops: float | None
     bytes_moved: float
     collectives: list[Collective]
     compute_s: float
@@ -67,47 +64,47 @@ class Forecast:
     interconnect_s: float
     compile_s: float = 0.0
     notes: tuple[str, ...] = ()
-    switches: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether the step fits into the memory of a chip."""
-        return self.memory.over == 0
+        return self.memory.excess == 0
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """Which of the three takes longest."""
-        return max(_BOUNDS, key=dict(zip(_BOUNDS, self.bounds, strict=True)).get)
+        return max(_LIMITS, key=dict(zip(_LIMITS, self.limits, strict=True)).get)
 
     @property
-    def bounds(self) -> tuple[float, float, float]:
+    def limits(self) -> tuple[float, float, float]:
         """Seconds of compute, HBM and interconnect."""
         return self.compute_s, self.hbm_s, self.interconnect_s
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step at peak rates: compute and memory side by side, then the exchange, none of it hidden."""
+        """Seconds of a step at peak rates: compute and memory access overlap, the collectives come after them."""
         return max(self.compute_s, self.hbm_s) + self.interconnect_s
 
     @property
     def images_per_second(self) -> float:
-        """Of all chips, at peak rates."""
+        """Images per second of all chips, at peak rates."""
         return self.config.run.batch_size / self.step_s
 
     @property
     def hours(self) -> float:
-        """Of the configured schedule, at peak rates."""
+        """Hours of the configured schedule, at peak rates."""
         return self.num_steps * self.step_s / 3600
 
     @property
     def chip_hours(self) -> float:
-        """Of the configured schedule, at peak rates."""
+        """Chip-hours of the configured schedule, at peak rates."""
         return self.hours * self.target.count
 
     @property
     def sources(self) -> dict[str, str]:
-        """Which figures a compiler gave and which are computed; what follows from both is at peak rates."""
-        how = {True: "compiled", False: "computed"}
+        """Return which metrics come from a compiled program and which from the traced step; times are at peak rates."""
+        how = {True: "compiled", False: "traced"}
         return {
             "memory": how[self.compile_s > 0],
             "bytes_moved": how[self.compiled],
@@ -115,8 +112,8 @@ class Forecast:
             "times": "at peak rates",
         }
 
-    def figures(self) -> dict[str, Any]:
-        """Return all figures as plain values, for a file."""
+    def metrics(self) -> dict[str, Any]:
+        """Return everything as plain values, for a file."""
         per_kind = totals(self.collectives)
         return {
             "target": self.target.name,
@@ -125,28 +122,23 @@ class Forecast:
             "mesh": self.mesh,
             "stage": self.config.stage,
             "batch_size": self.config.run.batch_size,
-            "images_per_chip": self.config.run.batch_size / batch_parts(self.mesh),
+            "images_per_chip": self.config.run.batch_size / batch_shards(self.mesh),
             "efficiency": self.config.efficiency.to_dict(),
-            "source_of_figures": "compiled" if self.compiled else "computed",
+            "source": "compiled" if self.compiled else "traced",
             "sources": self.sources,
             "compile_seconds": self.compile_s,
-            "parameters": sum(part.params for part in self.parts if not part.frozen),
-            "parts": {part.name: {"parameters": part.params, "flops_per_image": part.flops} for part in self.parts},
+            "parameters": sum(component.parameters for component in self.components),
+            "components": [dataclasses.asdict(component) for component in self.components],
             "memory_per_chip": {
                 **dataclasses.asdict(self.memory),
                 "hbm": self.target.chip.hbm_bytes,
                 "fits": self.fits,
-                "over": self.memory.over,
+                "excess": self.memory.excess,
             },
-            "flops_per_chip": {
-                "arithmetic": self.arithmetic_flops,
-                "traced": self.traced_flops,
-                "compiled_products": self.product_flops,
-                "compiler": self.compiler_flops,
-            },
+            "flops_per_chip": {"traced": self.traced_flops, "compiled": self.compiled_flops},
             "bytes_moved_per_chip": self.bytes_moved,
             "collectives": per_kind,
-            "roofline_seconds": {**dict(zip(_BOUNDS, self.bounds, strict=True)), "binds": self.binds},
+            "roofline_seconds": {**dict(zip(_LIMITS, self.limits, strict=True)), "bottleneck": self.bottleneck},
             "step_seconds": self.step_s,
             "images_per_second": self.images_per_second,
             "num_examples": self.num_examples,
@@ -154,10 +146,10 @@ class Forecast:
             "hours": self.hours,
             "chip_hours": self.chip_hours,
             "notes": list(self.notes),
-            "switches": list(self.switches),
+            "remedies": list(self.remedies),
         }
 
 
-def batch_parts(mesh: Mapping[str, int]) -> int:
-    """Return over how many chips a batch is divided."""
+def batch_shards(mesh: Mapping[str, int]) -> int:
+    """Return into how many shards a mesh divides a batch."""
     return math.prod(mesh[axis] for axis in sharding.BATCH_AXES)
