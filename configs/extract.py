@@ -19,7 +19,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 
 
 def augreg(config):
@@ -57,42 +57,16 @@ def get_config(arg=""):
         {
             "stage": "extract",
             "seed": 0,
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "views": {
-                "image_size": 224,  # pixels
-                "min_scale": 0.08,  # smallest share of the image's area in a crop
-                "num_views": 4,  # stored views per image
-                "interpolation": "bicubic",
-                "color_jitter": 0.0,
-            },
-            "teacher": {
-                "weights": "",  # required: weights of a published network, or a run directory of ours
-                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
-                "normalization": "",  # range of its input
-                "output": "",  # 'projected' or 'tokens'
-                "activation": "",
-                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
-                "position_resize": "",  # how its position embeddings reach another grid
-                "tokenizer_patch_size": 16,  # features come on the tokenizer's grid
-            },
+            "data": sections.data(),
+            "views": sections.views(min_scale=0.08, num_views=4),
+            "teacher": sections.teacher(tokenizer_patch_size=16),  # weights are required; features are on this grid
             "output": {
                 "dtype": "int8",  # with a scale per token; or 'bfloat16', 'float16', 'float32'
-                "shard_examples": 8192,  # what a worker claims at a time, and loses when it is killed
-                "verify_examples": 64,  # that --task=verify computes anew
+                "shard_examples": 8192,  # examples that a worker leases at a time, and loses when it is killed
+                "verify_examples": 64,  # that --task=verify computes again
             },
-            "run": {
-                "batch_size": 1024,
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "run": sections.inference_run(batch_size=1024),
+            "mesh": sections.mesh(),
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }
     )

@@ -28,7 +28,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 from beitv2_jax.sizes import SIZES
 
 
@@ -98,25 +98,14 @@ def get_config(arg=""):
         {
             "stage": "mim",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "views": {
-                "image_size": 224,  # pixels
-                "min_scale": 0.2,  # smallest share of the image's area in a crop
-                "num_views": 0,  # 0: a new view each epoch; otherwise the number of stored views per image
-                "interpolation": "bicubic",
-                "tokenizer_image_size": 0,  # the tokenizer's view: the same box in another size; 0: image_size
-                "tokenizer_interpolation": "",  # ... and resized otherwise; '': interpolation
-                "color_jitter": 0.4,
-            },
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            "data": sections.data(),
+            "views": sections.views(
+                min_scale=0.2,
+                color_jitter=0.4,
+                tokenizer_image_size=0,  # the tokenizer's view: the same box at another size; 0: image_size
+                tokenizer_interpolation="",  # ... or resized otherwise; '': interpolation
+            ),
             "normalization": "imagenet",
             "masking": {
                 "num_masked": 75,  # exact number of hidden patches per image
@@ -127,57 +116,29 @@ def get_config(arg=""):
                 "codes": "",  # workdir of the tokenize stage: read stored code ids
                 "run": "",  # run directory of the vqkd stage: run the tokenizer in the step
             },
-            "model": {
-                "patch_size": 16,
-                "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
-                "width": 768,
-                "depth": 12,
-                "num_heads": 12,
-                "mlp_dim": 3072,
-                "codebook_size": 8192,  # that of the tokenizer
-                "position": "relative_shared",
-                "param_init": "clipped",  # as released; 'scaled' by the fan-in suits widths far below 768
-                "layer_scale_init": 0.1,
-                "drop_path_rate": 0.1,
-                "patch_aggregation": True,
-                "early_layer": 9,  # the aggregation head reads the patches after this block
-                "head_depth": 2,  # blocks of the aggregation head
-                "shared_head": True,  # both predictions through one norm and one linear layer
-            },
-            "optim": {
-                "peak_lr": 1.5e-3,
-                "min_lr": 1e-5,
-                "warmup": "10 epochs",
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.05,
-                "clip_norm": 3.0,  # global l2 norm; 0: off
-                "spike_factor": 0.0,  # a step with a loss or gradient of so many times the usual is left out; 0: off
-                "layer_decay": 1.0,
-                "ema_decay": 0.0,  # 0: no averaged weights
-            },
-            "run": {
-                "batch_size": 2048,  # global
-                "duration": "1600 epochs",
-                "log_every": "50 steps",
-                "checkpoint_every": "1 epoch",
-                "keep_every": "20 epochs",
-                "eval_every": "20 epochs",
-                "max_nonfinite_steps": 20,  # so many in a row end the run
-                "on_failed_save": "continue",  # or 'stop'; the last save must not fail
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-                "cross_entropy": "auto",  # reference, rounded or tiled: of the code ids
-            },
+            "model": sections.vit(
+                codebook_size=8192,  # that of the tokenizer
+                position="relative_shared",
+                param_init="clipped",  # as released; 'scaled' by the fan-in suits widths far below 768
+                layer_scale_init=0.1,
+                drop_path_rate=0.1,
+                patch_aggregation=True,
+                early_layer=9,  # the aggregation head reads the patches after this block
+                head_depth=2,  # blocks of the aggregation head
+                shared_head=True,  # both predictions share one norm and one output layer
+            ),
+            "optim": sections.optim(peak_lr=1.5e-3, min_lr=1e-5, warmup="10 epochs", clip_norm=3.0),
+            "run": sections.run(
+                batch_size=2048,
+                duration="1600 epochs",
+                checkpoint_every="1 epoch",
+                keep_every="20 epochs",
+                eval_every="20 epochs",
+            ),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(**sections.output_layer()),
         }
     )
-    # the decay goes by a cosine to its end; constant unless that is set
+    # the weight decay follows a cosine to its end value, and is constant unless that is set
     config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

@@ -20,7 +20,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets, link, load
+from beitv2_jax.config import apply_presets, link, load, sections
 
 
 def large(config):
@@ -49,7 +49,7 @@ def mini(config):
     stages.mim.model.update(vit, codebook_size=256, early_layer=3, drop_path_rate=0.0)
     # so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
     stages.mim.model.update(stem="conv", position="absolute", param_init="scaled", layer_scale_init=1.0)
-    stages.probe.probe.update(layers=(1, 2, 3), duration="1000 steps", batch_size=256)
+    stages.probe.probe.update(layers=(2, 3, 4), duration="1000 steps", batch_size=256)
     for stage, duration, peak_lr in ((stages.vqkd, "300 steps", 3e-4), (stages.mim, "400 steps", 1.5e-3)):
         stage.optim.update(warmup="30 steps", peak_lr=peak_lr, betas=(0.9, 0.98))
         stage.run.update(duration=duration, log_every="20 steps", checkpoint_every="100 steps", keep_every=duration)
@@ -68,48 +68,12 @@ def get_config(arg=""):
         {
             "stage": "pipeline",
             "seed": 0,
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "teacher": {
-                "weights": "",  # required: weights of a published network, or a run directory of ours
-                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
-                "normalization": "",  # range of its input
-                "output": "",  # 'projected' or 'tokens'
-                "activation": "",
-                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
-                "position_resize": "",  # how its position embeddings reach another grid
-            },
-            "tokenizer_views": {
-                "image_size": 224,
-                "min_scale": 0.08,
-                "num_views": 4,
-                "interpolation": "bicubic",
-                "color_jitter": 0.0,
-            },
-            "mim_views": {
-                "image_size": 224,
-                "min_scale": 0.2,
-                "num_views": 16,
-                "interpolation": "bicubic",
-                "color_jitter": 0.4,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-                "nearest_code": "auto",  # reference, scan or pallas: the search of the codebook
-                "cross_entropy": "auto",  # reference, rounded or tiled: of the code ids
-            },
+            "data": sections.data(),
+            "teacher": sections.teacher(),  # weights are required
+            "tokenizer_views": sections.views(min_scale=0.08, num_views=4),
+            "mim_views": sections.views(min_scale=0.2, num_views=16, color_jitter=0.4),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(**sections.lookup(), **sections.output_layer()),
         }
     )
     config.stages = stages = ConfigDict(sort_keys=False)  # they run in this order

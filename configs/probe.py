@@ -14,11 +14,11 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 
 
 def large(config):
-    config.probe.layers = (20, 23)
+    config.probe.layers = (21, 24)
 
 
 def imagenette(config):
@@ -32,7 +32,7 @@ def smoke(config):
     config.data.source = "embedded/tiny"
     config.data.num_threads = 2
     config.views.image_size = 96
-    config.probe.update(layers=(1, 2), duration="4 steps", batch_size=8, learning_rates=(1e-3,), knn_neighbors=3)
+    config.probe.update(layers=(2, 3), duration="4 steps", batch_size=8, learning_rates=(1e-3,), knn_neighbors=3)
     config.run.batch_size = 8
     config.efficiency.dtype = "float32"
 
@@ -46,32 +46,21 @@ def get_config(arg=""):
         {
             "stage": "probe",
             "seed": 0,
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
+            "data": sections.data(),
             "views": {"image_size": 224},  # pixels, that of the run
             "backbone": {"run": ""},  # required: run directory of the mim stage
             "probe": {
-                "layers": (8, 11),  # blocks whose tokens are tried, counted from 0: the early layer and the last
+                "layers": (9, 12),  # blocks, counted from 1, whose tokens are tried: the early layer and the last
                 "duration": "100 epochs",
                 "batch_size": 1024,
                 "learning_rates": (1e-3, 4e-3, 1.6e-2),
                 "weight_decay": 1e-4,
                 "knn_neighbors": 20,
                 "knn_temperature": 0.07,
-                "validation_share": 0.1,  # share of the training split on which layer and rate are chosen
+                "validation_fraction": 0.1,  # of the training split, on which layer and rate are chosen
             },
-            "run": {
-                "batch_size": 1024,  # of the feature pass
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "run": sections.inference_run(batch_size=1024),  # of the feature pass
+            "mesh": sections.mesh(),
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }
     )

@@ -14,7 +14,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets, link, load
+from beitv2_jax.config import apply_presets, link, load, sections
 
 # All numbers of the miniature. Durations are in steps of `batch_size` images.
 SOURCE = "embedded"
@@ -31,7 +31,7 @@ START = {"stem": "conv", "position": "absolute", "param_init": "scaled", "layer_
 TEACHER = {"duration": "800 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
 VQKD = {"duration": "900 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
 MIM = {"duration": "1300 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
-PROBE = {"layers": (1, 2, 3), "duration": "1000 steps", "batch_size": 256}
+PROBE = {"layers": (2, 3, 4), "duration": "1000 steps", "batch_size": 256}
 BATCH_SIZE = 32
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
 
@@ -52,7 +52,7 @@ def imagenette(config):
     stages.mim.model.update(vit, codebook_size=1024, early_layer=6)
     stages.mim.model.update(position="relative_shared", param_init="clipped", layer_scale_init=0.1)
     stages.mim.masking.update(num_masked=38, min_patches=9)
-    stages.probe.probe.layers = (3, 5, 7)
+    stages.probe.probe.layers = (4, 6, 8)
     _set_durations(config, teacher="10000 steps", vqkd="5000 steps", mim="20000 steps", warmup="500 steps")
     _set_rhythm(config, batch_size=256, log="50 steps", checkpoint="1000 steps", evaluate="2000 steps")
 
@@ -68,7 +68,7 @@ def smoke(config):
     stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
     stages.vqkd.model.update(codebook_size=16, code_dim=8)
     stages.mim.model.update(vit, codebook_size=16, early_layer=2, head_depth=1)
-    stages.probe.probe.update(layers=(1, 2), duration="10 steps", batch_size=16)
+    stages.probe.probe.update(layers=(2, 3), duration="10 steps", batch_size=16)
     _set_durations(config, teacher="4 steps", vqkd="4 steps", mim="4 steps", warmup="2 steps")
     _set_rhythm(config, batch_size=8, log="1 step", checkpoint="2 steps", evaluate="4 steps")
 
@@ -89,16 +89,6 @@ def _set_rhythm(config, *, batch_size, log, checkpoint, evaluate):
         if "duration" in stage.run:
             stage.run.update(log_every=log, eval_every=evaluate)
             stage.run.update(checkpoint_every=checkpoint, keep_every=stage.run.duration)
-
-
-def _views(min_scale, num_views):
-    return {
-        "image_size": IMAGE_SIZE,
-        "min_scale": min_scale,
-        "num_views": num_views,
-        "interpolation": "bicubic",
-        "color_jitter": 0.0,
-    }
 
 
 def _build_stages(config):
@@ -130,28 +120,12 @@ def get_config(arg=""):
         {
             "stage": "pipeline",
             "seed": 0,
-            "data": {
-                "source": SOURCE,
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",
-                "num_threads": 4,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "teacher_views": _views(min_scale=0.7, num_views=0),
-            "tokenizer_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
-            "mim_views": _views(min_scale=0.5, num_views=NUM_VIEWS),
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "float32",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-                "nearest_code": "auto",  # reference, scan or pallas: the search of the codebook
-                "cross_entropy": "auto",  # reference, rounded or tiled: of the code ids
-            },
+            "data": sections.data(source=SOURCE, num_threads=4),
+            "teacher_views": sections.views(image_size=IMAGE_SIZE, min_scale=0.7, num_views=0),
+            "tokenizer_views": sections.views(image_size=IMAGE_SIZE, min_scale=0.5, num_views=NUM_VIEWS),
+            "mim_views": sections.views(image_size=IMAGE_SIZE, min_scale=0.5, num_views=NUM_VIEWS),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(dtype="float32", **sections.lookup(), **sections.output_layer()),
         }
     )
     stages = _build_stages(config)

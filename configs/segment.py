@@ -27,7 +27,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 from beitv2_jax.sizes import SIZES
 
 
@@ -73,27 +73,19 @@ def get_config(arg=""):
         {
             "stage": "segment",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
-            "data": {
-                "source": "folder:ADEChallengeData2016",  # or 'tfds:NAME' with label maps, 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches; 0: only threads
-                "max_bad_share": 0.001,  # of unreadable images, above which the run stops
-            },
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": {
                 "offset": 1,  # number of class 0 in the label maps
                 "ignored": (0, 255),  # numbers of pixels without a class
             },
             "views": {
                 "image_size": 512,  # pixels, of the crop to train on and of the windows to evaluate
-                "long_side": 2048,  # the image is made to fit into these two, times a ratio
+                "long_side": 2048,  # the image is resized to fit into these two, times a ratio
                 "short_side": 512,
                 "min_ratio": 0.5,
                 "max_ratio": 2.0,
-                "max_class_share": 0.75,  # of one class in the labelled pixels of a crop; 1: no such rule
+                "max_class_fraction": 0.75,  # largest fraction of one class in the labelled pixels of a crop; 1: off
                 "distortion": {
                     "brightness": 32.0,  # levels
                     "contrast": 0.5,
@@ -106,7 +98,7 @@ def get_config(arg=""):
                 "long_side": 2048,
                 "short_side": 512,
                 "stride": 341,  # pixels between windows
-                "scales": (1.0,),  # of long_side and short_side; the answers are averaged
+                "scales": (1.0,),  # of long_side and short_side; the probabilities are averaged
                 "flip": False,  # mirrored views too
                 "batch_size": 16,  # global
             },
@@ -115,56 +107,28 @@ def get_config(arg=""):
                 "auxiliary_weight": 0.4,
                 "count_unlabelled": True,  # in the mean over pixels, where they are 0
             },
-            "model": {
-                "patch_size": 16,
-                "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
-                "width": 768,
-                "depth": 12,
-                "num_heads": 12,
-                "mlp_dim": 3072,
-                "position": "relative",  # a table a block
-                "layer_scale_init": 0.1,
-                "drop_path_rate": 0.15,
-                "num_classes": 150,
-                "out_layers": (4, 6, 8, 12),  # blocks, counted from 1, that give the four feature maps
-                "channels": 768,  # of the head
-                "aux_channels": 256,
-                "dropout_rate": 0.1,
-            },
-            "optim": {
-                "schedule": "linear",
-                "peak_lr": 5e-5,
-                "min_lr": 0.0,
-                "warmup": "1500 steps",
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.05,
-                "clip_norm": 0.0,  # global l2 norm; 0: off
-                "spike_factor": 0.0,  # a step with a loss or gradient of so many times the usual is left out; 0: off
-                "layer_decay": 0.75,
-                "ema_decay": 0.0,  # 0: no averaged weights
-            },
-            "run": {
-                "batch_size": 16,  # global
-                "duration": "160000 steps",
-                "log_every": "50 steps",
-                "checkpoint_every": "2000 steps",
-                "keep_every": "16000 steps",
-                "eval_every": "16000 steps",
-                "max_nonfinite_steps": 20,  # so many in a row end the run
-                "on_failed_save": "continue",  # or 'stop'; the last save must not fail
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-            },
+            "model": sections.vit(
+                position="relative",  # a table per block
+                layer_scale_init=0.1,
+                drop_path_rate=0.15,
+                num_classes=150,
+                out_layers=(4, 6, 8, 12),  # blocks, counted from 1, that give the four feature maps
+                channels=768,  # of the head
+                aux_channels=256,
+                dropout_rate=0.1,
+            ),
+            "optim": sections.optim(schedule="linear", peak_lr=5e-5, min_lr=0.0, warmup="1500 steps", layer_decay=0.75),
+            "run": sections.run(
+                batch_size=16,
+                duration="160000 steps",
+                checkpoint_every="2000 steps",
+                keep_every="16000 steps",
+                eval_every="16000 steps",
+            ),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(),
         }
     )
-    # the decay goes by a cosine to its end; constant unless that is set
+    # the weight decay follows a cosine to its end value, and is constant unless that is set
     config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

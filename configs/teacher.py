@@ -14,7 +14,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 
 
 def imagenette(config):
@@ -43,82 +43,36 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
-            "data": {
-                "source": "embedded",  # or 'tfds:NAME', 'folder:PATH'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",
-                "num_threads": 8,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "views": {
-                "image_size": 96,  # pixels
-                "min_scale": 0.35,  # smallest share of the image's area in a crop
-                "num_views": 0,  # a new view each epoch
-                "interpolation": "bicubic",
-                "color_jitter": 0.0,
-            },
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            "data": sections.data(source="embedded", num_threads=8),
+            "views": sections.views(image_size=96, min_scale=0.35),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
-            "augment": {  # what is done to training images beside the random view
-                "randaugment_ops": 0,  # operations drawn for an image; 0: none
-                "randaugment_magnitude": 9.0,  # their mean strength, of 10
-                "randaugment_std": 0.5,  # standard deviation of the strength
-                "mixup": 0.0,  # parameter of its Beta distribution; 0: never
-                "cutmix": 0.0,  # likewise
-                "mix_probability": 1.0,  # of a batch to be mixed at all
-                "switch_probability": 0.5,  # of CutMix where both are on
-                "erasing": 0.0,  # probability of an image to lose a box to noise; 0: none
-            },
-            "model": {
-                "patch_size": 16,
-                "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
-                "width": 192,
-                "depth": 6,
-                "num_heads": 3,
-                "mlp_dim": 768,
-                "position": "absolute",
-                "drop_path_rate": 0.0,
-                "num_classes": 10,  # that of the source
-                "pooling": "mean",
-                "layer_scale_init": 0.0,  # 0: no layer scale
-                "head_init_scale": 1.0,
-            },
-            "optim": {
-                "peak_lr": 1e-3,
-                "min_lr": 1e-6,
-                "warmup": "3 epochs",
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.05,
-                "clip_norm": 1.0,  # global l2 norm; 0: off
-                "spike_factor": 0.0,  # a step with a loss or gradient of so many times the usual is left out; 0: off
-                "layer_decay": 1.0,
-                "ema_decay": 0.0,  # 0: no averaged weights
-            },
-            "run": {
-                "batch_size": 128,  # global
-                "duration": "30 epochs",
-                "log_every": "50 steps",
-                "checkpoint_every": "5 epochs",
-                "keep_every": "30 epochs",
-                "eval_every": "5 epochs",
-                "max_nonfinite_steps": 20,  # so many in a row end the run
-                "on_failed_save": "continue",  # or 'stop'; the last save must not fail
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-            },
+            "augment": sections.augment(),
+            "model": sections.vit(
+                width=192,
+                depth=6,
+                num_heads=3,
+                mlp_dim=768,
+                position="absolute",
+                drop_path_rate=0.0,
+                num_classes=10,  # that of the source
+                pooling="mean",
+                layer_scale_init=0.0,  # 0: no layer scale
+                head_init_scale=1.0,
+            ),
+            "optim": sections.optim(peak_lr=1e-3, min_lr=1e-6, warmup="3 epochs", clip_norm=1.0),
+            "run": sections.run(
+                batch_size=128,
+                duration="30 epochs",
+                checkpoint_every="5 epochs",
+                keep_every="30 epochs",
+                eval_every="5 epochs",
+            ),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(),
         }
     )
-    # the decay goes by a cosine to its end; constant unless that is set
+    # the weight decay follows a cosine to its end value, and is constant unless that is set
     config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

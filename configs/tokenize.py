@@ -17,7 +17,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 
 
 def imagenette(config):
@@ -43,32 +43,15 @@ def get_config(arg=""):
         {
             "stage": "tokenize",
             "seed": 0,
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "views": {
-                "image_size": 224,  # pixels
-                "min_scale": 0.2,  # smallest share of the image's area in a crop
-                "num_views": 16,  # stored views per image
-                "interpolation": "bicubic",
-                "color_jitter": 0.4,
-            },
+            "data": sections.data(),
+            "views": sections.views(min_scale=0.2, num_views=16, color_jitter=0.4),
             "tokenizer": {"run": ""},  # required: run directory of the vqkd stage
             "output": {
-                "shard_examples": 32768,  # what a worker claims at a time, and loses when it is killed
-                "verify_examples": 64,  # that --task=verify computes anew
+                "shard_examples": 32768,  # examples that a worker leases at a time, and loses when it is killed
+                "verify_examples": 64,  # that --task=verify computes again
             },
-            "run": {
-                "batch_size": 256,
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "run": sections.inference_run(batch_size=256),
+            "mesh": sections.mesh(),
             "efficiency": {"dtype": "bfloat16"},  # of the matrix products
         }
     )

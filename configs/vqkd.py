@@ -21,7 +21,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets
+from beitv2_jax.config import apply_presets, sections
 from beitv2_jax.sizes import SIZES
 
 
@@ -89,84 +89,34 @@ def get_config(arg=""):
         {
             "stage": "vqkd",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '' is from scratch
-            "data": {
-                "source": "tfds:imagenet2012",  # or 'folder:PATH', 'embedded'
-                "train_split": "train",
-                "eval_split": "validation",
-                "data_dir": "",  # where tfds looks; '' is its default
-                "num_threads": 16,
-                "num_workers": 0,  # processes that prepare batches in place of the threads
-                "max_bad_share": 0.001,  # of the records may be unreadable; above it the run stops
-            },
-            "views": {
-                "image_size": 224,  # pixels
-                "min_scale": 0.08,  # smallest share of the image's area in a crop
-                "num_views": 0,  # 0: a new view each epoch; otherwise the number of stored views per image
-                "interpolation": "bicubic",
-                "color_jitter": 0.0,
-            },
-            "teacher": {  # exactly one of the first two
-                "features": "",  # workdir of the extract stage: read stored features
-                "weights": "",  # weights of a published network, or a run directory of ours: run it in the step
-                "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
-                "normalization": "",  # range of its input
-                "output": "",  # 'projected' or 'tokens'
-                "activation": "",
-                "grid_match": "resize_input",  # or 'resample_features': how its grid becomes the tokenizer's
-                "position_resize": "",  # how its position embeddings reach another grid
-            },
+            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            "data": sections.data(),
+            "views": sections.views(min_scale=0.08),
+            "teacher": sections.teacher(features=""),  # features: workdir of the extract stage; give it or weights
             "model": {
-                "encoder": {
-                    "patch_size": 16,
-                    "stem": "linear",  # how a patch is embedded; 'conv': small convolutions inside each patch
-                    "width": 768,
-                    "depth": 12,
-                    "num_heads": 12,
-                    "mlp_dim": 3072,
-                },
+                "encoder": sections.vit(),
                 "decoder": {"width": 768, "depth": 3, "num_heads": 12, "mlp_dim": 3072},
                 "codebook_size": 8192,
                 "code_dim": 32,
-                "ema_decay": 0.99,
+                "ema_decay": 0.99,  # of the codebook
                 "commitment_weight": 1.0,
             },
-            "kmeans_start": True,  # codebook from a k-means over the first global batch; that of init_from is kept
+            "kmeans_start": True,  # start the codebook by k-means over the first global batch, unless init_from has one
             "usage_window": "1 epoch",  # training codes are counted over this window
-            "optim": {
-                "peak_lr": 2e-4,
-                "min_lr": 1e-5,
-                "warmup": "10 epochs",
-                "betas": (0.9, 0.99),
-                "eps": 1e-8,
-                "weight_decay": 1e-4,
-                "clip_norm": 0.0,  # 0: off
-                "spike_factor": 0.0,  # a step with a loss or gradient of so many times the usual is left out; 0: off
-                "layer_decay": 1.0,
-                "ema_decay": 0.0,  # 0: no averaged weights
-            },
-            "run": {
-                "batch_size": 512,  # global
-                "duration": "100 epochs",
-                "log_every": "50 steps",
-                "checkpoint_every": "1 epoch",
-                "keep_every": "20 epochs",
-                "eval_every": "1 epoch",
-                "max_nonfinite_steps": 20,  # so many in a row end the run
-                "on_failed_save": "continue",  # or 'stop'; the last save must not fail
-                "hang_timeout": 600,  # seconds without a move after which a process ends; 0: never
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "efficiency": {
-                "dtype": "bfloat16",  # of the matrix products; parameters, codebook and losses are float32
-                "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
-                "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
-                "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
-                "nearest_code": "auto",  # reference, scan or pallas: the search of the codebook
-            },
+            "optim": sections.optim(
+                peak_lr=2e-4, min_lr=1e-5, warmup="10 epochs", betas=(0.9, 0.99), weight_decay=1e-4
+            ),
+            "run": sections.run(
+                batch_size=512,
+                duration="100 epochs",
+                checkpoint_every="1 epoch",
+                keep_every="20 epochs",
+                eval_every="1 epoch",
+            ),
+            "mesh": sections.mesh(),
+            "efficiency": sections.efficiency(**sections.lookup()),
         }
     )
-    # the decay goes by a cosine to its end; constant unless that is set
+    # the weight decay follows a cosine to its end value, and is constant unless that is set
     config.optim.weight_decay_end = config.optim.get_oneway_ref("weight_decay")
     return apply_presets(config.lock(), arg, PRESETS)

@@ -11,7 +11,6 @@ import numpy as np
 
 from beitv2_jax.errors import UserError
 
-METHODS = ("bicubic", "offset", "antialias")
 """Ways to interpolate position embeddings, see `resize_position_embedding`."""
 
 _CLS_ROWS = 3

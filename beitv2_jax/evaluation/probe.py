@@ -26,7 +26,7 @@ class ProbeSettings:
     weight_decay: float
     knn_neighbors: int
     knn_temperature: float
-    validation_share: float
+    validation_fraction: float
     seed: int
 
 
@@ -40,10 +40,10 @@ def probe_features(
 ) -> dict[str, float]:
     """Probe features 'examples layers width' and return accuracies (in [0, 1]) with the layer each choice took.
 
-    The last `validation_share` of a seeded permutation of the training rows chooses layer and learning rate.
+    The last `validation_fraction` of a seeded permutation of the training rows chooses layer and learning rate.
     """
     order = np.random.default_rng(settings.seed).permutation(len(train))
-    num_validation = max(1, int(len(order) * settings.validation_share))
+    num_validation = max(1, int(len(order) * settings.validation_fraction))
     fit_rows, held_rows = order[:-num_validation], order[-num_validation:]
     linear, nearest = [], []
     for layer in range(train.shape[1]):

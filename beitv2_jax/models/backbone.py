@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-POSITIONS = ("absolute", "relative_shared", "relative", "none")
-STEMS = ("linear", "conv")
+from beitv2_jax.choices import POSITIONS, STEMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def cached_features(
     written, and the others wait for that.
 
     Raises:
-        UserError: more images than `data.max_bad_share` allows were unreadable.
+        UserError: more images than `data.max_bad_fraction` allows were unreadable.
     """
     path = Path(workdir, "features", f"{feature_set.name}_{source.split.replace('/', '_')}.npz")
     if not path.exists():
@@ -131,11 +131,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refuse_unreadable(unreadable: int, source, config, workdir: str) -> None:
-    if unreadable > config.data.max_bad_share * len(source):
+    if unreadable > config.data.max_bad_fraction * len(source):
         raise UserError(
-            f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_share "
-            f"allows {config.data.max_bad_share:.3%}",
+            f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_fraction "
+            f"allows {config.data.max_bad_fraction:.3%}",
             "the data set was copied in part or is damaged",
             f"mend the files listed in {Path(workdir, 'bad_records.jsonl')} and take another --workdir, or, to go on "
-            "without them, a higher --config.data.max_bad_share",
+            "without them, a higher --config.data.max_bad_fraction",
         )

@@ -75,7 +75,7 @@ def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None])
             split=source.split,
             batch_size=config.run.batch_size,
             reading=inputs.reading(config),
-            max_bad_share=config.data.max_bad_share,
+            max_bad_fraction=config.data.max_bad_fraction,
             label=f"{task.name} {part}",
             on_move=on_move,
         )
@@ -111,7 +111,7 @@ class Filler:
         split: name of the source's split, for the list of unreadable examples.
         batch_size: examples in a batch, which never crosses the border of a shard.
         reading: `num_threads` and `num_workers` of `view_stream`.
-        max_bad_share: largest share of unreadable examples with which the store is published.
+        max_bad_fraction: largest share of unreadable examples with which the store is published.
         label: what is shown to run.
         on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
     """
@@ -126,12 +126,12 @@ class Filler:
         split: str,
         batch_size: int,
         reading: Mapping[str, int],
-        max_bad_share: float,
+        max_bad_fraction: float,
         label: str,
         on_move: Callable[[str], None] = lambda phase: None,
     ):
         self._store, self._load, self._apply, self._encoding, self._split = store, load, apply, encoding, split
-        self._batch_size, self._reading, self._max_bad_share = batch_size, reading, max_bad_share
+        self._batch_size, self._reading, self._max_bad_fraction = batch_size, reading, max_bad_fraction
         self._label, self._on_move = label, on_move
 
     def run(self, claims: Claims, poll_seconds: float = POLL_SECONDS) -> None:
@@ -236,12 +236,12 @@ class Filler:
     def _check_share(self) -> None:
         """Raise UserError if more examples are unreadable, by what is known, than the store may have."""
         bad, count = self._store.unreadable(), self._store.shards[-1].stop
-        if len(bad) > self._max_bad_share * count:
+        if len(bad) > self._max_bad_fraction * count:
             raise UserError(
                 f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
                 f"{bad[-1]['cause']}.",
                 "the data set is damaged or only partly copied",
-                f"mend it, or --config.data.max_bad_share={len(bad) / count:.2g} to store zeros for them",
+                f"mend it, or --config.data.max_bad_fraction={len(bad) / count:.2g} to store zeros for them",
             )
 
 

@@ -85,10 +85,10 @@ def build(config) -> Probe:
 
 
 def token_features(model, normalization: str, layers: tuple[int, ...], params, batch: dict) -> dict[str, Array]:
-    """Return [CLS] and the mean patch token after each of `layers` (-1 the last block), un-normalised, unmasked."""
+    """Return [CLS] and the mean patch token after each of `layers` (from 1), not normalised, with nothing masked."""
     images = preprocess.normalize(batch["images"], *preprocess.NORMALIZATIONS[normalization])
     output = model.apply({"params": params}, images, method=lambda module, images: module.vit(images))
-    tokens = jnp.stack([output.hidden[layer] for layer in layers], axis=1).astype(jnp.float32)
+    tokens = jnp.stack([output.hidden[layer - 1] for layer in layers], axis=1).astype(jnp.float32)
     return {"cls": tokens[:, :, 0], "mean": tokens[:, :, 1:].mean(axis=2)}
 
 

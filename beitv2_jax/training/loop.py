@@ -40,7 +40,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
 
     Raises:
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
-            in a row changed nothing, more records than `data.max_bad_share` allows were unreadable, or the last
+            in a row changed nothing, more records than `data.max_bad_fraction` allows were unreadable, or the last
             checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
         Preempted: the run was told to end; it is saved and will continue.
     """
@@ -151,11 +151,11 @@ def _make_step(
         optimizer,
         schedule=schedule,
         seed=config.seed,
-        ema_decay=config.optim.ema_decay,
+        ema_decay=config.optim.weight_average,
         accumulation_steps=config.efficiency.accumulation_steps,
         spike_factor=config.optim.spike_factor,
     )
-    arguments = dict(mesh=mesh, seed=config.seed, keep_ema=config.optim.ema_decay > 0)
+    arguments = dict(mesh=mesh, seed=config.seed, keep_ema=config.optim.weight_average > 0)
     create = functools.partial(state_lib.create, task, optimizer, **arguments)
     return train_step, state_lib.abstract(task, optimizer, **arguments), create
 

@@ -31,7 +31,7 @@ class Plan:
 
     batch_size: int
     num_examples: int
-    max_bad_share: float
+    max_bad_fraction: float
     num_steps: int
     warmup_steps: int
     log_every: int
@@ -49,7 +49,7 @@ class Plan:
         return cls(
             batch_size=run.batch_size,
             num_examples=num_examples,
-            max_bad_share=config.data.max_bad_share,
+            max_bad_fraction=config.data.max_bad_fraction,
             num_steps=steps(run.duration),
             warmup_steps=steps(config.optim.warmup),
             max_nonfinite_steps=run.max_nonfinite_steps,
@@ -208,13 +208,13 @@ class Ledger:
         # the figure is that of the global batch, so all processes stop at the same step
         self.unreadable += int(figures["unreadable"])
         seen = max(step * self._plan.batch_size, self._plan.num_examples)
-        if self.unreadable > self._plan.max_bad_share * seen:
+        if self.unreadable > self._plan.max_bad_fraction * seen:
             raise UserError(
                 f"{self.unreadable} unreadable records up to step {step} are {self.unreadable / seen:.3%} of {seen}; "
-                f"data.max_bad_share allows {self._plan.max_bad_share:.3%}",
+                f"data.max_bad_fraction allows {self._plan.max_bad_fraction:.3%}",
                 "the data set was copied in part or is damaged; a few bad files would have been left out by weight",
                 f"mend or remove the files listed in {Path(self._workdir) / 'bad_records.jsonl'}, or, to go on without "
-                "them, a higher --config.data.max_bad_share",
+                "them, a higher --config.data.max_bad_fraction",
             )
 
 

@@ -185,7 +185,7 @@ def test_changed_lists_what_changes_results():
     old = {
         "efficiency": {"dtype": "float32"},
         "mesh": {"data": 1},
-        "data": {"num_threads": 1, "num_workers": 0, "max_bad_share": 0.001, "data_dir": "a", "source": "x"},
+        "data": {"num_threads": 1, "num_workers": 0, "max_bad_fraction": 0.001, "data_dir": "a", "source": "x"},
         "run": {"log_every": "1 step", "batch_size": 8},
         "optim": {"betas": (0.9, 0.98)},
         "gone": 1,
@@ -193,7 +193,7 @@ def test_changed_lists_what_changes_results():
     new = {
         "efficiency": {"dtype": "bfloat16"},
         "mesh": {"data": 2},
-        "data": {"num_threads": 2, "num_workers": 3, "max_bad_share": 0.1, "data_dir": "b", "source": "y"},
+        "data": {"num_threads": 2, "num_workers": 3, "max_bad_fraction": 0.1, "data_dir": "b", "source": "y"},
         "run": {"log_every": "2 steps", "batch_size": 9},
         "optim": {"betas": [0.9, 0.98]},
         "meshes": 1,
@@ -203,7 +203,7 @@ def test_changed_lists_what_changes_results():
     harmless = config_lib.changed(ConfigDict(old), ConfigDict(new), harmless=True)
     assert [key for key, _, _ in harmless] == [
         "data.data_dir",
-        "data.max_bad_share",
+        "data.max_bad_fraction",
         "data.num_threads",
         "data.num_workers",
         "efficiency.dtype",
@@ -218,7 +218,7 @@ def test_changed_lists_what_changes_results():
 
 MIM = {
     "stage": "mim",
-    "data": {"source": "embedded", "num_threads": 2, "num_workers": 0, "max_bad_share": 0.001},
+    "data": {"source": "embedded", "num_threads": 2, "num_workers": 0, "max_bad_fraction": 0.001},
     "views": {"image_size": 96, "num_views": 0, "interpolation": "bicubic", "tokenizer_interpolation": ""},
     "masking": {"num_masked": 14},
     "tokenizer": {"run": "DIR", "codes": ""},
@@ -254,7 +254,7 @@ SEGMENT = {
         "short_side": 60,
         "min_ratio": 0.5,
         "max_ratio": 2.0,
-        "max_class_share": 0.75,
+        "max_class_fraction": 0.75,
     },
     "evaluation": {"long_side": 90, "short_side": 60, "stride": 32, "scales": (1.0,), "batch_size": 2},
     "model": {"patch_size": 16, "width": 64, "num_heads": 1, "depth": 4},
@@ -292,11 +292,11 @@ def test_validate_accepts(good):
         (SEGMENT, "evaluation.scales", (1.0, -0.5), ["evaluation.scales", "(1.0,)"]),
         (SEGMENT, "evaluation.batch_size", 0, ["evaluation.batch_size"]),
         (SEGMENT, "views.min_ratio", 2.5, ["views.min_ratio", "views.max_ratio=2.0", "=0.5"]),
-        (SEGMENT, "views.max_class_share", 75.0, ["views.max_class_share", "=0.75"]),
+        (SEGMENT, "views.max_class_fraction", 75.0, ["views.max_class_fraction", "=0.75"]),
         (MIM, "data.num_workers", -1, ["data.num_workers", "=0"]),
         (MIM, "data.num_threads", -2, ["data.num_threads", "=0"]),
-        (MIM, "data.max_bad_share", 2.0, ["data.max_bad_share", "=0.02"]),
-        (MIM, "data.max_bad_share", -0.1, ["data.max_bad_share"]),
+        (MIM, "data.max_bad_fraction", 2.0, ["data.max_bad_fraction", "=0.02"]),
+        (MIM, "data.max_bad_fraction", -0.1, ["data.max_bad_fraction"]),
         (MIM, "views.tokenizer_interpolation", "lancoz", ["views.tokenizer_interpolation", "=lanczos"]),
         (MIM, "run.batch_size", 0, ["run.batch_size"]),
         (MIM, "run.duration", "10", ["run.duration", "not a duration"]),

@@ -136,7 +136,7 @@ def test_published_vqkd_recipe():
         "clip_norm": 0.0,
         "spike_factor": 0.0,
         "layer_decay": 1.0,
-        "ema_decay": 0.0,
+        "weight_average": 0.0,
     }
     assert (config.run.batch_size, config.run.duration) == (512, "100 epochs")
     dino = load("vqkd", "dino")
@@ -176,7 +176,7 @@ def test_published_mim_recipe():
         "clip_norm": 3.0,
         "spike_factor": 0.0,
         "layer_decay": 1.0,
-        "ema_decay": 0.0,
+        "weight_average": 0.0,
     }
     assert (config.run.batch_size, config.run.duration) == (2048, "1600 epochs")
 
@@ -237,7 +237,7 @@ def test_published_finetuning_recipes(arg):
         0.001,
     )
     assert (optim.min_lr, optim.weight_decay, optim.weight_decay_end, optim.clip_norm) == (1e-6, 0.05, 0.05, 0.0)
-    assert (optim.betas, optim.eps, optim.ema_decay) == ((0.9, 0.999), 1e-8, 0.0)
+    assert (optim.betas, optim.eps, optim.weight_average) == ((0.9, 0.999), 1e-8, 0.0)
     assert {key: augment[key] for key in augment if key not in ("mixup", "cutmix")} == {
         "randaugment_ops": 2,
         "randaugment_magnitude": 9.0,
@@ -278,7 +278,7 @@ def test_published_segmentation_recipes(arg):
         "short_side": 512,
         "min_ratio": 0.5,
         "max_ratio": 2.0,
-        "max_class_share": 0.75,
+        "max_class_fraction": 0.75,
         "distortion": {"brightness": 32.0, "contrast": 0.5, "saturation": 0.5, "hue": 18 / 180, "probability": 0.5},
     }
     evaluation = config.evaluation
@@ -325,7 +325,7 @@ def test_stages_of_a_pipeline_fit_each_other(name, arg):
             assert stages[reader].views.num_views > 0
     assert stages.mim.model.codebook_size == stages.vqkd.model.codebook_size
     assert stages.mim.views.image_size == stages.vqkd.views.image_size == stages.probe.views.image_size
-    assert all(0 <= layer < stages.mim.model.depth for layer in stages.probe.probe.layers)
+    assert all(1 <= layer <= stages.mim.model.depth for layer in stages.probe.probe.layers)
     places = {f"/runs/1/{stage}" for stage in stages}
     given_paths = [stages.vqkd.teacher.features, stages.mim.tokenizer.codes, stages.probe.backbone.run]
     for path in filter(None, given_paths):

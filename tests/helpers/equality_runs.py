@@ -103,7 +103,7 @@ def stage_config(stage: str, root: pathlib.Path, mesh: tuple[int, int, int], **s
     """Return the published recipe of a stage in the sizes of this module, on the pictures and former runs in `root`."""
     config = config_lib.load(f"{CONFIGS / stage}.py")
     source = root / ("maps" if stage == "segment" else "classes")
-    config.data.update(source=f"folder:{source}", num_threads=2, max_bad_share=0.1)
+    config.data.update(source=f"folder:{source}", num_threads=2, max_bad_fraction=0.1)
     config.views.image_size = 32
     config.efficiency.dtype = "float32"
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
@@ -114,7 +114,7 @@ def stage_config(stage: str, root: pathlib.Path, mesh: tuple[int, int, int], **s
     if stage in stages.STORES:
         config.views.num_views = 2
     else:
-        config.optim.update(ema_decay=0.9, warmup="3 steps")
+        config.optim.update(weight_average=0.9, warmup="3 steps")
         config.run.update(duration=f"{STEPS} steps", log_every="1 step", eval_every=f"{STEPS} steps")
         config.run.update(checkpoint_every="0 steps", keep_every="0 steps")
     for changes in (CHANGES[stage], sections):

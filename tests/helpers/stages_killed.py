@@ -70,7 +70,7 @@ def arguments(folder: Path, workdir: Path) -> list[str]:
     keys = {f"model.{part}.{key}": value for part in ("encoder", "decoder") for key, value in vit.items()}
     keys |= {"model.encoder.depth": 1, "model.codebook_size": 13, "model.code_dim": 7, "views.image_size": IMAGE}
     keys |= {"teacher.weights": folder / "teacher.safetensors", "teacher.normalization": "half"}
-    keys |= {"teacher.num_heads": HEADS, "optim.ema_decay": 0.9, "optim.spike_factor": 50.0, "mesh.fsdp": 2}
+    keys |= {"teacher.num_heads": HEADS, "optim.weight_average": 0.9, "optim.spike_factor": 50.0, "mesh.fsdp": 2}
     keys |= {"run.duration": f"{STEPS} steps", "run.checkpoint_every": f"{SAVE_EVERY} steps"}
     keys |= {"run.eval_every": f"{EVALUATE_EVERY} steps", "run.keep_every": "0 steps"}
     flags = [f"--config={ROOT}/configs/vqkd.py:smoke", *(f"--config.{key}={value}" for key, value in keys.items())]

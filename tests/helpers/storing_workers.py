@@ -57,7 +57,7 @@ def work(directory: str, *, num_views: int = 3, seconds: float = 0.0, stale_seco
         split="train",
         batch_size=BATCH_SIZE,
         reading={"num_threads": 2, "num_workers": 0},
-        max_bad_share=0.1,
+        max_bad_fraction=0.1,
         label="toy",
     )
     with Claims(store.work, heartbeat_seconds=stale_seconds / 8, stale_seconds=stale_seconds) as claims:

@@ -207,7 +207,7 @@ def config(**overrides):
     values = ConfigDict(
         {
             "seed": 3,
-            "data": {"num_threads": 2, "num_workers": 0, "max_bad_share": 0.1},
+            "data": {"num_threads": 2, "num_workers": 0, "max_bad_fraction": 0.1},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "efficiency": {"accumulation_steps": 1},
             "optim": {
@@ -221,7 +221,7 @@ def config(**overrides):
                 "clip_norm": 1.0,
                 "spike_factor": 0.0,
                 "layer_decay": 0.75,
-                "ema_decay": 0.9,
+                "weight_average": 0.9,
             },
             "run": {
                 "batch_size": 8,

@@ -19,7 +19,7 @@ SETTINGS = ProbeSettings(
     weight_decay=1e-4,
     knn_neighbors=5,
     knn_temperature=0.07,
-    validation_share=0.2,
+    validation_fraction=0.2,
     seed=0,
 )
 

@@ -197,7 +197,7 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_
     sources = {split: open_source(config.data.source, split) for split in ("train", "validation")}
     with pytest.raises(UserError, match=r"2 of the 26 images of split train are unreadable"):
         probe.cached_features(pixels, sources["train"], config, str(tmp_path))
-    config.data.max_bad_share = 0.15
+    config.data.max_bad_fraction = 0.15
     for source, rows in zip(sources.values(), (24, 9), strict=True):
         features = probe.cached_features(pixels, source, config, str(tmp_path))
         assert {len(array) for array in features.values()} == {rows}
@@ -209,7 +209,7 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_
 def test_too_many_unreadable_images_stop_the_run(torn_folder, tmp_path):
     config = stage_config(torn_folder, str(tmp_path), "teacher")
     config.run.duration = "2 epochs"
-    with pytest.raises(UserError, match=r"data\.max_bad_share allows 0\.100%") as caught:
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction allows 0\.100%") as caught:
         stages.run_stage(config, str(tmp_path / "run"))
     assert str(tmp_path / "run" / "bad_records.jsonl") in caught.value.instead
     assert len(read_bad_records(tmp_path / "run")) >= 1

@@ -179,7 +179,7 @@ def write_folder(root):
 def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     write_folder(tmp_path / "halves")
     config = small(num_classes=2)
-    config.data.update(source=f"folder:{tmp_path / 'halves'}", max_bad_share=0.5)
+    config.data.update(source=f"folder:{tmp_path / 'halves'}", max_bad_fraction=0.5)
     config.labels.update(offset=1, ignored=(0,))
     config.optim.update(peak_lr=2e-2, layer_decay=1.0)
     config.evaluation.batch_size = 8

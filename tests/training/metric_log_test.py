@@ -29,7 +29,7 @@ def limit(step, share):
 
 
 def test_unreadable_records_are_counted_and_listed_once(tmp_path):
-    config = toy.config(**{"data.max_bad_share": 0.2})
+    config = toy.config(**{"data.max_bad_fraction": 0.2})
     loop.train(toy.make_task(unreadable=UNREADABLE), config, tmp_path)
     assert [line["unreadable"] for line in read_metrics(tmp_path)] == unreadable_rows()
     records = read_bad_records(tmp_path)
@@ -47,7 +47,7 @@ def test_too_many_unreadable_records_stop_the_run_at_the_same_step_after_a_resum
     rows, share = unreadable_rows(), 0.1
     over = [step for step in range(1, 20) if sum(rows[:step]) > limit(step, share)]
     assert over[0] > 13  # not in the first epoch, and after the checkpoint from which the run goes on
-    config = toy.config(**{"data.max_bad_share": share})
+    config = toy.config(**{"data.max_bad_fraction": share})
     if interrupted_at:
         with pytest.raises(KeyboardInterrupt):
             loop.train(toy.make_task(unreadable=UNREADABLE, stop_at=interrupted_at), config, tmp_path)
@@ -55,7 +55,7 @@ def test_too_many_unreadable_records_stop_the_run_at_the_same_step_after_a_resum
         loop.train(toy.make_task(unreadable=UNREADABLE), config, tmp_path)
     count, seen = sum(rows[: over[0]]), 8 * over[0]
     assert f"{count} unreadable records up to step {over[0]} are {count / seen:.3%} of {seen}" in caught.value.happened
-    assert "data.max_bad_share allows 10.000%" in caught.value.happened
+    assert "data.max_bad_fraction allows 10.000%" in caught.value.happened
     assert str(tmp_path / "bad_records.jsonl") in caught.value.instead
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     found = [record["example_id"] for record in listed if record["split"] == "train"]
@@ -64,7 +64,7 @@ def test_too_many_unreadable_records_stop_the_run_at_the_same_step_after_a_resum
 
 def test_one_unreadable_record_in_a_thousand_is_allowed_from_the_first_step(tmp_path):
     """The share is one of the data set at first: a bad record in the first batch is no reason to stop."""
-    config = toy.config(**{"run.duration": "1 step", "optim.warmup": "0 steps", "data.max_bad_share": 2 / 61})
+    config = toy.config(**{"run.duration": "1 step", "optim.warmup": "0 steps", "data.max_bad_fraction": 2 / 61})
     first = next(toy.batches(8, seed=3))["example_ids"]
     loop.train(toy.make_task(unreadable=first[:2].tolist(), evaluation=False), config, tmp_path / "two")
     with pytest.raises(UserError, match="3 unreadable records up to step 1"):
@@ -90,7 +90,7 @@ def test_a_wait_is_part_of_the_step_that_waited(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(now=9.0)
     monkeypatch.setattr(metric_log, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
     plan = types.SimpleNamespace(
-        logs=lambda step: True, batch_size=8, max_nonfinite_steps=0, max_bad_share=1.0, num_examples=61
+        logs=lambda step: True, batch_size=8, max_nonfinite_steps=0, max_bad_fraction=1.0, num_examples=61
     )
     lines = {}
     writer = types.SimpleNamespace(write=lambda step, figures: lines.update({step: figures}))

@@ -21,7 +21,6 @@ from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.typing import PyTree
 
-OUTPUTS = ("projected", "tokens")
 _CONFIG_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BEIT = r"(attn\.q_bias|relative_position_bias_table)$"
 _DISTILLATION = "backbone/distillation_token"

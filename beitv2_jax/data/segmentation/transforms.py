@@ -41,8 +41,8 @@ def resize_label_map(label_map: LabelMap, size: tuple[int, int]) -> LabelMap:
     return label_map[rows[:, None], columns]
 
 
-def crop_corner(rng: np.random.Generator, label_map: LabelMap, crop: int, max_class_share: float) -> tuple[int, int]:
-    """Draw the upper left corner of a crop, anew where one class has `max_class_share` or more of its labelled pixels.
+def crop_corner(rng: np.random.Generator, label_map: LabelMap, crop: int, max_class_fraction: float) -> tuple[int, int]:
+    """Draw the upper left corner of a crop, anew where one class has `max_class_fraction` or more of its labelled pixels.
 
     Ten such draws after the first; the last one stands, whatever it shows. A share of 1 takes the first.
 
@@ -51,11 +51,11 @@ def crop_corner(rng: np.random.Generator, label_map: LabelMap, crop: int, max_cl
     margins = [max(length - crop, 0) for length in label_map.shape]
     for tries_left in reversed(range(_TRIES + 1)):
         top, left = (int(rng.integers(margin + 1)) for margin in margins)
-        if max_class_share >= 1 or not tries_left:
+        if max_class_fraction >= 1 or not tries_left:
             break
         counts = np.bincount(label_map[top : top + crop, left : left + crop].reshape(-1), minlength=IGNORED + 1)
         counts = counts[:IGNORED]
-        if np.count_nonzero(counts) > 1 and counts.max() < max_class_share * counts.sum():
+        if np.count_nonzero(counts) > 1 and counts.max() < max_class_fraction * counts.sum():
             break
     return top, left
 
@@ -111,7 +111,7 @@ class CropTransform:
     Attributes:
       image_size: side of the crop in pixels; smaller images are padded.
       long_side, short_side: the size at ratio 1.
-      max_class_share: of a class in the crop, see `crop_corner`.
+      max_class_fraction: of a class in the crop, see `crop_corner`.
       distortion: arguments of `distortion_draw` but `rng`.
     """
 
@@ -122,7 +122,7 @@ class CropTransform:
     short_side: int
     min_ratio: float
     max_ratio: float
-    max_class_share: float
+    max_class_fraction: float
     distortion: dict[str, float]
 
     def __call__(self, example: dict[str, Any], epoch: int) -> Example:
@@ -135,7 +135,7 @@ class CropTransform:
         flip = rng.random() < 0.5
         size = windows.fitted_size(*image.shape[:2], int(self.long_side * ratio), int(self.short_side * ratio))
         image, label_map = resize_image(image, size), resize_label_map(label_map, size)
-        top, left = crop_corner(rng, label_map, self.image_size, self.max_class_share)
+        top, left = crop_corner(rng, label_map, self.image_size, self.max_class_fraction)
         place = (slice(top, top + self.image_size), slice(left, left + self.image_size))
         image, label_map = image[place], label_map[place]
         if flip:

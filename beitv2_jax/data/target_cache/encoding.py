@@ -10,7 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-FEATURE_DTYPES = ("int8", "bfloat16", "float16", "float32")
+from beitv2_jax.choices import FEATURE_DTYPES
+
 FEATURES, SCALES, CODE_IDS, PACKED_CODE_IDS = "teacher_features", "teacher_scales", "code_ids", "packed_code_ids"
 _INT8_MAX = 127.0
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

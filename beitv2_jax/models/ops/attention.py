@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from beitv2_jax.choices import ATTENTION as IMPLEMENTATIONS
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import AttentionBias, Tokens
 
-IMPLEMENTATIONS = ("reference", "cudnn", "pallas")
 PADDING_LOGIT = -1e9
 """Logit of a padding key: its weight is exactly zero, in bfloat16 too."""
 CUDNN_MULTIPLE = 8

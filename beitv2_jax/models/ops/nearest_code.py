@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from beitv2_jax.choices import NEAREST_CODE as IMPLEMENTATIONS
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import Codebook
 
-IMPLEMENTATIONS = ("reference", "scan", "pallas")
 SCAN_TILE = 256
 SUM_TILE = 1024
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -31,7 +31,7 @@ def example(height, width, example_id=5, seed=0):
 
 
 def crops(**changes):
-    settings = dict(image_size=40, long_side=400, short_side=40, min_ratio=0.5, max_ratio=2.0, max_class_share=0.75)
+    settings = dict(image_size=40, long_side=400, short_side=40, min_ratio=0.5, max_ratio=2.0, max_class_fraction=0.75)
     ids = LabelIds(num_classes=10, offset=1, ignored=(0,))
     return transforms.CropTransform(seed=3, ids=ids, distortion=DISTORTION, **(settings | changes))
 

@@ -1,0 +1,147 @@
+"""Build configs from their files and presets, and turn them into text and back."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from beitv2_jax.errors import UserError, nearest
+
+HARMLESS = (
+    "efficiency",
+    "mesh",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_every",
+    "run.hang_timeout",
+    "run.on_failed_save",
+    "data.num_threads",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "output.verify_examples",
+    "data.data_dir",
+)
+"""Sections and keys that may change between two starts of one run.
+
+They move no result, or only its rounding; `efficiency.accumulation_steps` also moves what is drawn in the step
+(stochastic depth, mixup), as every micro-batch draws anew.
+"""
+
+
+def apply_presets(
+    config: ConfigDict, arg: str | None, presets: Mapping[str, Callable[[ConfigDict], None]]
+) -> ConfigDict:
+    """Apply the comma separated preset names in `arg` to `config`, in the order they are written, and return it.
+
+    Raises:
+        UserError: `arg` names no preset of this file.
+    """
+    for name in (part.strip() for part in arg.split(",")) if arg else ():
+        if name not in presets:
+            raise UserError(
+                f"This config has no preset '{name}'.",
+                f"'{nearest(name, presets)}' was meant." if presets else "a preset of another config was meant.",
+                f"one or more of {', '.join(sorted(presets)) or '(none)'}, separated by commas.",
+            )
+        presets[name](config)
+    return config
+
+
+def load(spec: str) -> ConfigDict:
+    """Build the config that `spec` names: 'vqkd', 'vqkd:large' or 'path/to/vqkd.py:large'.
+
+    A bare name is a sibling of the calling file, which is how one config file builds on another.
+
+    Raises:
+        UserError: there is no such file, or no such preset in it.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    if path.suffix != ".py":
+        path = Path(sys._getframe(1).f_globals["__file__"]).parent / f"{name}.py"
+    if not path.is_file():
+        others = sorted(other.stem for other in path.parent.glob("*.py"))
+        raise UserError(
+            f"There is no config file {path}.",
+            f"'{nearest(path.stem, others)}.py' was meant." if others else f"{path.parent} is the wrong directory.",
+            f"one of {', '.join(f'{path.parent / other}.py' for other in others)}." if others else "configs/NAME.py",
+        )
+    module_spec = importlib.util.spec_from_file_location(f"beitv2_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def link(target: ConfigDict, source: ConfigDict) -> None:
+    """Let each key of `target` follow the key of that name in `source`, until it is set itself; pipelines share so."""
+    for key in target:
+        if key in source:
+            target[key] = source.get_oneway_ref(key)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {'section.key': value} of every leaf."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _freeze(value: Any, *, workdir: str | None = None) -> Any:
+    """Copy a tree of settings: mappings become ConfigDicts that keep their order, lists tuples, references values."""
+    if isinstance(value, (Mapping, ConfigDict)):
+        copy = ConfigDict(sort_keys=False)
+        for key, inner in value.items():
+            copy[key] = _freeze(inner, workdir=workdir)
+        return copy
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(inner, workdir=workdir) for inner in value)
+    if isinstance(value, str) and workdir is not None:
+        return value.replace("{workdir}", workdir)
+    return value
+
+
+def resolve(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return a locked copy in which every '{workdir}' inside a string is replaced and no reference is left."""
+    return _freeze(config, workdir=str(workdir)).lock()
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return the config as text: keys in a stable order (alphabetical, stages in the order they run)."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return the JSON form of a tree of settings: dicts, lists and scalars."""
+    if isinstance(value, (Mapping, ConfigDict)):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_json(text: str | Mapping[str, Any]) -> ConfigDict:
+    """Return the locked config that `to_json` wrote, from its text or from the dict read out of it."""
+    return _freeze(json.loads(text) if isinstance(text, str) else text).lock()
+
+
+def changed(old: ConfigDict, new: ConfigDict, *, harmless: bool = False) -> list[tuple[str, Any, Any]]:
+    """Return (key, old value, new value) of every setting that differs and would change results.
+
+    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that one side lacks has None
+    there; tuples are compared as lists.
+    """
+    before, after = flatten(_plain(old)), flatten(_plain(new))
+    keys = [key for key in sorted(before | after) if _harmless(key) == harmless]
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _harmless(key: str) -> bool:
+    key = re.sub(r"^stages\.[^.]+\.", "", key)
+    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
