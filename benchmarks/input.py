@@ -34,7 +34,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.main import start_logging
 from beitv2_jax.models.backbone import Compute
-from beitv2_jax.tasks import common, inputs, mim, tokenize, vqkd
+from beitv2_jax.tasks import inputs, mim, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
@@ -91,12 +91,14 @@ def step_alone(task: Task, config: ConfigDict, steps: int) -> float:
     mesh = sharding.make_mesh(**config.mesh)
     plan = Plan.from_config(config, task.num_train_examples)
     optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
-    state = state_lib.create(task, optimizer, mesh=mesh, seed=config.seed, keep_ema=config.optim.weight_average > 0)
+    state = state_lib.create(task, optimizer, mesh=mesh, seed=config.seed, keep_average=config.optim.weight_average > 0)
     iterator = task.train_batches(0, 1)
     batch = sharding.place_batch(next(iterator), mesh)
     iterator.close()
     frozen = sharding.place_weights(task.frozen, mesh)
-    step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.weight_average)
+    step = make_train_step(
+        task, optimizer, schedule=schedule, seed=config.seed, average_decay=config.optim.weight_average
+    )
     compiled = loop.compile_step(step, state, frozen, batch, mesh)
     for count in (WARM_BATCHES, steps):
         started = time.monotonic()
@@ -135,7 +137,7 @@ def untrained_tokenizer(config: ConfigDict, tokenizer_config: ConfigDict):
     tokenizer_config.model.codebook_size = config.model.codebook_size
     model = vqkd.make_model(tokenizer_config, Compute(dtype=config.efficiency.dtype), teacher_width=512)
     images = jnp.zeros((1, size, size, 3))
-    variables = jax.jit(lambda key: common.init_variables(model, key, images, train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
     return tokenize.Tokenizer("untrained", model, (rows, rows), "none"), variables
 
 

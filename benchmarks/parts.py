@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from beitv2_jax import choices
 from beitv2_jax.models import preprocess
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.ops import attention
@@ -95,7 +96,7 @@ def quantizer(recipe: Recipe) -> Part:
         return ids, updated_state(state, statistics, recipe.model.ema_decay)
 
     return Part(
-        _forms(run, (state, unit), nearest_code_lib.IMPLEMENTATIONS),
+        _forms(run, (state, unit), choices.NEAREST_CODE),
         tokens,
         "tokens",
         2 * tokens * size * width,
@@ -117,7 +118,7 @@ def attend(recipe: Recipe) -> Part:
         output, backward = jax.vjp(form, qkv, bias)
         return output, backward(cotangent)
 
-    forms = _forms(run, (qkv.astype(dtype), bias, cotangent.astype(dtype)), attention.IMPLEMENTATIONS)
+    forms = _forms(run, (qkv.astype(dtype), bias, cotangent.astype(dtype)), choices.ATTENTION)
     if jax.default_backend() != "gpu":
         forms["cudnn"] = "needs an NVIDIA GPU"
     elif dtype == jnp.float32:

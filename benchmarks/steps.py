@@ -196,7 +196,7 @@ def training_step(task: Task, recipe: Recipe, batch: Batch, networks: Mapping[st
     """
     mesh = sharding.make_mesh(devices=[device_of(recipe)])
     optimizer, schedule = optim.for_task(task, recipe.optim, **SCHEDULE)
-    step = make_train_step(task, optimizer, schedule=schedule, seed=SEED, ema_decay=0.0)
+    step = make_train_step(task, optimizer, schedule=schedule, seed=SEED, average_decay=0.0)
     state = state_lib.abstract(task, optimizer, mesh, SEED)
     init = functools.partial(_variables, networks)
     arguments = state, _shapes(init, mesh), _batch_shapes(batch, mesh)
@@ -243,7 +243,7 @@ def _inference(apply: Callable, network: Init, recipe: Recipe) -> Step:
 def _started(shapes: TrainState) -> TrainState:
     """Return a state of these shapes: weights and codebook of `_drawn`, zeros else."""
     zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
-    return zeros.replace(params=_drawn(shapes.params), codebook=_drawn(shapes.codebook))
+    return zeros.replace(params=_drawn(shapes.params), model_state=_drawn(shapes.model_state))
 
 
 def _drawn(shapes: PyTree) -> PyTree:
@@ -320,7 +320,7 @@ def untrained_tokenizer(recipe: Recipe) -> tuple[VQKD, Init]:
         {**recipe.tokenizer, "image_size": size, "teacher_width": TEACHER_WIDTH}, compute(recipe)
     )
     image = jnp.zeros((1, size, size, 3))
-    return model, lambda key: common.init_variables(model, key, image, train=False)
+    return model, lambda key: model.init(key, image, train=False)
 
 
 def untrained_teacher(recipe: Recipe) -> tuple[Teacher, Init]:

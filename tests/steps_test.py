@@ -65,8 +65,10 @@ def traced_step(config):
     task = BUILDERS[config.stage](config)
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=2, num_steps=10)
     mesh = sharding.make_mesh()
-    before = state.abstract(task, optimizer, mesh, config.seed, keep_ema=config.optim.weight_average > 0)
-    step = make_train_step(task, optimizer, schedule=schedule, seed=config.seed, ema_decay=config.optim.weight_average)
+    before = state.abstract(task, optimizer, mesh, config.seed, keep_average=config.optim.weight_average > 0)
+    step = make_train_step(
+        task, optimizer, schedule=schedule, seed=config.seed, average_decay=config.optim.weight_average
+    )
     after, metrics = jax.eval_shape(step, before, task.frozen, abstract_batch(config))
     return before, after, metrics
 

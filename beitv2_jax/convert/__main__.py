@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             image_size=options.image_size,
             num_heads=options.num_heads,
             normalization=options.normalization,
+            average=options.weights == "average",
         )
         not_written = weights_lib.write(weights, options.dest, options.layout)
     except UserError as error:
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         "--normalization",
         choices=("half", "imagenet", "clip"),
         help="input normalisation that the weights were trained with (tokenizers have a fixed one)",
+    )
+    parser.add_argument(
+        "--weights",
+        default="last",
+        choices=("last", "average"),
+        help="of a run: those of its last step, or their average (optim.weight_average)",
     )
     return parser
 

@@ -109,7 +109,7 @@ def resize_position_embedding(
     """Return a position embedding '1 p+n d' for another `grid` of patches; the same one if it has that size.
 
     The first `num_prefix` positions ([CLS], registers) are copied. The patches, on a square grid of side s, are
-    interpolated by one of `METHODS`:
+    interpolated by one of `choices.POSITION_RESIZES`:
         'bicubic': PyTorch's bicubic interpolation (a = −0.75, no antialiasing, edge values repeated), as in the
             released loader of BEiT. Target index i is read at (i + ½) · s / g − ½.
         'offset': the same with (i + ½) · s / (g + 0.1) − ½, as in the code of DINO and CLIP, which add 0.1 to guard

@@ -1,8 +1,8 @@
-"""Read and write the directory of a run: its resolved config, weights and codebook.
+"""Read and write the directory of a run: its resolved config, weights and model state.
 
 Every stage that builds on another one (tokenizer, teacher, backbone) reads it here. Only the items 'params' and
-'codebook' of the newest checkpoint are read, as NumPy arrays, independent of the optimizer state and of the devices of
-that run. Converted weights are written in the same format.
+'model_state' of the newest checkpoint are read, as NumPy arrays, independent of the optimizer state and of the devices
+of that run. Converted weights are written in the same format.
 """
 
 import dataclasses
@@ -20,8 +20,10 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
-ITEMS = ("params", "codebook")
+ITEMS = ("params", "model_state")
 """Items of a checkpoint that later stages read."""
+AVERAGE = "averaged_params"
+"""Item with the averaged weights of a run that averages them (`optim.weight_average`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Run:
     config: dict
     step: int
     params: PyTree
-    codebook: PyTree
+    model_state: PyTree
 
     @property
     def weights_hash(self) -> str:
-        """Sixteen hex digits that identify weights and codebook."""
-        return weights_hash({"params": self.params, "codebook": self.codebook})
+        """Sixteen hex digits that identify the weights and the model state."""
+        return weights_hash({"params": self.params, "model_state": self.model_state})
 
 
 def is_run(path: str) -> bool:
@@ -45,10 +47,11 @@ def is_run(path: str) -> bool:
     return Path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
-def read_run(workdir: str) -> Run:
+def read_run(workdir: str, *, average: bool = False) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
-    `codebook` is empty for runs that have none. Nothing in the directory is changed.
+    `model_state` is the codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged
+    weights. Nothing in the directory is changed.
 
     Raises:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
@@ -65,22 +68,31 @@ def read_run(workdir: str) -> Run:
     )
     if newest is None:
         raise _not_a_run(workdir, "has no complete checkpoint")
-    if damage := find_damage(Path(newest.path), ITEMS):
+    if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
             f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
             f"Copy the folder again, or move {newest.path} away to use the checkpoint before it.",
         )
+    found = {name: _read_item(Path(newest.path) / name) for name in ITEMS}
+    if average:
+        found["params"] = _read_item(Path(newest.path) / AVERAGE)
+        if not found["params"]:
+            raise UserError(
+                f"{workdir} has no averaged weights.",
+                "The run may have been started with --config.optim.weight_average=0, which is the default.",
+                "Leave --weights=average out to convert the weights of its last step.",
+            )
     return Run(
         name=f"{directory.name}@{newest.step}",
         config=json.loads(config_file.read_text()),
         step=newest.step,
-        **{name: _read_item(Path(newest.path) / name) for name in ITEMS},
+        **found,
     )
 
 
 def write_run(workdir: str, config: dict, variables: dict[str, PyTree]) -> None:
-    """Write a directory that `read_run` reads: `config` and, as step 0, the params and the codebook (if any).
+    """Write a directory that `read_run` reads: `config` and, as step 0, the params and the model state (if any).
 
     It has no optimizer state and no data position, so a run cannot be resumed from it.
     """

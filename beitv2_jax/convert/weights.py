@@ -26,7 +26,7 @@ from beitv2_jax.typing import PyTree
 STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
 """Kind of weights -> the stage that trains them."""
 _MODEL_STATE = {"segmenter": "batch_stats"}
-"""Kind of weights -> the collection that its runs store as 'codebook': state that no optimizer updates."""
+"""Kind of weights -> the collection that its runs store as 'model_state'."""
 
 _MASKED_FRACTION = 75 / 196  # of the patches, in the published pre-training
 RELEASED_EPSILON = 1e-6
@@ -56,6 +56,11 @@ class Weights:
     normalization: str = ""
 
     @property
+    def model_state(self) -> PyTree:
+        """What no optimizer updates: the codebook, or the statistics of batch norm."""
+        return self.variables.get(_MODEL_STATE.get(self.kind, "codebook"), {})
+
+    @property
     def num_params(self) -> int:
         """Number of trained parameters, without codebook and batch statistics."""
         return sum(array.size for array in traverse_util.flatten_dict(self.variables["params"]).values())
@@ -67,7 +72,12 @@ class Weights:
 
 
 def read(
-    path: str, *, image_size: int | None = None, num_heads: int | None = None, normalization: str | None = None
+    path: str,
+    *,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    normalization: str | None = None,
+    average: bool = False,
 ) -> Weights:
     """Read weights of any layout.
 
@@ -77,12 +87,13 @@ def read(
         num_heads: needed if the width is no multiple of 64 and neither position tables nor a config.json give it.
         normalization: name of the input normalisation, if it is known to differ from the stored or usual one; ignored
             for tokenizers, which have a fixed one.
+        average: read the averaged weights of a run; ignored for files.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
     """
     if is_run(path):
-        weights = _from_run(path, normalization)
+        weights = _from_run(path, normalization, average)
     else:
         weights = _from_state(read_weights(path), read_config(path) or {}, num_heads, normalization)
     if weights.arguments["image_size"] is None and image_size is None:
@@ -156,8 +167,8 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
     return not_written
 
 
-def _from_run(path: str, normalization: str | None) -> Weights:
-    run = read_run(path)
+def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
+    run = read_run(path, average=average)
     kinds = {stage: kind for kind, stage in STAGES.items()}
     if run.config["stage"] not in kinds:
         raise UserError(
@@ -174,7 +185,7 @@ def _from_run(path: str, normalization: str | None) -> Weights:
     return Weights(
         kind=kind,
         arguments=arguments,
-        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.codebook},
+        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.model_state},
         layout="run",
         normalization="" if kind == "vqkd" else normalization or run.config["normalization"],
     )
@@ -238,8 +249,7 @@ def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str
 
 def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     config = run_config(weights)
-    model_state = weights.variables.get(_MODEL_STATE.get(weights.kind, "codebook"), {})
-    variables = {"params": weights.variables["params"], "codebook": model_state}
+    variables = {"params": weights.variables["params"], "model_state": weights.model_state}
     return lambda path: write_run(str(path), config, variables), {}
 
 

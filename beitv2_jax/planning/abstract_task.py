@@ -5,6 +5,7 @@ batch come from the data pipeline itself, which makes one row out of a grey pict
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import re
@@ -27,7 +28,7 @@ from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.sizes import SIZES
-from beitv2_jax.tasks import common, inputs, targets, vqkd
+from beitv2_jax.tasks import inputs, targets, vqkd
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.tasks.tokenize import Tokenizer
 from beitv2_jax.typing import PyTree
@@ -171,7 +172,7 @@ def _with_tokenizer(config, opened: inputs.Opened) -> inputs.Opened:
         trained = config_lib.from_json(read_config(config.tokenizer.run))
         model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=TEACHER_WIDTH)
     images = jnp.zeros((1, image_size, image_size, 3))
-    frozen = jax.eval_shape(lambda key: common.init_variables(model, key, images, train=False), jax.random.key(0))
+    frozen = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
     return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": frozen})
 

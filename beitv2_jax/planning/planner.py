@@ -150,16 +150,16 @@ def _traced(config_json: str) -> tuple[PyTree, PyTree, PyTree, traced.StepCost]:
 def _train_step(config, num_examples: int) -> tuple[Any, PyTree, TrainStep, PyTree]:
     """Return the task of a config, the shapes of its batch, its step, and the shapes of its state."""
     description = abstract_task.describe(config, num_examples)
-    task, ema_decay = description.task, config.optim.weight_average
+    task, average_decay = description.task, config.optim.weight_average
     optimizer, schedule = optim.for_task(task, config.optim, *_schedule_steps(config, num_examples))
     mesh = _abstract_mesh(dict.fromkeys(sharding.AXES, 1))
-    state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_ema=ema_decay > 0)
+    state = state_lib.abstract(task, optimizer, mesh, config.seed, keep_average=average_decay > 0)
     function = make_train_step(
         task,
         optimizer,
         schedule=schedule,
         seed=config.seed,
-        ema_decay=ema_decay,
+        average_decay=average_decay,
         accumulation_steps=config.efficiency.accumulation_steps,
     )
     return task, description.batch, function, state

@@ -39,7 +39,7 @@ def draw_segmentations(
             continue
         batch = {name: array[None] for name, array in example.items() if name != "faults"}
         height, width = example["sizes"]
-        predicted = np.asarray(predict(trained.params, trained.codebook, batch))[0, :height, :width]
+        predicted = np.asarray(predict(trained.params, trained.model_state, batch))[0, :height, :width]
         image = decode_image(rows.source[rows.order[row]]["image"])
         true = example["label_maps"][:height, :width]
         lines.append(_line(image, true, predicted))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # named here, used elsewhere: whoever compiles a step needs n
 
 Batch = dict[str, Any]
 Params = PyTree
-CodebookState = PyTree
+ModelState = PyTree
 
 
 class LossParts(NamedTuple):
@@ -36,29 +36,31 @@ class LossParts(NamedTuple):
     statistics: PyTree = None
 
 
-def _unchanged(codebook: CodebookState, statistics: PyTree, step: Array) -> tuple[CodebookState, dict[str, Scalar]]:
-    return codebook, {}
+def _unchanged(model_state: ModelState, statistics: PyTree, step: Array) -> tuple[ModelState, dict[str, Scalar]]:
+    return model_state, {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Hold what is learned in one stage.
+    """One trained stage, as the training loop sees it.
 
     The functions that compute (`init`, `loss`, `finish`, `evaluate`, `start_codebook`) are pure and are traced by jax.
     `loss` receives rows from every device's share, which are the global batch or one of its micro-batches, so it
-    returns sums; the others receive the whole global batch. Every stage without a codebook uses `{}`.
-    Batches are dicts of arrays with a leading batch axis. They carry `weight`: 1, or 0 for a row that must count in
-    nothing, as its image is unreadable or it pads the last batch of an evaluation. `faults`, if there, are the words
-    about unreadable images; they stay on the host.
+    returns sums; the others receive the whole global batch. `model_state` is what no optimizer changes: the codebook,
+    the statistics of batch norm, or `{}`.
+    Batches are dicts of arrays with a leading batch axis. They carry `weight`: 1, or 0 for a row that is masked
+    out of losses and metrics, because its image is unreadable or it pads the last batch of an evaluation. `faults`, if
+    present, are the messages about unreadable images; they stay on the host.
 
     Attributes:
         name: the stage, as it stands in logs.
         num_train_examples: images in one epoch.
         splits: names of the train and the eval split, for the list of unreadable records.
-        init: `(key) -> {"params", "codebook"}`, values at step 0.
-        loss: `(params, codebook, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what is
-            to be minimised in the mean, and its `LossParts`.
-        finish: `(codebook, statistics, step) -> (new codebook, metrics)` after the whole batch; metrics are scalars.
+        init: `(key) -> {"params", "model_state"}`, values at step 0.
+        loss: `(params, model_state, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what
+            is to be minimised in the mean, and its `LossParts`.
+        finish: `(model_state, statistics, step) -> (new model_state, metrics)` after the whole batch; the metrics are
+            scalars.
         initial: trained values that replace leaves of the trees of `init` at step 0; {} for a start from scratch.
         frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
         train_batches: `(process_index, process_count) -> ` endless iterator of this process's host batches with
@@ -67,27 +69,27 @@ class Task:
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
         eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, anew at each call.
-        evaluate: `(params, codebook, frozen, batch) -> ` dict of sums over the batch's real rows.
+        evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
         summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
-        start_codebook: `(params, codebook, frozen, batch, key) -> ` codebook before step 0, from the first batch.
+        start_codebook: `(params, model_state, frozen, batch, key) -> ` codebook before step 0, from the first batch.
     """
 
     name: str
     num_train_examples: int
     init: Callable[[PRNGKeyArray], dict[str, PyTree]]
-    loss: Callable[[Params, CodebookState, PyTree, Batch, PRNGKeyArray, Array], tuple[Scalar, LossParts]]
+    loss: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray, Array], tuple[Scalar, LossParts]]
     train_batches: Callable[[int, int], TrainIterator]
     no_decay: Callable[[str], bool]
-    finish: Callable[[CodebookState, PyTree, Array], tuple[CodebookState, dict[str, Scalar]]] = _unchanged
+    finish: Callable[[ModelState, PyTree, Array], tuple[ModelState, dict[str, Scalar]]] = _unchanged
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
     splits: tuple[str, str] = ("train", "validation")
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
     eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None
-    evaluate: Callable[[Params, CodebookState, PyTree, Batch], dict[str, Array]] | None = None
+    evaluate: Callable[[Params, ModelState, PyTree, Batch], dict[str, Array]] | None = None
     summarize: Callable[[dict[str, Any]], dict[str, float]] | None = None
-    start_codebook: Callable[[Params, CodebookState, PyTree, Batch, PRNGKeyArray], CodebookState | None] | None = None
+    start_codebook: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray], ModelState | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

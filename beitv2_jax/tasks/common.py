@@ -10,9 +10,9 @@ from beitv2_jax.typing import Images, PyTree
 
 
 def init_variables(model, key, *args, **kwargs) -> dict[str, PyTree]:
-    """Return {"params", "codebook"} of a fresh model; the codebook is empty for models without one."""
+    """Return {"params", "model_state"} of a fresh model; its state is that of the quantizer, or empty without one."""
     variables = model.init({"params": key, "drop_path": key}, *args, **kwargs)
-    return {"params": variables["params"], "codebook": variables.get("codebook", {})}
+    return {"params": variables["params"], "model_state": variables.get("codebook", {})}
 
 
 def released_no_decay(path: str) -> bool:

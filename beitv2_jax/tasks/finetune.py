@@ -41,7 +41,7 @@ def finetune_loss(
 ) -> Callable:
     """Return the `loss` of classification; the last five say how images change inside the step, as `mixing` does."""
 
-    def loss(params, codebook, frozen, batch, key, step):
+    def loss(params, model_state, frozen, batch, key, step):
         key_drop, key_erase, key_mix = jax.random.split(key, 3)
         images, labels, weight = normalized(view_pixels(batch), normalization), batch["labels"], batch["weight"]
         if erasing:
@@ -94,7 +94,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     model = make_model(config, inputs.compute(config))
 
-    def evaluate(params, codebook, frozen, batch):
+    def evaluate(params, model_state, frozen, batch):
         logits = model.apply({"params": params}, normalized(view_pixels(batch), config.normalization), train=False)
         weight = batch["weight"].astype(jnp.float32)
         hits = jnp.argmax(logits, axis=-1) == batch["labels"]

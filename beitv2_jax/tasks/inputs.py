@@ -45,7 +45,8 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     if not config.init_from:
         return {}
     weights = adapt_weights(read_weights(config.init_from), kind, flat_arguments(model))
-    variables = {name: tree for name, tree in weights.variables.items() if tree}
+    found = {"params": weights.variables["params"], "model_state": weights.model_state}
+    variables = {name: tree for name, tree in found.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("initialised %s parameters from %s (layout: %s)", f"{given:,}", config.init_from, weights.layout)
     for text in group_by_reason(weights.dropped):

@@ -78,7 +78,7 @@ def mim_loss(
 ) -> Callable:
     """Return the `loss` of masked image modelling; `code_ids` of (frozen, batch, pixels 0..255) are the targets."""
 
-    def loss(params, codebook, frozen, batch, key, step):
+    def loss(params, model_state, frozen, batch, key, step):
         images = view_pixels(batch)
         targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)
         weight, losses, metrics = batch["weight"], [], {}
@@ -155,7 +155,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             images = view_pixels(batch, "tokenizer_images")
         return tokenizer.encode(frozen["tokenizer"], images)
 
-    def evaluate(params, codebook, frozen, batch):
+    def evaluate(params, model_state, frozen, batch):
         images = view_pixels(batch)
         num_masked = config.masking.num_masked
         targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)

@@ -1,7 +1,6 @@
 """Stage 3, segmentation: fine-tune a pre-trained backbone under UPerNet to give every pixel a class.
 
-Batch norm's running statistics are what the `codebook` of this stage's state holds: they move with every step, and no
-optimizer touches them.
+The running statistics of batch norm are the `model_state` of this stage: every step updates them, without optimizer.
 """
 
 import functools
@@ -35,10 +34,10 @@ def make_model(config, compute: Compute) -> Segmenter:
 
 
 def init_segmenter(model: Segmenter, key) -> dict[str, PyTree]:
-    """Return {"params", "codebook"} of a fresh segmentation model, whose "codebook" is batch norm's statistics."""
+    """Return {"params", "model_state"} of a fresh segmentation model; its state is the statistics of batch norm."""
     images = jnp.zeros((1, model.backbone.image_size, model.backbone.image_size, 3))
     variables = model.init({"params": key, "drop_path": key}, images, train=False)
-    return {"params": variables["params"], "codebook": variables[BATCH_STATS]}
+    return {"params": variables["params"], "model_state": variables[BATCH_STATS]}
 
 
 def normalized_inside(images: Images, sizes: Float[Array, "b 2"], normalization: str) -> Images:
@@ -51,11 +50,11 @@ def normalized_inside(images: Images, sizes: Float[Array, "b 2"], normalization:
 def segment_loss(model: Segmenter, *, normalization: str, auxiliary_weight: float, count_unlabelled: bool) -> Callable:
     """Return the `loss` of segmentation; its statistics are those of the batch norms, times the rows."""
 
-    def loss(params, codebook, frozen, batch, key, step):
+    def loss(params, model_state, frozen, batch, key, step):
         key_drop, key_dropout = jax.random.split(key)
         pixels = preprocess.photometric_distortion(batch["images"], batch["distortion"])
         output, moved = model.apply(
-            {"params": params, BATCH_STATS: codebook},
+            {"params": params, BATCH_STATS: model_state},
             normalized_inside(pixels, batch["sizes"], normalization),
             train=True,
             weight=batch["weight"],
@@ -77,12 +76,12 @@ def segment_loss(model: Segmenter, *, normalization: str, auxiliary_weight: floa
     return loss
 
 
-def segment_finish(codebook, statistics, step):
+def segment_finish(model_state, statistics, step):
     """Move the running statistics towards the mean of the micro-batches' own; rows that do not count move nothing."""
     rows = statistics["rows"]
     of_batch = jax.tree.map(lambda total: total / jnp.maximum(rows, 1.0), statistics[BATCH_STATS])
-    moved = moved_statistics(codebook, of_batch)
-    return jax.tree.map(lambda new, old: jnp.where(rows > 0, new, old), moved, codebook), {}
+    moved = moved_statistics(model_state, of_batch)
+    return jax.tree.map(lambda new, old: jnp.where(rows > 0, new, old), moved, model_state), {}
 
 
 def build(config) -> Task:
@@ -105,14 +104,14 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     model = make_model(config, inputs.compute(config))
 
-    def evaluate(params, codebook, frozen, batch):
-        found = predict(config, model, params, codebook, batch)
+    def evaluate(params, model_state, frozen, batch):
+        found = predict(config, model, params, model_state, batch)
         return {"confusion": found.confusion.sum(axis=0)}
 
     return Task(
         name="segment",
         init=functools.partial(init_segmenter, model),
-        initial=_initial(config, model),
+        initial=inputs.initial_variables(config, "segmenter", model),
         loss=segment_loss(
             model,
             normalization=config.normalization,
@@ -195,11 +194,6 @@ def class_counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _mean_of_ratios(parts: np.ndarray, wholes: np.ndarray) -> float:
     exists = wholes > 0
     return float(np.mean(parts[exists] / wholes[exists])) if exists.any() else 0.0
-
-
-def _initial(config, model: Segmenter) -> dict:
-    given = inputs.initial_variables(config, "segmenter", model)
-    return {"codebook" if name == BATCH_STATS else name: tree for name, tree in given.items()}
 
 
 def _train_batches(config, source):

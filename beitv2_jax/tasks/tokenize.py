@@ -62,7 +62,7 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
     model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=teacher_width)
     side = image_size // trained.model.encoder.patch_size
     tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)
-    return tokenizer, {"params": run.params, "codebook": run.codebook}
+    return tokenizer, {"params": run.params, "codebook": run.model_state}
 
 
 def build(config) -> StoreTask:

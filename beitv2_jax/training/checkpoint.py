@@ -32,6 +32,10 @@ STRAGGLER_SECONDS = 10.0
 CLEARINGS, QUIET_LOOKS, CLEARING_SECONDS = 40, 4, 0.05
 
 
+ITEMS = ("params", "model_state", "averaged_params", "train")
+"""Parts of a checkpoint that are trees of arrays; the position in the data is JSON."""
+
+
 class Checkpointer:
     """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
 
@@ -118,7 +122,10 @@ class Checkpointer:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         restored = abstract.replace(
-            params=found["params"], codebook=found.get("codebook", abstract.codebook), **found["train"]
+            params=found["params"],
+            model_state=found.get("model_state", abstract.model_state),
+            averaged_params=found.get("averaged_params"),
+            **found["train"],
         )
         return restored, found["data"]
 
@@ -137,7 +144,7 @@ class Checkpointer:
     def _open(self) -> ocp.CheckpointManager:
         policies = [LatestN(KEPT)] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item in ("params", "codebook", "train"):
+        for item in ITEMS:
             handler = ocp.StandardCheckpointHandler()
             registry.add(item, ocp.args.StandardSave, handler)
             registry.add(item, ocp.args.StandardRestore, handler)
@@ -220,9 +227,7 @@ class Checkpointer:
 
     def _check(self, step: int, wanted: dict[str, PyTree]) -> None:
         metadata = self._manager.item_metadata(step)
-        trees = {
-            name: metadata[name].tree for name in ("params", "codebook", "train") if metadata.get(name) is not None
-        }
+        trees = {name: metadata[name].tree for name in ITEMS if metadata.get(name) is not None}
         stored, expected = _leaves(trees), _leaves(wanted)
         for path in [*expected, *stored]:
             if stored.get(path) != expected.get(path):
@@ -300,10 +305,13 @@ def _newest_damage(directory: Path) -> dict[int, str | None]:
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     train = {"step": state.step, "opt_state": state.opt_state, "spikes": state.spikes}
-    if state.ema_params is not None:
-        train["ema_params"] = state.ema_params
-    codebook = {"codebook": state.codebook} if jax.tree.leaves(state.codebook) else {}
-    return {"params": state.params, **codebook, "train": train}
+    items = {"params": state.params, "train": train}
+    # Orbax cannot save an empty tree
+    if jax.tree.leaves(state.model_state):
+        items["model_state"] = state.model_state
+    if state.averaged_params is not None:
+        items["averaged_params"] = state.averaged_params
+    return items
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:

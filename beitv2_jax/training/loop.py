@@ -151,11 +151,11 @@ def _make_step(
         optimizer,
         schedule=schedule,
         seed=config.seed,
-        ema_decay=config.optim.weight_average,
+        average_decay=config.optim.weight_average,
         accumulation_steps=config.efficiency.accumulation_steps,
         spike_factor=config.optim.spike_factor,
     )
-    arguments = dict(mesh=mesh, seed=config.seed, keep_ema=config.optim.weight_average > 0)
+    arguments = dict(mesh=mesh, seed=config.seed, keep_average=config.optim.weight_average > 0)
     create = functools.partial(state_lib.create, task, optimizer, **arguments)
     return train_step, state_lib.abstract(task, optimizer, **arguments), create
 
@@ -180,10 +180,10 @@ def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, ba
         started = task.start_codebook(params, codebook, frozen, batch, rng.step_key(seed, "start_codebook"))
         return codebook if started is None else started
 
-    shardings = sharding.param_shardings(state.codebook, mesh)
+    shardings = sharding.param_shardings(state.model_state, mesh)
     with sharding.activation_rules(mesh):
-        codebook = jax.jit(start, out_shardings=shardings)(state.params, state.codebook, frozen, batch)
-    return state.replace(codebook=codebook)
+        codebook = jax.jit(start, out_shardings=shardings)(state.params, state.model_state, frozen, batch)
+    return state.replace(model_state=codebook)
 
 
 def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainStep:
@@ -198,7 +198,7 @@ def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch
 def _make_evaluation(
     task: Task, mesh: Mesh, bad_records: BadRecords, watch: watchdog.Watch
 ) -> Callable[[TrainState, PyTree, int], dict[str, float]]:
-    """Return the function that runs the whole evaluation pass; it is compiled at its first use only."""
+    """Return the function that evaluates the weights, and the averaged ones if there are any (`eval_average/...`)."""
     if task.eval_batches is None:
         return lambda state, frozen, step: {}
 
@@ -207,14 +207,20 @@ def _make_evaluation(
 
     compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-    def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
+    def evaluate_params(params: PyTree, prefix: str, state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
         watch.note("evaluating", step)
         batches = task.eval_batches(*sharding.row_share(mesh))
         if batches is None:
             return {}
         noted = watch.noted(bad_records.noted(batches, task.splits[1]), "evaluating", step)
-        totals = inference.sum_batches(compiled, (state.params, state.codebook, frozen), noted, mesh)
-        return {f"eval/{name}": float(value) for name, value in task.summarize(totals).items()}
+        totals = inference.sum_batches(compiled, (params, state.model_state, frozen), noted, mesh)
+        return {f"{prefix}/{name}": float(value) for name, value in task.summarize(totals).items()}
+
+    def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
+        metrics = evaluate_params(state.params, "eval", state, frozen, step)
+        if state.averaged_params is not None:
+            metrics |= evaluate_params(state.averaged_params, "eval_average", state, frozen, step)
+        return metrics
 
     return evaluate
 

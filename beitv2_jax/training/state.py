@@ -20,7 +20,10 @@ from beitv2_jax.typing import PyTree
 
 @flax.struct.dataclass
 class TrainState:
-    """Hold everything that a step changes; `step` counts finished steps, `ema_params` is None when not kept.
+    """Everything that a step changes.
+
+    `step` counts finished steps. `model_state` is changed by no optimizer: the codebook, or the statistics of batch
+    norm. `averaged_params` is None unless weights are averaged.
 
     `spikes` is kept with the guard off as well, so that it can be put on in the middle of a run.
     """
@@ -28,34 +31,34 @@ class TrainState:
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
-    codebook: PyTree
-    ema_params: PyTree | None = None
+    model_state: PyTree
+    averaged_params: PyTree | None = None
     spikes: spikes_lib.Spikes = dataclasses.field(default_factory=spikes_lib.none_yet)
 
 
 def create(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_ema: bool = False
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_average: bool = False
 ) -> TrainState:
     """Return the state at step 0: `task.initial` where it has a value, fresh draws elsewhere.
 
     No array is ever whole on one device unless its sharding says so.
     """
-    init = _init_function(task, optimizer, seed, keep_ema)
+    init = _init_function(task, optimizer, seed, keep_average)
     shardings = sharding.param_shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=shardings)()
-    params, codebook = task.initial.get("params", {}), task.initial.get("codebook", {})
+    params, model_state = task.initial.get("params", {}), task.initial.get("model_state", {})
     return state.replace(
         params=_replaced(state.params, params),
-        codebook=_replaced(state.codebook, codebook),
-        ema_params=_replaced(state.ema_params, params) if keep_ema else None,
+        model_state=_replaced(state.model_state, model_state),
+        averaged_params=_replaced(state.averaged_params, params) if keep_average else None,
     )
 
 
 def abstract(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_ema: bool = False
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, keep_average: bool = False
 ) -> TrainState:
     """Return shapes, dtypes and shardings of the state that `create` would return, computing nothing."""
-    shapes = jax.eval_shape(_init_function(task, optimizer, seed, keep_ema))
+    shapes = jax.eval_shape(_init_function(task, optimizer, seed, keep_average))
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -76,7 +79,7 @@ def _replaced(tree: PyTree, given: PyTree) -> PyTree:
     return jax.make_array_from_callback(tree.shape, tree.sharding, lambda index: given[index])
 
 
-def _init_function(task, optimizer, seed, keep_ema) -> Callable[[], TrainState]:
+def _init_function(task, optimizer, seed, keep_average) -> Callable[[], TrainState]:
     def init() -> TrainState:
         variables = task.init(rng.step_key(seed, "init"))
         params = variables["params"]
@@ -84,8 +87,8 @@ def _init_function(task, optimizer, seed, keep_ema) -> Callable[[], TrainState]:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
-            codebook=variables["codebook"],
-            ema_params=params if keep_ema else None,
+            model_state=variables["model_state"],
+            averaged_params=params if keep_average else None,
         )
 
     return init

@@ -27,7 +27,7 @@ def make_train_step(
     *,
     schedule: Callable,
     seed: int,
-    ema_decay: float,
+    average_decay: float,
     accumulation_steps: int = 1,
     spike_factor: float = 0.0,
 ) -> TrainStep:
@@ -36,7 +36,8 @@ def make_train_step(
     A step whose loss or gradient norm is not finite changes nothing but `step`; `nonfinite_steps` counts them.
     With `spike_factor` the same holds for one whose loss or gradient norm is more than that many times the running mean
     of the steps before; `spiked_steps` counts those.
-    `grad_norm` is taken before clipping. The averages are `ema = ema_decay * ema + (1 - ema_decay) * params`.
+    `grad_norm` is taken before clipping. The averaged weights are
+    `average_decay * average + (1 - average_decay) * params`.
 
     With `accumulation_steps` above 1 the batch is cut into that many micro-batches, and all their sums (gradients,
     loss, weights, metrics, codebook statistics) are added in float32 before anything is divided or updated. So the step
@@ -46,15 +47,15 @@ def make_train_step(
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = rng.step_key(seed, "train", state.step)
         loss, grads, metrics, statistics = _whole_batch(task, state, frozen, batch, key, accumulation_steps)
-        codebook, more_metrics = task.finish(state.codebook, statistics, state.step)
+        model_state, more_metrics = task.finish(state.model_state, statistics, state.step)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+        averaged_params = state.averaged_params
+        if averaged_params is not None:
+            averaged_params = optax.incremental_update(params, averaged_params, 1.0 - average_decay)
         noted = spikes.noted(state.spikes, loss, grad_norm)
-        moved = TrainState(state.step, params, opt_state, codebook, ema_params, noted)
+        moved = TrainState(state.step, params, opt_state, model_state, averaged_params, noted)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spiked = finite & spikes.is_spike(state.spikes, loss, grad_norm, spike_factor) if spike_factor else False
         moved = jax.tree.map(lambda new, old: jnp.where(finite & ~jnp.asarray(spiked), new, old), moved, state)
@@ -103,7 +104,7 @@ def _whole_batch(
 
     def sums_of(batch: Batch, key: jax.Array):
         (loss, parts), grads = jax.value_and_grad(task.loss, has_aux=True)(
-            state.params, state.codebook, frozen, batch, key, state.step
+            state.params, state.model_state, frozen, batch, key, state.step
         )
         return loss, grads, parts
 

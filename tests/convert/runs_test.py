@@ -1,6 +1,7 @@
 """Reading runs: the newest complete checkpoint, as NumPy arrays for any devices, without optimizer state."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -31,7 +32,7 @@ def write_run(workdir, steps, with_codebook=True):
     for step in steps:
         params, codebook = state(step)
         items = {"params": params, "train": {"step": jnp.array(step), "opt_state": (jnp.ones(7),)}}
-        items |= {"codebook": codebook} if with_codebook else {}
+        items |= {"model_state": codebook} if with_codebook else {}
         manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()}))
     manager.wait_until_finished()
     manager.close()
@@ -46,18 +47,18 @@ def test_the_newest_step_is_read_as_numpy(tmp_path):
     run = read_run(str(workdir))
     params, codebook = state(13)
     assert (run.step, run.name, run.config) == (13, "tokenizer@13", CONFIG)
-    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((run.params, run.codebook)))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((run.params, run.model_state)))
     chex.assert_trees_all_equal(run.params, jax.tree.map(np.asarray, params))
-    chex.assert_trees_all_equal(run.codebook, jax.tree.map(np.asarray, codebook))
+    chex.assert_trees_all_equal(run.model_state, jax.tree.map(np.asarray, codebook))
 
 
 def test_a_run_without_codebook_has_an_empty_one(tmp_path):
     run = read_run(str(write_run(tmp_path / "mim", steps=[3], with_codebook=False)))
-    assert run.codebook == {}
+    assert run.model_state == {}
     chex.assert_shape(run.params["layer"]["kernel"], (16, 3))
 
 
-@pytest.mark.parametrize("item", ["params", "codebook", "train"])
+@pytest.mark.parametrize("item", ["params", "model_state", "train"])
 def test_a_corrupt_newest_checkpoint_is_refused_and_not_changed(tmp_path, item):
     workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
     folder = workdir / "checkpoints" / "13"
@@ -75,6 +76,22 @@ def test_a_corrupt_newest_checkpoint_is_refused_and_not_changed(tmp_path, item):
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     folder.rename(workdir / "away")
     assert read_run(str(workdir)).step == 7
+
+
+def test_averaged_weights_are_read_where_they_are_asked_for(tmp_path):
+    workdir = write_run(tmp_path / "averaging", steps=[7])
+    with pytest.raises(UserError, match="has no averaged weights") as caught:
+        read_run(str(workdir), average=True)
+    assert "optim.weight_average" in caught.value.meant
+    average = {"layer": {"kernel": jnp.full((16, 3), 0.25), "bias": jnp.full(3, 0.5)}}
+    shutil.rmtree(workdir / "checkpoints" / "7")
+    params, model_state = state(7)
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        items = {"params": params, "model_state": model_state, "averaged_params": average}
+        manager.save(7, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
+    write_checksums(workdir / "checkpoints" / "7")
+    assert read_run(str(workdir)).params["layer"]["bias"].tolist() == [7.0] * 3
+    assert read_run(str(workdir), average=True).params["layer"]["bias"].tolist() == [0.5] * 3
 
 
 def test_errors_name_what_is_missing(tmp_path):

@@ -207,7 +207,7 @@ class Outcome:
         manager = ocp.CheckpointManager(workdir / "checkpoints")
         newest = workdir / "checkpoints" / str(manager.latest_step())
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the devices that saved are not there
-        names = [name for name in ("params", "codebook", "train") if (newest / name).is_dir()]
+        names = [name for name in ("params", "model_state", "averaged_params", "train") if (newest / name).is_dir()]
         items = {name: ocp.args.StandardRestore(fallback_sharding=here) for name in names}
         found = manager.restore(int(newest.name), args=ocp.args.Composite(**items))
         manager.close()

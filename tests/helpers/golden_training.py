@@ -89,7 +89,7 @@ def check_train10_vqkd(golden: Golden):
     ids = []
     # a step looks its codes up before it moves the codebook
     run.before_step = lambda state, batch: ids.append(
-        encode({"params": state.params, "codebook": state.codebook}, batch["images"])
+        encode({"params": state.params, "codebook": state.model_state}, batch["images"])
     )
     metrics = run.steps({"images": images, "teacher_features": golden.arrays["in/targets"]})
     golden.check("per_step/token_ids", np.stack(ids).reshape(golden.arrays["out/per_step/token_ids"].shape))
@@ -146,7 +146,7 @@ class Run:
 
     def steps(self, batches):
         """Take all steps; return the metrics as arrays over the steps."""
-        step = quick_jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, ema_decay=0.0))
+        step = quick_jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, average_decay=0.0))
         metrics = []
         for index in range(self.num_steps):
             batch = {key: jnp.asarray(values[index]) for key, values in batches.items()}
@@ -168,7 +168,7 @@ class Run:
             self.golden.check_absolute(f"final/{name}", final[name])
 
     def _official(self):
-        return to_official(self.kind, {"params": self.state.params, "codebook": self.state.codebook})
+        return to_official(self.kind, {"params": self.state.params, "codebook": self.state.model_state})
 
     def _check_selection(self, num_steps):
         snapshot = self.golden.config["snapshot"]

@@ -184,7 +184,10 @@ def outcome(folder: Path, workdir: Path) -> dict:
     steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
     newest = checkpoints / str(steps[-1])
     handler = ocp.PyTreeCheckpointHandler()
-    arrays = {name: weights_hash(handler.restore(newest / name)) for name in ("params", "codebook", "train")}
+    arrays = {
+        name: weights_hash(handler.restore(newest / name))
+        for name in ("params", "model_state", "averaged_params", "train")
+    }
     handler.close()
     position = json.loads((newest / "data" / "metadata").read_text())
     iterator = vqkd.build(config_lib.from_json((workdir / "config.json").read_text())).train_batches(0, 1)

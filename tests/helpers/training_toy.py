@@ -146,7 +146,10 @@ def make_task(
 
     def init(key):
         params = model.init(key, jnp.zeros((1, WIDTH)))["params"]
-        return {"params": params, "codebook": {"quantizer": {"codebook": jnp.zeros((5, WIDTH)), "seen": jnp.zeros(())}}}
+        return {
+            "params": params,
+            "model_state": {"quantizer": {"codebook": jnp.zeros((5, WIDTH)), "seen": jnp.zeros(())}},
+        }
 
     def loss(params, codebook, frozen, batch, key, step):
         on_trace()

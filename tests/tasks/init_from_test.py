@@ -56,14 +56,14 @@ def test_a_pre_trained_run_starts_fine_tuning(tmp_path):
     config.model.update(small_vit(config, position="relative", num_classes=10))
     config.init_from = str(tmp_path / "mim")
     task = finetune.build(config)
-    begun, scratch = started(task, keep_ema=True), started(dataclasses.replace(task, initial={}))
+    begun, scratch = started(task, keep_average=True), started(dataclasses.replace(task, initial={}))
     theirs = flat(source.variables["params"])
     for path, leaf in flat(begun.params).items():
         name = "backbone/rel_pos_bias/table" if path.endswith("/table") else path
         expected = theirs[name] if path.startswith("backbone/") else flat(scratch.params)[path]
         np.testing.assert_array_equal(leaf, expected, err_msg=path)
         assert leaf.sharding == flat(scratch.params)[path].sharding, path
-        np.testing.assert_array_equal(flat(begun.ema_params)[path], expected, err_msg=path)
+        np.testing.assert_array_equal(flat(begun.averaged_params)[path], expected, err_msg=path)
     assert int(begun.step) == 0
 
 
@@ -105,7 +105,7 @@ def test_a_tokenizer_keeps_its_codebook(tmp_path):
     assert task.start_codebook is None
     begun = started(task)
     theirs = source.variables["codebook"]["quantizer"]
-    ours = begun.codebook["quantizer"]
+    ours = begun.model_state["quantizer"]
     for name in ("codebook", "cluster_counts"):
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert not np.any(ours["window_counts"]) and not np.any(ours["last_window_counts"])

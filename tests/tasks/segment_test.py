@@ -55,8 +55,8 @@ def learning():
 
     @quick_jit
     def learn(rows):
-        total, parts = task.loss(variables["params"], variables["codebook"], {}, rows, jax.random.key(1), 0)
-        statistics, _ = task.finish(variables["codebook"], parts.statistics, 0)
+        total, parts = task.loss(variables["params"], variables["model_state"], {}, rows, jax.random.key(1), 0)
+        statistics, _ = task.finish(variables["model_state"], parts.statistics, 0)
         return {"loss": total, "weight": parts.weight, "metrics": parts.metrics, "moved": statistics}
 
     return learn, variables
@@ -79,7 +79,7 @@ def test_rows_that_do_not_count_have_no_influence(learning):
     rows["images"][[2, 4]], rows["label_maps"][[2, 4]], rows["distortion"][2] = 128, 255, 0
     assert_same(learn(rows), found)
     nothing = learn(rows | {"weight": np.zeros(BATCH, np.float32)})
-    assert_same(nothing["moved"], variables["codebook"])
+    assert_same(nothing["moved"], variables["model_state"])
     assert nothing["loss"] == nothing["weight"] == 0
 
 
@@ -152,7 +152,7 @@ def test_a_segmentation_model_starts_another_with_its_statistics(tmp_path):
     config.views.image_size = 9
     config.init_from = str(tmp_path / "segment.npz")
     initial = made(config).initial
-    assert_same(initial["codebook"], source.variables["batch_stats"])
+    assert_same(initial["model_state"], source.variables["batch_stats"])
     assert_same(initial["params"], source.variables["params"])
     config.model.num_classes = 16
     initial = made(config).initial

@@ -30,8 +30,8 @@ def _learn(name):
     def learn(params, batch):
         key = jax.random.key(5)
         loss = jax.value_and_grad(task.loss, has_aux=True)
-        (total, parts), grads = loss(params, variables["codebook"], {}, batch, key, jnp.int32(1))
-        codebook, _ = task.finish(variables["codebook"], parts.statistics, jnp.int32(1))
+        (total, parts), grads = loss(params, variables["model_state"], {}, batch, key, jnp.int32(1))
+        codebook, _ = task.finish(variables["model_state"], parts.statistics, jnp.int32(1))
         weight = jnp.maximum(parts.weight, 1.0)
         means = {"loss": total, "metrics": parts.metrics, "grads": grads}
         return jax.tree.map(lambda value: value / weight, means) | {"codebook": codebook}
@@ -82,7 +82,7 @@ def test_a_batch_that_is_unreadable_as_a_whole_teaches_nothing(name):
     assert found["loss"] == 0
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(found["grads"]))
     if name == "vqkd":
-        before = variables["codebook"]["quantizer"]
+        before = variables["model_state"]["quantizer"]
         for key in ("codebook", "window_counts"):
             np.testing.assert_array_equal(found["codebook"]["quantizer"][key], before[key])
 
@@ -95,9 +95,9 @@ def test_evaluation_sums_leave_them_out(name):
     batch["weight"][bad] = 0
     batch["teacher_features"][bad] = 0
     evaluate = quick_jit(task.evaluate)
-    found = evaluate(variables["params"], variables["codebook"], {}, batch)
+    found = evaluate(variables["params"], variables["model_state"], {}, batch)
     without = {key: value[good] for key, value in batch.items()}
-    _assert_close(found, evaluate(variables["params"], variables["codebook"], {}, without), rtol=1e-6)
+    _assert_close(found, evaluate(variables["params"], variables["model_state"], {}, without), rtol=1e-6)
 
 
 def test_the_codebook_starts_from_readable_images():
@@ -108,10 +108,10 @@ def test_the_codebook_starts_from_readable_images():
     for level in (0, 128, 255):
         batch = laws.batch_of(4)
         batch["weight"][bad], batch["images"][bad] = 0, level
-        started = start(variables["params"], variables["codebook"], {}, batch, jax.random.key(1))
+        started = start(variables["params"], variables["model_state"], {}, batch, jax.random.key(1))
         codebooks.append(started["quantizer"]["codebook"])
     np.testing.assert_array_equal(codebooks[0], codebooks[1])
     np.testing.assert_array_equal(codebooks[0], codebooks[2])
     batch["weight"][:] = 1
-    started = start(variables["params"], variables["codebook"], {}, batch, jax.random.key(1))
+    started = start(variables["params"], variables["model_state"], {}, batch, jax.random.key(1))
     assert (started["quantizer"]["codebook"] != codebooks[2]).any()

@@ -16,7 +16,7 @@ from beitv2_jax.training import optim, sharding, state
 from beitv2_jax.training.checkpoint import Checkpointer
 
 
-def make(mesh, *, clip_norm=1.0, keep_ema=True, create=True):
+def make(mesh, *, clip_norm=1.0, keep_average=True, create=True):
     task = toy.make_task()
     optimizer = optim.make_optimizer(
         schedule=lambda step: 0.1,
@@ -26,7 +26,7 @@ def make(mesh, *, clip_norm=1.0, keep_ema=True, create=True):
         no_decay=task.no_decay,
         clip_norm=clip_norm,
     )
-    return (state.create if create else state.abstract)(task, optimizer, mesh, seed=5, keep_ema=keep_ema)
+    return (state.create if create else state.abstract)(task, optimizer, mesh, seed=5, keep_average=keep_average)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,12 @@ def test_last_two_and_the_kept_ones_remain(written):
         (lambda s: s.replace(params={**s.params, "fc1": {}}), "has params/fc1/bias float32\\[20\\], this run has no"),
         (lambda s: s.replace(params={**s.params, "new": s.step}), "has no params/new, this run has params/new int32"),
         (
-            lambda s: s.replace(codebook={"quantizer": {**s.codebook["quantizer"], "codebook": jnp.zeros((9, 4))}}),
-            "codebook/quantizer/codebook float32\\[5, 12\\], this run has .* float32\\[9, 4\\]",
+            lambda s: s.replace(
+                model_state={"quantizer": {**s.model_state["quantizer"], "codebook": jnp.zeros((9, 4))}}
+            ),
+            "model_state/quantizer/codebook float32\\[5, 12\\], this run has .* float32\\[9, 4\\]",
         ),
-        (lambda s: s.replace(ema_params=None), "has train/ema_params/fc1/bias .* this run has no"),
+        (lambda s: s.replace(averaged_params=None), "has averaged_params/fc1/bias .* this run has no"),
         (lambda s: s.replace(opt_state=s.opt_state[1:]), "train/opt_state"),
     ],
 )
@@ -130,11 +132,11 @@ def test_state_without_codebook_and_averages(tmp_path):
     mesh = sharding.make_mesh()
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     assert checkpointer.latest_step() is None
-    saved = make(mesh, keep_ema=False).replace(codebook={})
+    saved = make(mesh, keep_average=False).replace(model_state={})
     checkpointer.save(7, saved, {"next_batch": 7})
     checkpointer.close()
     checkpointer = Checkpointer(tmp_path / "checkpoints")
-    restored, _ = checkpointer.restore(make(mesh, keep_ema=False, create=False).replace(codebook={}))
+    restored, _ = checkpointer.restore(make(mesh, keep_average=False, create=False).replace(model_state={}))
     chex.assert_trees_all_equal(restored, saved)
-    assert not (tmp_path / "checkpoints" / "7" / "codebook").exists()
+    assert not (tmp_path / "checkpoints" / "7" / "model_state").exists()
     checkpointer.close()

@@ -61,17 +61,17 @@ def drawn(task):
         lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1], default=4))).astype(np.float32),
         jax.eval_shape(task.init, jax.random.key(0)),
     )
-    if variables["codebook"]:
-        state = variables["codebook"]["quantizer"]
+    if variables["model_state"]:
+        state = variables["model_state"]["quantizer"]
         codes = state["codebook"] / np.linalg.norm(state["codebook"], axis=-1, keepdims=True)
         counts = {name: np.zeros_like(array) for name, array in state.items()}
-        variables["codebook"]["quantizer"] = {**counts, "codebook": codes}
+        variables["model_state"]["quantizer"] = {**counts, "codebook": codes}
     return jax.tree.map(jnp.asarray, variables)
 
 
 def loss_and_gradient(task, variables, batch):
     def loss(params):
-        total, parts = task.loss(params, variables["codebook"], {}, batch, jax.random.key(0), jnp.int32(0))
+        total, parts = task.loss(params, variables["model_state"], {}, batch, jax.random.key(0), jnp.int32(0))
         return total / parts.weight
 
     return jax.jit(jax.value_and_grad(loss))(variables["params"])
@@ -104,7 +104,7 @@ def test_codes_of_a_bfloat16_tokenizer_are_decided_in_float32():
     rng = np.random.default_rng(0)
     codes = 1.0 + 1e-3 * rng.normal(size=(CODES, 7))  # neighbours whose inner products bfloat16 cannot tell apart
     codes = (codes / np.linalg.norm(codes, axis=-1, keepdims=True)).astype(np.float32)
-    variables["codebook"]["quantizer"]["codebook"] = jnp.asarray(codes)
+    variables["model_state"]["quantizer"]["codebook"] = jnp.asarray(codes)
     project = jax.jit(lambda images: model.apply(variables, images, method=VQKD.project))
     encode = jax.jit(lambda images: model.apply(variables, images, method=VQKD.encode))
     unit = np.asarray(project(images), np.float64)

@@ -44,7 +44,10 @@ def outcome(workdir):
     manager = ocp.CheckpointManager(Path(workdir) / "checkpoints")
     step = manager.latest_step()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the devices that saved are not there
-    items = {name: ocp.args.StandardRestore(fallback_sharding=here) for name in ("params", "codebook", "train")}
+    items = {
+        name: ocp.args.StandardRestore(fallback_sharding=here)
+        for name in ("params", "model_state", "averaged_params", "train")
+    }
     found = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
     manager.close()
     iterator = toy.batches(8, seed=3)
@@ -102,8 +105,24 @@ def test_the_first_batch_starts_the_codebook_and_is_trained_on(tmp_path):
     first = next(toy.batches(8, seed=3))
     started = first["images"][:5] + np.asarray(jax.random.uniform(rng.step_key(3, "start_codebook")))
     expected = 0.9 * started + 0.1 * first["images"][:5]
-    np.testing.assert_allclose(trees["codebook"]["quantizer"]["codebook"], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(trees["model_state"]["quantizer"]["codebook"], expected, rtol=1e-6, atol=1e-6)
     assert lines[0]["ids"] == first["example_ids"].sum()
+
+
+def test_averaged_weights_are_evaluated_beside_those_of_the_last_step(unbroken):
+    workdir, returned, _ = unbroken
+    raw, average = (
+        {line["step"]: line[f"{prefix}/accuracy"] for line in read_metrics(workdir) if f"{prefix}/accuracy" in line}
+        for prefix in ("eval", "eval_average")
+    )
+    assert list(raw) == list(average) == [7, 14, 19] and returned["eval_average/accuracy"] == average[19]
+    _, trees, _, _ = outcome(workdir)
+    task = toy.make_task()
+    for name, found in (("params", raw), ("averaged_params", average)):
+        sums = [task.evaluate(trees[name], trees["model_state"], task.frozen, rows) for rows in task.eval_batches(0, 1)]
+        added = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *sums)
+        np.testing.assert_allclose(task.summarize(added)["accuracy"], found[19], rtol=1e-5)
+    assert np.abs(trees["params"]["fc1"]["kernel"] - trees["averaged_params"]["fc1"]["kernel"]).max() > 1e-4
 
 
 def test_finished_run_returns_its_figures_without_training(unbroken):

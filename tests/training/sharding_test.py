@@ -91,10 +91,10 @@ def test_state_lies_where_the_table_says():
     optimizer = optim.make_optimizer(
         schedule=lambda step: 0.02, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, no_decay=task.no_decay, clip_norm=1.0
     )
-    found = state.create(task, optimizer, sharding.make_mesh(2, 2, 2), seed=5, keep_ema=True)
+    found = state.create(task, optimizer, sharding.make_mesh(2, 2, 2), seed=5, keep_average=True)
     moments = found.opt_state[1]
-    for tree in (found.params, found.ema_params, moments.mu, moments.nu):
+    for tree in (found.params, found.averaged_params, moments.mu, moments.nu):
         assert tree["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
         assert tree["fc2"]["kernel"].sharding.spec == P("tensor", "fsdp")
         assert tree["odd"]["kernel"].sharding.is_fully_replicated
-    assert found.codebook["quantizer"]["codebook"].sharding.is_fully_replicated
+    assert found.model_state["quantizer"]["codebook"].sharding.is_fully_replicated

@@ -53,9 +53,9 @@ def prepared(build, mesh, accumulation_steps, dtype="float32"):
     config.optim.update(eps=1e-3, layer_decay=1.0)  # a small eps magnifies the rounding of gradients near zero
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=0, num_steps=10)
     variables = laws.drawn(task)
-    state = TrainState(jnp.int32(0), variables["params"], optimizer.init(variables["params"]), variables["codebook"])
+    state = TrainState(jnp.int32(0), variables["params"], optimizer.init(variables["params"]), variables["model_state"])
     step = make_train_step(
-        task, optimizer, schedule=schedule, seed=0, ema_decay=0.0, accumulation_steps=accumulation_steps
+        task, optimizer, schedule=schedule, seed=0, average_decay=0.0, accumulation_steps=accumulation_steps
     )
     return step, jax.device_put(state, sharding.param_shardings(state, mesh))
 
@@ -92,7 +92,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch(name, sizes):
     moved = [jax.tree.map(np.subtract, state.params, before) for state in (found, expected)]
     assert_close(*moved, 1e-3)  # Adam's step of a gradient near zero keeps few digits
     if name == "vqkd":
-        found, expected = found.codebook["quantizer"], expected.codebook["quantizer"]
+        found, expected = found.model_state["quantizer"], expected.model_state["quantizer"]
         assert expected["window_counts"].sum() == (ROWS - 7) * laws.PATCHES
         np.testing.assert_array_equal(found["window_counts"], expected["window_counts"])
         np.testing.assert_array_equal(found["cluster_counts"], expected["cluster_counts"])
@@ -119,9 +119,11 @@ def test_micro_batches_are_rounds_of_one_loop():
         jnp.asarray, {name: rows for name, rows in next(toy.batches(16, 3)).items() if name != "faults"}
     )
     optimizer, schedule = optim.for_task(task, toy.config().optim, 0, 10)
-    state = TrainState(jnp.int32(0), *(task.init(jax.random.key(0))[name] for name in ("params", "params", "codebook")))
+    state = TrainState(
+        jnp.int32(0), *(task.init(jax.random.key(0))[name] for name in ("params", "params", "model_state"))
+    )
     state = state.replace(opt_state=optimizer.init(state.params))
-    step = make_train_step(task, optimizer, schedule=schedule, seed=0, ema_decay=0.0, accumulation_steps=2)
+    step = make_train_step(task, optimizer, schedule=schedule, seed=0, average_decay=0.0, accumulation_steps=2)
     program = str(jax.make_jaxpr(step)(state, task.frozen, rows))
     assert program.count("scan[") >= 1 and len(traces) <= 2  # once for the shapes of the sums, once for the loop
     _, metrics = jax.jit(step)(state, task.frozen, rows)

@@ -23,9 +23,9 @@ def make(mesh, create):
     if create:
         # large enough to lie in a file of its own, where Orbax keeps no checksum of it
         noise = np.random.default_rng(0).normal(size=(311, 313)).astype(np.float32)
-        return made.replace(codebook={"rows": jax.device_put(noise, sharding.replicated(mesh))})
+        return made.replace(model_state={"rows": jax.device_put(noise, sharding.replicated(mesh))})
     rows = jax.ShapeDtypeStruct((311, 313), np.float32, sharding=sharding.replicated(mesh))
-    return made.replace(codebook={"rows": rows})
+    return made.replace(model_state={"rows": rows})
 
 
 @pytest.fixture(scope="module")

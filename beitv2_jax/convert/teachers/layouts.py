@@ -44,7 +44,7 @@ class Family:
         arguments: arguments of `VisionTransformer` other than sizes.
         flat_tokens: the class token is 'd' and the positions 'n d', without a leading axis of 1.
         normalization, activation: '' if networks of the family differ in it.
-        position_resize: how the network's own code resizes position embeddings, one of `positions.METHODS`.
+        position_resize: how the network's own code resizes position embeddings, one of `choices.POSITION_RESIZES`.
         projected: whether the published features include the projection.
         config_activation: activation if Hugging Face's config.json has none; '' for families without a config.json.
         dropped: (pattern, reason) of entries that a teacher does not use.

@@ -6,11 +6,11 @@ from pathlib import Path
 from absl import logging
 from flax import traverse_util
 
-from beitv2_jax.choices import GRID_MATCHES
+from beitv2_jax.choices import GRID_MATCHES, POSITION_RESIZES, TEACHER_OUTPUTS
 from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
-from beitv2_jax.convert.positions import METHODS, resize_positions
+from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
-from beitv2_jax.convert.teachers.weights import OUTPUTS, TeacherWeights, from_state
+from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
 from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
@@ -46,7 +46,7 @@ def load_teacher(
         activation: '' uses the one of the network; needed where the file does not determine it.
         grid_match: how features on `grid` are obtained. 'resize_input' resizes the images so that the network has as
             many patches, 'resample_features' runs it at its trained size and resamples its features.
-        position_resize: how position embeddings are resized, one of `positions.METHODS`; '' uses the method of the
+        position_resize: how position embeddings are resized, one of `positions.POSITION_RESIZES`; '' uses the method of the
             network's own code.
         dtype: dtype of the matrix products.
 
@@ -60,9 +60,9 @@ def load_teacher(
             "The path may be mistyped, or the stage that trains the teacher has not run yet.",
             "Write --config.teacher.weights=PATH with the directory of a run or the weights of a published network.",
         )
-    _check_choice("output", output, ("", *OUTPUTS))
+    _check_choice("output", output, ("", *TEACHER_OUTPUTS))
     _check_choice("grid_match", grid_match, GRID_MATCHES)
-    _check_choice("position_resize", position_resize, ("", *METHODS))
+    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
     _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if is_run(weights):
         name, network = _from_run(weights, output)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from beitv2_jax.choices import ATTENTION as IMPLEMENTATIONS
+from beitv2_jax.choices import ATTENTION
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import AttentionBias, Tokens
 
@@ -37,8 +37,8 @@ def attend(
     Raises:
         ValueError: unknown implementation, or a dtype or head width that it cannot take.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in ATTENTION:
+        raise ValueError(f"unknown attention {implementation!r}: choose one of {', '.join(ATTENTION)}")
     if implementation == "pallas":
         # imported here because pallas takes most of a second to load and is rarely asked for
         from beitv2_jax.models.ops import attention_pallas

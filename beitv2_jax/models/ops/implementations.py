@@ -1,4 +1,4 @@
-"""Which implementations of a computation exist, and which one 'auto' stands for on a platform.
+"""Which implementation of a computation 'auto' stands for on a platform (`beitv2_jax.choices` names them all).
 
 All implementations of a computation give the result of the reference, up to rounding.
 """
@@ -6,13 +6,6 @@ All implementations of a computation give the result of the reference, up to rou
 from collections.abc import Mapping
 from typing import Any
 
-from beitv2_jax.models.ops import attention, cross_entropy, nearest_code
-
-IMPLEMENTATIONS = {
-    "attention": attention.IMPLEMENTATIONS,
-    "nearest_code": nearest_code.IMPLEMENTATIONS,
-    "cross_entropy": cross_entropy.IMPLEMENTATIONS,
-}
 AUTO = {
     "attention": {"cpu": "reference", "gpu": "reference", "tpu": "reference"},
     "nearest_code": {"cpu": "scan", "gpu": "scan", "tpu": "reference"},  # the TPU compiler never stores the matrix

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from beitv2_jax.choices import NEAREST_CODE as IMPLEMENTATIONS
+from beitv2_jax.choices import NEAREST_CODE
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import Codebook
 
@@ -37,8 +37,8 @@ def nearest_rows(
     Raises:
         ValueError: unknown implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown nearest code {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in NEAREST_CODE:
+        raise ValueError(f"unknown nearest code {implementation!r}: choose one of {', '.join(NEAREST_CODE)}")
     if implementation == "reference":
         products = jnp.matmul(unit, codebook.T, precision=HIGHEST)
         return jnp.argmin(offsets - 2.0 * products, axis=-1).astype(jnp.int32)

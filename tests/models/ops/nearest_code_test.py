@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beitv2_jax import choices
 from beitv2_jax.models.ops import nearest_code, nearest_code_pallas
 from beitv2_jax.training import sharding
 
@@ -97,7 +98,7 @@ def test_sums_of_tokens_by_code(num_codes):
     np.testing.assert_allclose(tiled, np.concatenate([sums, counts[:, None]], axis=1), atol=2e-6 * np.abs(sums).max())
 
 
-@pytest.mark.parametrize("implementation", nearest_code.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", choices.NEAREST_CODE)
 def test_every_device_searches_for_its_own_rows(implementation):
     unit, codebook, offsets = integers(5, 8 * 13, 29, 4)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
