@@ -33,7 +33,8 @@ from ml_collections import ConfigDict, config_flags
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.main import start_logging
-from beitv2_jax.tasks import inputs, mim, objectives, tokenize, vqkd
+from beitv2_jax.models.backbone import Compute
+from beitv2_jax.tasks import common, inputs, mim, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
@@ -132,9 +133,9 @@ def untrained_tokenizer(config: ConfigDict, tokenizer_config: ConfigDict):
     tokenizer_config.views.image_size = size
     tokenizer_config.model.encoder.patch_size = size // rows
     tokenizer_config.model.codebook_size = config.model.codebook_size
-    model = vqkd.make_model(tokenizer_config, teacher_width=512, dtype=config.efficiency.dtype)
+    model = vqkd.make_model(tokenizer_config, Compute(dtype=config.efficiency.dtype), teacher_width=512)
     images = jnp.zeros((1, size, size, 3))
-    variables = jax.jit(lambda key: objectives.init_variables(model, key, images, train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: common.init_variables(model, key, images, train=False))(jax.random.key(0))
     return tokenize.Tokenizer("untrained", model, (rows, rows), "none"), variables
 
 

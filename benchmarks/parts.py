@@ -21,9 +21,8 @@ from beitv2_jax.models.ops import nearest_code as nearest_code_lib
 from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
 from beitv2_jax.planning.traced import traced_flops
-from beitv2_jax.tasks import objectives
+from beitv2_jax.tasks.common import init_variables, released_no_decay
 from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
-from beitv2_jax.tasks.objectives import released_no_decay
 from beitv2_jax.training import optim, sharding
 from benchmarks import steps, timing
 from benchmarks.recipes import Recipe
@@ -140,7 +139,7 @@ def cross_entropy(recipe: Recipe) -> Part:
 
     bias = jnp.zeros(model.codebook_size)
 
-    def plain(tokens, kernel, bias, ids):
+    def reference(tokens, kernel, bias, ids):
         logits = jnp.matmul(tokens, kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
         return masked_cross_entropy(logits, ids), jnp.argmax(logits, axis=-1) == ids
 
@@ -159,7 +158,7 @@ def cross_entropy(recipe: Recipe) -> Part:
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
 
     arguments = tokens, kernel, bias, ids
-    functions = {"plain": plain, "rounded": rounded, "tiled": tiled}
+    functions = {"reference": reference, "rounded": rounded, "tiled": tiled}
     forms = {name: (functools.partial(trained, function), arguments) for name, function in functions.items()}
 
     patches = shape[0] * shape[1]
@@ -194,9 +193,9 @@ def optimizers(recipe: Recipe) -> dict[str, optax.GradientTransformationExtraArg
         task = dataclasses.replace(steps.bare_task("mim", init=None, loss=None), no_decay=no_decay)
         return optim.for_task(task, recipe.optim, **steps.SCHEDULE)[0]
 
-    plain, grouped = made(released_no_decay), made(lambda path: path.startswith("True"))
+    reference, grouped = made(released_no_decay), made(lambda path: path.startswith("True"))
     return {
-        "plain": plain,
+        "reference": reference,
         "joined": _in_groups(grouped, lambda leaf: (), jnp.ravel, jnp.concatenate),
         "stacked": _in_groups(grouped, jnp.shape, lambda leaf: leaf, jnp.stack),
     }
@@ -211,13 +210,13 @@ def guarded_update(transformation, grads, state, params):
 
 
 def _mim_params(recipe: Recipe):
-    model = MaskedImageModel(
-        image_size=recipe.views.image_size, **steps.compute(MaskedImageModel, recipe), **recipe.model
+    model = MaskedImageModel.from_arguments(
+        {**recipe.model, "image_size": recipe.views.image_size}, steps.compute(recipe)
     )
     num_masked = recipe.masking.num_masked
     images = jnp.zeros((1, recipe.views.image_size, recipe.views.image_size, 3))
     mask = jnp.arange((recipe.views.image_size // recipe.model.patch_size) ** 2)[None] < num_masked
-    init = functools.partial(objectives.init_variables, model, num_masked=num_masked, train=False)
+    init = functools.partial(init_variables, model, num_masked=num_masked, train=False)
     return jax.eval_shape(init, jax.random.key(0), images, mask)["params"]
 
 
@@ -250,7 +249,7 @@ def jitter(recipe: Recipe) -> Part:
     order = jnp.asarray(rng.permuted(np.tile(np.arange(3, dtype=np.int32), (count, 1)), axis=1))
     gray = jnp.full(count, 117.0)
     sizes = {"images": count, "image_size": size}
-    return Part({"plain": (preprocess.color_jitter, (images, factors, order, gray))}, count, "images", 0, sizes)
+    return Part({"reference": (preprocess.color_jitter, (images, factors, order, gray))}, count, "images", 0, sizes)
 
 
 def _forms(

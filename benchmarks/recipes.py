@@ -72,7 +72,6 @@ _COMMON = {
     "efficiency.dtype": "bfloat16",
     "efficiency.gradient_dtype": "float32",
     "efficiency.remat": "none",
-    "efficiency.scan_blocks": False,
     "efficiency.attention": "auto",
     "efficiency.nearest_code": "auto",
     "efficiency.cross_entropy": "auto",

@@ -195,10 +195,10 @@ def forms(results: Mapping[str, Any]) -> str:
         for found in rounds(results, name)[-1:]:
             if "forms" not in found:
                 continue
-            plain = found["forms"]["plain"]
+            plain = found["forms"]["reference"]
             sizes = ", ".join(f"{key} {value}" for key, value in found["sizes"].items())
             for form, figures in found["forms"].items():
-                if form == "plain":
+                if form == "reference":
                     continue
                 shown = _speed_over(plain, figures)
                 memory = f"{figures['planned_bytes'] / plain['planned_bytes']:.2f}"
@@ -214,7 +214,7 @@ def over_sizes(results: Mapping[str, Any]) -> str:
     for name in results:
         for found in rounds(results, name)[-1:]:
             curves = {form: curve["growth"] for form, curve in found.get("forms_growth", {}).items()}
-            for number, plain in enumerate(curves.pop("plain", ())):
+            for number, plain in enumerate(curves.pop("reference", ())):
                 for form, points in curves.items():
                     shown = _speed_over(plain, points[number])
                     memory = f"{points[number]['bytes'] / plain['bytes']:.2f}", f"{plain['bytes'] / 2**20:,.0f} MiB"

@@ -1,7 +1,6 @@
 """The stages' steps on one synthetic batch that stays on the device: what is trained, tokenised and extracted.
 
-Built from `recipes` and `tasks.objectives`, so nothing that reads data need be installed. The images are noise after
-the colour jitter, whose cost stands in the whole loop; weights are random. Each function returns a `Step`.
+Built from `recipes` and the losses of the tasks. The images are noise after the colour jitter, whose cost stands in the whole loop; weights are random. Each function returns a `Step`.
 """
 
 import dataclasses
@@ -15,15 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beitv2_jax.data.target_cache.encoding import CODE_IDS, FeatureEncoding
-from beitv2_jax.models import trials
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.ops import implementations
+from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.teachers import Teacher, clip_teacher
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.planning.traced import flops_by_component
-from beitv2_jax.tasks import objectives
+from beitv2_jax.tasks import common
+from beitv2_jax.tasks import finetune as finetune_task
+from beitv2_jax.tasks import mim as mim_task
+from beitv2_jax.tasks import segment as segment_task
+from beitv2_jax.tasks import vqkd as vqkd_task
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training import state as state_lib
@@ -66,7 +70,7 @@ class Step:
 
 def mim(recipe: Recipe, *, live: bool = False) -> Step:
     """Return the step of masked image modelling, with stored code ids or with a tokenizer in the step."""
-    model = MaskedImageModel(image_size=recipe.views.image_size, **compute(MaskedImageModel, recipe), **recipe.model)
+    model = MaskedImageModel.from_arguments({**recipe.model, "image_size": recipe.views.image_size}, compute(recipe))
     num_masked = recipe.masking.num_masked
     side = recipe.views.image_size // recipe.model.patch_size
     networks = {}
@@ -78,7 +82,7 @@ def mim(recipe: Recipe, *, live: bool = False) -> Step:
         tokenizer, networks["tokenizer"] = untrained_tokenizer(recipe)
 
         def code_ids(frozen, batch, images):
-            return objectives.encode(tokenizer, frozen["tokenizer"], images)
+            return encode(tokenizer, frozen["tokenizer"], images)
 
     rng, batch = np.random.default_rng(SEED), images_batch(recipe)
     batch["mask"] = masks(rng, recipe.run.batch_size, side * side, num_masked)
@@ -88,18 +92,18 @@ def mim(recipe: Recipe, *, live: bool = False) -> Step:
     first_mask = jnp.arange(side * side)[None] < num_masked
     task = bare_task(
         "mim",
-        init=lambda key: objectives.init_variables(model, key, image, first_mask, num_masked=num_masked, train=False),
-        loss=objectives.mim_loss(model, num_masked=num_masked, normalization=recipe.normalization, code_ids=code_ids),
+        init=lambda key: common.init_variables(model, key, image, first_mask, num_masked=num_masked, train=False),
+        loss=mim_task.mim_loss(model, num_masked=num_masked, normalization=recipe.normalization, code_ids=code_ids),
     )
     return training_step(task, recipe, batch, networks)
 
 
 def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
     """Return the tokenizer's training step, with stored features (8 bits) or with a teacher in the step."""
-    model = VQKD(
-        image_size=recipe.views.image_size, teacher_width=recipe.teacher_width, **compute(VQKD, recipe), **recipe.model
+    model = VQKD.from_arguments(
+        {**recipe.model, "image_size": recipe.views.image_size, "teacher_width": recipe.teacher_width}, compute(recipe)
     )
-    networks, targets = {}, objectives.stored_features
+    networks, targets = {}, vqkd_task.stored_features
     batch = images_batch(recipe)
     if live:
         teacher, networks["teacher"] = untrained_teacher(recipe)
@@ -114,31 +118,31 @@ def vqkd(recipe: Recipe, *, live: bool = False) -> Step:
     image = jnp.zeros((1, *batch["images"].shape[1:]))
     task = bare_task(
         "vqkd",
-        init=lambda key: objectives.init_variables(model, key, image, train=False),
-        loss=objectives.vqkd_loss(model, targets),
-        finish=objectives.vqkd_finish(recipe.model.ema_decay, window=SCHEDULE["num_steps"]),
+        init=lambda key: common.init_variables(model, key, image, train=False),
+        loss=vqkd_task.vqkd_loss(model, targets),
+        finish=vqkd_task.vqkd_finish(recipe.model.ema_decay, window=SCHEDULE["num_steps"]),
     )
     return training_step(task, recipe, batch, networks)
 
 
 def finetune(recipe: Recipe) -> Step:
     """Return the step of fine-tuning with mixup, CutMix and random erasing, as published."""
-    model = Classifier(image_size=recipe.views.image_size, **compute(Classifier, recipe), **recipe.model)
+    model = Classifier.from_arguments({**recipe.model, "image_size": recipe.views.image_size}, compute(recipe))
     batch = images_batch(recipe)
     classes = recipe.model.num_classes
     batch["labels"] = np.random.default_rng(SEED).integers(0, classes, recipe.run.batch_size, np.int32)
     image = jnp.zeros((1, *batch["images"].shape[1:]))
     task = bare_task(
         "finetune",
-        init=lambda key: objectives.init_variables(model, key, image, train=False),
-        loss=objectives.finetune_loss(
+        init=lambda key: common.init_variables(model, key, image, train=False),
+        loss=finetune_task.finetune_loss(
             model,
             num_classes=classes,
             normalization=recipe.normalization,
             label_smoothing=recipe.label_smoothing,
             **recipe.augment,
         ),
-        layer_of=lambda path: objectives.layer_of(path, depth=recipe.model.depth),
+        layer_of=lambda path: common.layer_of(path, depth=recipe.model.depth),
         num_layers=recipe.model.depth,
     )
     return training_step(task, recipe, batch, {})
@@ -146,7 +150,7 @@ def finetune(recipe: Recipe) -> Step:
 
 def segment(recipe: Recipe) -> Step:
     """Return the step of fine-tuning on label maps under UPerNet."""
-    model = Segmenter(image_size=recipe.views.image_size, **compute(Segmenter, recipe), **recipe.model)
+    model = Segmenter.from_arguments({**recipe.model, "image_size": recipe.views.image_size}, compute(recipe))
     rng, batch, count = np.random.default_rng(SEED), images_batch(recipe), recipe.run.batch_size
     size = recipe.views.image_size
     batch["label_maps"] = rng.integers(0, recipe.model.num_classes, (count, size, size), np.uint8)
@@ -154,10 +158,10 @@ def segment(recipe: Recipe) -> Step:
     batch["distortion"] = np.tile(np.float32([16, 1.2, 1.2, 0.05, 0]), (count, 1))
     task = bare_task(
         "segment",
-        init=lambda key: objectives.init_segmenter(model, key),
-        loss=objectives.segment_loss(model, normalization=recipe.normalization, **recipe.loss),
-        finish=objectives.segment_finish,
-        layer_of=lambda path: objectives.layer_of(path, depth=recipe.model.depth),
+        init=lambda key: segment_task.init_segmenter(model, key),
+        loss=segment_task.segment_loss(model, normalization=recipe.normalization, **recipe.loss),
+        finish=segment_task.segment_finish,
+        layer_of=lambda path: common.layer_of(path, depth=recipe.model.depth),
         num_layers=recipe.model.depth,
     )
     return training_step(task, recipe, batch, {})
@@ -168,7 +172,7 @@ def tokenize(recipe: Recipe) -> Step:
     tokenizer, network = untrained_tokenizer(recipe)
 
     def apply(frozen, batch):
-        return objectives.encode(tokenizer, frozen, objectives.view_pixels(batch))
+        return encode(tokenizer, frozen, common.view_pixels(batch))
 
     return _inference(apply, network, recipe)
 
@@ -271,23 +275,24 @@ def _placed(leaf, where) -> jax.ShapeDtypeStruct:
 
 def bare_task(name: str, **functions) -> Task:
     """Return a task that has no data."""
-    return Task(name=name, num_train_examples=0, train_batches=None, no_decay=objectives.released_no_decay, **functions)
+    return Task(name=name, num_train_examples=0, train_batches=None, no_decay=common.released_no_decay, **functions)
 
 
-def compute(model: type, recipe: Recipe) -> dict[str, Any]:
-    """Return how a recipe wants a model of this class to compute on its device, as its keyword arguments."""
-    return {key: value for key, value in _settings(recipe).items() if key in model.__dataclass_fields__}
+def compute(recipe: Recipe) -> Compute:
+    """Return how the networks of a recipe compute on its device."""
+    names = Compute.__dataclass_fields__
+    settings = {key: value for key, value in recipe.efficiency.items() if key in names}
+    return Compute(**implementations.resolve_auto(settings, device_of(recipe).platform))
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    platform = device_of(recipe).platform
-    if "device" in recipe:  # it need not be here
-        return implementations.resolved(recipe.efficiency, platform)
-    return trials.chosen(recipe, recipe.efficiency, platform)
+def encode(model: VQKD, variables: PyTree, images: jax.Array) -> jax.Array:
+    """Return the code id of every patch of pixels 0..255."""
+    return model.apply(variables, to_unit_range(images), method=VQKD.encode)
 
 
 def _forms(recipe: Recipe) -> dict[str, str]:
-    return {key: form for key, form in _settings(recipe).items() if key in implementations.AUTO}
+    chosen = compute(recipe)
+    return {key: getattr(chosen, key) for key in implementations.AUTO}
 
 
 def device_of(recipe: Recipe) -> jax.Device:
@@ -310,9 +315,11 @@ def masks(rng: np.random.Generator, count: int, num_patches: int, num_masked: in
 def untrained_tokenizer(recipe: Recipe) -> tuple[VQKD, Init]:
     """Return the tokenizer of a mim recipe, and what draws its variables."""
     size = recipe.views.image_size
-    model = VQKD(image_size=size, teacher_width=TEACHER_WIDTH, **compute(VQKD, recipe), **recipe.tokenizer)
+    model = VQKD.from_arguments(
+        {**recipe.tokenizer, "image_size": size, "teacher_width": TEACHER_WIDTH}, compute(recipe)
+    )
     image = jnp.zeros((1, size, size, 3))
-    return model, lambda key: objectives.init_variables(model, key, image, train=False)
+    return model, lambda key: common.init_variables(model, key, image, train=False)
 
 
 def untrained_teacher(recipe: Recipe) -> tuple[Teacher, Init]:

@@ -148,10 +148,9 @@ def get_config(arg=""):
                 "gradient_dtype": "float32",  # in which devices add up the gradients of matrices; or bfloat16
                 "accumulation_steps": 1,  # micro-batches, one after the other, that a batch is cut into
                 "remat": "none",  # kept of a block for its backward pass: all; or "dots": products, "full": its input
-                "scan_blocks": False,  # compile the blocks as one loop: compiles faster, wants remat
-                "attention": "auto",  # plain, cudnn (GPU) or pallas (TPU); auto: the faster one, tried at the start
-                "nearest_code": "auto",  # plain, scan or pallas: the search of the codebook
-                "cross_entropy": "auto",  # plain, rounded or tiled: of the code ids
+                "attention": "auto",  # reference, cudnn (GPU) or pallas (TPU); auto: the default of the platform
+                "nearest_code": "auto",  # reference, scan or pallas: the search of the codebook
+                "cross_entropy": "auto",  # reference, rounded or tiled: of the code ids
             },
         }
     )

@@ -16,6 +16,7 @@ ROOMS = {
     "runtime": 1,
     "data": 2,
     "models.ops": 3,
+    "models.backbone": 3,
     "models.layers": 3,
     "models.quantizer": 3,
     "models": 4,

@@ -24,7 +24,7 @@ def test_parameters_of_every_size(name, patches_per_side):
     size = SIZES[name]
     assert size["width"] % size["num_heads"] == 0
     image_size = patches_per_side * size["patch_size"]
-    model = Classifier(image_size=image_size, num_classes=1000, **size)
+    model = Classifier.from_arguments({"image_size": image_size, "num_classes": 1000, **size})
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))

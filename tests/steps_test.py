@@ -195,7 +195,7 @@ def test_published_parameter_counts(name, arg, published):
 
 def test_without_aggregation_the_model_is_beit_v1():
     config = config_lib.load(f"{FOLDER / 'mim'}.py")
-    model = MaskedImageModel(image_size=224, **{**config.model.to_dict(), "patch_aggregation": False})
+    model = MaskedImageModel.from_arguments({**config.model, "image_size": 224, "patch_aggregation": False})
     mask = jax.ShapeDtypeStruct((1, 196), jnp.bool_)
     shapes = jax.eval_shape(
         functools.partial(model.init, num_masked=75), jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask

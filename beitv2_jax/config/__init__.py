@@ -60,9 +60,9 @@ _CHOICES = {
     "efficiency.dtype": ("float32", "bfloat16", "float16"),
     "efficiency.gradient_dtype": ("float32", "bfloat16"),
     "efficiency.remat": ("none", "dots", "full"),
-    "efficiency.attention": ("auto", "plain", "cudnn", "pallas"),
-    "efficiency.nearest_code": ("auto", "plain", "scan", "pallas"),
-    "efficiency.cross_entropy": ("auto", "plain", "rounded", "tiled"),
+    "efficiency.attention": ("auto", "reference", "cudnn", "pallas"),
+    "efficiency.nearest_code": ("auto", "reference", "scan", "pallas"),
+    "efficiency.cross_entropy": ("auto", "reference", "rounded", "tiled"),
     "output.dtype": ("int8", "bfloat16", "float16", "float32"),
 }
 

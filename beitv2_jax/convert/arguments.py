@@ -48,7 +48,7 @@ def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
     """Return {our path: shape} of every variable of the model; for `None` in `arguments` any valid value is used."""
     arguments = _filled(arguments, lambda width: 1)
     image_size = arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
-    model = MODELS[kind](**arguments)
+    model = MODELS[kind].from_arguments(arguments)
     inputs = [jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)]
     options = {"train": False}
     if kind == "mim":
@@ -60,9 +60,17 @@ def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
 
 def with_defaults(kind: str, arguments: dict) -> dict:
     """Return `arguments` with the defaults of the model for those that are missing."""
-    return {
-        field.name: getattr(MODELS[kind], field.name, None) for field in dataclasses.fields(MODELS[kind])
-    } | arguments
+    return flat_arguments(MODELS[kind].from_arguments(arguments)) | arguments
+
+
+def flat_arguments(model) -> dict:
+    """Return the arguments that `from_arguments` of a model's class takes to build it again."""
+    own = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    own = {name: value for name, value in own.items() if name not in ("parent", "name", "compute")}
+    if isinstance(model, VQKD):
+        parts = {name: dataclasses.asdict(own.pop(name)) for name in ("encoder", "decoder")}
+        return {"image_size": parts["encoder"]["image_size"], **parts, **own}
+    return dataclasses.asdict(own.pop("backbone")) | own
 
 
 def _patch_size(arguments: dict) -> int:

@@ -1,16 +1,18 @@
 """The image classifier: a transformer, pooling, a norm and a linear head.
 
-It is what fine-tuning trains, and the form of teachers of our own.
+Fine-tuning trains it, and it can serve as a teacher.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.models.backbone import Backbone, Compute, split_arguments
 from beitv2_jax.models.layers import LayerNorm, Linear
-from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
+from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import Images, Tokens
 
 
@@ -26,53 +28,40 @@ class Classifier(nn.Module):
     Source: released fine-tuning model.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    backbone: Backbone
     num_classes: int
-    position: str = "relative"
-    layer_scale_init: float | None = 0.1
-    drop_path_rate: float = 0.0
     pooling: str = "mean"
     head_init_scale: float = 0.001
-    qkv_bias: str = "qv"
-    norm_eps: float = 1e-6
-    stem: str = "linear"
-    dtype: Any = "float32"
-    remat: str = "none"
-    scan_blocks: bool = False
-    gradient_dtype: Any = "float32"
-    attention: str = "plain"
+    compute: Compute = Compute()
 
     def __post_init__(self):
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"unknown pooling {self.pooling!r}: choose 'mean' or 'cls'")
         super().__post_init__()
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], compute: Compute = Compute()) -> "Classifier":
+        """Build the model from flat arguments (`split_arguments`)."""
+        backbone, head = split_arguments(arguments, position="relative", layer_scale_init=0.1)
+        return cls(backbone, compute=compute, **head)
+
     def setup(self):
-        self.backbone = VisionTransformer(**backbone_arguments(self))
+        self.vit = VisionTransformer(self.backbone, self.compute, name="backbone")
         if self.pooling == "mean":
-            self.fc_norm = LayerNorm(self.norm_eps)
+            self.fc_norm = LayerNorm(self.backbone.norm_eps)
         else:
-            self.norm = LayerNorm(self.norm_eps)
+            self.norm = LayerNorm(self.backbone.norm_eps)
         self.head = Linear(
-            self.num_classes,
-            init_scale=self.head_init_scale,
-            dtype=jnp.dtype(self.dtype),
-            out_dtype=jnp.float32,
-            gradient_dtype=jnp.dtype(self.gradient_dtype),
+            self.num_classes, init_scale=self.head_init_scale, compute=self.compute, out_dtype=jnp.float32
         )
 
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "b classes"]:
-        tokens = self.backbone(images, train=train).tokens
+        tokens = self.vit(images, train=train).tokens
         if self.pooling == "mean":
             return self.head(self.fc_norm(tokens[:, 1:].mean(axis=1)))
         return self.head(self.norm(tokens[:, 0]))
 
     def features(self, images: Images) -> Tokens:
         """Return all tokens, [CLS] first, each normalised by the norm in front of the head."""
-        tokens = self.backbone(images).tokens
+        tokens = self.vit(images).tokens
         return self.fc_norm(tokens) if self.pooling == "mean" else self.norm(tokens)

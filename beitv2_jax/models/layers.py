@@ -1,13 +1,11 @@
-"""The transformer's parts: linear maps with the released initialisations, attention, MLP, stochastic depth, block.
+"""Transformer layers: linear maps with the released initialisations, attention, MLP, stochastic depth, block.
 
 Every network of the project (tokenizer, masked image model, classifier, teachers) is a stack of these blocks.
-Parameters are float32; `dtype` is the dtype of the matrix products, `gradient_dtype` that of the kernels' gradients as
-products give them. The residual stream, layer norms and the softmax stay float32: a large model starts with a
-LayerScale of 1e-5, which bfloat16 addition would round away.
+Parameters are float32 and matrix products are computed in `Compute.dtype`. The residual stream, layer norms and the
+softmax stay float32: a large model starts with a LayerScale of 1e-5, which bfloat16 addition would round away.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,9 +14,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from beitv2_jax.models.ops.attention import attend, lengthened
-from beitv2_jax.models.ops.custom_vjp import PRODUCT, gelu, normalised, product, shifted
-from beitv2_jax.typing import AttentionBias, Scalar, Tokens
+from beitv2_jax.models.backbone import Backbone, Compute
+from beitv2_jax.models.ops.attention import attend, pad_tokens
+from beitv2_jax.models.ops.custom_vjp import PRODUCT, add_bias, gelu, layer_norm, product
+from beitv2_jax.typing import AttentionBias, Tokens
 
 INIT_STD = 0.02
 QKV_BIASES = ("qv", "full", "none")
@@ -28,14 +27,14 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 REMAT = {
-    "full": None,  # of a block only its input is kept
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # and what its linear maps give
+    "full": None,  # saves the input of a block only
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # saves the outputs of its linear maps too
 }
-"""What of a block is kept for the backward pass, by the name of the policy; the rest is computed again."""
+"""Rematerialisation policies: what a block saves for the backward pass; the rest is computed again."""
 
 
 def constrain(tokens: Tokens) -> Tokens:
-    """Name the axes of an activation; the mesh axes behind the names are chosen by the training room."""
+    """Name the axes of an activation; `training.sharding` maps them to mesh axes."""
     return nn.with_logical_constraint(tokens, ("batch", "length", "width"))
 
 
@@ -44,8 +43,8 @@ def normal_init(init: str):
 
     `normal` is N(0, 0.02²); `clipped` is the same cut at ±0.02 (std 0.0108), as in the released MIM model; `torch` is
     the framework default of the official code, U(±1/√fan_in), for tensors whose last axis is the output. `scaled` is
-    N(0, 1/fan_in) for kernels and N(0, 0.02²) for tokens: the fixed 0.02 suits widths near 768, narrow networks start
-    faster so.
+    N(0, 1/fan_in) for kernels and N(0, 0.02²) for tokens: the fixed 0.02 suits widths near 768, and narrower networks
+    learn faster from kernels scaled by their fan-in.
 
     Raises:
         ValueError: unknown scheme.
@@ -84,33 +83,32 @@ class LayerNorm(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         scale = self.param("scale", nn.initializers.ones, inputs.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, inputs.shape[-1:])
-        return normalised(inputs.astype(jnp.float32), scale, bias, self.epsilon)
+        return layer_norm(inputs.astype(jnp.float32), scale, bias, self.epsilon)
 
 
 class Linear(nn.Module):
-    """Apply y = x W + b, computed in `dtype`, returned in `out_dtype` (default `dtype`).
+    """Apply y = x W + b, computed in `compute.dtype` and returned in `out_dtype` (default: the same).
 
-    The initial kernel is multiplied by `init_scale`. `gradient_dtype` is that of `product`.
+    The initial kernel is multiplied by `init_scale`; dW is accumulated in `compute.gradient_dtype`.
     """
 
     features: int
     use_bias: bool = True
     param_init: str = "normal"
     init_scale: float = 1.0
-    dtype: Any = jnp.float32
+    compute: Compute = Compute()
     out_dtype: Any = None
-    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         fan_in = inputs.shape[-1]
         draw = normal_init(self.param_init)
         kernel = self.param("kernel", lambda key, shape: self.init_scale * draw(key, shape), (fan_in, self.features))
-        out_dtype = self.out_dtype or self.dtype
-        outputs = product(inputs, kernel, self.dtype, out_dtype, self.gradient_dtype)
+        out_dtype = self.out_dtype or self.compute.dtype
+        outputs = product(inputs, kernel, self.compute.dtype, out_dtype, self.compute.gradient_dtype)
         if self.use_bias:
             bias_init = uniform_init(fan_in) if self.param_init == "torch" else nn.initializers.zeros
-            outputs = shifted(outputs, self.param("bias", bias_init, (self.features,)))
+            outputs = add_bias(outputs, self.param("bias", bias_init, (self.features,)))
         return outputs
 
 
@@ -147,8 +145,8 @@ class RelativePositionBias(nn.Module):
         return jnp.take(table, relative_position_index(self.grid), axis=0).transpose(2, 0, 1)
 
 
-def drop_path(branch: Tokens, rate: Scalar | float, key: PRNGKeyArray) -> Tokens:
-    """Zero a whole branch of a sample with probability `rate`, dividing kept ones by 1 − rate."""
+def drop_path(branch: Tokens, rate: float, key: PRNGKeyArray) -> Tokens:
+    """Zero a whole branch of a sample with probability `rate`, dividing the others by 1 − rate."""
     keep = jax.random.bernoulli(key, 1.0 - rate, (branch.shape[0], 1, 1))
     return jnp.where(keep, branch / (1.0 - rate), 0.0)
 
@@ -157,8 +155,7 @@ class Attention(nn.Module):
     """Attend over all tokens: softmax(q kᵀ / √hd + bias) v, then an output projection.
 
     `qkv_bias`: 'qv' learns biases of queries and values only (a key bias cancels in the softmax), 'full' one vector for
-    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table. `attention` is the form of
-    computing it (`models.ops.attention`).
+    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table.
     """
 
     num_heads: int
@@ -166,9 +163,7 @@ class Attention(nn.Module):
     relative_grid: tuple[int, int] | None = None
     param_init: str = "normal"
     init_scale: float = 1.0
-    dtype: Any = jnp.float32
-    gradient_dtype: Any = jnp.float32
-    attention: str = "plain"
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, tokens: Tokens, bias: AttentionBias | None = None, length: int | None = None) -> Tokens:
@@ -177,41 +172,37 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not divisible by num_heads {self.num_heads}")
         if self.qkv_bias not in QKV_BIASES:
             raise ValueError(f"unknown qkv_bias {self.qkv_bias!r}: choose one of {', '.join(QKV_BIASES)}")
-        linear = functools.partial(
-            Linear, param_init=self.param_init, dtype=self.dtype, gradient_dtype=self.gradient_dtype
-        )
+        linear = functools.partial(Linear, param_init=self.param_init, compute=self.compute)
         qkv = linear(3 * width, self.qkv_bias == "full", name="qkv")(tokens)
         if self.qkv_bias == "qv":
             q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
-            qkv = shifted(qkv, jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]))
+            qkv = add_bias(qkv, jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]))
         if self.relative_grid is not None:
             own = RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
             bias = own if bias is None else bias + own
-        mixed = attend(qkv, bias, self.num_heads, implementation=self.attention, length=length)
+        mixed = attend(qkv, bias, self.num_heads, implementation=self.compute.attention, length=length)
         return linear(width, init_scale=self.init_scale, name="proj")(mixed)
 
 
 class Mlp(nn.Module):
     """Apply two linear maps with an activation between them.
 
-    With `activation` 'swiglu' the first map is twice as wide, a gate g and values v, and silu(g) · v goes on.
+    With `activation` 'swiglu' the output of the first map is twice as wide, a gate g and values v, and the second map
+    reads silu(g) · v.
     """
 
     mlp_dim: int
     activation: str = "gelu"
     param_init: str = "normal"
     init_scale: float = 1.0
-    dtype: Any = jnp.float32
-    gradient_dtype: Any = jnp.float32
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Tokens:
         gated = self.activation == "swiglu"
         fan_out = 2 * self.mlp_dim if gated else self.mlp_dim
-        linear = functools.partial(
-            Linear, param_init=self.param_init, dtype=self.dtype, gradient_dtype=self.gradient_dtype
-        )
+        linear = functools.partial(Linear, param_init=self.param_init, compute=self.compute)
         expanded = linear(fan_out, name="fc1")(tokens)
         if gated:
             gate, values = jnp.split(expanded, 2, axis=-1)
@@ -226,73 +217,49 @@ class Block(nn.Module):
 
         x ← x + drop(γ₁ · attention(norm₁ x)),   x ← x + drop(γ₂ · mlp(norm₂ x))
 
-    `layer_scale_init` None or 0 leaves the γ out. `layer_index` counts from 1; the kernels that write to the residual
-    stream start divided by √(2 · layer_index). Stochastic depth draws from `drop_key`, by default from the stream
-    `drop_path`.
+    `backbone` gives its sizes; a `layer_scale_init` of None or 0 leaves the γ out. `layer_index` counts from 1; the
+    kernels that write to the residual stream start divided by √(2 · layer_index). `param_init` replaces that of the
+    backbone unless it is ''. Stochastic depth draws from the stream `drop_path`.
 
     Source: released behaviour of all BEiT v2 transformers.
     """
 
-    num_heads: int
-    mlp_dim: int
-    norm_eps: float = 1e-6
-    layer_scale_init: float | None = None
-    drop_path_rate: float = 0.0
-    qkv_bias: str = "qv"
-    activation: str = "gelu"
-    relative_grid: tuple[int, int] | None = None
+    backbone: Backbone
+    compute: Compute = Compute()
     layer_index: int = 1
-    param_init: str = "normal"
-    dtype: Any = jnp.float32
-    gradient_dtype: Any = jnp.float32
-    attention: str = "plain"
+    drop_path_rate: float = 0.0
+    param_init: str = ""
 
     @nn.compact
-    def __call__(
-        self,
-        tokens: Tokens,
-        bias: AttentionBias | None = None,
-        *,
-        train: bool = False,
-        drop_key: PRNGKeyArray | None = None,
-    ) -> Tokens:
+    def __call__(self, tokens: Tokens, bias: AttentionBias | None = None, *, train: bool = False) -> Tokens:
+        backbone = self.backbone
         shared = dict(
-            param_init=self.param_init,
+            param_init=self.param_init or backbone.param_init,
             init_scale=float(1.0 / np.sqrt(2.0 * self.layer_index)),
-            dtype=self.dtype,
-            gradient_dtype=self.gradient_dtype,
+            compute=self.compute,
         )
-        attention = Attention(
-            self.num_heads, self.qkv_bias, self.relative_grid, **shared, attention=self.attention, name="attn"
-        )
-        mlp = Mlp(self.mlp_dim, self.activation, **shared, name="mlp")
+        relative_grid = backbone.grid if backbone.position == "relative" else None
+        attention = Attention(backbone.num_heads, backbone.qkv_bias, relative_grid, **shared, name="attn")
+        mlp = Mlp(backbone.mlp_dim, backbone.activation, **shared, name="mlp")
         drops = [lambda branch: branch] * 2
-        if train and self.drops:
-            drop_key = self.make_rng("drop_path") if drop_key is None else drop_key
-            drops = [
-                functools.partial(drop_path, rate=self.drop_path_rate, key=key) for key in jax.random.split(drop_key)
-            ]
+        if train and self.drop_path_rate > 0.0:
+            keys = jax.random.split(self.make_rng("drop_path"))
+            drops = [functools.partial(drop_path, rate=self.drop_path_rate, key=key) for key in keys]
 
         length = tokens.shape[1]
-        branch = lengthened(LayerNorm(self.norm_eps, name="norm1")(tokens), self.attention)
+        branch = pad_tokens(LayerNorm(backbone.norm_eps, name="norm1")(tokens), self.compute.attention)
         branch = drops[0](self._scaled("gamma_1", attention(branch, bias, length)))
         tokens = tokens + branch[:, :length]
-        branch = mlp(LayerNorm(self.norm_eps, name="norm2")(tokens))
+        branch = mlp(LayerNorm(backbone.norm_eps, name="norm2")(tokens))
         return tokens + drops[1](self._scaled("gamma_2", branch))
 
-    @property
-    def drops(self) -> bool:
-        """Tell whether branches may be dropped in training; a rate known only to the compiler counts as one above 0."""
-        return not isinstance(self.drop_path_rate, float) or self.drop_path_rate > 0.0
-
     def _scaled(self, name: str, branch: Tokens) -> Float[Array, "b l d"]:
-        if not self.layer_scale_init:
-            return branch
-        return branch * self.param(name, nn.initializers.constant(self.layer_scale_init), (branch.shape[-1],))
+        init = self.backbone.layer_scale_init
+        return branch * self.param(name, nn.initializers.constant(init), (branch.shape[-1],)) if init else branch
 
 
 def apply_block(block: Block, tokens: Tokens, bias: AttentionBias | None, *, train: bool, remat: str) -> Tokens:
-    """Run a block; what `remat` (REMAT, or "none") does not keep is computed again in the backward pass."""
+    """Run a block; the backward pass recomputes what the policy `remat` (of `REMAT`, or 'none') does not save."""
 
     def run(block: Block, tokens: Tokens, bias: AttentionBias | None) -> Tokens:
         return block(tokens, bias, train=train)
@@ -300,36 +267,6 @@ def apply_block(block: Block, tokens: Tokens, bias: AttentionBias | None, *, tra
     if remat != "none":
         run = nn.remat(run, policy=REMAT[remat])
     return constrain(run(block, tokens, bias))
-
-
-def scan_blocks(
-    blocks: Sequence[Block], tokens: Tokens, bias: AttentionBias | None, *, train: bool, remat: str
-) -> Float[Array, "depth b l d"]:
-    """Run blocks of one kind as the rounds of a loop, which is compiled once; return the tokens after each.
-
-    The parameters stay where they are, one tree a block: they are stacked in here. Every block draws what it draws
-    outside of a loop.
-    """
-    first = blocks[0].clone(parent=None, name=None)
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(block.variables["params"] for block in blocks))
-    rates = keys = None
-    if train and any(block.drops for block in blocks):
-        rates = jnp.array([block.drop_path_rate for block in blocks])
-        keys = jnp.stack([block.make_rng("drop_path") for block in blocks])
-
-    def run(tokens, params, rate, key, bias):
-        block = first if rate is None else first.clone(drop_path_rate=rate)
-        return constrain(block.apply({"params": params}, tokens, bias, train=train, drop_key=key))
-
-    if remat != "none":
-        # the loop itself keeps the compiler from merging the two computations
-        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-
-    def one_round(tokens, slices):
-        tokens = run(tokens, *slices, bias)
-        return tokens, tokens
-
-    return jax.lax.scan(one_round, tokens, (params, rates, keys))[1]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Frozen networks whose patch features the tokenizer learns to reconstruct.
 
-A teacher takes the views as they come (uint8 pixels), brings them to its own input size and range, and returns one
-feature per patch of the tokenizer. Its weights are passed in with every call, so that the training room can place them
+A teacher takes the views (uint8 pixels), resizes and normalises them for its network, and returns one feature per patch
+of the tokenizer. Its weights are passed in with every call, so that the training step can place them
 on devices.
 """
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import LayerNorm, Linear
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, resize
@@ -26,15 +27,15 @@ class Teacher:
     """A frozen network as a function from pixels to patch features.
 
     Attributes:
-        name: of the weights, for logs and stores.
-        weights_hash: identifies the weights that belong to it.
-        choices: how it is used (normalization, output, ...), for the card of a feature store.
+        name: of the weights, for logs and target caches.
+        weights_hash: hash of its weights.
+        choices: how it is used (normalization, output, ...), for the manifest of a target cache.
         normalization: name of its input range (`preprocess`).
         image_size: pixels of the views it is given.
         input_size: pixels of the images its network sees; views of another size are resized.
         network_grid: rows and columns of its network's patches.
         grid: rows and columns of the features it returns; those of another network grid are resampled.
-        width: numbers in a feature.
+        width: of a feature.
         num_prefix_tokens: tokens in front of the patches.
         tokens: (params, normalised images) -> all its tokens.
     """
@@ -80,37 +81,33 @@ def _resample(
 
 
 class NormalisedViT(nn.Module):
-    """A transformer and its final norm over every token, and a linear map of them all if `projection_dim` is not 0.
+    """A transformer with its final norm over every token, and a linear map of them all unless `projection_dim` is 0."""
 
-    `vit` holds the arguments of `VisionTransformer`.
-    """
-
-    vit: dict
+    backbone: Backbone
     projection_dim: int = 0
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, images: Images) -> Tokens:
-        backbone = VisionTransformer(**self.vit, name="backbone")
-        tokens = LayerNorm(backbone.norm_eps, name="norm")(backbone(images).tokens)
+        tokens = VisionTransformer(self.backbone, self.compute, name="backbone")(images).tokens
+        tokens = LayerNorm(self.backbone.norm_eps, name="norm")(tokens)
         if not self.projection_dim:
             return tokens
-        dtype = jnp.dtype(backbone.dtype)
-        return Linear(self.projection_dim, False, dtype=dtype, out_dtype=jnp.float32, name="projection")(tokens)
+        linear = Linear(self.projection_dim, False, compute=self.compute, out_dtype=jnp.float32, name="projection")
+        return linear(tokens)
 
 
-def vit_tokens(arguments: dict, projection_dim: int = 0) -> Callable[[PyTree, Images], Tokens]:
-    """Return (params, images) -> normalised tokens of a transformer; params are those of `NormalisedViT`.
+def vit_tokens(model: NormalisedViT) -> Callable[[PyTree, Images], Tokens]:
+    """Return (params, images) -> normalised tokens of a transformer.
 
     Source: the released teachers. DINO's features are the normalised tokens of the last block; CLIP's go through the
     projection that was trained for [CLS].
     """
-    model = NormalisedViT(arguments, projection_dim)
     return lambda params, images: model.apply({"params": params}, images)
 
 
-def classifier_tokens(arguments: dict) -> Callable[[PyTree, Images], Tokens]:
-    """Return (params, images) -> normalised tokens in front of the head of a `Classifier` with these arguments."""
-    model = Classifier(**arguments)
+def classifier_tokens(model: Classifier) -> Callable[[PyTree, Images], Tokens]:
+    """Return (params, images) -> normalised tokens in front of the head of a classifier."""
     return lambda params, images: model.apply({"params": params}, images, method=Classifier.features)
 
 
@@ -120,23 +117,23 @@ def clip_teacher(
     """Return a teacher built as CLIP's published image networks are, without weights, and its network.
 
     Args:
-        size: row of `sizes.SIZES`; CLIP ViT-B/16 is "base" with features of 512 numbers.
+        size: row of `sizes.SIZES`; CLIP ViT-B/16 is "base" with features of width 512.
         width: of its features.
-        image_size: pixels of the views.
-        grid: rows and columns of patches, as many as the tokenizer has.
+        image_size: side of the views, in pixels.
+        grid: rows and columns of patches, equal to those of the tokenizer.
+        dtype: of the matrix products.
     """
     input_size = grid[0] * size["patch_size"]
-    arguments = {
+    backbone = Backbone(
         **size,
-        "image_size": input_size,
-        "position": "absolute",
-        "qkv_bias": "full",
-        "pre_norm": True,
-        "patch_bias": False,
-        "norm_eps": 1e-5,
-        "activation": "quick_gelu",
-        "dtype": dtype,
-    }
+        image_size=input_size,
+        qkv_bias="full",
+        pre_norm=True,
+        patch_bias=False,
+        norm_eps=1e-5,
+        activation="quick_gelu",
+    )
+    network = NormalisedViT(backbone, width, Compute(dtype=dtype))
     teacher = Teacher(
         name=f"CLIP ViT/{size['patch_size']}",
         weights_hash="",
@@ -148,6 +145,6 @@ def clip_teacher(
         grid=grid,
         width=width,
         num_prefix_tokens=1,
-        tokens=vit_tokens(arguments, width),
+        tokens=vit_tokens(network),
     )
-    return teacher, NormalisedViT(arguments, width)
+    return teacher, network

@@ -6,6 +6,7 @@ computes the same.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.models.backbone import Backbone, Compute, split_arguments
 from beitv2_jax.models.layers import uniform_init
-from beitv2_jax.models.vit import VisionTransformer, backbone_arguments
+from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import Images, PyTree
 
 FeatureMap = Float[Array, "b h w c"]
@@ -203,7 +205,7 @@ def _classify(head: PyramidHead | ConvHead, features: FeatureMap, *, train: bool
 
 
 class Segmenter(nn.Module):
-    """Return class logits of every pixel region for `images` (normalised, `image_size` pixels square).
+    """Return class logits of every pixel region for normalised, square `images`.
 
     `out_layers` are the four blocks (counted from 1) whose patch tokens, not normalised, become the feature maps: the
     first is quadrupled in both sides, the second doubled, the third kept, the fourth halved by its maximum. The
@@ -217,44 +219,36 @@ class Segmenter(nn.Module):
     Source: released segmentation model, UPerNet of mmsegmentation 0.11 on BEiT v2.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    backbone: Backbone
     num_classes: int
     out_layers: tuple[int, ...]
     channels: int
     aux_channels: int = 256
-    position: str = "relative"
-    layer_scale_init: float | None = 0.1
-    drop_path_rate: float = 0.0
     dropout_rate: float = 0.1
-    qkv_bias: str = "qv"
-    norm_eps: float = 1e-6
-    stem: str = "linear"
-    dtype: Any = "float32"
-    remat: str = "none"
-    scan_blocks: bool = False
-    gradient_dtype: Any = "float32"
-    attention: str = "plain"
+    compute: Compute = Compute()
 
     def __post_init__(self):
-        if len(self.out_layers) != 4 or not all(1 <= layer <= self.depth for layer in self.out_layers):
-            raise ValueError(f"out_layers {self.out_layers} must name four of the {self.depth} blocks, counted from 1")
+        depth = self.backbone.depth
+        if len(self.out_layers) != 4 or not all(1 <= layer <= depth for layer in self.out_layers):
+            raise ValueError(f"out_layers {self.out_layers} must name four of the {depth} blocks, counted from 1")
         super().__post_init__()
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], compute: Compute = Compute()) -> "Segmenter":
+        """Build the model from flat arguments (`split_arguments`)."""
+        backbone, heads = split_arguments(arguments, position="relative", layer_scale_init=0.1)
+        return cls(backbone, compute=compute, **heads)
+
     def setup(self):
-        dtype = jnp.dtype(self.dtype)
-        self.backbone = VisionTransformer(**backbone_arguments(self))
-        self.fpn1 = FineLevel(self.width, dtype)
-        self.fpn2 = Upsample(self.width, dtype)
+        width, dtype = self.backbone.width, jnp.dtype(self.compute.dtype)
+        self.vit = VisionTransformer(self.backbone, self.compute, name="backbone")
+        self.fpn1 = FineLevel(width, dtype)
+        self.fpn2 = Upsample(width, dtype)
         self.decode_head = PyramidHead(self.channels, self.num_classes, dropout_rate=self.dropout_rate, dtype=dtype)
         self.auxiliary_head = ConvHead(self.aux_channels, self.num_classes, self.dropout_rate, dtype)
 
     def __call__(self, images: Images, *, train: bool = False, weight: Weight | None = None) -> SegmenterOutput:
-        hidden = self.backbone(images, train=train).hidden
+        hidden = self.vit(images, train=train).hidden
         maps = [hidden[layer - 1][:, 1:].reshape(len(images), *self.backbone.grid, -1) for layer in self.out_layers]
         features = (
             self.fpn1(maps[0], train=train, weight=weight),

@@ -3,7 +3,7 @@
 Trained by the vqkd stage against teacher features; afterwards only `encode` is used, by the tokenize and mim stages.
 """
 
-import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.layers import LayerNorm, Linear
 from beitv2_jax.models.quantizer import CodebookStatistics, Quantizer, QuantizerOutput
 from beitv2_jax.models.vit import VisionTransformer
@@ -18,7 +19,7 @@ from beitv2_jax.typing import CodeIds, Codes, Images, TeacherFeatures
 
 
 class VQKDOutput(NamedTuple):
-    """What the tokenizer says about a batch, with the intermediates by name.
+    """The output of the tokenizer for a batch, with the intermediates by name.
 
     `reconstruction` of the teacher features, not normalised; `codes`, `commitment`, `unit` and `statistics` as
     `QuantizerOutput`; `projections` are the quantizer's input; both features are patch features after the final norm.
@@ -39,70 +40,65 @@ class TaskLayer(nn.Module):
     """Map features to another width: fc2(tanh(fc1 x)), with fc1 as wide as its input."""
 
     features: int
-    dtype: Any = jnp.float32
-    gradient_dtype: Any = jnp.float32
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "b n d"]) -> Float[Array, "b n o"]:
-        linear = functools.partial(Linear, dtype=self.dtype, gradient_dtype=self.gradient_dtype)
-        hidden = jnp.tanh(linear(inputs.shape[-1], name="fc1")(inputs))
-        return linear(self.features, name="fc2")(hidden)
+        hidden = jnp.tanh(Linear(inputs.shape[-1], compute=self.compute, name="fc1")(inputs))
+        return Linear(self.features, compute=self.compute, name="fc2")(hidden)
 
 
 class VQKD(nn.Module):
     """Encode images to code ids and decode the codes to teacher features.
 
-    `encoder` holds patch_size, width, depth, num_heads, mlp_dim; `decoder` the same without patch_size. Both
-    transformers have absolute positions and a [CLS] token that takes part in attention and is then dropped; the
-    decoder reads the codes as a `grid` image of 1x1 patches. `ema_decay` is that of `updated_state`. `attention`
-    and `nearest_code` are forms of computing (`models.ops.attention`, `models.ops.nearest_code`). `dtype` is that of
-    the transformers and of the decoder's task layer; from the projections to the codes everything is float32 in full
-    precision.
-
-    Raises:
-        ValueError: images whose size is not `image_size`, or an `image_size` no multiple of the patch size.
+    Both transformers have absolute positions and a [CLS] token that takes part in attention and is then dropped; the
+    decoder reads the codes as a `grid` image of 1x1 patches. `ema_decay` is that of `updated_state`. `compute.dtype` is
+    that of the transformers and of the decoder's task layer; from the projections to the codes everything is float32 in
+    full precision.
 
     Source: paper section 2.1 and the released tokenizer.
     """
 
-    image_size: int
-    encoder: dict[str, int]
-    decoder: dict[str, int]
+    encoder: Backbone
+    decoder: Backbone
     codebook_size: int
     code_dim: int
     teacher_width: int
     ema_decay: float = 0.99
     commitment_weight: float = 1.0
-    dtype: Any = "float32"
-    remat: str = "none"
-    scan_blocks: bool = False
-    gradient_dtype: Any = "float32"
-    attention: str = "plain"
-    nearest_code: str = "scan"
+    compute: Compute = Compute()
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], compute: Compute = Compute()) -> "VQKD":
+        """Build the model from flat arguments.
+
+        `arguments["encoder"]` and `arguments["decoder"]` hold fields of `Backbone`, without `image_size` and, for the
+        decoder, without `patch_size`.
+        """
+        image_size, encoder = arguments["image_size"], dict(arguments["encoder"])
+        grid = image_size // encoder["patch_size"]
+        others = {name: value for name, value in arguments.items() if name not in ("image_size", "encoder", "decoder")}
+        return cls(
+            encoder=Backbone(**{**encoder, "image_size": image_size}),
+            decoder=Backbone(**{**arguments["decoder"], "image_size": grid, "patch_size": 1}),
+            compute=compute,
+            **others,
+        )
 
     def setup(self):
-        # the constructor's dicts own the plain names, so submodules are named here for the parameter tree
-        transformer = functools.partial(
-            VisionTransformer,
-            dtype=self.dtype,
-            remat=self.remat,
-            scan_blocks=self.scan_blocks,
-            gradient_dtype=self.gradient_dtype,
-            attention=self.attention,
-        )
-        self.encoder_vit = transformer(image_size=self.image_size, name="encoder", **self.encoder)
-        self.decoder_vit = transformer(image_size=self.grid[0], patch_size=1, name="decoder", **self.decoder)
+        # the constructor's fields own the plain names, so submodules are named here for the parameter tree
+        self.encoder_vit = VisionTransformer(self.encoder, self.compute, name="encoder")
+        self.decoder_vit = VisionTransformer(self.decoder, self.compute, name="decoder")
         self.encoder_norm = LayerNorm()
         self.decoder_norm = LayerNorm()
         self.encode_task = TaskLayer(self.code_dim)
-        self.decode_task = TaskLayer(self.teacher_width, jnp.dtype(self.dtype), jnp.dtype(self.gradient_dtype))
-        self.quantizer = Quantizer(self.codebook_size, self.code_dim, self.commitment_weight, self.nearest_code)
+        self.decode_task = TaskLayer(self.teacher_width, self.compute)
+        self.quantizer = Quantizer(self.codebook_size, self.code_dim, self.commitment_weight, self.compute.nearest_code)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of code ids per image."""
-        side = self.image_size // self.encoder["patch_size"]
-        return side, side
+        return self.encoder.grid
 
     def __call__(self, images: Images, weight: Float[Array, "b"] | None = None, *, train: bool) -> VQKDOutput:
         """Reconstruct teacher features of `images` in [-1, 1]; `weight` as `Quantizer` says."""

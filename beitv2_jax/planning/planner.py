@@ -114,7 +114,7 @@ def prepare(config, num_examples: int = 0, *, platform: str = "tpu") -> PlannedS
         UserError: the config is inconsistent, of a stage without training, or of a set of unknown length.
     """
     config, notes = abstract_task.complete(config)
-    chosen = implementations.resolved(config.efficiency, _JAX_NAMES[platform])
+    chosen = implementations.resolve_auto(config.efficiency, _JAX_NAMES[platform])
     config = _changed(config, {f"efficiency.{key}": value for key, value in chosen.items()})
     config_lib.validate(config)
     num_examples = abstract_task.count_examples(config, num_examples)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
-from beitv2_jax.tasks import segment
+from beitv2_jax.tasks import inputs, segment
 from beitv2_jax.tasks.api import Task
 
 TILE_WIDTH = 300
@@ -28,7 +28,7 @@ def draw_segmentations(
     The images are evenly spread over the split. Pixels without a true class are black in the true map and never wrong.
     Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `figures`).
     """
-    trained, model, rows = read_run(workdir), segment.make_model(config), task.eval_batches.rows
+    trained, model, rows = read_run(workdir), segment.make_model(config, inputs.compute(config)), task.eval_batches.rows
     predict = jax.jit(
         lambda params, statistics, batch: segment.predict(config, model, params, statistics, batch).label_maps
     )

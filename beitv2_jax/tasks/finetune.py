@@ -5,30 +5,71 @@ CutMix inside the step (`config.augment`).
 """
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import mixing
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.tasks import inputs
-from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import smoothed_cross_entropy
-from beitv2_jax.tasks.objectives import (
-    finetune_loss,
-    init_variables,
-    layer_of,
-    normalized,
-    released_no_decay,
-    view_pixels,
-)
+from beitv2_jax.tasks.api import LossParts, Task
+from beitv2_jax.tasks.common import init_variables, layer_of, normalized, released_no_decay, view_pixels
+from beitv2_jax.tasks.losses import smoothed_cross_entropy, smoothed_targets, soft_cross_entropy, weighted_sum
 
 
-def make_model(config) -> Classifier:
-    """Build the classifier described by a finetune config."""
-    compute = inputs.compute_arguments(config)
-    return Classifier(image_size=config.views.image_size, **compute, **config.model.to_dict())
+def make_model(config, compute: Compute) -> Classifier:
+    """Build the classifier that a finetune config describes."""
+    return Classifier.from_arguments({**config.model, "image_size": config.views.image_size}, compute)
+
+
+def finetune_loss(
+    model,
+    *,
+    num_classes: int,
+    normalization: str,
+    label_smoothing: float,
+    mixup: float,
+    cutmix: float,
+    mix_probability: float,
+    switch_probability: float,
+    erasing: float,
+) -> Callable:
+    """Return the `loss` of classification; the last five say how images change inside the step, as `mixing` does."""
+
+    def loss(params, codebook, frozen, batch, key, step):
+        key_drop, key_erase, key_mix = jax.random.split(key, 3)
+        images, labels, weight = normalized(view_pixels(batch), normalization), batch["labels"], batch["weight"]
+        if erasing:
+            images = mixing.random_erasing(images, key_erase, probability=erasing)
+        targets = None
+        if mixup or cutmix:
+            images, targets = mixing.mix(
+                images,
+                smoothed_targets(labels, num_classes, label_smoothing),
+                weight,
+                key_mix,
+                mixup=mixup,
+                cutmix=cutmix,
+                probability=mix_probability,
+                switch_probability=switch_probability,
+            )
+            # what an image mostly shows counts as its label
+            labels = jnp.argmax(targets, axis=-1)
+        logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key_drop})
+        if targets is None:
+            cross_entropy = smoothed_cross_entropy(logits, labels, label_smoothing)
+        else:
+            cross_entropy = soft_cross_entropy(logits, targets)
+        hits = jnp.argmax(logits, axis=-1) == labels
+        metrics = {"accuracy": weighted_sum(hits, weight)}
+        return weighted_sum(cross_entropy, weight), LossParts(weight.sum(), metrics)
+
+    return loss
 
 
 def build(config) -> Task:
@@ -51,7 +92,7 @@ def build(config) -> Task:
 def make_task(config, opened: inputs.Opened) -> Task:
     """Build the classification task on data that are open."""
     source, eval_source = opened.sources
-    model = make_model(config)
+    model = make_model(config, inputs.compute(config))
 
     def evaluate(params, codebook, frozen, batch):
         logits = model.apply({"params": params}, normalized(view_pixels(batch), config.normalization), train=False)

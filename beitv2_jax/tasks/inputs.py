@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.convert.adapt import adapt_weights
+from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
@@ -18,22 +19,21 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
-from beitv2_jax.models import trials
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
 from beitv2_jax.typing import PyTree
 
-COMPUTE_KEYS = ("dtype", "gradient_dtype", "remat", "scan_blocks", *implementations.AUTO)
 
-
-def compute_arguments(config) -> dict[str, Any]:
-    """Return how a model is to compute, as its keyword arguments; the rest of `config.efficiency` is the step's."""
-    asked = {key: config.efficiency[key] for key in COMPUTE_KEYS if key in config.efficiency}
+def compute(config) -> Compute:
+    """Return how the networks of a run compute: `config.efficiency` with every 'auto' resolved for this platform."""
+    names = Compute.__dataclass_fields__
+    requested = {name: value for name, value in config.efficiency.items() if name in names}
     platform = jax.default_backend()
-    chosen = trials.chosen(config, asked, platform)
-    forms = [f"{key} {chosen[key]} (asked: {asked[key]})" for key in implementations.AUTO if key in chosen]
-    logging.info("forms of computing on %s: %s", platform, ", ".join(forms))
-    return chosen
+    chosen = implementations.resolve_auto(requested, platform)
+    described = [f"{name} {chosen[name]}" for name in implementations.AUTO if name in chosen]
+    logging.info("implementations on %s: %s", platform, ", ".join(described))
+    return Compute(**chosen)
 
 
 def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
@@ -44,18 +44,13 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = adapt_weights(read_weights(config.init_from), kind, _arguments(model))
+    weights = adapt_weights(read_weights(config.init_from), kind, flat_arguments(model))
     variables = {name: tree for name, tree in weights.variables.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("initialised %s parameters from %s (layout: %s)", f"{given:,}", config.init_from, weights.layout)
     for text in group_by_reason(weights.dropped):
         logging.info("not used from %s: %s", config.init_from, text)
     return variables
-
-
-def _arguments(model) -> dict:
-    fields = (field.name for field in dataclasses.fields(model))
-    return {name: getattr(model, name) for name in fields if name not in ("parent", "name")}
 
 
 @dataclasses.dataclass(frozen=True)

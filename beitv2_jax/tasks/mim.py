@@ -6,30 +6,98 @@ is seen with its colour jitter, as in the released recipe.
 """
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from beitv2_jax.data.target_cache.encoding import CODE_IDS
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
+from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
-from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.objectives import (
-    code_losses,
-    init_variables,
-    mim_loss,
-    normalized,
-    released_no_decay,
-    view_pixels,
-)
+from beitv2_jax.tasks.api import Batch, LossParts, Task
+from beitv2_jax.tasks.common import init_variables, normalized, released_no_decay, view_pixels
+from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
 from beitv2_jax.tasks.tokenize import load_tokenizer
+from beitv2_jax.typing import CodeIds, Images, Mask, PyTree
 
 
-def make_model(config, **compute) -> MaskedImageModel:
-    """Build the masked image model described by a mim config; `compute` as `inputs.compute_arguments` has it."""
-    return MaskedImageModel(image_size=config.views.image_size, **compute, **config.model.to_dict())
+def make_model(config, compute: Compute) -> MaskedImageModel:
+    """Build the masked image model that a mim config describes."""
+    return MaskedImageModel.from_arguments({**config.model, "image_size": config.views.image_size}, compute)
+
+
+def code_losses(
+    model: MaskedImageModel,
+    params: PyTree,
+    images: Images,
+    mask: Mask,
+    targets: Int[Array, "b m"],
+    *,
+    num_masked: int,
+    train: bool,
+    rngs: dict[str, jax.Array] | None = None,
+) -> dict[str, tuple[Float[Array, "b m"], Bool[Array, "b m"]]]:
+    """Return by branch ('final', 'aggregation') the loss of every masked patch in nats, and whether its code is hit.
+
+    `Compute.cross_entropy` decides what is saved of the logits for the backward pass (`models.ops.cross_entropy`).
+    """
+    compute = model.compute
+    call = functools.partial(
+        model.apply, {"params": params}, images, mask, num_masked=num_masked, train=train, rngs=rngs
+    )
+    if compute.cross_entropy == "tiled":
+        dtypes = {"dtype": jnp.dtype(compute.dtype), "gradient_dtype": jnp.dtype(compute.gradient_dtype)}
+        return {
+            name: head_cross_entropy(features, **params[model.output_layer_of(name)], labels=targets, **dtypes)
+            for name, features in call(method=MaskedImageModel.masked_features).items()
+        }
+    cross_entropy = masked_cross_entropy
+    if compute.cross_entropy == "rounded":
+        cross_entropy = functools.partial(rounded_cross_entropy, dtype=jnp.dtype(compute.dtype))
+    output = call()
+    logits = {"final": output.logits, "aggregation": output.aggregation_logits}
+    return {
+        name: (cross_entropy(values, targets), jnp.argmax(values, axis=-1) == targets)
+        for name, values in logits.items()
+        if values is not None
+    }
+
+
+def mim_loss(
+    model: MaskedImageModel,
+    *,
+    num_masked: int,
+    normalization: str,
+    code_ids: Callable[[PyTree, Batch, Images], CodeIds],
+) -> Callable:
+    """Return the `loss` of masked image modelling; `code_ids` of (frozen, batch, pixels 0..255) are the targets."""
+
+    def loss(params, codebook, frozen, batch, key, step):
+        images = view_pixels(batch)
+        targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)
+        weight, losses, metrics = batch["weight"], [], {}
+        found = code_losses(
+            model,
+            params,
+            normalized(images, normalization),
+            batch["mask"],
+            targets,
+            num_masked=num_masked,
+            train=True,
+            rngs={"drop_path": key},
+        )
+        for name, (nll, hits) in found.items():
+            losses.append(weighted_sum(nll, weight))
+            metrics |= {f"{name}_loss": losses[-1], f"{name}_accuracy": weighted_sum(hits, weight)}
+        return sum(losses), LossParts(weight.sum(), metrics)
+
+    return loss
 
 
 def mask_arguments(config) -> dict:
@@ -78,7 +146,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     stored, tokenizer = opened.stored, opened.network
     grid = _grid(config)
-    model = make_model(config, **inputs.compute_arguments(config))
+    model = make_model(config, inputs.compute(config))
 
     def code_ids(frozen, batch, images):
         if tokenizer is None:

@@ -17,8 +17,9 @@ from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import preprocess
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.rng import step_key
-from beitv2_jax.tasks import inputs, mim, objectives
+from beitv2_jax.tasks import common, inputs, mim
 from beitv2_jax.typing import PyTree
 
 PIXEL_SIDE = 32
@@ -64,15 +65,13 @@ def build(config) -> Probe:
             "the path or the image size belongs to another run.",
             "--config.backbone.run=DIR of a mim run, --config.views.image_size= that of the run.",
         )
-    model = mim.make_model(trained, dtype=config.efficiency.dtype)
+    model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
     apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))
     image = jnp.zeros((1, config.views.image_size, config.views.image_size, 3))
     num_patches = (trained.views.image_size // trained.model.patch_size) ** 2
     mask = jnp.arange(num_patches)[None] < trained.masking.num_masked
     initialise = jax.jit(
-        lambda key: objectives.init_variables(
-            model, key, image, mask, num_masked=trained.masking.num_masked, train=False
-        )
+        lambda key: common.init_variables(model, key, image, mask, num_masked=trained.masking.num_masked, train=False)
     )
     random = initialise(step_key(config.seed, "probe"))["params"]
     return Probe(
@@ -88,7 +87,7 @@ def build(config) -> Probe:
 def token_features(model, normalization: str, layers: tuple[int, ...], params, batch: dict) -> dict[str, Array]:
     """Return [CLS] and the mean patch token after each of `layers` (-1 the last block), un-normalised, unmasked."""
     images = preprocess.normalize(batch["images"], *preprocess.NORMALIZATIONS[normalization])
-    output = model.apply({"params": params}, images, method=lambda module, images: module.backbone(images))
+    output = model.apply({"params": params}, images, method=lambda module, images: module.vit(images))
     tokens = jnp.stack([output.hidden[layer] for layer in layers], axis=1).astype(jnp.float32)
     return {"cls": tokens[:, :, 0], "mean": tokens[:, :, 1:].mean(axis=2)}
 

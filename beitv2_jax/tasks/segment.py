@@ -6,30 +6,83 @@ optimizer touches them.
 
 import functools
 import re
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.segmentation import windows
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.segmentation.transforms import CropTransform, WindowRow, window_row
+from beitv2_jax.models import preprocess
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.sliding_window import Segmented, segment
-from beitv2_jax.models.upernet import BATCH_STATS, Segmenter
+from beitv2_jax.models.upernet import BATCH_STATS, Segmenter, moved_statistics
 from beitv2_jax.tasks import inputs
-from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.objectives import (
-    init_segmenter,
-    layer_of,
-    normalized_inside,
-    segment_finish,
-    segment_loss,
-)
+from beitv2_jax.tasks.api import LossParts, Task
+from beitv2_jax.tasks.common import layer_of, normalized
+from beitv2_jax.tasks.losses import segmentation_loss
+from beitv2_jax.typing import Images, PyTree
 
 
-def make_model(config) -> Segmenter:
-    """Build the segmentation model described by a segment config."""
-    return Segmenter(image_size=config.views.image_size, **inputs.compute_arguments(config), **config.model.to_dict())
+def make_model(config, compute: Compute) -> Segmenter:
+    """Build the segmentation model that a segment config describes."""
+    return Segmenter.from_arguments({**config.model, "image_size": config.views.image_size}, compute)
+
+
+def init_segmenter(model: Segmenter, key) -> dict[str, PyTree]:
+    """Return {"params", "codebook"} of a fresh segmentation model, whose "codebook" is batch norm's statistics."""
+    images = jnp.zeros((1, model.backbone.image_size, model.backbone.image_size, 3))
+    variables = model.init({"params": key, "drop_path": key}, images, train=False)
+    return {"params": variables["params"], "codebook": variables[BATCH_STATS]}
+
+
+def normalized_inside(images: Images, sizes: Float[Array, "b 2"], normalization: str) -> Images:
+    """Return the network's input of pixels 0..255, with zeros beyond the `sizes` (rows and columns) of each image."""
+    rows, columns = (jnp.arange(length) < sizes[:, axis, None] for axis, length in enumerate(images.shape[1:3]))
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(inside, normalized(images, normalization), 0.0)
+
+
+def segment_loss(model: Segmenter, *, normalization: str, auxiliary_weight: float, count_unlabelled: bool) -> Callable:
+    """Return the `loss` of segmentation; its statistics are those of the batch norms, times the rows."""
+
+    def loss(params, codebook, frozen, batch, key, step):
+        key_drop, key_dropout = jax.random.split(key)
+        pixels = preprocess.photometric_distortion(batch["images"], batch["distortion"])
+        output, moved = model.apply(
+            {"params": params, BATCH_STATS: codebook},
+            normalized_inside(pixels, batch["sizes"], normalization),
+            train=True,
+            weight=batch["weight"],
+            rngs={"drop_path": key_drop, "dropout": key_dropout},
+            mutable=[BATCH_STATS],
+        )
+        total, pixel_count, metrics = segmentation_loss(
+            output.logits,
+            output.auxiliary_logits,
+            batch["label_maps"].astype(jnp.int32),
+            batch["weight"],
+            auxiliary_weight=auxiliary_weight,
+            count_unlabelled=count_unlabelled,
+        )
+        rows = batch["weight"].astype(jnp.float32).sum()
+        statistics = {"rows": rows, BATCH_STATS: jax.tree.map(lambda of_rows: rows * of_rows, moved[BATCH_STATS])}
+        return total, LossParts(pixel_count, metrics, statistics)
+
+    return loss
+
+
+def segment_finish(codebook, statistics, step):
+    """Move the running statistics towards the mean of the micro-batches' own; rows that do not count move nothing."""
+    rows = statistics["rows"]
+    of_batch = jax.tree.map(lambda total: total / jnp.maximum(rows, 1.0), statistics[BATCH_STATS])
+    moved = moved_statistics(codebook, of_batch)
+    return jax.tree.map(lambda new, old: jnp.where(rows > 0, new, old), moved, codebook), {}
 
 
 def build(config) -> Task:
@@ -50,7 +103,7 @@ def open_sources(config):
 def make_task(config, opened: inputs.Opened) -> Task:
     """Build the segmentation task on data that are open."""
     source, eval_source = opened.sources
-    model = make_model(config)
+    model = make_model(config, inputs.compute(config))
 
     def evaluate(params, codebook, frozen, batch):
         found = predict(config, model, params, codebook, batch)

@@ -5,14 +5,18 @@ Also the one way in which a trained tokenizer is loaded and called: `load_tokeni
 
 import dataclasses
 
+import jax
+
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.target_cache.encoding import CodeEncoding
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, vqkd
 from beitv2_jax.tasks.api import StoreTask
-from beitv2_jax.tasks.objectives import encode, view_pixels
+from beitv2_jax.tasks.common import view_pixels
 from beitv2_jax.typing import CodeIds, Images, PyTree
 
 
@@ -27,7 +31,8 @@ class Tokenizer:
 
     def encode(self, variables: PyTree, images: Images) -> CodeIds:
         """Return the code id of every patch; no gradient passes."""
-        return encode(self.model, variables, images)
+        ids = self.model.apply(variables, to_unit_range(images), method=VQKD.encode)
+        return jax.lax.stop_gradient(ids)
 
 
 def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer, PyTree]:
@@ -53,7 +58,8 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
             f"--config.views.image_size={trained.views.image_size}, or for the tokenizer's view of a mim stage alone "
             f"--config.views.tokenizer_image_size={trained.views.image_size}",
         )
-    model = vqkd.make_model(trained, run.params["decode_task"]["fc2"]["kernel"].shape[-1], dtype=dtype)
+    teacher_width = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=teacher_width)
     side = image_size // trained.model.encoder.patch_size
     tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)
     return tokenizer, {"params": run.params, "codebook": run.codebook}

@@ -5,42 +5,73 @@ the step (`teacher.weights`). Both see the same views, so both give the same los
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.data.target_cache.encoding import FEATURES
+from beitv2_jax.data.target_cache.encoding import FEATURES, decode_features
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
-from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans
+from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window, updated_state
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
-from beitv2_jax.tasks.api import Task
-from beitv2_jax.tasks.losses import cosine_distillation
-from beitv2_jax.tasks.objectives import (
-    init_variables,
-    released_no_decay,
-    stored_features,
-    vqkd_finish,
-    vqkd_loss,
-)
+from beitv2_jax.tasks.api import Batch, LossParts, Task
+from beitv2_jax.tasks.common import init_variables, released_no_decay
+from beitv2_jax.tasks.losses import cosine_distillation, weighted_sum
+from beitv2_jax.typing import PyTree, TeacherFeatures
 
 
-def make_model(config, teacher_width: int, **compute) -> VQKD:
-    """Build the tokenizer model described by a vqkd config.
+def make_model(config, compute: Compute, *, teacher_width: int) -> VQKD:
+    """Build the tokenizer that a vqkd config describes; `teacher_width` is the width of its targets."""
+    arguments = {**config.model, "image_size": config.views.image_size, "teacher_width": teacher_width}
+    return VQKD.from_arguments(arguments, compute)
 
-    Args:
-        teacher_width: width of its targets.
-        compute: as `inputs.compute_arguments` has it.
-    """
-    return VQKD(
-        image_size=config.views.image_size,
-        teacher_width=teacher_width,
-        **compute,
-        **config.model.to_dict(),
-    )
+
+def stored_features(frozen: PyTree, batch: Batch) -> TeacherFeatures:
+    """Return the stored features of a batch, float32."""
+    # what a store holds for an unreadable image is zeros, which have no direction and whose gradient is no number
+    return jnp.where(batch["weight"][:, None, None] > 0, decode_features(batch), 1.0)
+
+
+def vqkd_loss(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures]) -> Callable:
+    """Return the `loss` of the tokenizer; `targets` of (frozen, batch) are the features to reconstruct."""
+
+    def loss(params, codebook, frozen, batch, key, step):
+        weight = batch["weight"]
+        output = model.apply(
+            {"params": params, "codebook": codebook},
+            to_unit_range(batch["images"]),
+            weight,
+            train=True,
+            rngs={"drop_path": key},
+        )
+        distance = cosine_distillation(output.reconstruction, targets(frozen, batch))
+        metrics = {
+            "reconstruction_loss": weighted_sum(distance, weight),
+            "commitment_loss": weighted_sum(output.commitment, weight),
+        }
+        return sum(metrics.values()), LossParts(weight.sum(), metrics, output.statistics)
+
+    return loss
+
+
+def vqkd_finish(ema_decay: float, window: int) -> Callable:
+    """Return the `finish` that moves the codebook; training codes are counted over windows of `window` steps."""
+
+    def finish(codebook, statistics, step):
+        state = roll_window(codebook["quantizer"], step, window)
+        state = updated_state(state, statistics, ema_decay)
+        counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
+        return {"quantizer": state}, {
+            "codebook_usage": codebook_usage(counts),
+            "codebook_perplexity": codebook_perplexity(counts),
+        }
+
+    return finish
 
 
 def build(config) -> Task:
@@ -70,7 +101,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     stored, teacher = opened.stored, opened.network
     teacher_width = stored[0].card["teacher_width"] if teacher is None else teacher.width
-    model = make_model(config, teacher_width, **inputs.compute_arguments(config))
+    model = make_model(config, inputs.compute(config), teacher_width=teacher_width)
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
 
     def targets(frozen, batch):
@@ -91,7 +122,9 @@ def make_task(config, opened: inputs.Opened) -> Task:
         )
         samples = projections.reshape(-1, projections.shape[-1])
         weight = jnp.repeat(batch["weight"], projections.shape[1])
-        means, _ = kmeans(samples, key, config.model.codebook_size, weight=weight, nearest_code=model.nearest_code)
+        means, _ = kmeans(
+            samples, key, config.model.codebook_size, weight=weight, nearest_code=model.compute.nearest_code
+        )
         return {"quantizer": {**codebook["quantizer"], "codebook": means}}
 
     image_shape = (1, config.views.image_size, config.views.image_size, 3)

@@ -95,11 +95,11 @@ def test_figures_of_a_cpu_are_ratios():
 
 
 def test_steps_that_took_other_forms_are_told_apart():
-    taken = {"one": "plain", "two": "plain", "three": "cudnn"}
+    taken = {"one": "reference", "two": "reference", "three": "cudnn"}
     results = {name: {"rounds": [{"what": name, "chosen": {"attention": form}}]} for name, form in taken.items()}
     assert (
         report.chosen(results)
-        == "- Forms taken by one; two: attention plain.\n- Forms taken by three: attention cudnn."
+        == "- Forms taken by one; two: attention reference.\n- Forms taken by three: attention cudnn."
     )
 
 
@@ -108,7 +108,7 @@ def test_one_measurement_in_a_process_of_its_own(tmp_path, capsys):
     assert run.main([f"--out={out}", "--quick", "--only=jitter,torch_mim", "--set=run.batch_size=2"]) == 0
     written = json.loads(out.read_text())
     (made,) = written["results"]["jitter"]["rounds"]
-    assert made["sizes"] == {"images": 2, "image_size": 112} and made["forms"]["plain"]["seconds"]["low"] > 0
+    assert made["sizes"] == {"images": 2, "image_size": 112} and made["forms"]["reference"]["seconds"]["low"] > 0
     assert "colour jitter of a batch alone" not in report.page(written, "plot.svg")  # it has one form
     assert written["environment"]["platform"] == "cpu" and "benchmarks.run" in written["command"]
     # what does not run where torch is missing says so, and is no failure
@@ -129,7 +129,7 @@ def test_a_step_is_measured_and_grows(monkeypatch):
     page = report.page(measured({"mim_base_stored": {"rounds": [{"what": "the step", **made}]}}), "plot.svg")
     (row,) = [line for line in page.splitlines() if line.startswith("| the step")]
     assert "| 1.000 " in row
-    assert "- Forms taken by all steps: attention plain, nearest code scan, cross entropy plain.\n" in page
+    assert "- Forms taken by all steps: attention reference, nearest code scan, cross entropy reference.\n" in page
     curve = growth.over_depth(recipe("mim_base", quick=True, changes=sizes), effort=effort, options=options)
     assert [point["size"] for point in curve["growth"]] == list(growth.DEPTHS[True])
     assert 0 < curve["fits"]["flops"]["exponent"] < 1  # stem and heads do not grow
@@ -139,11 +139,11 @@ def test_a_part_is_measured_in_every_form_over_the_codes(monkeypatch):
     monkeypatch.setattr(growth, "CODES", (16, 64))
     options = {"quick": True, "changes": {"views.image_size": 32, "run.batch_size": 2}}
     found = growth.over_codes(recipe("vqkd", quick=True), effort=timing.Effort(0.001, 2), options=options)
-    assert set(found["forms_growth"]) == {"plain", "scan"}  # a kernel is only interpreted here
-    plain = found["forms_growth"]["plain"]
+    assert set(found["forms_growth"]) == {"reference", "scan"}  # a kernel is only interpreted here
+    plain = found["forms_growth"]["reference"]
     assert [point["size"] for point in plain["growth"]] == [16, 64] and plain["fits"]["bytes"]["exponent"] > 0
     results = {"growth_codes": {"rounds": [{"what": "w", **found}]}}
-    assert [words for words, _, _ in report.curves(results)] == ["w, plain", "w, scan"]
+    assert [words for words, _, _ in report.curves(results)] == ["w, reference", "w, scan"]
     assert "w, scan" in report.growth(results)
     assert [row.split("|")[2].strip() for row in report.over_sizes(results).splitlines()[2:]] == ["16", "64"]
 
@@ -152,7 +152,7 @@ def test_forms_at_several_sizes_stand_beside_the_plain_one():
     def curve(samples, mebibytes):
         return {"growth": [{"size": 8192, "seconds": timing.spread(samples), "bytes": mebibytes * 2**20}]}
 
-    found = {"what": "w", "forms_growth": {"plain": curve([4.0, 6.0], 3000), "scan": curve([2.0, 2.0], 750)}}
+    found = {"what": "w", "forms_growth": {"reference": curve([4.0, 6.0], 3000), "scan": curve([2.0, 2.0], 750)}}
     _, _, row = report.over_sizes({"growth_codes": {"rounds": [found]}}).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["w", "8,192", "scan", "2.50", "2.00 to 3.00", "0.25", "3,000 MiB"]

@@ -122,7 +122,9 @@ def test_a_converted_tokenizer_computes_the_codes_of_the_model(tmp_path):
     write(weights, str(tmp_path / "tokenizer"), "run")
     tokenizer, variables = load_tokenizer(str(tmp_path / "tokenizer"), 9, "float32")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.float32)
-    expected = VQKD(**weights.arguments).apply(weights.variables, to_unit_range(jnp.asarray(pixels)), method="encode")
+    expected = VQKD.from_arguments(weights.arguments).apply(
+        weights.variables, to_unit_range(jnp.asarray(pixels)), method="encode"
+    )
     ids = tokenizer.encode(variables, jnp.asarray(pixels))
     assert len(set(np.asarray(ids).ravel())) > 1
     np.testing.assert_array_equal(ids, expected)

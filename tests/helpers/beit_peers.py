@@ -66,7 +66,7 @@ def peer(name: str) -> Peer:
 
 def answers(weights, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """Return our model's answer to `inputs`: logits, pooled features without a head, or codes of every patch."""
-    model = MODELS[weights.kind](**weights.arguments)
+    model = MODELS[weights.kind].from_arguments(weights.arguments)
     images = jnp.asarray(inputs["images"])
     variables = {name: tree for name, tree in weights.variables.items() if tree}
     if weights.kind == "mim":

@@ -71,7 +71,7 @@ def flat_rows(array):
 def check_mim(golden: Golden):
     config = golden.config["model"]
     aggregation = golden.config["cls_head"]
-    model = MaskedImageModel(**mim_arguments(config, patch_aggregation=aggregation))
+    model = MaskedImageModel.from_arguments(mim_arguments(config, patch_aggregation=aggregation))
     params = from_official("mim", golden.state)["params"]
     images, mask = golden.images, jnp.asarray(golden.arrays["in/mask"])
     num_masked = golden.config["num_mask"]
@@ -116,7 +116,7 @@ def check_mim(golden: Golden):
 def check_classifier(golden: Golden):
     config = golden.config["model"]
     arguments = classifier_arguments(config)
-    model = Classifier(**arguments)
+    model = Classifier.from_arguments(arguments)
     params = from_official("classifier", golden.state)["params"]
     images, soft_labels = golden.images, jnp.asarray(golden.arrays["in/soft_labels"])
     labels = jnp.asarray(golden.arrays["in/labels"])
@@ -152,7 +152,7 @@ def check_classifier(golden: Golden):
         # the released model resizes at every call, with a tenth of a patch added to the grid
         embedding = resize_position_embedding(golden.state["pos_embed"], grid, method="offset")
         golden.check(f"pos_embed_{size}", embedding)
-        resized = Classifier(**{**arguments, "image_size": size})
+        resized = Classifier.from_arguments({**arguments, "image_size": size})
         backbone = {**params["backbone"], "pos_embed": embedding}
         apply = quick_jit(lambda params, images, model=resized: model.apply({"params": params}, images))
         golden.check(

@@ -84,7 +84,7 @@ def check_train10_vqkd(golden: Golden):
     # as the released loop does at the start of an epoch
     variables["codebook"]["quantizer"]["cluster_counts"] = np.zeros(config.model.codebook_size, np.float32)
     run = Run("vqkd", golden, task, config, variables)
-    model = vqkd.make_model(config, golden.config["decoder_out_dim"], **inputs.compute_arguments(config))
+    model = vqkd.make_model(config, inputs.compute(config), teacher_width=golden.config["decoder_out_dim"])
     encode = quick_jit(lambda variables, images: model.apply(variables, to_unit_range(images), method=VQKD.encode))
     ids = []
     # a step looks its codes up before it moves the codebook

@@ -20,7 +20,7 @@ ZERO_GRADIENTS = ("backbone.fpn1.0.bias", "backbone.fpn1.3.bias", "backbone.fpn2
 def build(golden):
     config = golden.config["model"]
     backbone, decode, auxiliary = config["backbone"], config["decode_head"], config["auxiliary_head"]
-    return Segmenter(
+    arguments = dict(
         image_size=backbone["img_size"],
         patch_size=backbone["patch_size"],
         width=backbone["embed_dim"],
@@ -34,6 +34,7 @@ def build(golden):
         layer_scale_init=backbone["init_values"],
         dropout_rate=decode["dropout_ratio"],
     )
+    return Segmenter.from_arguments(arguments)
 
 
 def channels_first(maps):

@@ -138,11 +138,8 @@ def vqkd_arguments(config):
 
 def check_vqkd(golden: Golden):
     config = golden.config
-    model = VQKD(
-        image_size=config["encoder"]["img_size"],
-        teacher_width=config["decoder_out_dim"],
-        **vqkd_arguments(config),
-    )
+    sizes = {"image_size": config["encoder"]["img_size"], "teacher_width": config["decoder_out_dim"]}
+    model = VQKD.from_arguments({**sizes, **vqkd_arguments(config)})
     variables = jax.tree.map(jnp.asarray, from_official("vqkd", golden.state))
     check_eval_outputs(golden, model, variables)
     check_training(golden, model, variables)

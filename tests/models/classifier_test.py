@@ -13,13 +13,17 @@ BATCH, CLASSES, WIDTH = 5, 13, 6
 TINY = dict(image_size=21, patch_size=7, width=WIDTH, depth=2, num_heads=3, mlp_dim=11, num_classes=CLASSES)
 
 
+def build(arguments, **changes):
+    return Classifier.from_arguments({**arguments, **changes})
+
+
 def images(seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, 21, 21, 3))
 
 
 @pytest.mark.parametrize(("pooling", "norm"), [("mean", "fc_norm"), ("cls", "norm")])
 def test_pooling(pooling, norm):
-    model = Classifier(**TINY, pooling=pooling)
+    model = build(TINY, pooling=pooling)
     variables = drawn_variables(model, images())
     params = variables["params"]
     assert set(params) == {"backbone", "head", norm}
@@ -38,7 +42,7 @@ def test_pooling(pooling, norm):
 
 def test_head_starts_scaled_down():
     def head(**kwargs):
-        model = Classifier(**dict(TINY, width=48, num_classes=509, depth=0), **kwargs)
+        model = build(TINY, width=48, num_classes=509, depth=0, **kwargs)
         return model.init(jax.random.key(2), images())["params"]["head"]
 
     np.testing.assert_allclose(jnp.std(head()["kernel"]), 0.02 * 0.001, rtol=0.03)
@@ -47,7 +51,7 @@ def test_head_starts_scaled_down():
 
 
 def test_only_training_is_random():
-    model = Classifier(**TINY, drop_path_rate=0.9)
+    model = build(TINY, drop_path_rate=0.9)
     variables = drawn_variables(model, images())
 
     def run(seed, train):
@@ -65,11 +69,11 @@ def test_only_training_is_random():
     ],
 )
 def test_parameter_counts_of_the_released_models(sizes, count):
-    model = Classifier(image_size=224, patch_size=16, num_classes=1000, **sizes)
+    model = build(sizes, image_size=224, patch_size=16, num_classes=1000)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
 def test_unknown_pooling_is_refused():
     with pytest.raises(ValueError, match="'max'"):
-        Classifier(**TINY, pooling="max")
+        build(TINY, pooling="max")

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from testing import drawn_variables, quick_jit
 
 from beitv2_jax.models import layers
+from beitv2_jax.models.backbone import Backbone, Compute
 
 BATCH, LENGTH, WIDTH, HEADS, MLP_DIM = 5, 7, 12, 3, 17
+
+
+def block(width=WIDTH, heads=HEADS, mlp_dim=MLP_DIM, *, dtype="float32", attention="reference", **changes):
+    own = {name: changes.pop(name) for name in ("layer_index", "drop_path_rate", "param_init") if name in changes}
+    sizes = dict(image_size=1, patch_size=1, width=width, depth=1, num_heads=heads, mlp_dim=mlp_dim)
+    return layers.Block(Backbone(**sizes, **changes), Compute(dtype=dtype, attention=attention), **own)
 
 
 def tokens(seed=0, shape=(BATCH, LENGTH, WIDTH)):
@@ -127,7 +134,7 @@ def test_layer_norm_uses_its_epsilon_and_float32():
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_block_lengthened_for_cudnn_computes_the_same(monkeypatch, biased):
+def test_a_block_padded_for_cudnn_computes_the_same(monkeypatch, biased):
     """13 tokens become 16; cuDNN itself is stood in for by what jax calls its reference."""
     reference = jax.nn.dot_product_attention
     lengths = []
@@ -141,13 +148,13 @@ def test_a_block_lengthened_for_cudnn_computes_the_same(monkeypatch, biased):
     bias = tokens(2, (2, 13, 13)) if biased else None
 
     def run(form, dtype):
-        block = layers.Block(2, 32, layer_scale_init=0.5, dtype=dtype, attention=form)
-        params = drawn_variables(layers.Block(2, 32, layer_scale_init=0.5), x)["params"]
+        module = block(16, 2, 32, layer_scale_init=0.5, dtype=dtype, attention=form)
+        params = drawn_variables(block(16, 2, 32, layer_scale_init=0.5), x)["params"]
         arguments = (x, params, bias)
-        outputs, pull = jax.vjp(lambda x, params, bias: block.apply({"params": params}, x, bias), *arguments)
+        outputs, pull = jax.vjp(lambda x, params, bias: module.apply({"params": params}, x, bias), *arguments)
         return jax.tree.leaves((outputs, pull(cotangent)))
 
-    exact, plain, found = run("plain", jnp.float32), run("plain", jnp.bfloat16), run("cudnn", jnp.bfloat16)
+    exact, plain, found = run("reference", "float32"), run("reference", "bfloat16"), run("cudnn", "bfloat16")
     assert lengths == [("cudnn", 16, 16)]
     for have, rounded, want in zip(found, plain, exact, strict=True):
         assert have.shape == want.shape
@@ -177,8 +184,8 @@ def test_framework_default_statistics():
 @pytest.mark.parametrize("scheme", ["normal", "torch"])
 def test_residual_outputs_start_divided_by_depth(scheme):
     def params(layer_index):
-        block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.3, layer_index=layer_index, param_init=scheme)
-        return quick_jit(block.init)(jax.random.key(5), tokens())["params"]
+        module = block(layer_scale_init=0.3, layer_index=layer_index, param_init=scheme)
+        return quick_jit(module.init)(jax.random.key(5), tokens())["params"]
 
     first, fifth = params(1), params(5)
     std = 0.02 if scheme == "normal" else WIDTH**-0.5 / math.sqrt(3)
@@ -194,20 +201,20 @@ def test_residual_outputs_start_divided_by_depth(scheme):
 
 
 def test_block_branches_are_scaled_and_added():
-    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.1)
-    params = drawn_variables(block, tokens())["params"]
+    module = block(layer_scale_init=0.1)
+    params = drawn_variables(module, tokens())["params"]
     silent = {**params, "gamma_1": jnp.zeros(WIDTH), "gamma_2": jnp.zeros(WIDTH)}
-    chex.assert_trees_all_equal(block.apply({"params": silent}, tokens()), tokens())
+    chex.assert_trees_all_equal(module.apply({"params": silent}, tokens()), tokens())
     for without in (None, 0.0):
-        bare = drawn_variables(layers.Block(HEADS, MLP_DIM, layer_scale_init=without), tokens())
+        bare = drawn_variables(block(layer_scale_init=without), tokens())
         assert set(bare["params"]) == {"norm1", "norm2", "attn", "mlp"}
 
 
 def test_bfloat16_keeps_the_residual_stream_in_float32():
-    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=1e-3, dtype=jnp.bfloat16)
+    module = block(layer_scale_init=1e-3, dtype="bfloat16")
     x = tokens().astype(jnp.bfloat16).astype(jnp.float32)
-    variables = quick_jit(block.init)(jax.random.key(9), x)
-    outputs = block.apply(variables, x)
+    variables = quick_jit(module.init)(jax.random.key(9), x)
+    outputs = module.apply(variables, x)
     assert outputs.dtype == jnp.float32
     assert (outputs != x).mean() > 0.9  # a bfloat16 sum would round nearly every update of this size away
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
@@ -226,12 +233,12 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 def test_the_two_branches_of_a_block_are_dropped_independently():
     samples = 997
-    block = layers.Block(1, 2, drop_path_rate=0.5, qkv_bias="none")
+    module = block(3, 1, 2, drop_path_rate=0.5, qkv_bias="none")
     x = jnp.broadcast_to(tokens(shape=(1, 2, 3)), (samples, 2, 3))
-    params = drawn_variables(block, x)["params"]
+    params = drawn_variables(module, x)["params"]
     params["attn"]["proj"] = {"kernel": jnp.zeros((3, 3)), "bias": jnp.ones(3)}
     params["mlp"]["fc2"] = {"kernel": jnp.zeros((2, 3)), "bias": 10 * jnp.ones(3)}
-    outputs = block.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(12)})
+    outputs = module.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(12)})
     added = np.rint(np.asarray(outputs - x)[:, 0, 0]).astype(int)
     values, counts = np.unique(added, return_counts=True)
     np.testing.assert_array_equal(values, [0, 2, 20, 22])  # every combination of 1/0.5 and 10/0.5 occurs
@@ -249,13 +256,13 @@ def factors(jaxpr):
 
 
 def test_all_products_of_a_bfloat16_block_and_head_are_of_bfloat16():
-    block = layers.Block(HEADS, MLP_DIM, layer_scale_init=0.1, dtype=jnp.bfloat16)
-    head = layers.Linear(29, dtype=jnp.bfloat16, out_dtype=jnp.float32)
+    module = block(layer_scale_init=0.1, dtype="bfloat16")
+    head = layers.Linear(29, compute=Compute(dtype="bfloat16"), out_dtype=jnp.float32)
     bias, key = jnp.zeros((HEADS, LENGTH, LENGTH)), jax.random.key(0)
-    params = block.init(key, tokens(), bias), head.init(key, tokens())
+    params = module.init(key, tokens(), bias), head.init(key, tokens())
 
     def loss(params, tokens, bias):
-        return jnp.sum(head.apply(params[1], block.apply(params[0], tokens, bias)) ** 2)
+        return jnp.sum(head.apply(params[1], module.apply(params[0], tokens, bias)) ** 2)
 
     found = list(factors(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(params, tokens(), bias).jaxpr))
     assert len(found) == 2 * 3 * 7 and set(found) == {"bfloat16"}

@@ -32,6 +32,10 @@ BASE = dict(image_size=224, patch_size=16, width=768, depth=12, num_heads=12, ml
 LARGE = dict(BASE, width=1024, depth=24, num_heads=16, mlp_dim=4096, early_layer=21, layer_scale_init=1e-5)
 
 
+def build(arguments, **changes):
+    return MaskedImageModel.from_arguments({**arguments, **changes})
+
+
 def images(seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, 21, 21, 3))
 
@@ -56,7 +60,7 @@ def test_gathering_equals_boolean_indexing(seed, num_masked):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_logits_are_those_of_the_hidden_patches(shared):
-    model = MaskedImageModel(**TINY, shared_head=shared)
+    model = build(TINY, shared_head=shared)
     variables, mask = visible(model), exact_mask()
     gathered = quick_jit(functools.partial(model.apply, num_masked=NUM_MASKED))(variables, images(), mask)
     everywhere = quick_jit(functools.partial(model.apply, method="logits_everywhere"))(variables, images(), mask)
@@ -71,14 +75,14 @@ def test_logits_are_those_of_the_hidden_patches(shared):
 
 
 def test_without_aggregation_there_is_one_head():
-    model = MaskedImageModel(**dict(TINY, early_layer=99), patch_aggregation=False)  # early_layer has no meaning here
+    model = build(TINY, early_layer=99, patch_aggregation=False)  # early_layer has no meaning here
     variables = visible(model)
     assert set(variables["params"]) == {"backbone", "norm", "lm_head"}
     assert model.apply(variables, images(), exact_mask(), num_masked=NUM_MASKED).aggregation_logits is None
 
 
 def test_masked_pixels_have_exactly_no_gradient_on_any_output():
-    model = MaskedImageModel(**TINY)
+    model = build(TINY)
     variables, mask = visible(model), exact_mask()
 
     def outputs(pixels):
@@ -98,7 +102,7 @@ def test_masked_pixels_have_exactly_no_gradient_on_any_output():
 
 
 def test_each_head_trains_what_it_reads():
-    model = MaskedImageModel(**TINY)
+    model = build(TINY)
     variables = visible(model)
 
     def gradient(name):
@@ -120,7 +124,7 @@ def test_each_head_trains_what_it_reads():
 
 
 def test_stochastic_depth_of_the_released_base_model():
-    model = MaskedImageModel(**dict(BASE, width=12, num_heads=3, mlp_dim=5, codebook_size=7), drop_path_rate=0.1)
+    model = build(BASE, width=12, num_heads=3, mlp_dim=5, codebook_size=7, drop_path_rate=0.1)
     rates = {}
 
     def record(next_call, args, kwargs, context):
@@ -137,7 +141,7 @@ def test_stochastic_depth_of_the_released_base_model():
 
 
 def test_only_training_is_random():
-    model = MaskedImageModel(**TINY, drop_path_rate=0.9)
+    model = build(TINY, drop_path_rate=0.9)
     variables = visible(model)
 
     applied = {
@@ -154,9 +158,7 @@ def test_only_training_is_random():
 
 
 def test_init_of_both_parts():
-    model = MaskedImageModel(
-        **dict(TINY, width=48, depth=2, mlp_dim=211, codebook_size=509, early_layer=1, head_depth=1)
-    )
+    model = build(TINY, width=48, depth=2, mlp_dim=211, codebook_size=509, early_layer=1, head_depth=1)
     init = quick_jit(functools.partial(model.init, num_masked=NUM_MASKED))
     params = init(jax.random.key(6), images(), exact_mask())["params"]
     clipped = {"lm_head/kernel": 1, "backbone/patch_embed/kernel": 1, "backbone/blocks_1/mlp/fc1/kernel": 1}
@@ -185,7 +187,7 @@ def test_init_of_both_parts():
     ],
 )
 def test_parameter_counts_of_the_released_models(arguments, count):
-    init = functools.partial(MaskedImageModel(**arguments).init, num_masked=75)
+    init = functools.partial(build(arguments).init, num_masked=75)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask_196())
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
@@ -197,6 +199,6 @@ def mask_196():
 def test_wrong_sizes_are_refused_at_construction():
     for early_layer in (0, 4):
         with pytest.raises(ValueError, match=f"early_layer {early_layer} .* 3 blocks"):
-            MaskedImageModel(**dict(TINY, early_layer=early_layer))
+            build(TINY, early_layer=early_layer)
     with pytest.raises(ValueError, match="head_depth 0"):
-        MaskedImageModel(**dict(TINY, head_depth=0))
+        build(TINY, head_depth=0)

@@ -14,6 +14,7 @@ from teacher_cases import SIZES
 from testing import drawn_variables, quick_jit
 
 from beitv2_jax.convert.teachers.weights import from_state
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.preprocess import NORMALIZATIONS
@@ -55,7 +56,7 @@ def build(state, normalization, num_heads=3):
         network_grid=(4, 4),
         grid=(4, 4),
         width=48,
-        tokens=vit_tokens(weights.arguments),
+        tokens=vit_tokens(NormalisedViT(Backbone(**weights.arguments))),
     )
     return teacher, weights.params
 
@@ -119,12 +120,12 @@ def test_weights_are_arguments_and_never_constants_of_the_program():
 
 
 def test_the_projection_comes_after_the_norm_and_reads_every_token():
-    arguments = dict(image_size=6, patch_size=2, width=10, depth=1, num_heads=2, mlp_dim=7, norm_eps=0.1)
+    backbone = Backbone(image_size=6, patch_size=2, width=10, depth=1, num_heads=2, mlp_dim=7, norm_eps=0.1)
     images = np.random.default_rng(1).normal(size=(3, 6, 6, 3)).astype(np.float32)
-    model = NormalisedViT(arguments, 4)
+    model = NormalisedViT(backbone, 4)
     params = drawn_variables(model, images)["params"]
-    projected = quick_jit(vit_tokens(arguments, 4))(params, images)
-    tokens = quick_jit(VisionTransformer(**arguments).apply)({"params": params["backbone"]}, images).tokens
+    projected = quick_jit(vit_tokens(model))(params, images)
+    tokens = quick_jit(VisionTransformer(backbone).apply)({"params": params["backbone"]}, images).tokens
     normalised = LayerNorm(0.1).apply({"params": params["norm"]}, tokens)
     chex.assert_shape(projected, (3, 10, 4))
     np.testing.assert_allclose(projected, normalised @ params["projection"]["kernel"], atol=1e-4)
@@ -134,10 +135,10 @@ def test_classifier_tokens_are_those_in_front_of_the_head():
     arguments = dict(
         image_size=6, patch_size=2, width=10, depth=1, num_heads=2, mlp_dim=7, num_classes=5, position="absolute"
     )
-    model = Classifier(**arguments)
+    model = Classifier.from_arguments(arguments)
     images = np.random.default_rng(1).normal(size=(3, 6, 6, 3)).astype(np.float32)
     params = quick_jit(model.init)(jax.random.key(0), images)["params"]
-    tokens = quick_jit(classifier_tokens(arguments))(params, images)
+    tokens = quick_jit(classifier_tokens(model))(params, images)
     expected = quick_jit(functools.partial(model.apply, method=Classifier.features))({"params": params}, images)
     np.testing.assert_allclose(tokens, expected, atol=1e-6)
     np.testing.assert_allclose(np.mean(tokens, axis=-1), 0.0, atol=1e-5)
@@ -155,7 +156,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name):
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
 
     def count(depth):
-        model = NormalisedViT({**arguments, "depth": depth}, projection_dim)
+        model = NormalisedViT(Backbone(**{**arguments, "depth": depth}), projection_dim)
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), images)))
 
     # all blocks are alike, so two of them tell what the others hold

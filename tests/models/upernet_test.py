@@ -54,13 +54,15 @@ def drawn(model, features, **kwargs):
     ],
 )
 def test_published_parameter_counts(sizes, layers, published):
-    model = Segmenter(image_size=512, patch_size=16, num_classes=150, out_layers=layers, **sizes)
+    model = Segmenter.from_arguments(
+        {**sizes, "image_size": 512, "patch_size": 16, "num_classes": 150, "out_layers": layers}
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 512, 512, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == published
 
 
 def test_maps_have_a_quarter_to_a_thirtysecond_of_the_image_and_logits_the_finest():
-    model, images = Segmenter(**TINY), jnp.zeros((2, 12, 12, 3))
+    model, images = Segmenter.from_arguments(TINY), jnp.zeros((2, 12, 12, 3))
     output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     chex.assert_shape(output.logits, (2, 24, 24, 5))
     chex.assert_shape(output.auxiliary_logits, (2, 6, 6, 5))
@@ -70,7 +72,7 @@ def test_maps_have_a_quarter_to_a_thirtysecond_of_the_image_and_logits_the_fines
 @pytest.mark.parametrize("layers", [(1, 2, 1), (0, 1, 2, 1), (1, 2, 2, 3)])
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(ValueError, match="out_layers"):
-        Segmenter(**{**TINY, "out_layers": layers})
+        Segmenter.from_arguments({**TINY, "out_layers": layers})
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])

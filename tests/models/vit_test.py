@@ -11,14 +11,19 @@ from flax import linen as nn
 from flax import traverse_util
 from testing import drawn_variables, quick_jit
 
+from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.vit import ConvStem, PatchEmbed, VisionTransformer
 
 BATCH, SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM = 5, 21, 7, 6, 2, 3, 11
 NUM_PATCHES = 9
 
 
-def build(**kwargs):
-    return VisionTransformer(SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP_DIM, **kwargs)
+SIZES = dict(image_size=SIZE, patch_size=PATCH, width=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_dim=MLP_DIM)
+
+
+def build(**changes):
+    how = {name: changes.pop(name) for name in ("dtype", "remat") if name in changes}
+    return VisionTransformer(Backbone(**{**SIZES, **changes}), Compute(**how))
 
 
 def images(seed=0):
@@ -38,7 +43,7 @@ def test_shapes_and_names(position):
     model = build(position=position, mask_token=True, pre_norm=True)
     variables = jax.eval_shape(model.init, jax.random.key(0), images())
     output = jax.eval_shape(model.apply, variables, images(), random_mask())
-    assert model.grid == (3, 3) and model.num_patches == NUM_PATCHES
+    assert model.backbone.grid == (3, 3) and model.backbone.num_patches == NUM_PATCHES
     chex.assert_shape([output.tokens, *output.hidden], (BATCH, 1 + NUM_PATCHES, WIDTH))
     assert len(output.hidden) == DEPTH and (output.bias is not None) == (position == "relative_shared")
     top = {"cls_token", "mask_token", "patch_embed/kernel", "patch_embed/bias", "pre_norm/scale", "pre_norm/bias"}
@@ -49,7 +54,7 @@ def test_shapes_and_names(position):
 
 
 def test_patch_embedding_is_a_row_major_strided_convolution():
-    module = PatchEmbed(PATCH, WIDTH)
+    module = PatchEmbed(Backbone(**SIZES))
     variables = drawn_variables(module, images())
     params = variables["params"]
     convolved = jax.lax.conv_general_dilated(
@@ -62,7 +67,7 @@ def test_patch_embedding_is_a_row_major_strided_convolution():
 @pytest.mark.parametrize("scheme", ["normal", "clipped"])
 def test_patch_embedding_init(scheme):
     channels, fan_in = 32, 32 * PATCH**2
-    model = PatchEmbed(PATCH, 31, param_init=scheme)
+    model = PatchEmbed(Backbone(**{**SIZES, "width": 31}, param_init=scheme))
     params = quick_jit(model.init)(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
     if scheme == "clipped":
         assert (params["bias"] == 0).all()
@@ -72,13 +77,12 @@ def test_patch_embedding_init(scheme):
         for leaf in params.values():
             assert 0.8 * bound < jnp.abs(leaf).max() <= bound
         np.testing.assert_allclose(jnp.std(params["kernel"]), bound / 3**0.5, rtol=0.02)
-    assert "bias" not in PatchEmbed(PATCH, 31, use_bias=False).init(jax.random.key(3), images())["params"]
+    assert "bias" not in PatchEmbed(Backbone(**SIZES, patch_bias=False)).init(jax.random.key(3), images())["params"]
 
 
 def test_special_tokens_follow_the_init():
-    params = VisionTransformer(14, 7, 1009, 0, 1, 2, mask_token=True, param_init="clipped").init(
-        jax.random.key(4), jnp.zeros((1, 14, 14, 3))
-    )["params"]
+    model = build(image_size=14, width=1009, depth=0, mask_token=True, param_init="clipped")
+    params = model.init(jax.random.key(4), jnp.zeros((1, 14, 14, 3)))["params"]
     for name in ("cls_token", "mask_token", "pos_embed"):
         np.testing.assert_allclose(jnp.std(params[name]), 0.0108, rtol=0.05)
         assert jnp.abs(params[name]).max() <= 0.02
@@ -117,23 +121,23 @@ def test_cls_token_comes_first():
 
 
 def test_registers_stand_between_cls_and_patches_and_have_no_position():
-    model = VisionTransformer(SIZE, PATCH, WIDTH, 0, HEADS, MLP_DIM, num_registers=2)  # no block: the embedded tokens
+    model = build(depth=0, num_registers=2)  # no block: the embedded tokens
     params = drawn_variables(model, images())["params"]
-    assert model.num_prefix_tokens == 3
+    assert model.backbone.num_prefix_tokens == 3
     chex.assert_shape(params["register_tokens"], (1, 2, WIDTH))
     chex.assert_shape(params["pos_embed"], (1, 1 + NUM_PATCHES, WIDTH))
 
     tokens = model.apply({"params": params}, images()).tokens
     chex.assert_shape(tokens, (BATCH, 3 + NUM_PATCHES, WIDTH))
     np.testing.assert_array_equal(tokens[:, 1:3], jnp.broadcast_to(params["register_tokens"], (BATCH, 2, WIDTH)))
-    plain = model.clone(num_registers=0).apply({"params": params}, images()).tokens
+    plain = build(depth=0).apply({"params": params}, images()).tokens
     np.testing.assert_array_equal(jnp.delete(tokens, jnp.array([1, 2]), axis=1), plain)
 
 
 def test_without_a_class_token_only_patches_are_left():
     model = build(class_token=False)
     params = drawn_variables(model, images())["params"]
-    assert model.num_prefix_tokens == 0 and "cls_token" not in params
+    assert model.backbone.num_prefix_tokens == 0 and "cls_token" not in params
     chex.assert_shape(params["pos_embed"], (1, NUM_PATCHES, WIDTH))
     chex.assert_shape(quick_jit(model.apply)({"params": params}, images()).tokens, (BATCH, NUM_PATCHES, WIDTH))
 
@@ -190,27 +194,12 @@ def test_remat_computes_again_what_it_does_not_keep(dtype):
     assert products("full") == products("none") + 5 * DEPTH
 
 
-@pytest.mark.parametrize(("position", "remat"), [("relative", "full"), ("relative_shared", "none")])
-def test_blocks_as_a_loop_keep_names_draws_and_gradients(position, remat):
-    plain, looped = (
-        build(position=position, drop_path_rate=0.6, remat=remat, scan_blocks=value) for value in (False, True)
-    )
-    variables = drawn_variables(plain, images())
-    chex.assert_trees_all_equal(variables, drawn_variables(looped, images()))
-    program = str(jax.make_jaxpr(loss_of(looped))(variables))
-    assert program.count("scan[") == 1
-    assert program.count("dot_general") < str(jax.make_jaxpr(loss_of(plain))(variables)).count("dot_general")
-    expected, found = (quick_jit(jax.value_and_grad(loss_of(model)))(variables) for model in (plain, looped))
-    scaled = jax.tree.map(lambda a, b: a / jnp.abs(b).max(), found, expected)
-    chex.assert_trees_all_close(scaled, jax.tree.map(lambda b: b / jnp.abs(b).max(), expected), atol=2e-6)
-
-
 def test_activations_are_constrained_once_after_the_embedding_and_after_each_block():
     variables = drawn_variables(build(), images())
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "x"),)):
         program = str(jax.make_jaxpr(lambda v: build().apply(v, jnp.zeros((8, SIZE, SIZE, 3))))(variables))
-    assert program.count("sharding_constraint") == 1 + build().depth
+    assert program.count("sharding_constraint") == 1 + DEPTH
 
 
 def test_bfloat16_is_close_and_hands_out_float32():
@@ -225,7 +214,7 @@ def test_bfloat16_is_close_and_hands_out_float32():
 
 def test_wrong_arguments_name_the_sizes():
     with pytest.raises(ValueError, match=r"image_size 20 .* patch_size 7"):
-        VisionTransformer(20, 7, WIDTH, DEPTH, HEADS, MLP_DIM)
+        build(image_size=20)
     with pytest.raises(ValueError, match="'sinusoidal'"):
         build(position="sinusoidal")
     with pytest.raises(ValueError, match=r"\(5, 28, 21, 3\).*\(batch, 21, 21, channels\)"):
@@ -256,6 +245,5 @@ def test_the_conv_stem_gives_every_patch_the_same_function():
 
 @pytest.mark.parametrize("arguments", [{"stem": "cnn"}, {"stem": "conv", "patch_size": 12, "image_size": 24}])
 def test_a_stem_that_cannot_be_built_is_refused(arguments):
-    sizes = {"image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, **arguments}
     with pytest.raises(ValueError, match="stem"):
-        VisionTransformer(**sizes)
+        build(**arguments)

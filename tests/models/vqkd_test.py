@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from testing import quick_jit
 
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.quantizer import l2_normalise, updated_state
 from beitv2_jax.models.vqkd import VQKD
 
@@ -25,7 +26,8 @@ def build(**changes):
         code_dim=CODE_DIM,
         teacher_width=TEACHER,
     )
-    return VQKD(**{**arguments, **changes})
+    how = {name: changes.pop(name) for name in ("dtype", "remat") if name in changes}
+    return VQKD.from_arguments({**arguments, **changes}, Compute(**how))
 
 
 def apply(model, variables, images, **kwargs):

@@ -63,5 +63,5 @@ def small(stage, dtype="float32", **keys):
     """Return the small config of a stage with changed keys, complete and with the implementations of a TPU."""
     config = config_lib.load(f"{CONFIGS / stage}.py").copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({**SMALL[stage], "efficiency.dtype": dtype, **keys})
-    config.efficiency.update(implementations.resolved(config.efficiency, "tpu"))
+    config.efficiency.update(implementations.resolve_auto(config.efficiency, "tpu"))
     return abstract_task.complete(config.lock())[0]

@@ -7,6 +7,7 @@ from flax import linen as nn
 from paths import CONFIGS
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.layers import Block
 from beitv2_jax.models.ops.attention import attend
 from beitv2_jax.planning import planner, traced
@@ -140,7 +141,7 @@ def test_saved_and_live_bytes_by_hand():
 
 
 def test_the_compiler_counts_the_same_products_and_some_arithmetic_more():
-    block = Block(num_heads=4, mlp_dim=1024, dtype=jnp.float32)
+    block = Block(Backbone(image_size=8, patch_size=1, width=256, depth=1, num_heads=4, mlp_dim=1024))
     tokens = jax.ShapeDtypeStruct((16, 65, 256), jnp.float32)
     params = jax.eval_shape(block.init, jax.random.key(0), tokens)
 

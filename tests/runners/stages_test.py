@@ -139,7 +139,7 @@ def test_mim_from_stored_codes_equals_mim_with_the_live_tokenizer(pipeline, imag
 
 def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path):
     """The student sees larger patches, resized otherwise; stored or live, the codes are those of the same boxes."""
-    from beitv2_jax.tasks import mim, objectives
+    from beitv2_jax.tasks import common, mim
 
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "mim")
@@ -150,7 +150,7 @@ def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path
     live.tokenizer.update(codes="", run=os.path.join(workdir, "vqkd"))
     tasks = mim.build(config), mim.build(live)
     tokenizer, frozen = mim.load_tokenizer(live.tokenizer.run, 64, "float32")
-    pixels = functools.partial(objectives.view_pixels, view="tokenizer_images")
+    pixels = functools.partial(common.view_pixels, view="tokenizer_images")
     encode = quick_jit(lambda frozen, batch: tokenizer.encode(frozen, pixels(batch)))
     for read in (lambda task: next(task.train_batches(0, 1)), lambda task: next(iter(task.eval_batches(0, 1)))):
         stored, seen = (read(task) for task in tasks)

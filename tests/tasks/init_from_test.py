@@ -74,7 +74,7 @@ def test_a_released_file_starts_pre_training(tmp_path):
     config.model.update(small_vit(config, position="relative_shared", codebook_size=23, early_layer=1))
     config.model.update(patch_aggregation=True, head_depth=2, shared_head=False)
     config.init_from = str(tmp_path / "mim.pth")
-    model = mim.make_model(config, **inputs.compute_arguments(config))
+    model = mim.make_model(config, inputs.compute(config))
     initial = inputs.initial_variables(config, "mim", model)
     theirs, ours = flat(source.variables["params"]), flat(initial["params"])
     heads = {f"{head}/{leaf}" for head in ("lm_head", "aggregation_lm_head") for leaf in ("kernel", "bias")}

@@ -8,6 +8,7 @@ from paths import CONFIGS
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, mim, vqkd
 
@@ -98,7 +99,7 @@ def test_bfloat16_stays_near_float32(build):
 def test_codes_of_a_bfloat16_tokenizer_are_decided_in_float32():
     images = jnp.asarray(batch_of(6)["images"]) / 127.5 - 1.0
     task, config = tokenizer_task("bfloat16")
-    model = vqkd.make_model(config, TEACHER, **inputs.compute_arguments(config))
+    model = vqkd.make_model(config, inputs.compute(config), teacher_width=TEACHER)
     variables = drawn(task)
     rng = np.random.default_rng(0)
     codes = 1.0 + 1e-3 * rng.normal(size=(CODES, 7))  # neighbours whose inner products bfloat16 cannot tell apart
@@ -122,7 +123,7 @@ def test_stochastic_depth_drops_whole_branches_of_a_sample_and_is_right_in_the_m
     """The last of two blocks drops with the full rate, the first never; with silent attention one branch is left."""
     rate, copies = 0.4, 4001
     task, config = mim_task(drop_path_rate=rate, depth=2, patch_aggregation=False, position="none")
-    model = mim.make_model(config, dtype="float32")
+    model = mim.make_model(config, Compute())
     images = jnp.broadcast_to(jnp.asarray(batch_of(7)["images"][:1]) / 255.0, (copies, SIZE, SIZE, 3))
     params = drawn(task)["params"]
     last = params["backbone"]["blocks_1"]
@@ -131,7 +132,7 @@ def test_stochastic_depth_drops_whole_branches_of_a_sample_and_is_right_in_the_m
 
     def tokens(params, images, train):
         rngs = {"drop_path": jax.random.key(3)}
-        backbone = lambda model, images: model.backbone(images, train=train).tokens  # noqa: E731
+        backbone = lambda model, images: model.vit(images, train=train).tokens  # noqa: E731
         return np.asarray(model.apply({"params": params}, images, rngs=rngs, method=backbone))
 
     still, without = tokens(params, images[:1], False)[0], tokens(bare, images[:1], False)[0]

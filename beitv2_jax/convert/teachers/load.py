@@ -1,5 +1,6 @@
 """Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
+import dataclasses
 from pathlib import Path
 
 from absl import logging
@@ -10,10 +11,11 @@ from beitv2_jax.convert.positions import METHODS, resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import OUTPUTS, TeacherWeights, from_state
 from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.models.backbone import Backbone, Compute
+from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.preprocess import NORMALIZATIONS
-from beitv2_jax.models.teachers import Teacher, classifier_tokens, vit_tokens
-from beitv2_jax.models.vit import backbone_arguments
+from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, vit_tokens
 from beitv2_jax.typing import PyTree
 
 GRID_MATCHES = ("resize_input", "resample_features")
@@ -89,16 +91,21 @@ def load_teacher(
         num_prefix = network.arguments.get("class_token", True)
         flat = resize_positions(flat, network_grid, num_prefix=num_prefix, method=position_resize)
         params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
-    arguments = {**network.arguments, "image_size": input_size, "dtype": dtype}
-    is_classifier = "num_classes" in arguments
+    arguments, compute = {**network.arguments, "image_size": input_size}, Compute(dtype=dtype)
+    if "num_classes" in arguments:
+        model = Classifier.from_arguments(arguments, compute)
+        tokens = classifier_tokens(model)
+    else:
+        model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
+        tokens = vit_tokens(model)
     teacher = Teacher(
         name=name,
         weights_hash=weights_hash(params),
         choices={
             "normalization": network.normalization,
             "output": "projected" if network.projection_dim else "tokens",
-            "activation": arguments.get("activation", "gelu"),
-            "num_heads": arguments["num_heads"],
+            "activation": model.backbone.activation,
+            "num_heads": model.backbone.num_heads,
             "grid_match": grid_match,
             "position_resize": position_resize,
             "input_size": input_size,
@@ -108,9 +115,9 @@ def load_teacher(
         input_size=input_size,
         network_grid=network_grid,
         grid=grid,
-        width=network.projection_dim or arguments["width"],
-        num_prefix_tokens=arguments.get("class_token", True) + arguments.get("num_registers", 0),
-        tokens=classifier_tokens(arguments) if is_classifier else vit_tokens(arguments, network.projection_dim),
+        width=network.projection_dim or model.backbone.width,
+        num_prefix_tokens=model.backbone.num_prefix_tokens,
+        tokens=tokens,
     )
     return teacher, params
 
@@ -133,8 +140,7 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
     if config["stage"] == "mim":
-        model = MaskedImageModel(**arguments)
-        arguments = backbone_arguments(model) | {"mask_token": True}
+        arguments = dataclasses.asdict(MaskedImageModel.from_arguments(arguments).backbone)
         params = {"backbone": params["backbone"], "norm": params["norm"]}
     return run.name, TeacherWeights(
         arguments=arguments,

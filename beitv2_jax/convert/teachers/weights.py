@@ -16,6 +16,7 @@ from flax import traverse_util
 from beitv2_jax.convert.arguments import HEAD_WIDTH
 from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.typing import PyTree
@@ -255,7 +256,7 @@ def _projection_dim(state: _State, output: str) -> int:
 def _params(state: _State, arguments: dict, projection_dim: int) -> tuple[PyTree, set[str]]:
     """Return our params and the names of the entries that they use."""
     size, width = arguments["image_size"], arguments["width"]
-    model = NormalisedViT(arguments, projection_dim)
+    model = NormalisedViT(Backbone(**arguments), projection_dim)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     flat, used = {}, set()
     for path, leaf in traverse_util.flatten_dict(shapes["params"], sep="/").items():

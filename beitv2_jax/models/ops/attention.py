@@ -1,7 +1,7 @@
-"""softmax(q kᵀ / √hd + bias) v in several forms: plain XLA, cuDNN's fused one, and a Pallas kernel for TPU.
+"""Implementations of softmax(q kᵀ / √hd + bias) v: the reference in XLA, cuDNN's, and a Pallas kernel for TPU.
 
-All take the fused projection `b l 3d` as the matrix product leaves it, and give what the output projection reads.
-Called by `layers.Attention`.
+All take the fused projection `b l 3d` and return `b l d`, the input of the output projection. The Pallas kernel is
+experimental: it has been compiled for TPU and run interpreted, not on a chip. Called by `layers.Attention`.
 """
 
 import jax
@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import AttentionBias, Tokens
 
-IMPLEMENTATIONS = ("plain", "cudnn", "pallas")
-FAR = -1e9
-"""Logit of a key that is padding: its weight is exactly zero, in bfloat16 too."""
-CUDNN_LENGTHS = 8
-"""cuDNN is given a multiple of this many tokens; with a bias to learn it takes no odd number."""
+IMPLEMENTATIONS = ("reference", "cudnn", "pallas")
+PADDING_LOGIT = -1e9
+"""Logit of a padding key: its weight is exactly zero, in bfloat16 too."""
+CUDNN_MULTIPLE = 8
+"""Sequence lengths are padded to a multiple of this for cuDNN, which refuses odd lengths with a learned bias."""
 
 
 def attend(
@@ -23,16 +23,16 @@ def attend(
     bias: AttentionBias | None,
     num_heads: int,
     *,
-    implementation: str = "plain",
+    implementation: str = "reference",
     length: int | None = None,
 ) -> Tokens:
-    """Return the values mixed by attention, `b l d` in the dtype of `qkv`.
+    """Return the output of attention, `b l d` in the dtype of `qkv`.
 
-    The width of `qkv` holds queries, keys and values one after another, heads inside. Of its tokens all behind `length`
-    (for 'cudnn' only, see `lengthened`) are padding: nobody sees them. Logits and softmax are float32,
-    the weights are rounded to the dtype of `qkv`. `implementation`: 'plain'; 'cudnn' (16-bit types, a head width that
-    is a multiple of 8 and at most 128; the bias is rounded too); 'pallas', for TPU, elsewhere interpreted and slow,
-    which keeps no array of `nh l l` for any image and sums the gradient of `bias` over the batch in one order.
+    The width of `qkv` holds queries, keys and values one after another, each divided into heads. Tokens beyond `length`
+    (with 'cudnn' only, see `pad_tokens`) are padding and masked out. Logits and softmax are float32, the weights are
+    rounded to the dtype of `qkv`. `implementation`: 'reference'; 'cudnn' (16-bit types, a head width that is a multiple
+    of 8 and at most 128; the bias is rounded too); 'pallas' (TPU; interpreted and slow elsewhere), which stores no
+    array of `nh l l` per image and sums the gradient of `bias` over the batch in a fixed order.
 
     Raises:
         ValueError: unknown implementation, or a dtype or head width that it cannot take.
@@ -46,22 +46,22 @@ def attend(
         if bias is None:
             bias = jnp.zeros((num_heads, qkv.shape[1], qkv.shape[1]))
         return on_own_rows(attention_pallas.attend, (qkv,), (bias,))
-    # three slices of the width, each reshaped on its own: a TPU copies less so than with one reshape to `3 nh hd`
+    # three slices of the width, each reshaped alone: a TPU copies less than with one reshape to `3 nh hd`
     queries, keys, values = (part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-    if implementation == "plain":
-        mixed = _plain(queries, keys, values, bias)
+    if implementation == "reference":
+        mixed = _reference(queries, keys, values, bias)
     else:
         mixed = _cudnn(queries, keys, values, bias, length or qkv.shape[1])
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-def lengthened(tokens: Tokens, implementation: str) -> Tokens:
-    """Return tokens with as many zeros behind them as a form wants, which costs less than to lengthen q, k and v."""
-    more = -tokens.shape[1] % CUDNN_LENGTHS if implementation == "cudnn" else 0
+def pad_tokens(tokens: Tokens, implementation: str) -> Tokens:
+    """Zero-pad tokens to the multiple that the implementation requires; this is cheaper than padding q, k and v."""
+    more = -tokens.shape[1] % CUDNN_MULTIPLE if implementation == "cudnn" else 0
     return jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
 
 
-def _plain(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
+def _reference(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
     queries = queries * queries.shape[-1] ** -0.5
     logits = _products(queries, keys)
     if bias is not None:
@@ -72,12 +72,13 @@ def _plain(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
 
 @jax.custom_vjp
 def _products(queries, keys) -> Float[Array, "b nh q k"]:
-    """Return q kᵀ in float32; its gradient is rounded to the dtype of q, which else would make float32 products."""
+    """Return q kᵀ in float32; its gradient is rounded to the dtype of q before the products."""
     return jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
 
 
-def _products_backward(kept, of_logits):
-    (queries, keys), rounded = kept, of_logits.astype(kept[0].dtype)
+def _products_backward(residuals, of_logits):
+    queries, keys = residuals
+    rounded = of_logits.astype(queries.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", rounded, keys), jnp.einsum("bhqk,bqhd->bkhd", rounded, queries)
 
 
@@ -85,7 +86,7 @@ _products.defvjp(lambda queries, keys: (_products(queries, keys), (queries, keys
 
 
 def _cudnn(queries, keys, values, bias, length: int) -> Float[Array, "b l nh hd"]:
-    """Call cuDNN on a number of tokens that it takes: it wants an even one, so keys that nobody sees may join.
+    """Call cuDNN on a padded number of tokens; padding keys are masked out.
 
     Source: the checks of `jax.nn.dot_product_attention` before it calls cuDNN.
     """
@@ -93,25 +94,25 @@ def _cudnn(queries, keys, values, bias, length: int) -> Float[Array, "b l nh hd"
     if queries.dtype not in (jnp.bfloat16, jnp.float16) or head_dim % 8 or head_dim > 128:
         raise ValueError(
             f"cuDNN attention takes 16-bit types and head widths that are multiples of 8 up to 128, "
-            f"not {queries.dtype} and {head_dim}: choose attention 'plain'"
+            f"not {queries.dtype} and {head_dim}: choose attention 'reference'"
         )
-    queries, keys, values, bias = padded(queries, keys, values, bias, length)
+    queries, keys, values, bias = pad_inputs(queries, keys, values, bias, length)
     mixed = jax.nn.dot_product_attention(queries, keys, values, bias=bias, implementation="cudnn")
     return mixed[:, :given]
 
 
-def padded(queries, keys, values, bias, length: int) -> tuple[jax.Array, ...]:
-    """Lengthen all to a multiple of `CUDNN_LENGTHS`; keys behind `length` get the logit `FAR`.
+def pad_inputs(queries, keys, values, bias, length: int) -> tuple[jax.Array, ...]:
+    """Pad all to a multiple of `CUDNN_MULTIPLE`; keys beyond `length` get `PADDING_LOGIT`.
 
     The bias, `nh length length` or None, gains a batch axis and the dtype of the queries.
     """
     given, num_heads = queries.shape[1:3]
-    more = -given % CUDNN_LENGTHS
+    more = -given % CUDNN_MULTIPLE
     if bias is None:
         bias = jnp.zeros((num_heads, length, length))
     behind = given + more - length
     bias = jnp.pad(bias, ((0, 0), (0, behind), (0, 0)))
-    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, behind)), constant_values=FAR)
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, behind)), constant_values=PADDING_LOGIT)
     if more:
         queries, keys, values = (jnp.pad(part, ((0, 0), (0, more), (0, 0), (0, 0))) for part in (queries, keys, values))
     return queries, keys, values, bias[None].astype(queries.dtype)

@@ -1,8 +1,8 @@
-"""Cross entropy of a linear output layer whose float32 logits do not wait for the backward pass.
+"""Cross entropy of a linear output layer without saving float32 logits for the backward pass.
 
-For the heads over 8192 codes: float32 logits of all masked patches, their softmax and its gradient are the largest
-arrays of the masked image model's step. 'rounded' keeps of them their gradient alone, in the dtype of the products;
-'tiled' keeps nothing: the classes pass by in tiles, forward and again backward.
+With 8192 codes, the float32 logits of all masked patches, their softmax and its gradient are the largest arrays of the
+masked image model's step. 'rounded' saves only the gradient of the logits, in the compute dtype; 'tiled' saves nothing
+and computes the logits of a tile of classes at a time, in the forward and again in the backward pass.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-IMPLEMENTATIONS = ("plain", "rounded", "tiled")
+IMPLEMENTATIONS = ("reference", "rounded", "tiled")
 TILE = 1024
 
 
@@ -20,7 +20,7 @@ TILE = 1024
 def rounded_cross_entropy(logits: Float[Array, "b m k"], labels: Int[Array, "b m"], dtype: Any) -> Float[Array, "b m"]:
     """Return -log softmax(logits)[label] in nats, in float32.
 
-    softmax(logits) - one-hot(label) is kept in `dtype`, that of the products which take it up in the backward pass.
+    softmax(logits) - one-hot(label) is saved in `dtype`, the dtype of the products that read it in the backward pass.
     """
     return _rounded_forward(logits, labels, dtype)[0]
 
@@ -51,8 +51,8 @@ def head_cross_entropy(
 ) -> tuple[Float[Array, "b m"], Bool[Array, "b m"]]:
     """Return -log softmax(x W + bias)[label] in nats, and whether the label has the largest logit, as argmax.
 
-    Products are in `dtype` and give float32, as in `layers.Linear`; the gradient of W leaves its product as
-    `gradient_dtype`. Only inputs and one number a patch are kept: the backward pass makes the logits of a tile again.
+    Products are computed in `dtype` and return float32, as in `layers.Linear`; dW is accumulated in `gradient_dtype`.
+    Only the inputs and one number per patch are saved: the backward pass recomputes the logits of a tile.
     """
     tile = min(tile, kernel.shape[1])
     missing = -kernel.shape[1] % tile
@@ -84,8 +84,8 @@ def _forward(features, kernel, bias, labels, tile, gradient_dtype):
     return (log_total - picked, best_id == labels), (features, kernel, bias, labels, log_total)
 
 
-def _backward(tile, gradient_dtype, kept, cotangents):
-    features, kernel, bias, labels, log_total = kept
+def _backward(tile, gradient_dtype, residuals, cotangents):
+    features, kernel, bias, labels, log_total = residuals
     of_loss = cotangents[0][..., None]
 
     def one_tile(of_features, first_id):

@@ -1,6 +1,7 @@
-"""What layers compute, with gradients of our own: they keep, read and add up less than those derived by rule.
+"""Custom VJPs that save fewer residuals, and read less memory, than the gradients that autodiff derives.
 
-What each saves was read from the compiled program (docs/performance.md). Forward-mode differentiation is not provided.
+The effect of each was read from the compiled program (docs/performance.md). Forward-mode differentiation is not
+provided.
 """
 
 import functools
@@ -17,7 +18,7 @@ from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import Mask, Tokens
 
 PRODUCT = "product"
-"""Name under which remat finds what a linear map gives."""
+"""Name by which the remat policy 'dots' finds the outputs of linear maps."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -29,11 +30,11 @@ def _product_forward(inputs, kernel, out_dtype, gradient_dtype):
     return _product(inputs, kernel, out_dtype, gradient_dtype), (inputs, kernel)
 
 
-def _product_backward(out_dtype, gradient_dtype, kept, outputs):
-    inputs, kernel = kept
+def _product_backward(out_dtype, gradient_dtype, residuals, outputs):
+    inputs, kernel = residuals
     outputs = outputs.astype(inputs.dtype)  # float32 would make both products float32 ones
     to_inputs = jnp.matmul(outputs, kernel.astype(inputs.dtype).T, preferred_element_type=inputs.dtype)
-    # as matrices: of a sum over two axes a CPU's compiler makes a transpose of everything that leads to the inputs
+    # as matrices: for a sum over two axes the CPU compiler transposes everything that leads to the inputs
     inputs, outputs = (array.reshape(-1, array.shape[-1]) for array in (inputs, outputs))
     to_kernel = jnp.matmul(inputs.T, outputs, preferred_element_type=gradient_dtype)
     return to_inputs, to_kernel.astype(kernel.dtype)
@@ -45,66 +46,66 @@ _product.defvjp(_product_forward, _product_backward)
 def product(
     inputs: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Any, out_dtype: Any, gradient_dtype: Any
 ) -> Float[Array, "*batch o"]:
-    """Return x W computed in `dtype`, given as `out_dtype`; the gradient of W leaves its product as `gradient_dtype`.
+    """Return x W, computed in `dtype` and returned in `out_dtype`; dW is accumulated in `gradient_dtype`.
 
-    That product sums over the batch, so its dtype is also the one in which devices add up their shares: where a kernel
-    is only cast, the compiler puts this sum before the cast back, in the dtype of the computation.
+    The product that gives dW sums over the batch, so its dtype is also the one in which devices sum their partial
+    gradients: where a kernel is only cast, the compiler does the all-reduce before the cast back, in the compute dtype.
     """
     dtype, out_dtype, gradient_dtype = map(jnp.dtype, (dtype, out_dtype, gradient_dtype))
     return checkpoint_name(_product(inputs.astype(dtype), kernel, out_dtype, gradient_dtype), PRODUCT)
 
 
 @jax.custom_vjp
-def shifted(outputs: Float[Array, "*batch o"], bias: Float[Array, "o"]) -> Float[Array, "*batch o"]:
-    """Return y + b in the dtype of y; the gradient of b, a sum over the batch, is added up in float32."""
+def add_bias(outputs: Float[Array, "*batch o"], bias: Float[Array, "o"]) -> Float[Array, "*batch o"]:
+    """Return y + b in the dtype of y; db, a sum over the batch, is accumulated in float32."""
     return outputs + bias.astype(outputs.dtype)
 
 
-def _shifted_backward(bias, outputs):
+def _add_bias_backward(bias, outputs):
     return outputs, jnp.sum(outputs, tuple(range(outputs.ndim - 1)), dtype=jnp.float32).astype(bias.dtype)
 
 
-shifted.defvjp(lambda outputs, bias: (shifted(outputs, bias), bias), _shifted_backward)
+add_bias.defvjp(lambda outputs, bias: (add_bias(outputs, bias), bias), _add_bias_backward)
 
 
 @jax.custom_vjp
-def placed(tokens: Tokens, positions: Float[Array, "1 l d"]) -> Tokens:
+def add_position(tokens: Tokens, positions: Float[Array, "1 l d"]) -> Tokens:
     """Return tokens + positions; the gradient of the positions is a sum over the batch alone."""
     return tokens + positions
 
 
-def _placed_backward(_, outputs):
+def _add_position_backward(_, outputs):
     return outputs, on_own_rows(_sum_of_rows, (outputs,), summed=True)
 
 
 def _sum_of_rows(rows):
-    # left to itself a GPU's compiler puts the batch innermost for this sum, and so in all of the residual stream
+    # without the constraint the GPU compiler makes the batch the innermost axis of the whole residual stream
     return jnp.sum(with_layout_constraint(rows, Layout((0, 1, 2))), axis=0, keepdims=True)
 
 
-placed.defvjp(lambda tokens, positions: (placed(tokens, positions), None), _placed_backward)
+add_position.defvjp(lambda tokens, positions: (add_position(tokens, positions), None), _add_position_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalised(
+def layer_norm(
     inputs: Float[Array, "*batch d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float
 ) -> Float[Array, "*batch d"]:
     """Return (x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, with a two-pass variance."""
-    return _normalised_forward(inputs, scale, bias, epsilon)[0]
+    return _layer_norm_forward(inputs, scale, bias, epsilon)[0]
 
 
-def _normalised_forward(inputs, scale, bias, epsilon):
+def _layer_norm_forward(inputs, scale, bias, epsilon):
     mean = jnp.mean(inputs, axis=-1, keepdims=True)
     inverse_std = jax.lax.rsqrt(jnp.mean((inputs - mean) ** 2, axis=-1, keepdims=True) + epsilon)
     return (inputs - mean) * inverse_std * scale + bias, (inputs, mean, inverse_std, scale)
 
 
-def _normalised_backward(epsilon, kept, outputs):
-    inputs, mean, inverse_std, scale = kept
-    # not to be made again from the inputs: with them at hand the sums over the batch are one reading
+def _layer_norm_backward(epsilon, residuals, outputs):
+    inputs, mean, inverse_std, scale = residuals
+    # the barrier keeps the compiler from recomputing them, so that both sums over the batch read the inputs once
     mean, inverse_std = jax.lax.optimization_barrier((mean, inverse_std))
     unit, scaled = (inputs - mean) * inverse_std, outputs * scale
-    # both sums over the width in one reading; derived by rule, the second one would wait for the first
+    # both sums over the width read memory once; in the gradient of autodiff the second one depends on the first
     along_mean = jnp.mean(scaled, axis=-1, keepdims=True)
     along_unit = jnp.mean(scaled * unit, axis=-1, keepdims=True)
     batch = tuple(range(inputs.ndim - 1))
@@ -115,12 +116,12 @@ def _normalised_backward(epsilon, kept, outputs):
     )
 
 
-normalised.defvjp(_normalised_forward, _normalised_backward)
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 @jax.custom_vjp
 def gelu(inputs: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Return x Φ(x), computed in float32. Of it only x is kept for the backward pass, and nothing made from x."""
+    """Return x Φ(x), computed in float32; only x is saved for the backward pass."""
     x = inputs.astype(jnp.float32)
     return (x * _normal_cdf(x)).astype(inputs.dtype)
 
@@ -139,21 +140,24 @@ gelu.defvjp(lambda inputs: (gelu(inputs), inputs), _gelu_backward)
 
 
 @jax.custom_vjp
-def gathered(values: Num[Array, "b n *rest"], mask: Mask, positions: Int[Array, "b m"]) -> Num[Array, "b m *rest"]:
+def gather_patches(
+    values: Num[Array, "b n *rest"], mask: Mask, positions: Int[Array, "b m"]
+) -> Num[Array, "b m *rest"]:
     """Return the entries at `positions`, which are where `mask` is True, in order."""
     return jnp.take_along_axis(values, _like(values, positions), axis=1)
 
 
-def _gathered_backward(kept, outputs):
-    mask, positions = kept
-    # what a patch gave is looked up where it went, which is one reading: to scatter is to fill with zeros, then to add
+def _gather_patches_backward(residuals, outputs):
+    mask, positions = residuals
+    # the gradient of a patch is read from where the patch went: one gather instead of a scatter into zeros
     places = jnp.clip(jnp.cumsum(mask, axis=1) - 1, 0, positions.shape[1] - 1)
     returned = jnp.take_along_axis(outputs, _like(outputs, places), axis=1)
     return jnp.where(_like(outputs, mask), returned, 0), None, None
 
 
-gathered.defvjp(
-    lambda values, mask, positions: (gathered(values, mask, positions), (mask, positions)), _gathered_backward
+gather_patches.defvjp(
+    lambda values, mask, positions: (gather_patches(values, mask, positions), (mask, positions)),
+    _gather_patches_backward,
 )
 
 

@@ -1,6 +1,6 @@
-"""Which forms of a computation there are, and which one 'auto' means where none can be tried.
+"""Which implementations of a computation exist, and which one 'auto' stands for on a platform.
 
-Every form gives the plain one's results up to rounding. On an accelerator at hand `trials` settles what 'auto' means.
+All implementations of a computation give the result of the reference, up to rounding.
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ IMPLEMENTATIONS = {
     "cross_entropy": cross_entropy.IMPLEMENTATIONS,
 }
 AUTO = {
-    "attention": {"cpu": "plain", "gpu": "plain", "tpu": "plain"},
-    "nearest_code": {"cpu": "scan", "gpu": "scan", "tpu": "plain"},  # a TPU's compiler keeps no matrix of the plain one
-    "cross_entropy": {"cpu": "plain", "gpu": "plain", "tpu": "plain"},
+    "attention": {"cpu": "reference", "gpu": "reference", "tpu": "reference"},
+    "nearest_code": {"cpu": "scan", "gpu": "scan", "tpu": "reference"},  # the TPU compiler never stores the matrix
+    "cross_entropy": {"cpu": "reference", "gpu": "reference", "tpu": "reference"},
 }
-"""On a CPU as measured; for a chip that is not there what its compiler takes, never a kernel that has not run on it."""
+"""The default of each platform, as `jax.default_backend()` names it: never a kernel that has not run on it."""
 
 
-def resolved(efficiency: Mapping[str, Any], platform: str) -> dict[str, Any]:
-    """Return the settings with every 'auto' replaced by its form on `platform`, as `jax.default_backend()` names it."""
+def resolve_auto(settings: Mapping[str, Any], platform: str) -> dict[str, Any]:
+    """Return the settings with every 'auto' replaced by the default of `platform` ('cpu', 'gpu' or 'tpu')."""
     return {
-        key: AUTO[key].get(platform, "plain") if key in AUTO and value == "auto" else value
-        for key, value in efficiency.items()
+        name: AUTO[name].get(platform, "reference") if name in AUTO and value == "auto" else value
+        for name, value in settings.items()
     }

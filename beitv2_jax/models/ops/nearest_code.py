@@ -1,8 +1,10 @@
 """The nearest row of a codebook for each token, and sums over the tokens of each row.
 
 A matrix of all tokens and all codes would be the largest array of the tokenizer's step (0.8 GB for 128 images and 8192
-codes). Here the codebook passes by in tiles and only the best row so far is kept. The ids are those of the plain
-argmin: float32 products in full precision, and the lowest id wins a tie. Called by the quantizer and its k-means.
+codes). 'scan' goes over the codebook in tiles and carries only the best row so far. All implementations return the ids
+of the reference argmin: float32 products in full precision, and the lowest id wins a tie. The Pallas kernel is
+experimental: it has been compiled for TPU and GPU and run interpreted, not on a chip. Called by the quantizer and its
+k-means.
 """
 
 import functools
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import Codebook
 
-IMPLEMENTATIONS = ("plain", "scan", "pallas")
+IMPLEMENTATIONS = ("reference", "scan", "pallas")
 SCAN_TILE = 256
 SUM_TILE = 1024
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -29,7 +31,7 @@ def nearest_rows(
 ) -> Int[Array, "m"]:
     """Return argmin_k offsets_k − 2⟨z, e_k⟩ for every row z of `unit`; the lowest id wins a tie.
 
-    `implementation`: 'plain' holds the whole `m k` matrix, 'scan' a tile of it, 'pallas' (TPU and GPU; elsewhere
+    `implementation`: 'reference' stores the whole `m k` matrix, 'scan' a tile of it, 'pallas' (TPU and GPU; elsewhere
     interpreted, which is slow) nothing outside the chip's own memory.
 
     Raises:
@@ -37,7 +39,7 @@ def nearest_rows(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown nearest code {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "plain":
+    if implementation == "reference":
         products = jnp.matmul(unit, codebook.T, precision=HIGHEST)
         return jnp.argmin(offsets - 2.0 * products, axis=-1).astype(jnp.int32)
     if implementation == "scan":

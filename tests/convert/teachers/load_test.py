@@ -15,10 +15,11 @@ from testing import drawn_variables, quick_jit
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, resize
-from beitv2_jax.models.teachers import vit_tokens
+from beitv2_jax.models.teachers import NormalisedViT, vit_tokens
 from beitv2_jax.runtime.checksums import write_checksums
 
 TIMM = GOLDEN / "timm_vit.npz"
@@ -50,7 +51,7 @@ def save_run(workdir, stage, image_size, model, params):
 
 @pytest.fixture(scope="module")
 def finetune_run(tmp_path_factory):
-    params = drawn_variables(Classifier(image_size=6, **MODEL), jnp.zeros((1, 6, 6, 3)))["params"]
+    params = drawn_variables(Classifier.from_arguments({"image_size": 6, **MODEL}), jnp.zeros((1, 6, 6, 3)))["params"]
     workdir = save_run(tmp_path_factory.mktemp("runs") / "teacher", "finetune", 6, MODEL, params)
     return workdir, params
 
@@ -184,7 +185,7 @@ def test_a_finetune_run_is_a_teacher_with_its_own_normalization(finetune_run):
     assert (teacher.name, teacher.grid, teacher.normalization) == ("teacher@17", (3, 3), "imagenet")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
     images = normalize(pixels, *NORMALIZATIONS["imagenet"])
-    forward = functools.partial(Classifier(image_size=6, **MODEL).apply, method=Classifier.features)
+    forward = functools.partial(Classifier.from_arguments({"image_size": 6, **MODEL}).apply, method=Classifier.features)
     tokens = quick_jit(forward)({"params": params}, images)
     np.testing.assert_allclose(quick_jit(teacher.features)(loaded, pixels), tokens[:, 1:], atol=1e-6)
 
@@ -202,14 +203,19 @@ def test_a_mim_run_is_a_teacher_with_normalised_tokens(tmp_path):
     sizes = dict(patch_size=2, width=10, depth=2, num_heads=5, mlp_dim=7)
     model = dict(**sizes, codebook_size=3, early_layer=1, head_depth=1)
     variables = drawn_variables(
-        MaskedImageModel(image_size=8, **model), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 16), bool), num_masked=5
+        MaskedImageModel.from_arguments({"image_size": 8, **model}),
+        jnp.zeros((1, 8, 8, 3)),
+        jnp.zeros((1, 16), bool),
+        num_masked=5,
     )
     workdir = save_run(tmp_path / "mim", "mim", 8, model, variables["params"])
     teacher, params = load_teacher(str(workdir), image_size=8)
     assert set(params) == {"backbone", "norm"}
     arguments = dict(image_size=8, **sizes, position="relative_shared", layer_scale_init=0.1, mask_token=True)
     images = normalize(pixels_of(8), *NORMALIZATIONS["imagenet"])
-    tokens = quick_jit(vit_tokens(arguments))({key: variables["params"][key] for key in params}, images)
+    tokens = quick_jit(vit_tokens(NormalisedViT(Backbone(**arguments))))(
+        {key: variables["params"][key] for key in params}, images
+    )
     np.testing.assert_allclose(quick_jit(teacher.features)(params, pixels_of(8)), tokens[:, 1:], atol=1e-5)
     _, resized = load_teacher(str(workdir), image_size=10)
     table = variables["params"]["backbone"]["rel_pos_bias"]["table"]

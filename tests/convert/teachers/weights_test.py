@@ -12,6 +12,7 @@ from paths import GOLDEN
 from beitv2_jax.convert.teachers.layouts import FAMILIES
 from beitv2_jax.convert.teachers.weights import from_state, recognise
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.teachers import NormalisedViT
 
 WIDTH, DEPTH, PATCH, SIDE, MLP = 6, 3, 5, 2, 7
@@ -68,7 +69,7 @@ def test_arguments_and_tree_fit_our_transformer():
     expected = dict(image_size=10, patch_size=5, width=6, depth=3, num_heads=2, mlp_dim=7, num_registers=0)
     assert weights.arguments == {**expected, "position": "absolute", "qkv_bias": "full", "activation": "gelu"}
     assert weights.dropped == dict.fromkeys(("head.bias", "head.weight"), "head; the features are the tokens before it")
-    model = NormalisedViT(weights.arguments)
+    model = NormalisedViT(Backbone(**weights.arguments))
     ours = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 10, 10, 3), np.float32))
     assert jax.tree.map(np.shape, weights.params) == jax.tree.map(np.shape, ours["params"])
 

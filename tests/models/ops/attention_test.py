@@ -41,15 +41,15 @@ def distances(found, expected):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_kernel_equals_the_plain_form(shape):
-    found, expected = (with_gradients(form, *arrays(shape)) for form in ("pallas", "plain"))
+    found, expected = (with_gradients(form, *arrays(shape)) for form in ("pallas", "reference"))
     assert max(distances(found, expected)) < 2e-6
 
 
 def test_in_bfloat16_the_kernel_is_as_near_the_exact_result_as_the_plain_form():
     shape = SHAPES["two heads fill the lanes"]
     rounded = arrays(shape, jnp.bfloat16)
-    exact = with_gradients("plain", *(array.astype(jnp.float32) for array in rounded))
-    plain, kernel = (distances(with_gradients(form, *rounded), exact) for form in ("plain", "pallas"))
+    exact = with_gradients("reference", *(array.astype(jnp.float32) for array in rounded))
+    plain, kernel = (distances(with_gradients(form, *rounded), exact) for form in ("reference", "pallas"))
     assert max(kernel) < 8e-3 and max(plain) < 8e-3
     assert all(ours < 1.5 * theirs for ours, theirs in zip(kernel, plain, strict=True))
     output = attention.attend(*rounded[:2], shape[2], implementation="pallas")
@@ -58,7 +58,7 @@ def test_in_bfloat16_the_kernel_is_as_near_the_exact_result_as_the_plain_form():
 
 def test_without_a_bias_the_kernel_takes_none():
     qkv, _, _ = arrays(SHAPES["narrower than the lanes"])
-    found, expected = (attention.attend(qkv, None, 3, implementation=form) for form in ("pallas", "plain"))
+    found, expected = (attention.attend(qkv, None, 3, implementation=form) for form in ("pallas", "reference"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -91,16 +91,16 @@ def test_padding_changes_nothing(dtype):
     """What cuDNN is given: a longer sequence whose last keys nobody sees."""
     qkv, bias, cotangent = arrays((3, 13, 2, 8), dtype)
 
-    def lengthened(qkv, bias):
+    def with_padding(qkv, bias):
         parts = (part.reshape(3, 13, 2, 8) for part in jnp.split(qkv, 3, axis=-1))
-        queries, keys, values, bias = attention.padded(*parts, bias, 13)
+        queries, keys, values, bias = attention.pad_inputs(*parts, bias, 13)
         assert queries.shape == (3, 16, 2, 8) and bias.shape == (1, 2, 16, 16) and bias.dtype == dtype
         mixed = jax.nn.dot_product_attention(queries, keys, values, bias=bias, implementation="xla")
         return mixed[:, :13].reshape(3, 13, 16)
 
-    outputs, pull = jax.vjp(lengthened, qkv, bias)
+    outputs, pull = jax.vjp(with_padding, qkv, bias)
     found = [np.asarray(array, np.float32) for array in (outputs, *pull(cotangent))]
-    exact = with_gradients("plain", *(array.astype(jnp.float32) for array in (qkv, bias, cotangent)))
+    exact = with_gradients("reference", *(array.astype(jnp.float32) for array in (qkv, bias, cotangent)))
     assert max(distances(found, exact)) < (1e-6 if dtype == jnp.float32 else 1.5e-2)
     assert all(np.isfinite(array).all() for array in found)
 

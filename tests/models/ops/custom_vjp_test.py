@@ -32,7 +32,7 @@ def test_gradients_of_a_linear_map_leave_it_in_the_dtype_asked_for(out_dtype, gr
 
     def value(inputs, kernel, bias):
         outputs = custom_vjp.product(inputs, kernel, jnp.bfloat16, out_dtype, gradient_dtype)
-        return jnp.sum(custom_vjp.shifted(outputs, bias) * probe)
+        return jnp.sum(custom_vjp.add_bias(outputs, bias) * probe)
 
     to_inputs, to_kernel, to_bias = jax.grad(value, argnums=(0, 1, 2))(inputs, kernel, bias)
     assert to_inputs.dtype == to_kernel.dtype == to_bias.dtype == jnp.float32
@@ -49,7 +49,7 @@ def test_gradients_of_layer_norm_are_those_of_arithmetic_in_float64(offset):
     """By hand: y = u γ + β, u = (x − mean) / s; with g = γ ∂y, ∂x = (g − mean(g) − u mean(g u)) / s."""
     x, cotangent = offset + np.asarray(tokens(), np.float32), np.asarray(tokens(1))
     scale, bias = 1 + tokens(2, (WIDTH,)), tokens(3, (WIDTH,))
-    run = quick_jit(lambda *a: jax.vjp(lambda *a: custom_vjp.normalised(*a, 1e-3), *a)[1](cotangent))
+    run = quick_jit(lambda *a: jax.vjp(lambda *a: custom_vjp.layer_norm(*a, 1e-3), *a)[1](cotangent))
     to_x, to_scale, to_bias = run(x, scale, bias)
     x, scale = x.astype(np.float64), np.asarray(scale, np.float64)
     std = np.sqrt(x.var(-1, keepdims=True) + 1e-3)
@@ -82,7 +82,7 @@ def test_positions_get_the_sum_over_the_batch_on_any_mesh(batch):
     images = tokens(0, (batch, LENGTH, WIDTH))
 
     def run(images, positions):
-        outputs, pull = jax.vjp(custom_vjp.placed, images, positions)
+        outputs, pull = jax.vjp(custom_vjp.add_position, images, positions)
         return outputs, *pull(cotangent)
 
     with sharding.activation_rules(sharding.make_mesh(2, 2, 2)):

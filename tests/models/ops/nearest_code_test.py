@@ -51,7 +51,7 @@ def test_ids_of_directions_are_those_of_the_plain_form(form):
     unit = jax.random.normal(jax.random.key(0), (211, 17))
     codebook = jax.random.normal(jax.random.key(1), (601, 17)).at[400].set(0.0)
     offsets = jnp.sum(codebook**2, axis=1)
-    plain = nearest_code.nearest_rows(unit, codebook, offsets, implementation="plain")
+    plain = nearest_code.nearest_rows(unit, codebook, offsets, implementation="reference")
     np.testing.assert_array_equal(FORMS[form](unit, codebook, offsets), plain)
     assert len(set(np.asarray(plain).tolist())) > 100
 
@@ -71,9 +71,9 @@ def test_no_form_but_the_plain_one_holds_the_matrix():
         .compile()
         .memory_analysis()
         .temp_size_in_bytes
-        for form in ("plain", "scan")
+        for form in ("reference", "scan")
     }
-    assert sizes["plain"] >= 4 * 2048 * 8192 > 10 * sizes["scan"]
+    assert sizes["reference"] >= 4 * 2048 * 8192 > 10 * sizes["scan"]
 
 
 def test_an_unknown_form_is_refused():
