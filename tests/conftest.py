@@ -1,13 +1,23 @@
 """Eight virtual CPU devices for every test, and flags marked parsed for grain's workers."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# compiling is what takes the time in small tests, so the compiler is told not to optimise
+# small tests spend their time compiling, so the compiler does not optimise
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+# one cache of compiled programs for the workers and every subprocess of a run of the suite
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="beitv2_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from pathlib import Path
 
@@ -16,17 +26,35 @@ import jax
 import pytest
 from absl import flags
 
-# what jax traces lives long: to look through all of it again and again was a twentieth of the time
+# traced programs live long: with the default thresholds the collector takes a twentieth of the time
 gc.set_threshold(20_000, 20, 50)
 
-# the same examples in every run: a failure is one of the change, not of the draw
+# the same examples in every run, so that a failure comes from the change and not from the draw
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
+SLOWEST_FIRST = (
+    "equality/meshes_test",
+    "equality/processes_test",
+    "runners/stages_test",
+    "runners/stages_preempted_test",
+    "golden_test",
+    "runners/stages_killed_test",
+    "training/loop_test",
+    "training/step_test",
+    "tasks/unreadable_test",
+    "tasks/segment_test",
+    "launch/processes_test",
+    "models/vit_test",
+    "runtime/disk_checks_test",
+)
+"""Modules that start first, so that no worker ends the run alone with one of them; launch/test.sh keeps this order."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--golden-dir", help="directory of the whole golden set; without it the chosen files are compared")
-    parser.addoption("--long", action="store_true", help="run also what takes long and shows no more than its like")
+    parser.addoption("--long", action="store_true", help="also run the tests marked long (.ci/long)")
     parser.addoption("--parity-table", help="write how close the golden checks came to this Markdown file")
 
 
@@ -39,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    places = {f"tests/{module}.py": place for place, module in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +85,9 @@ def _eight_devices():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_programs_end_with_their_module():
+def _free_compiled_programs_after_each_module():
     yield
-    # a process that keeps all of them grows to gigabytes, in which sizes_test.py took seventeen times as long
+    # a process that keeps all of them grows to gigabytes and becomes slow
     jax.clear_caches()
 
 

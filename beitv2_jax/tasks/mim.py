@@ -213,7 +213,7 @@ def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
         raise UserError(
-            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {tokenizer.model.image_size} "
+            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {tokenizer.model.encoder.image_size} "
             f"pixels, the model has {grid[0]}x{grid[1]} patches.",
             "the two have different patch sizes.",
             f"--config.model.patch_size={config.views.image_size // rows}, or another tokenizer.",

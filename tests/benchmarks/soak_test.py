@@ -23,6 +23,7 @@ with Sampler(workdir, period=0.02) as sampler:
 print(json.dumps(sampler.growth()))
 """
 STEPS = 2000
+pytestmark = pytest.mark.long
 EVERY = {"log_every": 1, "eval_every": 100, "checkpoint_every": 250}
 
 

@@ -65,12 +65,8 @@ def test_every_preset_builds_and_validates(name, arg):
     config = load(name, arg)
     assert config.is_locked
     assert config.stage == STAGES[name]
-    config_lib.validate(given(name, arg))
-
-
-@pytest.mark.parametrize("name, arg", EVERY)
-def test_every_preset_survives_json(name, arg):
     config = given(name, arg)
+    config_lib.validate(config)
     text = config_lib.to_json(config)
     assert config_lib.to_json(config_lib.from_json(text)) == text
     assert "{workdir}" not in text
@@ -88,7 +84,6 @@ def test_every_preset_is_explained_and_does_what_it_says(name, arg):
 def test_the_docstring_is_a_notebook(name):
     docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert f"--config=configs/{name}.py --workdir=" in docstring
-    assert max(len(line) for line in docstring.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("name", REQUIRED)

@@ -1,4 +1,4 @@
-"""Four processes with two devices each compute what one process with eight does: one start of all, every stage."""
+"""Four processes with two devices each compute what one process with eight does."""
 
 import json
 import os
@@ -19,20 +19,21 @@ MESH, SPANNING = (8, 1, 1), (2, 1, 4)
 MESHES = {"finetune": SPANNING, "vqkd": MESH, "mim": MESH, "segment": MESH}
 
 
-LONG = ("mim", "segment")
-"""Stages that are run with --long alone."""
+LONG = ("finetune", "mim", "segment", "tokenize")
+"""Stages that run with --long only."""
 
 
 @pytest.fixture(scope="module")
 def together(equality_runs, request) -> pathlib.Path:
     """Run the stages in four processes, and one from the middle of a run of one process on."""
-    trained = [stage for stage in TRAINED if stage not in LONG or request.config.getoption("--long")]
+    chosen = [stage for stage in (*TRAINED, *stages.STORES) if stage not in LONG or request.config.getoption("--long")]
+    trained = [stage for stage in chosen if stage in TRAINED]
     folder = equality_runs.root / "together"
     stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
     shutil.copytree(stopped, folder / "continued")
     jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
     # the stages that store compute on the devices of each process alone
-    jobs += [(stage, stage, (-1, 1, 1)) for stage in stages.STORES]
+    jobs += [(stage, stage, (-1, 1, 1)) for stage in chosen if stage in stages.STORES]
     for stage in trained:
         equality_runs.workdir(stage)
     (folder / "jobs.json").write_text(
@@ -60,16 +61,18 @@ def together(equality_runs, request) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=pytest.mark.long if stage in LONG else []) for stage in TRAINED]
-)
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.long if name in LONG else []) for name in names]
+
+
+@pytest.mark.parametrize("stage", marked(TRAINED))
 def test_four_processes_train_as_one_does(equality_runs, together, stage):
     mesh = MESH if MESHES[stage] == MESH else (1, 1, 1)
     assert_same_run(stage, Outcome.read(together / stage), equality_runs.outcome(stage, mesh))
     assert len(list((together / stage).rglob("metrics*"))) == 1
 
 
-@pytest.mark.parametrize("stage", stages.STORES)
+@pytest.mark.parametrize("stage", marked(stages.STORES))
 def test_four_processes_store_the_same_bytes(equality_runs, together, stage):
     """As one process with as many devices as each of them: another number of devices rounds otherwise."""
     assert stored(together / stage) == stored(equality_runs.workdir(stage, (2, 1, 1)))

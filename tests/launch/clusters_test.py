@@ -67,15 +67,6 @@ def test_a_dry_run_shows_and_does_nothing(tmp_path, script, environment, shown):
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
-def test_every_script_is_short():
-    files = [
-        path for path in LAUNCH.rglob("*") if path.suffix in (".sh", ".sbatch", ".yaml", ".py", ".env", ".Dockerfile")
-    ]
-    files = [path for path in files if "beam" not in path.parts]
-    assert len(files) > 20
-    assert [path.name for path in files if len(path.read_text().splitlines()) > 60] == []
-
-
 # ---- GKE ----
 
 

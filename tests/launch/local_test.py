@@ -85,8 +85,10 @@ def test_a_changed_setup_is_installed_again(repository, venv, changed):
 
 def test_extras_are_installed_where_they_are_missing(repository, venv):
     _, calls = launch(repository, "test.sh", "-k", "one or two")
-    assert calls == [f"{PIP} .[test]", "-m pytest -n 2 --dist loadscope -k one or two"]
-    assert launch(repository, "test.sh", TEST_PROCESSES="0")[1] == ["-m pytest -n 0 --dist loadscope"]
+    assert calls == [f"{PIP} .[test]", "-m pytest -n 2 --dist loadscope --no-loadscope-reorder -k one or two"]
+    assert launch(repository, "test.sh", TEST_PROCESSES="0")[1] == [
+        "-m pytest -n 0 --dist loadscope --no-loadscope-reorder"
+    ]
     assert launch(repository, "local.sh")[1] == ["-m beitv2_jax.main"]  # test contains all that it needs
     assert launch(repository, "local.sh", EXTRAS="cuda")[1][0] == f"{PIP} .[cuda]"
     assert launch(repository, "test.sh", EXTRAS="cuda")[1][0] == f"{PIP} .[cuda,test]"

@@ -143,7 +143,9 @@ def test_two_processes_of_main_compute_together(tmp_path):
         os.utime(tmp_path / name, (1, 1))
     package.mkdir()
     (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'beitv2_jax')!r})\n")
-    (package / "stages.py").write_text(STAGES)
+    (package / "runners").mkdir()
+    (package / "runners" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'beitv2_jax/runners')!r})\n")
+    (package / "runners" / "stages.py").write_text(STAGES)
     python = tmp_path / "venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

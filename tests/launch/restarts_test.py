@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import training_toy as toy
 from paths import HELPERS, ROOT
 
@@ -68,6 +69,7 @@ def newest(workdir):
         return manager.latest_step(), jax.device_get(manager.restore(manager.latest_step(), args=args)["params"])
 
 
+@pytest.mark.long
 def test_killed_and_hung_the_run_ends_as_an_undisturbed_one(tmp_path):
     config = {"run.duration": f"{STEPS} steps", "run.checkpoint_every": "4 steps", "run.hang_timeout": LIMIT}
     plan = [

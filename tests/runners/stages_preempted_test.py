@@ -148,6 +148,7 @@ def test_told_while_it_reads_its_network_it_stops_before_it_writes(configs, tmp_
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_two_processes_under_jax_distributed_end_when_told(configs, tmp_path):
     configs, undisturbed = {name: configs[0][name] for name in ("extract", "probe")}, configs[1]
     configs["probe"] = configs["probe"].copy_and_resolve_references()

@@ -34,7 +34,7 @@ def assert_all_name(ended, reason, *, but=None):
         else:
             assert code == AGAIN, told
             assert f"process {index} on " in told and f" ends: {reason}" in told.replace(HOST, "HOST"), told
-            assert "The same command" in told
+            assert "the same command again" in told
 
 
 @pytest.mark.parametrize(
