@@ -1,7 +1,7 @@
 """The stages' steps on one synthetic batch that stays on the device: what is trained, tokenised and extracted.
 
-Built from `recipes` and `tasks.objectives`, so nothing that reads data need be installed. The images are noise after
-the colour jitter, whose cost stands in the whole loop; weights are random. Each function returns a `Step`.
+Built from `recipes` and the losses of the tasks. The images are noise after the colour jitter, whose cost is measured
+in the whole loop; weights are random. Each function returns a `Step`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""A trained stage as its config alone describes it: built without data, stores or weights, to be compiled, not run.
+"""Build the task of a config without data, target caches or weights, to trace and compile its step but not to run it.
 
-What a config leaves open is filled in with what the published recipe used (`complete`). The shapes of a
-batch come from the data pipeline itself, which makes one row out of a grey picture.
+Planning, benchmarks and tests take their abstract inputs from here. `complete` fills in what a config leaves open with
+what the published recipe used. The shapes of a batch come from the data pipeline itself, which reads one grey image.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ KNOWN_SETS = {
     r"imagenet-?2[12]k": 14_197_122,
     r"(?i)ade(20k|challengedata)": 20_210,
 }
-"""Pattern of a source's name -> its training images. Source: the sets' own descriptions; 22k is the release of 2011."""
+"""Training images of known data sets, by pattern of data.source. Source: their descriptions; 22k is that of 2011."""
 TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment")
 PUBLISHED = "(published)"
 TEACHER_WIDTH = 512  # of CLIP's projection
@@ -49,10 +49,7 @@ _GREY_SIDE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A task without inputs, and what its batches look like.
-
-    `batch` holds shapes of the whole global batch; `task.frozen` holds shapes too.
-    """
+    """A task without inputs; `batch` and `task.frozen` hold shapes, `batch` those of the whole global batch."""
 
     task: Task
     batch: Batch
@@ -60,16 +57,16 @@ class Description:
 
 
 def complete(config):
-    """Return a copy of `config` in which nothing is left to be given, and words on what was filled in.
+    """Return a copy of `config` in which nothing is left open, and a note on each assumption.
 
     Raises:
         UserError: the config is of a stage that trains nothing.
     """
     if config.stage not in TRAINED_STAGES:
         raise UserError(
-            f"There is no training step in a config of stage '{config.stage}'.",
-            "the plan of a stage that trains was meant.",
-            f"--config= of a stage of {', '.join(TRAINED_STAGES)}; of a pipeline, the file of one stage.",
+            f"The stage '{config.stage}' has no training step.",
+            "Did you mean the config of a stage that trains?",
+            f"Pass the --config of one stage of {', '.join(TRAINED_STAGES)}, such as --config=configs/mim.py.",
         )
     config = config.copy_and_resolve_references().unlock()
     config.init_from = ""
@@ -81,8 +78,9 @@ def complete(config):
     if section and not config[section][stored_key]:
         given = config[section][live_key]
         if not Path(given or PUBLISHED).exists():
-            why = f"nothing is at {given!r}" if given else f"neither {live_key} nor {stored_key} is given"
-            notes.append(f"{section}: {why}, so {live} is taken to run in the step.")
+            missing = f"{section}.{live_key} nor {section}.{stored_key}"
+            why = f"{section}.{live_key}={given!r} does not exist" if given else f"Neither {missing} is given"
+            notes.append(f"{why}, so {live} is assumed to run in the step.")
             config[section][live_key] = PUBLISHED
     if section and config[section][stored_key]:
         config.views.num_views = max(1, config.views.num_views)
@@ -90,10 +88,10 @@ def complete(config):
 
 
 def count_examples(config, given: int = 0) -> int:
-    """Return the training images that an epoch of `config` has: `given`, by the name of the set, or by opening it.
+    """Return the training images of an epoch: `given`, or those of the known data set, or those of the opened one.
 
     Raises:
-        UserError: it is none of the known sets and is not there.
+        UserError: the data set is not known and cannot be opened.
     """
     data = config.data
     if given:
@@ -105,9 +103,9 @@ def count_examples(config, given: int = 0) -> int:
         return len(open_source(data.source, data.train_split, data.data_dir))
     except UserError as error:
         raise UserError(
-            f"How many examples data.source={data.source!r} has is not known: {error.happened}",
-            "the plan needs the length of an epoch, and the set is not here.",
-            "--plan_examples=NUMBER of training images.",
+            f"The number of images in data.source={data.source!r} is unknown. {error.happened}",
+            "Did you mean a data set that is not on this machine?",
+            "Pass its number of training images, as in --plan_examples=1281167.",
         ) from error
 
 
@@ -115,7 +113,7 @@ def describe(config, num_examples: int) -> Description:
     """Describe the stage that a config from `complete` trains on `num_examples` images.
 
     Raises:
-        UserError: weights or a run that the config names are there, but cannot be read.
+        UserError: weights or a run that the config names exist but cannot be read.
     """
     stage = importlib.import_module(f"beitv2_jax.tasks.{config.stage}")
     source = _Source(num_examples, config.model.get("num_classes", 1000))
@@ -182,7 +180,7 @@ def _shapes(tree: PyTree) -> PyTree:
 
 
 def _batch(stage, config, opened: inputs.Opened) -> Batch:
-    """Return the shapes of the global batch: those of one row, as the pipeline makes it, `run.batch_size` times."""
+    """Return the shapes of the global batch: the row that the pipeline makes, `run.batch_size` times."""
     single = config.copy_and_resolve_references().unlock()
     single.run.batch_size = 1
     single.data.update(num_threads=0, num_workers=0)
@@ -204,7 +202,7 @@ class _Source:
 
     length: int
     num_classes: int
-    name: str = "described"
+    name: str = "abstract"
     split: str = "train"
     class_names: tuple[str, ...] = ()
 
@@ -226,7 +224,7 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroTargets:
-    """A store of targets of which only the encoding matters: every target is zero."""
+    """A target cache of which only the encoding matters: every target is zero."""
 
     encoding: Encoding
     length: int

@@ -1,6 +1,6 @@
-"""What chips and their networks can do at best: the table behind the roofline of a plan, and the time of a collective.
+"""Peak rates of chips and their networks, for the roofline of a plan, and the time of a collective.
 
-Figures are those of the makers' public descriptions, per chip; `Chip.source` names the page.
+The rates are per chip and come from the makers' public descriptions; `Chip.source` names the page.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ GB, GIB, TERA = 1e9, 2**30, 1e12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """The best that one chip can do.
+    """The peak rates of one chip.
 
     Attributes:
         name: as the plan's target writes it.
@@ -28,12 +28,12 @@ class Chip:
         hbm_rate: bytes/s between memory and the chip.
         link_rate: bytes/s in one direction through one link to a neighbour (TPU), or through all links to the other
             GPUs of the host.
-        network_rate: bytes/s in one direction that a chip's share of the host's network cards carries: between slices
+        network_rate: bytes/s in one direction through a chip's fraction of the host's network cards: between slices
             (TPU) and between hosts (GPU).
         wraps: lengths of a side of the slice at which it closes to a ring are multiples of this (TPU).
         per_host: GPUs of one host; 0 for TPUs, whose links join hosts too.
         shapes: slices that can be rented, by number of chips (TPU).
-        source: where the figures stand.
+        source: the page that states the rates.
     """
 
     name: str
@@ -59,19 +59,19 @@ _SOLID = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 
 _GOOGLE = "docs.cloud.google.com/tpu/docs/"
 
 
-def _tpu(name: str, tera: float, **figures) -> Chip:
-    return Chip(name=name, platform="tpu", flops=tera * TERA, exact_flops=tera * TERA / 6, **figures)
+def _tpu(name: str, tera: float, **rates) -> Chip:
+    return Chip(name=name, platform="tpu", flops=tera * TERA, exact_flops=tera * TERA / 6, **rates)
 
 
-def _gpu(name: str, tera: float, exact_tera: float, **figures) -> Chip:
+def _gpu(name: str, tera: float, exact_tera: float, **rates) -> Chip:
     return Chip(
         name=name,
         platform="cuda",
         flops=tera * TERA,
         exact_flops=exact_tera * TERA,
-        hbm_bytes=figures.pop("gb") * GB,
+        hbm_bytes=rates.pop("gb") * GB,
         per_host=8,
-        **figures,
+        **rates,
     )
 
 
@@ -119,15 +119,15 @@ def find_chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(
             f"There is no chip '{name}' in the table.",
-            f"'{nearest(name, CHIPS)}' was meant.",
-            "one of " + ", ".join(CHIPS),
+            f"Did you mean '{nearest(name, CHIPS)}'?",
+            f"Pass one of {', '.join(CHIPS)}, as in --plan={nearest(name, CHIPS)}:8.",
         )
     return CHIPS[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """How the devices of a mesh are joined: `coords` of each in its slice, in the mesh's order, and the slice it is in.
+    """The network of a mesh: the `coords` of each device in its slice, in the mesh's order, and the slice it is in.
 
     `shape` is that of one slice. For GPUs a slice is a host and has one dimension.
     """

@@ -1,7 +1,6 @@
-"""What a plan is made for (`v5e:16x16`, `v5p:64`, `v6e:16x16*2`, `h100:8`) and the devices to compile for.
+"""Read the target of a plan (`v5e:16x16`, `v5p:64`, `v6e:16x16*2`, `h100:8`) and make the devices to compile for.
 
-The devices of a target are those of a topology: a description without hardware, for which libtpu or the CUDA plugin
-compile. Where neither is installed a target has none, and its plan is arithmetic.
+The devices are those of a topology, a description without hardware for which libtpu or the CUDA plugin compile.
 """
 
 import dataclasses
@@ -36,14 +35,14 @@ class Target:
 
     @property
     def name(self) -> str:
-        """What `parse` reads."""
+        """The name that `parse` reads."""
         if self.chip.per_host:
             return f"{self.chip.name}:{self.count}"
         shape = "x".join(map(str, self.shape))
         return f"{self.chip.name}:{shape}" + (f"*{self.slices}" if self.slices > 1 else "")
 
     def network(self, devices: Sequence[jax.Device] | None = None) -> Network:
-        """Return how the devices, in their order, are joined; without devices those of a plain count."""
+        """Return the network of the devices in their order; without devices, they are counted row by row."""
         if devices is None or self.chip.per_host:
             return grid_network(self.chip, self.shape, self.slices)
         return tpu_network(self.chip, self.shape, devices)
@@ -52,8 +51,8 @@ class Target:
 def parse(text: str) -> Target:
     """Read a target: a chip, then the shape of its slice or its number of chips, then '*' and the number of slices.
 
-    A number of chips of a TPU means the slice of that size that is rented, beyond the largest one several of them. A
-    number of GPUs is a part of one host, or whole hosts.
+    A number of TPU chips means the slice of that size that is rented, or several of the largest one. A number of GPUs
+    is a part of one host, or whole hosts.
 
     Raises:
         UserError: no such chip, no slice of that size, or another form.
@@ -61,12 +60,18 @@ def parse(text: str) -> Target:
     match = _TARGET.fullmatch(text)
     if match is None:
         raise UserError(
-            f"--plan={text} is not a target.", "a chip and a number or shape were meant.", "--plan=v5e:16x16 or h100:64"
+            f"--plan={text} is not a target.",
+            "Did you mean a chip with a number or a shape?",
+            "Pass a target such as --plan=v5e:16x16 or --plan=h100:64.",
         )
     chip = find_chip(match[1])
     sizes, slices = tuple(map(int, match[2].split("x"))), int(match[3] or 1)
     if min(*sizes, slices) < 1:
-        raise UserError(f"--plan={text} has no chips.", "a slip of a digit.", f"--plan={chip.name}:8")
+        raise UserError(
+            f"--plan={text} has no chips.",
+            f"Did you mean {chip.name}:8?",
+            f"Pass a target such as --plan={chip.name}:8.",
+        )
     if chip.per_host:
         return _hosts(chip, math.prod(sizes) * slices)
     if len(sizes) == 1 < len(chip.shapes[0]):
@@ -75,8 +80,8 @@ def parse(text: str) -> Target:
         example = "x".join(map(str, chip.shapes[-1]))
         raise UserError(
             f"A slice of {chip.name} has {len(chip.shapes[0])} dimensions, {match[2]} has {len(sizes)}.",
-            "the shape belongs to another kind of chip.",
-            f"--plan={chip.name}:{example}, or the number of chips alone.",
+            f"Did you mean {chip.name}:{example}?",
+            f"Pass --plan={chip.name}:{example}, or a number of chips such as --plan={chip.name}:8.",
         )
     return Target(chip, sizes, slices)
 
@@ -92,11 +97,12 @@ def _rented(chip: Chip, count: int, slices: int) -> Target:
     if shape is None and count % math.prod(largest) == 0:
         shape, slices = largest, slices * count // math.prod(largest)
     if shape is None:
-        sizes = ", ".join(str(math.prod(shape)) for shape in chip.shapes)
+        known = [math.prod(shape) for shape in chip.shapes]
+        sizes = ", ".join(map(str, known))
         raise UserError(
             f"There is no slice of {count} chips of {chip.name}.",
-            "slices are rented in fixed sizes.",
-            f"one of {sizes}, or multiples of the last.",
+            f"Did you mean {min(known, key=lambda size: abs(size - count))} chips?",
+            f"Pass one of {sizes} chips or a multiple of the last, such as --plan={chip.name}:{known[-1]}.",
         )
     return Target(chip, shape, slices)
 
@@ -104,16 +110,16 @@ def _rented(chip: Chip, count: int, slices: int) -> Target:
 def _hosts(chip: Chip, count: int) -> Target:
     if count > chip.per_host and count % chip.per_host:
         raise UserError(
-            f"{count} GPUs are no whole number of hosts of {chip.per_host}.",
-            "a part of the last host was left out.",
-            f"--plan={chip.name}:{-(-count // chip.per_host) * chip.per_host}",
+            f"{count} GPUs are not a whole number of hosts with {chip.per_host} GPUs each.",
+            f"Did you mean {-(-count // chip.per_host) * chip.per_host} GPUs?",
+            f"Pass --plan={chip.name}:{-(-count // chip.per_host) * chip.per_host}.",
         )
     per_host = min(count, chip.per_host)
     return Target(chip, (per_host,), count // per_host)
 
 
 def is_installed(platform: str) -> bool:
-    """Tell whether the compiler of a platform is here: libtpu, or the CUDA plugin."""
+    """Return whether the compiler of a platform is installed: libtpu, or the CUDA plugin."""
     try:
         return importlib.util.find_spec(_PLUGIN[platform]) is not None
     except ModuleNotFoundError:
@@ -125,9 +131,9 @@ def require(target: Target) -> None:
     platform = target.chip.platform
     if not is_installed(platform):
         raise UserError(
-            f"There is no compiler for {target.chip.name} here: {_PLUGIN[platform].split('.')[-1]} is not installed.",
-            "it is large, so it comes with an extra of its own.",
-            f"{PIP[platform]}, or --noplan_compile for a plan by arithmetic alone.",
+            f"The compiler for {target.chip.name} is missing: {_PLUGIN[platform].split('.')[-1]} is not installed.",
+            "Did you mean to plan without compiling?",
+            f"Pass --noplan_compile to estimate from the traced step, or install the compiler: {PIP[platform]}",
         )
 
 
@@ -156,8 +162,8 @@ def devices(target: Target) -> list[jax.Device]:
         known = ", ".join("x".join(map(str, shape)) for shape in chip.shapes)
         raise UserError(
             f"The compiler has no topology {target.name}: {str(error).splitlines()[0]}",
-            "no such slice exists.",
-            f"one of {known or '1 to 8 GPUs, or whole hosts'}.",
+            "Did you mean a slice that can be rented?",
+            f"Pass a target with one of {known or '1 to 8 GPUs, or whole hosts'}, or pass --noplan_compile.",
         ) from error
 
 
@@ -172,7 +178,7 @@ _GPU_TARGETS = {
 def gpu_target(chip: Chip) -> str:
     """Return the description of a GPU that XLA compiles for when there is none: a text of `GpuTargetConfigProto`.
 
-    Source: the figures that CUDA reports of these GPUs.
+    Source: the properties that CUDA reports for these GPUs.
     """
     cores, shared, cache, clock, (major, minor) = _GPU_TARGETS[chip.name]
     return f"""

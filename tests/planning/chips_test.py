@@ -63,7 +63,7 @@ def test_cubes_close_at_multiples_of_four():
     assert seconds == pytest.approx(2 * 4 * MEGA * 127 / 128 / (6 * 100e9))
 
 
-def test_between_slices_the_network_carries_a_share():
+def test_between_slices_the_network_carries_a_fraction():
     chip = CHIPS["v5e"]
     two, one = grid_network(chip, (16, 16), 2), grid_network(chip, (16, 16))
     inside = one.seconds(exchange("all-reduce", tuple(range(256))))
@@ -96,5 +96,5 @@ def test_devices_are_counted_slice_after_slice():
 def test_an_unknown_chip_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="v5lite"):
         find_chip("v5lite")
-    with pytest.raises(UserError, match="'h100' was meant"):
+    with pytest.raises(UserError, match="Did you mean 'h100'"):
         find_chip("h10")
