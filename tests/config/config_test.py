@@ -308,7 +308,6 @@ def test_validate_accepts(good):
         (MIM, "efficiency.gradient_dtype", "float16", ["efficiency.gradient_dtype", "=bfloat16"]),
         (MIM, "efficiency.accumulation_steps", 3, ["efficiency.accumulation_steps", "run.batch_size=8", "=2"]),
         (MIM, "efficiency.accumulation_steps", 0, ["efficiency.accumulation_steps", "=1"]),
-        (MIM, "efficiency.remat", "True", ["efficiency.remat", "earlier", "=full"]),
         (MIM, "efficiency.remat", "dot", ["efficiency.remat", "none, dots, full", "=dots"]),
         (VQKD, "teacher.weights", "FILE", ["teacher.features", "teacher.weights='FILE'"]),
         (VQKD, "teacher.features", "", ["teacher.features", "teacher.weights=''"]),

@@ -74,7 +74,8 @@ def check_group(golden, group):
     kind, task, config = build(group)
     config.optim.layer_decay = settings["layer_decay"] or 1.0
     assert config.optim.weight_decay == settings["weight_decay"]
-    variables = jax.eval_shape(task.init, jax.random.key(0))
+    made = jax.eval_shape(task.init, jax.random.key(0))
+    variables = {"params": made["params"], "codebook": made["model_state"]}
     names = {path: official_name(kind, f"params/{path}") for path in by_path(variables["params"])}
     assert set(names.values()) == set(entries)
     arrays = to_official(kind, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), variables))

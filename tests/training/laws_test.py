@@ -105,6 +105,7 @@ def test_codes_of_a_bfloat16_tokenizer_are_decided_in_float32():
     codes = 1.0 + 1e-3 * rng.normal(size=(CODES, 7))  # neighbours whose inner products bfloat16 cannot tell apart
     codes = (codes / np.linalg.norm(codes, axis=-1, keepdims=True)).astype(np.float32)
     variables["model_state"]["quantizer"]["codebook"] = jnp.asarray(codes)
+    variables = {"params": variables["params"], "codebook": variables["model_state"]}
     project = jax.jit(lambda images: model.apply(variables, images, method=VQKD.project))
     encode = jax.jit(lambda images: model.apply(variables, images, method=VQKD.encode))
     unit = np.asarray(project(images), np.float64)

@@ -46,8 +46,8 @@ def load_teacher(
         activation: '' uses the one of the network; needed where the file does not determine it.
         grid_match: how features on `grid` are obtained. 'resize_input' resizes the images so that the network has as
             many patches, 'resample_features' runs it at its trained size and resamples its features.
-        position_resize: how position embeddings are resized, one of `positions.POSITION_RESIZES`; '' uses the method of the
-            network's own code.
+        position_resize: how position embeddings are resized, one of `choices.POSITION_RESIZES`; '' uses the method of
+            the network's own code.
         dtype: dtype of the matrix products.
 
     Raises:
