@@ -32,8 +32,8 @@ from ml_collections import ConfigDict, config_flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError, print_error
-from beitv2_jax.main import start_logging
 from beitv2_jax.models.backbone import Compute
+from beitv2_jax.runtime.launch import start_logging
 from beitv2_jax.tasks import inputs, mim, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding

@@ -18,11 +18,11 @@ from absl import app, flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
-from beitv2_jax.main import start_logging
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import CHIPS
 from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.runtime.launch import start_logging
 from benchmarks.pages import write_between
 
 ROOT = Path(__file__).parents[1]

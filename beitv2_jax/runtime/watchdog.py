@@ -1,7 +1,7 @@
 """Whether a run still moves: a process that stands still too long, or that another one left, says so and ends.
 
 The loops say where they stand; a thread of each process watches that, also while the main thread waits in a collective.
-jax by itself notices a process that is lost (`beitv2_jax.main.HEARTBEAT_SECONDS`), never one that hangs.
+jax by itself notices a process that is lost (`runtime.launch.HEARTBEAT_SECONDS`), never one that hangs.
 """
 
 import contextlib

@@ -308,7 +308,7 @@ def stored(workdir: pathlib.Path) -> dict[str, bytes]:
 if __name__ == "__main__":
     from absl import flags
 
-    from beitv2_jax.main import start_jax
+    from beitv2_jax.runtime.launch import start_jax
 
     flags.FLAGS(["equality_runs"])
     start_jax(None, "")

@@ -252,7 +252,7 @@ def run(workdir, options):
     from absl import flags
 
     from beitv2_jax.errors import Preempted
-    from beitv2_jax.main import leave
+    from beitv2_jax.runtime.launch import leave
     from beitv2_jax.training.loop import train
 
     flags.FLAGS(["training_toy"])

@@ -32,13 +32,13 @@ MOVE = 3
 PROGRAM = """
 import ctypes, json, os, pathlib, signal, sys
 
-from beitv2_jax import main
+from beitv2_jax.runtime import launch
 
 config_file, workdir, address, index = sys.argv[1:]
 getsig = ctypes.pythonapi.PyOS_getsig
 getsig.restype = ctypes.c_void_p
 os.environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index}
-main.start_jax(None, "")
+launch.start_jax(None, "")
 of_jax = getsig(signal.SIGTERM)
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and of_jax  # Python does not know of it
 
@@ -72,7 +72,7 @@ def noted(*args, **kwargs):
 probe.run_batches = noted
 stages.run_stage(configs["probe"], folders["probe"])
 pathlib.Path(workdir, f"rows-{index}").write_text(json.dumps(rows))
-main.leave(Preempted.EXIT_CODE)
+launch.leave(Preempted.EXIT_CODE)
 """
 
 

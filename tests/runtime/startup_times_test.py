@@ -85,9 +85,8 @@ def test_compilations_are_counted_and_those_from_the_cache(told, tmp_path, monke
 def test_jax_tells_of_compilations_and_of_the_cache_by_these_names(tmp_path):
     program = f"""
 import jax
-from beitv2_jax import main
-from beitv2_jax.runtime import startup_times
-main.start_jax(None, {str(tmp_path)!r})
+from beitv2_jax.runtime import launch, startup_times
+launch.start_jax(None, {str(tmp_path)!r})
 add = lambda x: jax.jit(lambda x: x * 3 + 1)(x)
 startup_times._compilations.clear()
 add(1.0)

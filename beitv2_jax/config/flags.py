@@ -1,0 +1,192 @@
+"""The command line: its flags, and what is wrong with it, said before jax is loaded."""
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from beitv2_jax.config.load import flatten, load
+from beitv2_jax.errors import UserError, nearest
+
+DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
+FLAG_NAMES = (
+    "config",
+    "workdir",
+    "task",
+    "allow_config_change",
+    "plan",
+    "plan_examples",
+    "plan_compile",
+    "plan_minutes",
+    "distributed",
+    "compilation_cache",
+)
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "numbers in brackets, inside quotes",
+}
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define this program's flags in `values`; `argv` tells which config keys will be overridden."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file and its presets, such as configs/mim.py:large,300ep.", values, sys_argv=list(argv)
+    )
+    flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is continued.", values)
+    flags.DEFINE_enum(
+        "task",
+        "run",
+        ["run", "verify"],
+        "'verify' computes a random sample of a finished target cache (extract, tokenize) again and compares.",
+        values,
+    )
+    flags.DEFINE_boolean(
+        "allow_config_change",
+        False,
+        "Resume the run in --workdir although a config key that changes its result has a new value.",
+        values,
+    )
+    flags.DEFINE_string(
+        "plan",
+        None,
+        "Train nothing; predict what the run needs on other chips: v5e:16x16, v5p:64, h100:8, or auto:v5e.",
+        values,
+    )
+    flags.DEFINE_integer(
+        "plan_examples",
+        0,
+        "Number of training images, for --plan, of a data set that it does not know.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "plan_compile",
+        True,
+        "Compile the step for --plan; otherwise everything is estimated from the traced step.",
+        values,
+    )
+    flags.DEFINE_float(
+        "plan_minutes", 10.0, "Minutes after which --plan=auto starts no further compilation.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "distributed",
+        None,
+        "Connect to the other processes of the run. By default only under SLURM, Open MPI and TPU slices on GKE.",
+        values,
+    )
+    flags.DEFINE_string(
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_CACHE),
+        "Directory in which compiled programs are cached between runs; '' for none.",
+        values,
+    )
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Define and parse the flags in `argv` and return what is left of it.
+
+    Raises:
+        UserError: config file, preset or key unknown, value of a wrong type, or a flag missing or unknown.
+    """
+    define_flags(values, argv)
+    if any(re.fullmatch(r"--?help\w*", arg) for arg in argv):
+        return values(list(argv))
+    defaults = _check_config(argv)
+    try:
+        rest = values(list(argv))
+    except (flags.Error, TypeError) as error:
+        raise _explain(error, argv, defaults) from error
+    if len(rest) > 1:
+        raise UserError(
+            f"The argument '{rest[1]}' is not expected.",
+            f"Did you mean the flag --{rest[1]}?",
+            f"Write --{rest[1]}=VALUE, or leave it out.",
+        )
+    if not values.workdir and not values.plan:
+        raise UserError(
+            "The flag --workdir is missing.",
+            "It names the directory in which the run is written.",
+            "Write --workdir=runs/NAME.",
+        )
+    return rest
+
+
+def _overridden(arg: str) -> str | None:
+    """Return the config key that an argument overrides ('--config.seed=1' -> 'seed'), None for other arguments."""
+    match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+    return match[1] if match else None
+
+
+def _check_config(argv: Sequence[str]) -> dict[str, object]:
+    """Return {key: default} of the config in `argv`, after checking what the config flags report late or not at all.
+
+    Raises:
+        UserError: no config file, no such file or preset, no such key, or a key given before the file.
+    """
+    spec = None
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            spec = following if match[1] is None else match[1]
+        elif spec is None and _overridden(arg):
+            raise UserError(
+                f"The flag {arg} comes before --config.",
+                "Config keys can be set only after the file that defines them.",
+                f"Write --config=FILE {arg}.",
+            )
+    if not spec:
+        raise UserError(
+            "The flag --config is missing.",
+            "It names the config file of the stage to run.",
+            "Write --config=configs/quickstart.py, for example.",
+        )
+    name, colon, presets = spec.partition(":")
+    if Path(name).suffix != ".py":
+        raise UserError(
+            f"--config={spec} is not a Python file.",
+            f"Did you mean the file configs/{Path(name).stem}.py?",
+            f"Write --config=configs/{Path(name).stem}.py{colon}{presets}.",
+        )
+    defaults = flatten(load(spec))
+    for key in filter(None, map(_overridden, argv)):
+        if key not in defaults:
+            raise _unknown_key(key, defaults)
+    return defaults
+
+
+def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
+    """Return the error for an unknown config key; a section's own keys and keys of the same last name come first."""
+    inside = [name for name in defaults if name.startswith(key + ".")]
+    namesakes = [name for name in defaults if name.split(".")[-1] == key.split(".")[-1]]
+    guess = nearest(key, inside or namesakes or defaults)
+    return UserError(
+        f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
+        f"Did you mean '{guess}', whose value is {defaults[guess]!r}?",
+        f"Write --config.{guess}={shlex.quote(str(defaults[guess]))}.",
+    )
+
+
+def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, object]) -> UserError:
+    """Return the three-part form of what absl or the config flags say about `argv`."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        guess = nearest(error.flagname, FLAG_NAMES)
+        return UserError(
+            f"There is no flag --{error.flagname}.",
+            f"Did you mean --{guess}?",
+            f"Write --{guess}=VALUE, or see --help.",
+        )
+    for key in filter(None, map(_overridden, argv)):
+        if f"config.{key}" in str(error):
+            kind = TYPE_NAMES.get(type(defaults[key]), "a value of another type")
+            return UserError(
+                f"{str(error).rstrip('.')}.",
+                f"Did you mean {kind}, such as the default {defaults[key]!r}?",
+                f"Write --config.{key}={shlex.quote(str(defaults[key]))}, for example.",
+            )
+    return UserError(
+        f"{str(error).rstrip('.')}.", "Did you mean a value of another type?", "See --help for what each flag takes."
+    )
