@@ -60,14 +60,15 @@ def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -
 
     def refuse(key: str, problem: str, meant: str, *values) -> None:
         instead = " or ".join(f"--config.{prefix}{key}={value}" for value in values)
-        raise UserError(f"{prefix}{key}={flat.get(key)!r}: {problem}", meant, instead)
+        raise UserError(f"{prefix}{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}.")
 
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
-            refuse(key, f"not one of {', '.join(valid)}.", "a slip of spelling.", nearest(str(flat[key]), valid))
+            guess = nearest(str(flat[key]), valid)
+            refuse(key, f"it must be one of {', '.join(filter(None, valid))}", f"Did you mean {guess!r}?", guess)
     for key in (key for key in flat if key.endswith("batch_size")):
         if flat[key] < 1:
-            refuse(key, "a step needs at least one example.", "the global batch size was meant.", 512)
+            refuse(key, "a step needs at least one example", "Did you mean the global batch size?", 512)
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
     _check_reading(flat, refuse)
@@ -81,7 +82,7 @@ def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int |
         try:
             parse_duration(flat[key])
         except UserError as error:
-            refuse(key, error.happened, error.meant, "'100 epochs'", "'1000 steps'")
+            refuse(key, error.happened.rstrip("."), error.meant, "'100 epochs'", "'1000 steps'")
     if "optim.warmup" not in flat:
         return
     warmup, duration = flat["optim.warmup"], flat["run.duration"]
@@ -93,7 +94,12 @@ def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int |
         return
     if warmup_amount >= amount:
         shorter = f"'{amount / 10:g} {unit}'"
-        refuse("optim.warmup", f"not shorter than run.duration={duration!r}.", "a shortened run.", shorter)
+        refuse(
+            "optim.warmup",
+            f"it must be shorter than run.duration={duration!r}",
+            "Did you shorten the run but not its warm-up?",
+            shorter,
+        )
 
 
 def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
@@ -102,8 +108,8 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
         if width is not None and (heads < 1 or width % heads):
             refuse(
                 f"{section}width",
-                f"not divisible by {section}num_heads={heads}.",
-                "heads of 64 numbers each, as in the published models.",
+                f"it must be divisible by {section}num_heads={heads}",
+                "Did you mean heads of width 64, as in the published models?",
                 64 * max(1, round(width / 64)),
             )
     patch_keys = ("model.encoder.patch_size", "teacher.tokenizer_patch_size")
@@ -112,28 +118,33 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
     if patch_size is not None and image_size % patch_size:
         refuse(
             "views.image_size",
-            f"not divisible by {patch_key}={patch_size}.",
-            "a whole number of patches per side.",
+            f"it must be divisible by {patch_key}={patch_size}",
+            "Did you mean a whole number of patches per side?",
             patch_size * max(1, round(image_size / patch_size)),
         )
     betas = flat.get("optim.betas", (0.9, 0.999))
     if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
-        refuse("optim.betas", "Adam takes two decay rates in [0, 1).", "the usual pair.", "'(0.9, 0.999)'")
+        refuse(
+            "optim.betas",
+            "Adam takes two decay rates in [0, 1)",
+            "Did you mean the usual pair?",
+            "'(0.9, 0.999)'",
+        )
     if "masking.num_masked" in flat:
         num_patches = (image_size // patch_size) ** 2
         if not 1 <= flat["masking.num_masked"] <= num_patches:
             refuse(
                 "masking.num_masked",
-                f"views.image_size={image_size} and {patch_key}={patch_size} give {num_patches} patches.",
-                "the published share of 75 in 196.",
+                f"views.image_size={image_size} and {patch_key}={patch_size} give {num_patches} patches",
+                "Did you mean the published fraction, 75 of 196?",
                 round(num_patches * 75 / 196),
             )
     if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= flat["model.depth"]:
         depth = flat["model.depth"]
         refuse(
             "model.early_layer",
-            f"the backbone has model.depth={depth} blocks.",
-            "an early layer at three quarters of the depth, as published (9 of 12).",
+            f"the backbone has model.depth={depth} blocks, counted from 1",
+            "Did you mean three quarters of the depth, as published (9 of 12)?",
             max(1, round(0.75 * depth)),
         )
 
@@ -141,22 +152,30 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
 def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
     for key in ("data.num_threads", "data.num_workers"):
         if flat.get(key, 0) < 0:
-            refuse(key, "there is no such number of them.", "none.", 0)
+            refuse(key, "the number cannot be negative", "Did you mean none?", 0)
     if flat.get("optim.spike_factor", 0.0) and flat["optim.spike_factor"] <= 1:
-        refuse("optim.spike_factor", "every other step would be a spike.", "no guard, or many times the usual.", 0, 10)
+        refuse(
+            "optim.spike_factor",
+            "it must be 0 (off) or greater than 1",
+            "Did you mean to skip steps of ten times the usual loss?",
+            0,
+            10,
+        )
     if flat.get("run.hang_timeout", 0) < 0:
-        refuse("run.hang_timeout", "there is no such time.", "no watch at all.", 0)
-    share = flat.get("data.max_bad_fraction", 0.0)
-    if not 0 <= share <= 1:
-        refuse("data.max_bad_fraction", "a share lies between 0 and 1.", "per cent.", share / 100)
+        refuse("run.hang_timeout", "a time in seconds cannot be negative", "Did you mean no watchdog?", 0)
+    fraction = flat.get("data.max_bad_fraction", 0.0)
+    if not 0 <= fraction <= 1:
+        refuse(
+            "data.max_bad_fraction", "a fraction lies between 0 and 1", "Did you mean per cent?", abs(fraction) / 100
+        )
 
 
 def _check_efficiency(flat: dict[str, Any], refuse: Callable) -> None:
     steps, batch_size = flat.get("efficiency.accumulation_steps", 1), flat.get("run.batch_size", 1)
     if steps < 1 or batch_size % steps:
         fitting = max(count for count in range(1, max(steps, 1) + 1) if batch_size % count == 0)
-        problem = f"run.batch_size={batch_size} cannot be cut into so many equal parts."
-        refuse("efficiency.accumulation_steps", problem, "a divisor of the batch size.", fitting)
+        problem = f"run.batch_size={batch_size} cannot be divided into as many equal parts"
+        refuse("efficiency.accumulation_steps", problem, "Did you mean a divisor of the batch size?", fitting)
 
 
 def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
@@ -165,18 +184,33 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
         return
     side = flat["views.image_size"]
     if not 1 <= flat["evaluation.stride"] <= side:
-        refuse("evaluation.stride", f"windows of {side} pixels would leave gaps.", "two thirds.", round(2 * side / 3))
+        refuse(
+            "evaluation.stride",
+            f"windows of {side} pixels would leave gaps",
+            "Did you mean two thirds of the window?",
+            round(2 * side / 3),
+        )
     for section in ("views", "evaluation"):
         long_side, short_side = flat[f"{section}.long_side"], flat[f"{section}.short_side"]
         if not 1 <= short_side <= long_side:
-            refuse(f"{section}.short_side", f"{section}.long_side={long_side} is shorter.", "the other way.", long_side)
+            refuse(
+                f"{section}.short_side",
+                f"{section}.long_side={long_side} is shorter",
+                "Did you exchange the two sides?",
+                long_side,
+            )
     if not flat["evaluation.scales"] or min(flat["evaluation.scales"]) <= 0:
-        refuse("evaluation.scales", "an image has no such size.", "the plain image alone.", "'(1.0,)'")
+        refuse("evaluation.scales", "scales must be positive", "Did you mean the unscaled image only?", "'(1.0,)'")
     if not 0 < flat["views.min_ratio"] <= flat["views.max_ratio"]:
         largest = flat["views.max_ratio"]
-        refuse("views.min_ratio", f"not between 0 and views.max_ratio={largest}.", "a smaller one.", 0.5)
+        refuse(
+            "views.min_ratio",
+            f"it must lie between 0 and views.max_ratio={largest}",
+            "Did you mean a smaller one?",
+            0.5,
+        )
     if not 0 < flat["views.max_class_fraction"] <= 1:
-        refuse("views.max_class_fraction", "a share lies between 0 and 1.", "the published one.", 0.75)
+        refuse("views.max_class_fraction", "a fraction lies between 0 and 1", "Did you mean the published value?", 0.75)
 
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
@@ -184,7 +218,7 @@ def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
     needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
     required = needed.get(stage, "data.source")
     if not flat[required]:
-        refuse(required, "this stage cannot run without it.", "it was left to be given.", "PATH")
+        refuse(required, "this stage cannot run without it", "Did you forget to set it?", "PATH")
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)
     if either is None:
         stored = stage in ("extract", "tokenize")
@@ -194,9 +228,14 @@ def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
         if stored == bool(flat[live_key]):
             refuse(
                 stored_key,
-                f"exactly one of {stored_key} and {live_key}={flat[live_key]!r} must be set.",
-                f"targets come either from a store ({stored_key}) or from the live network ({live_key}).",
+                f"exactly one of {stored_key} and {live_key}={flat[live_key]!r} must be set",
+                f"Targets come either from a target cache ({stored_key}) or from the live network ({live_key}).",
                 "DIR",
             )
     if stored and flat["views.num_views"] < 1:
-        refuse("views.num_views", "stored targets belong to numbered views.", "the number of views stored.", 4)
+        refuse(
+            "views.num_views",
+            "stored targets belong to numbered views",
+            "Did you mean the number of stored views per image?",
+            4,
+        )

@@ -19,15 +19,17 @@ def parse_duration(duration: str) -> tuple[float, str]:
     if match is None:
         raise UserError(
             f"{duration!r} is not a duration.",
-            "the unit is missing or the amount is not a plain number.",
-            f"an amount and one unit of {', '.join(UNITS)}, such as '300 epochs'.",
+            "Did you forget the unit?",
+            f"Write an amount and one unit of {', '.join(UNITS)}, such as '300 epochs'.",
         )
     amount, unit = float(match[1]), match[2].lower()
     plural = unit if unit.endswith("s") else unit + "s"
     if plural not in UNITS:
         guess = nearest(plural, UNITS)
         raise UserError(
-            f"{duration!r} has the unknown unit '{match[2]}'.", f"'{guess}' was meant.", f"'{match[1]} {guess}'"
+            f"{duration!r} has the unknown unit '{match[2]}'.",
+            f"Did you mean '{guess}'?",
+            f"Write '{match[1]} {guess}'.",
         )
     return amount, plural
 
@@ -52,8 +54,8 @@ def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
         if num_examples < batch_size:
             raise UserError(
                 f"An epoch of {num_examples} examples holds no batch of {batch_size}.",
-                "batch_size is meant for a larger data set.",
-                f"--config.run.batch_size={max(num_examples, 1)} or less.",
+                "Did you choose the batch size for a larger data set?",
+                f"Write --config.run.batch_size={max(num_examples, 1)} or less.",
             )
         count = math.floor(amount * (num_examples // batch_size) + 1e-9)
     else:

@@ -45,8 +45,8 @@ def apply_presets(
         if name not in presets:
             raise UserError(
                 f"This config has no preset '{name}'.",
-                f"'{nearest(name, presets)}' was meant." if presets else "a preset of another config was meant.",
-                f"one or more of {', '.join(sorted(presets)) or '(none)'}, separated by commas.",
+                f"Did you mean '{nearest(name, presets)}'?" if presets else "Did you mean a preset of another config?",
+                f"Write one or more of {', '.join(sorted(presets)) or '(none)'}, separated by commas.",
             )
         presets[name](config)
     return config
@@ -68,8 +68,12 @@ def load(spec: str) -> ConfigDict:
         others = sorted(other.stem for other in path.parent.glob("*.py"))
         raise UserError(
             f"There is no config file {path}.",
-            f"'{nearest(path.stem, others)}.py' was meant." if others else f"{path.parent} is the wrong directory.",
-            f"one of {', '.join(f'{path.parent / other}.py' for other in others)}." if others else "configs/NAME.py",
+            f"Did you mean '{nearest(path.stem, others)}.py'?"
+            if others
+            else f"Did you mean another folder than {path.parent}?",
+            f"Write one of {', '.join(f'{path.parent / other}.py' for other in others)}."
+            if others
+            else "Write --config=configs/NAME.py.",
         )
     module_spec = importlib.util.spec_from_file_location(f"beitv2_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)

@@ -134,8 +134,8 @@ def _refuse_unreadable(unreadable: int, source, config, workdir: str) -> None:
     if unreadable > config.data.max_bad_fraction * len(source):
         raise UserError(
             f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_fraction "
-            f"allows {config.data.max_bad_fraction:.3%}",
-            "the data set was copied in part or is damaged",
-            f"mend the files listed in {Path(workdir, 'bad_records.jsonl')} and take another --workdir, or, to go on "
-            "without them, a higher --config.data.max_bad_fraction",
+            f"allows {config.data.max_bad_fraction:.3%}.",
+            "The data set may be damaged or copied only in part.",
+            f"Repair the files listed in {Path(workdir, 'bad_records.jsonl')} and use another --workdir, or write a "
+            "higher --config.data.max_bad_fraction to leave them out.",
         )

@@ -99,8 +99,8 @@ def verify_stage(config: ConfigDict, workdir: str) -> dict:
     if config.stage not in STORES:
         raise UserError(
             f"A run of the stage '{config.stage}' cannot be verified.",
-            "the config of the stage that wrote the store was meant.",
-            f"--config= and --workdir= of a stage of {', '.join(STORES)}, or of a pipeline.",
+            "Did you mean the stage that wrote the target cache?",
+            f"Write the --config and --workdir of a stage of {', '.join(STORES)}, or of a pipeline.",
         )
     refuse_other_config(config, workdir)
     task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
@@ -149,8 +149,8 @@ def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = Fal
     if differences and not allowed:
         raise UserError(
             f"{workdir} holds a run of another config ({_listed(differences[:5])}).",
-            "a setting was changed and the workdir kept.",
-            "another --workdir, or the former values to continue that run; --allow_config_change goes on with these.",
+            "Did you change a setting and keep the workdir?",
+            "Use another --workdir, the former values, or --allow_config_change to resume that run with the new ones.",
         )
     if differences:
         logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(differences))
@@ -175,6 +175,6 @@ def check_writable(workdir: str) -> None:
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             f"The workdir {workdir} cannot be written: {folder} is not a folder this user may write to.",
-            "a mistyped path or a missing mount.",
-            "--workdir=PATH of a folder you may write to, for example runs/mine.",
+            "The path may be mistyped, or a mount may be missing.",
+            "Write --workdir=PATH of a folder that you may write to, such as runs/mine.",
         )

@@ -225,8 +225,8 @@ class Filler:
             raise UserError(
                 f"{self._label}: the network gives {error}, among the examples {batch['example_ids'][0]} to "
                 f"{batch['example_ids'][count - 1]}.",
-                "it overflows in its precision, or its weights are damaged",
-                "--config.efficiency.dtype=float32, or a wider --config.output.dtype",
+                "It may overflow in its precision, or its weights may be damaged.",
+                "Write --config.efficiency.dtype=float32, or a wider --config.output.dtype.",
             ) from error
 
     def _bad_records(self, batch: Batch) -> list[dict[str, Any]]:
@@ -240,8 +240,8 @@ class Filler:
             raise UserError(
                 f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
                 f"{bad[-1]['cause']}.",
-                "the data set is damaged or only partly copied",
-                f"mend it, or --config.data.max_bad_fraction={len(bad) / count:.2g} to store zeros for them",
+                "The data set may be damaged or copied only in part.",
+                f"Repair it, or write --config.data.max_bad_fraction={len(bad) / count:.2g} to store zeros for them.",
             )
 
 

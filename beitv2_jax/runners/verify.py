@@ -110,8 +110,8 @@ def _refuse_below(figures: dict[str, Any], directory: str) -> None:
     name = next(reversed(figures))
     if not figures[name] >= figures["bound"]:
         raise UserError(
-            f"The targets in {directory} are not what the network says of the same views: {name} "
-            f"{figures[name]:.6f} over {figures['sample']} of them, at least {figures['bound']} is right.",
-            "records were damaged or mixed up, or the images were changed in place after the store had been made",
-            f"delete {directory} and run the stage again; {VERIFY_FILE} has the figures",
+            f"The targets in {directory} differ from the output of the network for the same views: {name} is "
+            f"{figures[name]:.6f} over {figures['sample']} of them, and must be at least {figures['bound']}.",
+            "Records may be damaged or mixed up, or the images may have changed after the targets were stored.",
+            f"Delete {directory} and run the stage again; {VERIFY_FILE} has the metrics.",
         )

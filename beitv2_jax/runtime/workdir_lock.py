@@ -55,9 +55,9 @@ def _lock(file: IO[str], workdir: str | Path) -> None:
             nearby = holder.endswith(f" on {socket.gethostname()}")
             if nearby or time.monotonic() - started > PATIENCE_SECONDS:
                 raise UserError(
-                    f"{workdir} is in use by another run: {holder}",
-                    "the same command was started twice, or a former start still runs",
-                    "wait for that run or end it, or another --workdir",
+                    f"{workdir} is in use by another run: {holder}.",
+                    "Did you start the same command twice?",
+                    "Wait for that run, stop it, or use another --workdir.",
                 ) from error
         logging.info("%s is held by %s: waiting for it up to %d s", workdir, holder, PATIENCE_SECONDS)
         time.sleep(POLL_SECONDS)

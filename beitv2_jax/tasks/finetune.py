@@ -83,8 +83,8 @@ def build(config) -> Task:
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",
-            "num_classes belongs to another data set.",
-            f"--config.model.num_classes={source.num_classes}",
+            "Did you set num_classes for another data set?",
+            f"Write --config.model.num_classes={source.num_classes}.",
         )
     return make_task(config, inputs.Opened(sources))
 

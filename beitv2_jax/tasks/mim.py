@@ -135,8 +135,8 @@ def open_inputs(config) -> inputs.Opened:
     if codebook_size != config.model.codebook_size:
         raise UserError(
             f"The tokenizer has {codebook_size} codes, the model predicts {config.model.codebook_size}.",
-            "the tokenizer was trained with another codebook_size.",
-            f"--config.model.codebook_size={codebook_size}",
+            "Did you mean the codebook_size that the tokenizer was trained with?",
+            f"Write --config.model.codebook_size={codebook_size}.",
         )
     return inputs.Opened(sources, stored, tokenizer, frozen)
 
@@ -215,8 +215,8 @@ def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
         raise UserError(
             f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {tokenizer.model.encoder.image_size} "
             f"pixels, the model has {grid[0]}x{grid[1]} patches.",
-            "the two have different patch sizes.",
-            f"--config.model.patch_size={config.views.image_size // rows}, or another tokenizer.",
+            "Did you mean the same patch size for both?",
+            f"Write --config.model.patch_size={config.views.image_size // rows}, or use another tokenizer.",
         )
 
 

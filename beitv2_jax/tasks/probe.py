@@ -53,8 +53,8 @@ def build(config) -> Probe:
     if sources[0].num_classes < 2:
         raise UserError(
             f"{sources[0].name} has {sources[0].num_classes} classes: there is nothing to probe.",
-            "a data set without labels was given.",
-            "--config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
+            "Did you mean a data set with labels?",
+            "Write --config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
         )
     run = read_run(config.backbone.run)
     trained = config_lib.from_json(run.config)
@@ -62,8 +62,8 @@ def build(config) -> Probe:
         raise UserError(
             f"{config.backbone.run} holds a '{trained.stage}' run at {trained.views.image_size} pixels; the probe "
             f"needs a 'mim' run at {config.views.image_size}.",
-            "the path or the image size belongs to another run.",
-            "--config.backbone.run=DIR of a mim run, --config.views.image_size= that of the run.",
+            "Did you mean another run, or its image size?",
+            "Write --config.backbone.run=DIR of a mim run, and --config.views.image_size=N of that run.",
         )
     model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
     apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))

@@ -150,8 +150,8 @@ def open_store(
         raise UserError(
             f"The parts views and centre in {directory} were made with {name} = {identity[0][name]!r} and "
             f"{identity[1].get(name)!r}.",
-            "one of them was made again with another network",
-            f"delete both folders in {directory} and make them again",
+            "One of them may have been computed again with another network.",
+            f"Delete both folders in {directory} and run the stage again.",
         )
     return readers
 

@@ -48,15 +48,15 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
     if trained.stage != "vqkd":
         raise UserError(
             f"{run_dir} holds a run of stage '{trained.stage}', not a tokenizer.",
-            "the path of another stage was given.",
-            "--config.tokenizer.run=DIR of a vqkd run.",
+            "Did you mean the run of another stage?",
+            "Write --config.tokenizer.run=DIR of a vqkd run.",
         )
     if trained.views.image_size != image_size:
         raise UserError(
             f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
-            "one of the two image sizes is a slip.",
-            f"--config.views.image_size={trained.views.image_size}, or for the tokenizer's view of a mim stage alone "
-            f"--config.views.tokenizer_image_size={trained.views.image_size}",
+            "Did you mean the same image size for both?",
+            f"Write --config.views.image_size={trained.views.image_size}, or, for the tokenizer's view of a mim stage "
+            f"only, --config.views.tokenizer_image_size={trained.views.image_size}.",
         )
     teacher_width = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
     model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=teacher_width)

@@ -210,13 +210,19 @@ class Checkpointer:
             self._manager = None
 
     def _failure(self, step: int, cause: str, *, goes_on: bool) -> UserError:
-        whole = "there is none yet" if self._newest is None else f"the newest whole one is that of step {self._newest}"
+        whole = (
+            "there is no valid one yet" if self._newest is None else f"the newest valid one is of step {self._newest}"
+        )
         return UserError(
-            f"the checkpoint of step {step} could not be written to {self._directory}: {cause} "
-            f"({free_space(self._directory)}); {whole}",
-            "the disk or a quota is full, or the folder's permissions or its mount changed",
-            "make room or mend the folder; "
-            + ("the run goes on and tries again at its next save" if goes_on else "started again, it goes on there"),
+            f"The checkpoint of step {step} could not be written to {self._directory}: {cause} "
+            f"({free_space(self._directory)}); {whole}.",
+            "The disk or a quota may be full, or the permissions of the folder or its mount may have changed.",
+            "Free space or repair the folder. "
+            + (
+                "The run continues and tries again at its next save."
+                if goes_on
+                else "The same command resumes the run."
+            ),
         )
 
     def _add_checksums(self) -> None:
@@ -232,10 +238,10 @@ class Checkpointer:
         for path in [*expected, *stored]:
             if stored.get(path) != expected.get(path):
                 raise UserError(
-                    f"the checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
-                    f"this run has {_say(expected, path)}",
-                    "the model or the optimizer was changed since this workdir was started",
-                    "use a new --workdir, or the configuration that stands in the workdir's config.json",
+                    f"The checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
+                    f"this run has {_say(expected, path)}.",
+                    "The model or the optimizer may have changed since this workdir was started.",
+                    "Use a new --workdir, or the settings in the config.json of the workdir.",
                 )
 
 
@@ -277,9 +283,9 @@ def _set_torn_aside(directory: Path) -> None:
     if none_is_whole:
         listed = "; ".join(f"{step}: {found}" for step, found in damage.items()) or "see the log of process 0"
         raise UserError(
-            f"no checkpoint in {directory} is whole ({listed})",
-            "the disk failed, or files were deleted or copied in part",
-            f"bring the missing files back, or delete {directory} to start at step 0",
+            f"Every checkpoint in {directory} is corrupt ({listed}).",
+            "The disk may have failed, or files may have been deleted or copied only in part.",
+            f"Restore the missing files, or delete {directory} to start at step 0.",
         )
     for step, found in damage.items():
         if found is not None:

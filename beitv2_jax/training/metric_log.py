@@ -197,11 +197,11 @@ class Ledger:
             guarded = ", or, for optim.spike_factor, a spike" if "spiked_steps" in figures else ""
             raise UserError(
                 f"{self._skipped_run} steps in a row, up to step {step}, had a loss or gradient that is not finite"
-                + guarded,
-                "the learning rate is too high, the warm-up too short, or the data is broken"
-                + (", or the loss has risen for good, which no guard mends" if guarded else ""),
-                "lower --config.optim.peak_lr, set --config.optim.clip_norm=3.0, or look at the data; the parameters "
-                "in the newest checkpoint are those of the last step that changed them",
+                f"{guarded}.",
+                "The learning rate may be too high, the warm-up too short, or the data broken"
+                + (", or the loss may have risen for good." if guarded else "."),
+                "Lower --config.optim.peak_lr, write --config.optim.clip_norm=3.0, or check the data. The newest "
+                "checkpoint holds the parameters of the last step that changed them.",
             )
 
     def _refuse_unreadable(self, step: int, figures: dict[str, float]) -> None:
@@ -211,10 +211,10 @@ class Ledger:
         if self.unreadable > self._plan.max_bad_fraction * seen:
             raise UserError(
                 f"{self.unreadable} unreadable records up to step {step} are {self.unreadable / seen:.3%} of {seen}; "
-                f"data.max_bad_fraction allows {self._plan.max_bad_fraction:.3%}",
-                "the data set was copied in part or is damaged; a few bad files would have been left out by weight",
-                f"mend or remove the files listed in {Path(self._workdir) / 'bad_records.jsonl'}, or, to go on without "
-                "them, a higher --config.data.max_bad_fraction",
+                f"data.max_bad_fraction allows {self._plan.max_bad_fraction:.3%}.",
+                "The data set may be damaged or copied only in part; a few bad files are left out by weight.",
+                f"Repair or remove the files listed in {Path(self._workdir) / 'bad_records.jsonl'}, or write a higher "
+                "--config.data.max_bad_fraction to train without them.",
             )
 
 

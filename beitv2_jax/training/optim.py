@@ -103,9 +103,9 @@ def make_optimizer(
     if layer_decay != 1.0:
         if not num_layers:
             raise UserError(
-                f"optim.layer_decay is {layer_decay}, but this stage has no layer ids",
-                "layer decay was copied from a fine-tuning recipe",
-                "set --config.optim.layer_decay=1.0",
+                f"optim.layer_decay is {layer_decay}, but this stage has no layer ids.",
+                "Did you copy it from a fine-tuning recipe?",
+                "Write --config.optim.layer_decay=1.0.",
             )
         scale = functools.partial(layer_scale, layer_decay=layer_decay, num_layers=num_layers)
         links.append(_scale_by_path(lambda path: scale(layer_of(path))))

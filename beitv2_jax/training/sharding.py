@@ -61,9 +61,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
     if sizes["data"] % slices:
         raise UserError(
-            f"data={sizes['data']} cannot be divided over {slices} slices",
-            "fsdp and tensor, whose exchange is large, stay inside a slice; between slices there is the slow network",
-            f"use a --config.mesh.data that is a multiple of {slices}",
+            f"data={sizes['data']} cannot be divided over {slices} slices.",
+            "The axes fsdp and tensor stay inside a slice, because the network between slices is slow.",
+            f"Write a --config.mesh.data that is a multiple of {slices}.",
         )
     arranged = mesh_utils.create_hybrid_device_mesh(
         (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"]),
@@ -81,12 +81,16 @@ def mesh_sizes(have: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dic
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if len(open_axes) > 1 or known < 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"the mesh {wanted} has no meaning", "a size below 1, or -1 twice", "use one -1 at most")
+        raise UserError(
+            f"The mesh {wanted} is not valid.",
+            "Sizes must be at least 1, and at most one of them may be -1.",
+            "Write --config.mesh.data=-1 and positive sizes for the other axes.",
+        )
     if known > have or (open_axes and have % known):
         raise UserError(
-            f"the mesh {wanted} does not fit {have} device(s)",
-            "this configuration was written for a larger or another machine",
-            f"make the product of the sizes divide {have}, for example --config.mesh.fsdp=1 --config.mesh.tensor=1",
+            f"The mesh {wanted} does not fit {have} device(s).",
+            "Did you write this config for another machine?",
+            f"Choose sizes whose product divides {have}, such as --config.mesh.fsdp=1 --config.mesh.tensor=1.",
         )
     for axis in open_axes:
         sizes[axis] = have // known
@@ -136,10 +140,11 @@ def check_micro_batches(batch_size: int, sizes: Mapping[str, int], accumulation_
     if rest == 0 and share % accumulation_steps:
         fitting = [steps for steps in range(1, share + 1) if share % steps == 0]
         raise UserError(
-            f"the {share} rows that each device has of a batch of {batch_size} cannot be cut into {accumulation_steps} "
-            "micro-batches",
-            "efficiency.accumulation_steps was chosen for another batch size or number of devices",
-            f"--config.efficiency.accumulation_steps={min(fitting, key=lambda steps: abs(steps - accumulation_steps))}",
+            f"The {share} rows that each device has of a batch of {batch_size} cannot be divided into "
+            f"{accumulation_steps} micro-batches.",
+            "Did you choose efficiency.accumulation_steps for another batch size or number of devices?",
+            "Write --config.efficiency.accumulation_steps="
+            f"{min(fitting, key=lambda steps: abs(steps - accumulation_steps))}.",
         )
 
 
@@ -158,9 +163,9 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
             held[device.process_index].add(row)
     if jax.process_index() not in held:
         raise UserError(
-            f"the mesh of {mesh.size} devices has none of process {jax.process_index()}",
-            "this configuration was written for fewer machines",
-            f"mesh sizes whose product is {jax.device_count()}, for example --config.mesh.data=-1",
+            f"The mesh of {mesh.size} devices has none of process {jax.process_index()}.",
+            "Did you write this config for fewer machines?",
+            f"Choose mesh sizes whose product is {jax.device_count()}, such as --config.mesh.data=-1.",
         )
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
@@ -179,9 +184,9 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     for rows in {leaf.shape[0] * shares for leaf in jax.tree.leaves(batch)}:
         if rows % parts:
             raise UserError(
-                f"a batch of {rows} rows cannot be divided over {parts} devices (data x fsdp)",
-                "the batch size was chosen for another number of devices",
-                f"use a batch size that is a multiple of {parts}, or a smaller --config.mesh.data",
+                f"A batch of {rows} rows cannot be divided over {parts} devices (data x fsdp).",
+                "Did you choose the batch size for another number of devices?",
+                f"Choose a batch size that is a multiple of {parts}, or a smaller --config.mesh.data.",
             )
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 

@@ -48,7 +48,7 @@ def test_steps_refuses_what_is_no_duration(duration):
 def test_steps_names_the_nearest_unit():
     with pytest.raises(UserError, match="unknown unit 'epcohs'") as caught:
         config_lib.steps("3 epcohs", batch_size=2, num_examples=10)
-    assert caught.value.instead == "'3 epochs'"
+    assert caught.value.instead == "Write '3 epochs'."
 
 
 def test_steps_refuses_an_epoch_without_a_batch():

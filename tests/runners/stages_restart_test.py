@@ -171,6 +171,6 @@ def test_runs_that_fail_exit_with_2_and_keep_the_last_good_checkpoint(tmp_path):
     params = read_run(str(tmp_path / "nonfinite")).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)) and "changed nothing" in texts["nonfinite"]
     folder = tmp_path / "full" / "checkpoints"
-    text = f"Error: the checkpoint of step 2 could not be written to {folder}: File too large"
-    assert text in texts["full"] and "there is none yet\n  " in texts["full"]
+    text = f"Error: The checkpoint of step 2 could not be written to {folder}: File too large"
+    assert text in texts["full"] and "there is no valid one yet.\n  " in texts["full"]
     assert list(folder.iterdir()) == [] and not (tmp_path / "full" / "summary.json").exists()

@@ -45,7 +45,7 @@ def test_the_worst_view_decides():
     figures = verify._compare_features(live, stored, PAIRS, 0.9995)
     assert figures["worst_view"] == [9, 1]
     assert figures["min_cosine"] < figures["worst_view_cosine"] < figures["mean_cosine"] < 1
-    with pytest.raises(UserError, match=r"worst_view_cosine 0.*at least 0.9995 is right"):
+    with pytest.raises(UserError, match=r"worst_view_cosine is 0.*at least 0.9995"):
         verify._refuse_below(figures, "store")
 
 
@@ -62,7 +62,7 @@ def test_zeros_equal_only_zeros(zeroed):
 def test_values_that_are_no_numbers_are_refused():
     stored = np.full((1, 2, 3), np.nan, np.float32)
     figures = verify._compare_features(np.ones((1, 2, 3), np.float32), stored, PAIRS[:1], 0.5)
-    with pytest.raises(UserError, match="worst_view_cosine nan"):
+    with pytest.raises(UserError, match="worst_view_cosine is nan"):
         verify._refuse_below(figures, "store")
 
 

@@ -67,10 +67,10 @@ def unbroken(tmp_path_factory):
 def test_the_run_says_so_and_goes_on(ran, unbroken, name, failed, newest, left):
     workdir, status, text = ran[name]
     assert status == 0, text
-    assert failures(text) == [(failed, f"the newest whole one is that of step {newest}")]
+    assert failures(text) == [(failed, f"the newest valid one is of step {newest}.")]
     assert ("File too large" if "full" in name else "Permission denied") in text
     assert re.search(r"\(\d+\.\d+ GB of \d+\.\d+ GB free\)", text) or name == "locked"
-    assert "the run goes on and tries again at its next save" in text
+    assert "The run continues and tries again at its next save" in text
     # neither what is left of the failed one, nor one that should have been deleted since
     assert folders(workdir) == left
     lines = {line["step"] for line in read_metrics(workdir)}
@@ -82,7 +82,7 @@ def test_the_last_save_must_not_fail_and_the_run_can_be_continued(ran, unbroken)
     workdir, status, text = ran["full"]
     assert status == 1
     assert [step for step, _ in failures(text)] == ["10", "15", "19"]
-    assert "started again, it goes on there" in text
+    assert "The same command resumes the run." in text
     assert folders(workdir) == ["5"]
     # what a failed write left is gone; the lines since then would have been lost, so nothing was saved after them
     lines = (Path(workdir) / "metrics.jsonl").read_text()
@@ -94,8 +94,8 @@ def test_the_last_save_must_not_fail_and_the_run_can_be_continued(ran, unbroken)
 def test_where_configured_it_stops_within_a_step(ran):
     workdir, status, text = ran["full, stopping"]
     assert status == 1
-    assert failures(text) == [("10", "the newest whole one is that of step 5")]
-    assert "UserError" in text and "started again, it goes on there" in text
+    assert failures(text) == [("10", "the newest valid one is of step 5.")]
+    assert "UserError" in text and "The same command resumes the run." in text
     assert folders(workdir) == ["5"]
 
 
@@ -104,7 +104,7 @@ def test_several_processes_decide_alike(ran):
     for index in (0, 1):
         _, status, text = ran[f"process {index}"]
         assert status == 0, text
-        assert failures(text) == [("10", "the newest whole one is that of step 5")]
+        assert failures(text) == [("10", "the newest valid one is of step 5.")]
         assert "File too large (process 0)" in text and "(process 1)" not in text
     assert folders(workdir) == ["15", "19"]
     assert [line["step"] for line in read_metrics(workdir)] == [5, 7, 10, 14, 15, 19]

@@ -21,7 +21,9 @@ def test_mesh_takes_what_is_left():
     assert sharding.make_mesh(data=3).size == 3
 
 
-@pytest.mark.parametrize(("sizes", "text"), [((16, 1, 1), "8 device"), ((-1, 3, 1), "8 device"), ((-1, -1, 1), "mean")])
+@pytest.mark.parametrize(
+    ("sizes", "text"), [((16, 1, 1), "8 device"), ((-1, 3, 1), "8 device"), ((-1, -1, 1), "is not valid")]
+)
 def test_impossible_mesh_is_refused(sizes, text):
     with pytest.raises(UserError, match=text):
         sharding.make_mesh(*sizes)

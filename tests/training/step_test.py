@@ -134,7 +134,7 @@ def test_shares_that_cannot_be_cut_are_refused():
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
     for steps in (1, 2, 3, 6):
         sharding.check_micro_batches(24, sizes, steps)
-    with pytest.raises(UserError, match=r"the 6 rows .* batch of 24 .* into 4") as caught:
+    with pytest.raises(UserError, match=r"The 6 rows .* batch of 24 .* into 4") as caught:
         sharding.check_micro_batches(24, sizes, 4)
     assert "accumulation_steps=3" in caught.value.instead
 

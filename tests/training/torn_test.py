@@ -97,7 +97,7 @@ def test_without_a_whole_checkpoint_nothing_is_changed(copied):
     for step in ("8", "11"):
         flip(copied / step)
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(11: .*; 8: .*\)"):
+    with pytest.raises(UserError, match=r"Every checkpoint in .* is corrupt \(11: .*; 8: .*\)"):
         Checkpointer(copied)
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
