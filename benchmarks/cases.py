@@ -45,11 +45,11 @@ class PartCase(Case):
     make: Callable[[Mapping[str, Any]], Any] | None = None
 
 
-def _step(what: str, kind: str, recipe: str, **arguments: Any) -> StepCase:
+def _step(what: str, kind: str, config: str, **arguments: Any) -> StepCase:
     def make(options: Mapping[str, Any]) -> Any:
         from benchmarks import steps
 
-        return getattr(steps, kind)(_recipe(recipe, options), **arguments)
+        return getattr(steps, kind)(_config(config, options), **arguments)
 
     def run(options: Mapping[str, Any]) -> dict[str, Any]:
         from benchmarks import timing
@@ -59,11 +59,11 @@ def _step(what: str, kind: str, recipe: str, **arguments: Any) -> StepCase:
     return StepCase(what, run, make=make)
 
 
-def _part(what: str, kind: str, recipe: str) -> PartCase:
+def _part(what: str, kind: str, config: str) -> PartCase:
     def make(options: Mapping[str, Any]) -> Any:
         from benchmarks import parts
 
-        return getattr(parts, kind)(_recipe(recipe, options))
+        return getattr(parts, kind)(_config(config, options))
 
     def run(options: Mapping[str, Any]) -> dict[str, Any]:
         from benchmarks import parts
@@ -73,18 +73,18 @@ def _part(what: str, kind: str, recipe: str) -> PartCase:
     return PartCase(what, run, make=make)
 
 
-def _other(module: str, kind: str, *recipes: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def _other(module: str, kind: str, *configs: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     def run(options: Mapping[str, Any]) -> dict[str, Any]:
         function = getattr(importlib.import_module(f"benchmarks.{module}"), kind)
-        return function(*(_recipe(name, options) for name in recipes), effort=_effort(options), options=options)
+        return function(*(_config(name, options) for name in configs), effort=_effort(options), options=options)
 
     return run
 
 
-def _recipe(name: str, options: Mapping[str, Any]):
-    from benchmarks.recipes import recipe
+def _config(name: str, options: Mapping[str, Any]):
+    from benchmarks.configs import load_config
 
-    return recipe(name, quick=options["quick"], changes=options["changes"], device=options.get("device"))
+    return load_config(name, quick=options["quick"], changes=options["changes"], device=options.get("device"))
 
 
 def _effort(options: Mapping[str, Any]):

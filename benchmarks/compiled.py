@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--top", type=int, default=10, help="copies and conversions shown")
     parser.add_argument("--text", help="file for the program's text")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config")
     arguments = parser.parse_args(argv)
     options = {"quick": arguments.quick, "changes": dict(map(change, arguments.set)), "images": ""}
     compiler_options = {}

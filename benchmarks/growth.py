@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks import parts, steps, timing
-from benchmarks.recipes import Recipe, recipe
+from benchmarks.configs import load_config
 
 BATCHES = {True: (2, 8, 32), False: (32, 64, 128, 256, 512)}
 SIDES = {True: (64, 112, 192), False: (112, 160, 224, 320, 448)}
@@ -24,12 +25,12 @@ LENGTH_TOKENS = {True: 512, False: 25088}
 """Patches of a batch over which the sequence length grows: the fewer images, the longer they are."""
 
 
-def over_batch(found: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def over_batch(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the growth of the mim step with the batch."""
     return _over(found, "run.batch_size", BATCHES[options["quick"]], effort, options, images=lambda value: value)
 
 
-def over_length(found: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def over_length(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the growth of the mim step with the tokens of an image, at about as many patches in a batch."""
     points, lengths = [], []
     for side in SIDES[options["quick"]]:
@@ -42,7 +43,7 @@ def over_length(found: Recipe, *, effort: timing.Effort, options: Mapping[str, A
     return _fitted("tokens of an image, costs of one image", lengths, points)
 
 
-def over_depth(found: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def over_depth(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the growth of the mim step with the blocks of its backbone."""
     points = []
     for depth in DEPTHS[options["quick"]]:
@@ -51,12 +52,12 @@ def over_depth(found: Recipe, *, effort: timing.Effort, options: Mapping[str, An
     return _fitted("blocks, costs of one image", DEPTHS[options["quick"]], points)
 
 
-def over_codes(found: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def over_codes(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the growth of lookup, sums and update with the codes, in every form of the lookup."""
     by_form = {}
     for size in CODES:
         part = parts.quantizer(
-            recipe("vqkd", quick=options["quick"], changes={**options["changes"], "model.codebook_size": size})
+            load_config("vqkd", quick=options["quick"], changes={**options["changes"], "model.codebook_size": size})
         )
         for name, form in parts.measure(part, effort)["forms"].items():
             point = {"seconds": form["seconds"], "bytes": form["planned_bytes"], "size": size}
@@ -72,7 +73,7 @@ def _over(found, key, values, effort, options, images: Callable[[int], int]) -> 
 
 def _step_point(changes, effort, options, images: int | None = None) -> dict[str, Any]:
     """Return seconds and bytes of a mim step with these changes: of `images`, or of one where that is None."""
-    step = steps.mim(recipe("mim_base", quick=options["quick"], changes=changes))
+    step = steps.mim(load_config("mim_base", quick=options["quick"], changes=changes))
     compiled = step.lowered.compile()
     (seconds,) = timing.samples({"": step.start(compiled)}, effort).values()
     share = 1 if images else step.images

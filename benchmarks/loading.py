@@ -1,6 +1,6 @@
 """The mim stage with real JPEGs: its input alone, and the loop with the share of time that waits for data.
 
-Sizes are those of a recipe, the code ids come from memory as from a store. Without a folder of JPEGs some are made, of
+Sizes are those of a config, the code ids come from memory as from a store. Without a folder of JPEGs some are made, of
 the size and the bytes of ImageNet's. Needs everything that reads data; `benchmarks.input` does the measuring.
 """
 
@@ -15,18 +15,16 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
-from beitv2_jax import config as config_lib
 from beitv2_jax.data.target_cache.encoding import CodeEncoding
 from beitv2_jax.planning.abstract_task import ZeroTargets
 from beitv2_jax.tasks import inputs, mim
 from beitv2_jax.training import loop
 from benchmarks import input as benchmark
-from benchmarks.recipes import Recipe
 from benchmarks.timing import Effort
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mim.py"
 NUM_IMAGES = {True: 64, False: 1024}
 STEPS = {True: 6, False: 30}
 PACES = (0.5, 0.8, 0.9)
@@ -36,26 +34,26 @@ GRAIN = 16.0
 """Standard deviation of the noise on the made pictures, in levels: with it a file has about 100 kB, as in ImageNet."""
 
 
-def input_alone(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def input_alone(config: ConfigDict, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many images a second the pipeline prepares, by the clock and by processor time."""
-    with _task(recipe, options) as (task, config, source):
+    with _task(config, options) as (task, config, source):
         rate, core_rate = benchmark.input_alone(task, config, STEPS[options["quick"]])
     return {**source, "input_images_per_second": rate, "images_per_second_per_core": core_rate}
 
 
-def whole_loop(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def whole_loop(config: ConfigDict, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rates of input, step and loop, the share of waiting and the cores that keep the step busy."""
-    with _task(recipe, options) as (task, config, source):
+    with _task(config, options) as (task, config, source):
         return {**source, **benchmark.measure(config, task, STEPS[options["quick"]])}
 
 
-def paced_loop(recipe: Recipe, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def paced_loop(config: ConfigDict, *, effort: Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the share of waiting with a step that computes nothing and lasts a set time, as if on a device elsewhere.
 
     So it is seen on any machine whether the loop keeps a device busy that asks for less than the cores can prepare.
     """
     steps = 4 * STEPS[options["quick"]]
-    with _task(recipe, options) as (task, config, source):
+    with _task(config, options) as (task, config, source):
         rate, core_rate = benchmark.input_alone(task, config, steps)
         found = []
         for pace in PACES:
@@ -92,7 +90,7 @@ class _Zero:
 
 
 @contextlib.contextmanager
-def _task(recipe: Recipe, options: Mapping[str, Any]) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+def _task(config: ConfigDict, options: Mapping[str, Any]) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     with contextlib.ExitStack() as stack:
         folder = options["images"]
         source = {"images": "given", "threads": os.cpu_count()}
@@ -100,19 +98,15 @@ def _task(recipe: Recipe, options: Mapping[str, Any]) -> Iterator[tuple[Any, Any
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             kilobytes = make_images(Path(folder), NUM_IMAGES[options["quick"]]) / 1000
             source["images"] = f"{NUM_IMAGES[options['quick']]} made, {WIDTH} x {HEIGHT}, {kilobytes:.0f} kB each"
-        config = stage_config(recipe, folder)
+        config = stage_config(config, folder)
         yield mim.make_task(config, opened(config)), config, source
 
 
-def stage_config(recipe: Recipe, folder: str):
-    """Return the mim config with the sizes of a recipe and the JPEGs of a folder, for training and evaluation alike."""
-    config = config_lib.load(str(CONFIG)).copy_and_resolve_references().unlock()
-    config.model.update(recipe.model)
-    config.views.image_size, config.views.num_views = recipe.views.image_size, 1
-    config.masking.num_masked = recipe.masking.num_masked
-    config.masking.min_patches = min(config.masking.min_patches, recipe.masking.num_masked)
-    config.run.batch_size = recipe.run.batch_size
-    config.efficiency.update({key: value for key, value in recipe.efficiency.items() if key in config.efficiency})
+def stage_config(config: ConfigDict, folder: str):
+    """Return a mim config that reads the JPEGs of a folder, for training and evaluation alike."""
+    config = config.copy_and_resolve_references().unlock()
+    del config.device, config.torch
+    config.views.num_views = 1
     config.mesh.data = 1  # as the steps are measured
     config.data.update(source=f"folder:{folder}", num_threads=os.cpu_count())
     return config.lock()

@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from beitv2_jax import choices
 from beitv2_jax.models import preprocess
-from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.ops import attention
 from beitv2_jax.models.ops import nearest_code as nearest_code_lib
 from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
 from beitv2_jax.planning.traced import traced_flops
-from beitv2_jax.tasks.common import init_variables, released_no_decay
+from beitv2_jax.tasks.api import Task
+from beitv2_jax.tasks.common import released_no_decay
 from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
 from beitv2_jax.training import optim, sharding
 from benchmarks import steps, timing
-from benchmarks.recipes import Recipe
 
 PALLAS = ("gpu", "tpu")
 """Platforms on which kernels run compiled; elsewhere they are interpreted, which says nothing of their speed."""
@@ -79,10 +79,10 @@ def measure(part: Part, effort: timing.Effort) -> dict[str, Any]:
     return {"sizes": dict(part.sizes), "forms": found, "skipped": skipped}
 
 
-def quantizer(recipe: Recipe) -> Part:
-    """Return lookup, cluster sums and update of the codebook for one batch of a vqkd recipe."""
-    size, width = recipe.model.codebook_size, recipe.model.code_dim
-    tokens = recipe.run.batch_size * (recipe.views.image_size // recipe.model.encoder.patch_size) ** 2
+def quantizer(config: ConfigDict) -> Part:
+    """Return lookup, cluster sums and update of the codebook for one batch of a vqkd config."""
+    size, width = config.model.codebook_size, config.model.code_dim
+    tokens = config.run.batch_size * (config.views.image_size // config.model.encoder.patch_size) ** 2
     rng = np.random.default_rng(steps.SEED)
     state = {
         "codebook": l2_normalise(jnp.asarray(rng.standard_normal((size, width), np.float32))),
@@ -93,7 +93,7 @@ def quantizer(recipe: Recipe) -> Part:
     def run(state, unit, implementation):
         ids = nearest_code(unit, state["codebook"], implementation=implementation)
         statistics = CodebookStatistics(*nearest_code_lib.cluster_sums(unit, ids, jnp.ones(len(unit)), size))
-        return ids, updated_state(state, statistics, recipe.model.ema_decay)
+        return ids, updated_state(state, statistics, config.model.ema_decay)
 
     return Part(
         _forms(run, (state, unit), choices.NEAREST_CODE),
@@ -104,11 +104,11 @@ def quantizer(recipe: Recipe) -> Part:
     )
 
 
-def attend(recipe: Recipe) -> Part:
-    """Return attention with a learned bias as in one block of a mim recipe, with the gradients of q, k, v and bias."""
-    model, count = recipe.model, recipe.run.batch_size
-    length = (recipe.views.image_size // model.patch_size) ** 2 + 1
-    dtype = jnp.dtype(recipe.efficiency.dtype)
+def attend(config: ConfigDict) -> Part:
+    """Return attention with a learned bias as in one block of a mim config, with the gradients of q, k, v and bias."""
+    model, count = config.model, config.run.batch_size
+    length = (config.views.image_size // model.patch_size) ** 2 + 1
+    dtype = jnp.dtype(config.efficiency.dtype)
     rng = np.random.default_rng(steps.SEED)
     shapes = (count, length, 3 * model.width), (count, length, model.width), (model.num_heads, length, length)
     qkv, cotangent, bias = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
@@ -129,11 +129,11 @@ def attend(recipe: Recipe) -> Part:
     return Part(forms, count, "images", flops, sizes)
 
 
-def cross_entropy(recipe: Recipe) -> Part:
-    """Return output layer and cross entropy over the hidden patches of a mim recipe, with the gradients of both."""
-    model, dtype = recipe.model, jnp.dtype(recipe.efficiency.dtype)
+def cross_entropy(config: ConfigDict) -> Part:
+    """Return output layer and cross entropy over the hidden patches of a mim config, with the gradients of both."""
+    model, dtype = config.model, jnp.dtype(config.efficiency.dtype)
     rng = np.random.default_rng(steps.SEED)
-    shape = recipe.run.batch_size, recipe.masking.num_masked
+    shape = config.run.batch_size, config.masking.num_masked
     tokens = jnp.asarray(rng.standard_normal((*shape, model.width), np.float32)).astype(dtype)
     kernel = jnp.asarray(0.02 * rng.standard_normal((model.width, model.codebook_size), np.float32))
     ids = jnp.asarray(rng.integers(0, model.codebook_size, shape, np.int32))
@@ -168,31 +168,31 @@ def cross_entropy(recipe: Recipe) -> Part:
     return Part(forms, patches, "patches", flops, sizes)
 
 
-def optimizer(recipe: Recipe) -> Part:
-    """Return the update of all parameters of a mim recipe, as in the step: norm, clipping, AdamW, decay, the guard.
+def optimizer(config: ConfigDict) -> Part:
+    """Return the update of all parameters of a mim config, as in the step: norm, clipping, AdamW, decay, the guard.
 
     Forms: leaf by leaf; all leaves of like treatment joined end to end; leaves of equal shape stacked.
     """
-    shapes = _mim_params(recipe)
+    shapes = _mim_params(config)
     rng = np.random.default_rng(steps.SEED)
     params, grads = (
         jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
         for _ in range(2)
     )
     forms = {}
-    for name, transformation in optimizers(recipe).items():
+    for name, transformation in optimizers(config).items():
         forms[name] = functools.partial(guarded_update, transformation), (grads, transformation.init(params), params)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"parameters": numbers, "leaves": len(jax.tree.leaves(params))}
     return Part(forms, numbers, "parameters", 0, sizes)
 
 
-def optimizers(recipe: Recipe) -> dict[str, optax.GradientTransformationExtraArgs]:
+def optimizers(config: ConfigDict) -> dict[str, optax.GradientTransformationExtraArgs]:
     """Return the optimizer of a mim recipe in its forms."""
 
     def made(no_decay: Callable[[str], bool]):
-        task = dataclasses.replace(steps.bare_task("mim", init=None, loss=None), no_decay=no_decay)
-        return optim.for_task(task, recipe.optim, **steps.SCHEDULE)[0]
+        task = Task(name="mim", num_train_examples=0, init=None, loss=None, train_batches=None, no_decay=no_decay)
+        return optim.for_task(task, config.optim, **steps.SCHEDULE)[0]
 
     reference, grouped = made(released_no_decay), made(lambda path: path.startswith("True"))
     return {
@@ -210,15 +210,9 @@ def guarded_update(transformation, grads, state, params):
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, state))
 
 
-def _mim_params(recipe: Recipe):
-    model = MaskedImageModel.from_arguments(
-        {**recipe.model, "image_size": recipe.views.image_size}, steps.compute(recipe)
-    )
-    num_masked = recipe.masking.num_masked
-    images = jnp.zeros((1, recipe.views.image_size, recipe.views.image_size, 3))
-    mask = jnp.arange((recipe.views.image_size // recipe.model.patch_size) ** 2)[None] < num_masked
-    init = functools.partial(init_variables, model, num_masked=num_masked, train=False)
-    return jax.eval_shape(init, jax.random.key(0), images, mask)["params"]
+def _mim_params(config: ConfigDict):
+    task = steps.describe(config, {"tokenizer.codes": "stored"}).task
+    return jax.eval_shape(task.init, jax.random.key(0))["params"]
 
 
 def _in_groups(
@@ -241,9 +235,9 @@ def _in_groups(
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(joined(params)), update)
 
 
-def jitter(recipe: Recipe) -> Part:
+def jitter(config: ConfigDict) -> Part:
     """Return the colour jitter of a batch, which the mim step does on the device and the steps here leave out."""
-    count, size = recipe.run.batch_size, recipe.views.image_size
+    count, size = config.run.batch_size, config.views.image_size
     rng = np.random.default_rng(steps.SEED)
     images = jnp.asarray(rng.integers(0, 256, (count, size, size, 3), np.uint8))
     factors = jnp.asarray(rng.uniform(0.6, 1.4, (count, 3)).astype(np.float32))

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--steps", type=int, default=5, help="steps that are traced")
     parser.add_argument("--top", type=int, default=20, help="operations shown")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config")
     arguments = parser.parse_args(argv)
     options = {"quick": arguments.quick, "changes": dict(map(change, arguments.set)), "images": ""}
     step = cases.step_of(arguments.name, options)

@@ -7,7 +7,7 @@
 `--quick` takes small sizes in float32 and is over in minutes on two cores; only its ratios mean anything. A file that
 exists is added to if it was made on the same device with the same versions and options: what is measured again
 replaces what stood there. `--rounds` goes through the list several times, so that what is compared meets the same
-machine. `--set`, any number of times, changes a value of every recipe that has it, as in
+machine. `--set`, any number of times, changes a value of every config that has it, as in
 `--set efficiency.attention=cudnn`. `--images` names a folder of JPEGs, with train/ and validation/, for the input;
 without it some are made. `pace` is measured only where `--only` names it.
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     found.add_argument("--only", default="", help="names, separated by commas")
     found.add_argument("--rounds", type=int, default=1, help="times to go through the list")
-    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipes")
+    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configs")
     found.add_argument("--images", default="", help="folder of JPEGs for the input")
     found.add_argument("--list", action="store_true", help="show the names and what they measure")
     found.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -84,12 +84,14 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check_changes(arguments: argparse.Namespace) -> None:
     """Raise UserError where `--set` names a key that no recipe has."""
-    from benchmarks.recipes import known_keys
+    from benchmarks.configs import known_keys
 
     for key in options(arguments)["changes"]:
         if key not in known_keys():
             raise UserError(
-                f"No recipe has a key '{key}'.", f"'{nearest(key, known_keys())}' was meant.", "--set KEY=VALUE"
+                f"No config has the key '{key}'.",
+                f"Did you mean '{nearest(key, known_keys())}'?",
+                f"Write --set {nearest(key, known_keys())}=VALUE.",
             )
 
 

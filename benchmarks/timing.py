@@ -132,7 +132,7 @@ def measure_step(step: Any, effort: Effort) -> dict[str, Any]:
     return {
         "batch_size": step.images,
         "parameters": step.parameters,
-        "chosen": dict(step.forms),
+        "chosen": dict(step.implementations),
         "seconds": spread(seconds),
         "images_per_second": rates(seconds, step.images),
         "flops": {

@@ -12,51 +12,51 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from torch import nn
 from torch.nn import functional
 from transformers import BeitConfig, BeitModel
 
 from beitv2_jax.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks import steps, timing
-from benchmarks.recipes import Recipe
 
 SEED = 0
 
 
-def mim(recipe: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def mim(config: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return rates of the MIM step on stored code ids."""
-    rng, count = torch.Generator().manual_seed(SEED), recipe.run.batch_size
-    side, size = recipe.views.image_size // recipe.model.patch_size, recipe.views.image_size
-    hidden = torch.rand((count, side * side), generator=rng).argsort(1)[:, : recipe.masking.num_masked]
+    rng, count = torch.Generator().manual_seed(SEED), config.run.batch_size
+    side, size = config.views.image_size // config.model.patch_size, config.views.image_size
+    hidden = torch.rand((count, side * side), generator=rng).argsort(1)[:, : config.masking.num_masked]
     batch = {
         "images": torch.randint(0, 256, (count, 3, size, size), generator=rng, dtype=torch.uint8),
         "positions": hidden.sort(1).values,
         "mask": torch.zeros((count, side * side), dtype=torch.bool).scatter(1, hidden, True),
-        "ids": torch.randint(0, recipe.model.codebook_size, hidden.shape, generator=rng),
+        "ids": torch.randint(0, config.model.codebook_size, hidden.shape, generator=rng),
     }
-    return _measure(MaskedImageModel(recipe), batch, recipe, effort)
+    return _measure(MaskedImageModel(config), batch, config, effort)
 
 
-def vqkd(recipe: Recipe, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
+def vqkd(config: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return rates of the VQ-KD step on stored features."""
-    rng, count = torch.Generator().manual_seed(SEED), recipe.run.batch_size
-    side, size = recipe.views.image_size // recipe.model.encoder.patch_size, recipe.views.image_size
+    rng, count = torch.Generator().manual_seed(SEED), config.run.batch_size
+    side, size = config.views.image_size // config.model.encoder.patch_size, config.views.image_size
     batch = {
         "images": torch.randint(0, 256, (count, 3, size, size), generator=rng, dtype=torch.uint8),
-        "features": torch.randn((count, side * side, recipe.teacher_width), generator=rng),
+        "features": torch.randn((count, side * side, TEACHER_WIDTH), generator=rng),
     }
-    return _measure(Tokenizer(recipe), batch, recipe, effort)
+    return _measure(Tokenizer(config), batch, config, effort)
 
 
 class MaskedImageModel(nn.Module):
     """BeitModel, two more of its layers as patch-aggregation head, one output layer for both predictions."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, config: ConfigDict):
         super().__init__()
-        model = recipe.model
+        model = config.model
         self.config = _config(
             model,
-            recipe.views.image_size,
+            config.views.image_size,
             drop_path_rate=model.drop_path_rate,
             layer_scale_init_value=model.layer_scale_init,
             use_mask_token=True,
@@ -66,14 +66,14 @@ class MaskedImageModel(nn.Module):
         # layers are made by a model of their number, so that only its documented class is called
         head = _config(
             model,
-            recipe.views.image_size,
+            config.views.image_size,
             num_hidden_layers=model.head_depth,
             drop_path_rate=model.drop_path_rate,
             layer_scale_init_value=model.layer_scale_init,
         )
         self.aggregation = BeitModel(head, add_pooling_layer=False).layers
         self.output = nn.Linear(model.width, model.codebook_size)
-        self.early_layer, self.grid = model.early_layer, (recipe.views.image_size // model.patch_size,) * 2
+        self.early_layer, self.grid = model.early_layer, (config.views.image_size // model.patch_size,) * 2
 
     def forward(self, images, mask, positions, ids):
         tokens = self.backbone.embeddings(normalised(images), mask)
@@ -98,16 +98,16 @@ class MaskedImageModel(nn.Module):
 class Tokenizer(nn.Module):
     """Two BeitModels with a quantizer between them; the codebook is state that moves with every step."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, config: ConfigDict):
         super().__init__()
-        model = recipe.model
-        self.side = recipe.views.image_size // model.encoder.patch_size
+        model = config.model
+        self.side = config.views.image_size // model.encoder.patch_size
         absolute = {"use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0}
-        self.encoder = BeitModel(_config(model.encoder, recipe.views.image_size, **absolute), add_pooling_layer=False)
+        self.encoder = BeitModel(_config(model.encoder, config.views.image_size, **absolute), add_pooling_layer=False)
         codes = _config({**model.decoder, "patch_size": 1}, self.side, num_channels=model.code_dim, **absolute)
         self.decoder = BeitModel(codes, add_pooling_layer=False)
         self.to_codes = _task_layer(model.encoder.width, model.code_dim)
-        self.to_features = _task_layer(model.decoder.width, recipe.teacher_width)
+        self.to_features = _task_layer(model.decoder.width, TEACHER_WIDTH)
         self.ema_decay = model.ema_decay
         self.register_buffer("codebook", functional.normalize(torch.randn(model.codebook_size, model.code_dim)))
         self.register_buffer("cluster_counts", torch.zeros(model.codebook_size))
@@ -163,27 +163,27 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255.0 - mean) / std
 
 
-def _measure(model: nn.Module, batch, recipe: Recipe, effort: timing.Effort) -> dict[str, Any]:
+def _measure(model: nn.Module, batch, config: ConfigDict, effort: timing.Effort) -> dict[str, Any]:
     """Return rates of the plain and of the compiled step, which take turns; the faster one is the peer."""
     parameters = sum(tensor.numel() for tensor in model.parameters())
-    ours = getattr(steps, recipe.stage)(recipe).parameters
+    ours = getattr(steps, config.stage)(config).parameters
     assert parameters == ours, f"{parameters} parameters, ours has {ours}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     model, batch = model.to(device).train(), {name: tensor.to(device) for name, tensor in batch.items()}
-    optimizer = _optimizer(model, recipe, device)
+    optimizer = _optimizer(model, config, device)
 
     def step(forward: Callable) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with _precision(device, recipe):
+        with _precision(device, config):
             loss = forward(**batch)
         loss.backward()
-        if recipe.optim.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm)
+        if config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
 
     forms, skipped, compile_seconds = {"eager": model}, {}, None
-    if recipe.torch.compile:
+    if config.torch.compile:
         started = time.perf_counter()
         try:
             compiled = torch.compile(model)
@@ -199,15 +199,15 @@ def _measure(model: nn.Module, batch, recipe: Recipe, effort: timing.Effort) -> 
     found = _in_turns({name: lambda form=form: step(form) for name, form in forms.items()}, device, effort)
     best = min(found, key=lambda name: timing.spread(found[name])["median"])
     return {
-        "batch_size": recipe.run.batch_size,
+        "batch_size": config.run.batch_size,
         "parameters": parameters,
         "device": str(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu",
-        "dtype": recipe.efficiency.dtype,
+        "dtype": config.efficiency.dtype,
         "threads": torch.get_num_threads(),
         "fastest": best,
         "seconds": timing.spread(found[best]),
-        "images_per_second": timing.rates(found[best], recipe.run.batch_size),
-        "all": {name: timing.rates(seconds, recipe.run.batch_size) for name, seconds in found.items()},
+        "images_per_second": timing.rates(found[best], config.run.batch_size),
+        "all": {name: timing.rates(seconds, config.run.batch_size) for name, seconds in found.items()},
         "skipped_forms": skipped,
         "compile_seconds": compile_seconds,
         "peak_memory": {"bytes": torch.cuda.max_memory_allocated(), "source": "device"}
@@ -216,17 +216,17 @@ def _measure(model: nn.Module, batch, recipe: Recipe, effort: timing.Effort) -> 
     }
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: ConfigDict, device: torch.device) -> torch.optim.Optimizer:
     decayed = [tensor for tensor in model.parameters() if tensor.ndim > 1]
     plain = [tensor for tensor in model.parameters() if tensor.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        groups, lr=recipe.optim.min_lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, fused=True
+        groups, lr=config.optim.min_lr, betas=tuple(config.optim.betas), eps=config.optim.eps, fused=True
     )
 
 
-def _precision(device: torch.device, recipe: Recipe):
-    if recipe.efficiency.dtype == "float32":
+def _precision(device: torch.device, config: ConfigDict):
+    if config.efficiency.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 

@@ -49,10 +49,16 @@ _GREY_SIDE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A task without inputs; `batch` and `task.frozen` hold shapes, `batch` those of the whole global batch."""
+    """A task without inputs; `batch` and `task.frozen` hold shapes, `batch` those of the whole global batch.
+
+    `row` is one row of the batch as arrays, of a grey image and targets that are zero. `network` is the teacher or
+    tokenizer that runs in the step, None where targets are stored.
+    """
 
     task: Task
     batch: Batch
+    row: Batch
+    network: Any
     config: Any
 
 
@@ -109,8 +115,13 @@ def count_examples(config, given: int = 0) -> int:
         ) from error
 
 
-def describe(config, num_examples: int) -> Description:
+def describe(config, num_examples: int, frozen_size: Mapping[str, int] = SIZES["base"]) -> Description:
     """Describe the stage that a config from `complete` trains on `num_examples` images.
+
+    Args:
+        config: as `complete` returns it.
+        num_examples: training images.
+        frozen_size: row of `SIZES` of the published teacher or tokenizer, where that runs in the step.
 
     Raises:
         UserError: weights or a run that the config names exist but cannot be read.
@@ -119,13 +130,20 @@ def describe(config, num_examples: int) -> Description:
     source = _Source(num_examples, config.model.get("num_classes", 1000))
     opened = inputs.Opened((source, source))
     if config.stage == "vqkd":
-        opened = _with_teacher(config, opened)
+        opened = _with_teacher(config, opened, frozen_size)
     elif config.stage == "mim":
-        opened = _with_tokenizer(config, opened)
-    return Description(stage.make_task(config, opened), _batch(stage, config, opened), config)
+        opened = _with_tokenizer(config, opened, frozen_size)
+    row = _row(stage, config, opened)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (config.run.batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
+        for name, array in row.items()
+    }
+    return Description(stage.make_task(config, opened), batch, row, opened.network, config)
 
 
-def _with_teacher(config, opened: inputs.Opened) -> inputs.Opened:
+def _with_teacher(config, opened: inputs.Opened, size: Mapping[str, int]) -> inputs.Opened:
     patch_size = config.model.encoder.patch_size
     side = config.views.image_size // patch_size
     if config.teacher.features:
@@ -134,7 +152,7 @@ def _with_teacher(config, opened: inputs.Opened) -> inputs.Opened:
         return dataclasses.replace(opened, stored=(reader, reader))
     if config.teacher.weights == PUBLISHED:
         teacher, network = clip_teacher(
-            SIZES["base"],
+            size,
             TEACHER_WIDTH,
             image_size=config.views.image_size,
             grid=(side, side),
@@ -147,7 +165,7 @@ def _with_teacher(config, opened: inputs.Opened) -> inputs.Opened:
     return dataclasses.replace(opened, network=teacher, frozen={"teacher": _shapes(weights)})
 
 
-def _with_tokenizer(config, opened: inputs.Opened) -> inputs.Opened:
+def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> inputs.Opened:
     side = config.views.image_size // config.model.patch_size
     codebook_size = config.model.codebook_size
     if config.tokenizer.codes:
@@ -156,11 +174,10 @@ def _with_tokenizer(config, opened: inputs.Opened) -> inputs.Opened:
         return dataclasses.replace(opened, stored=(reader, reader))
     image_size, dtype = inputs.tokenizer_view(config).image_size, config.efficiency.dtype
     if config.tokenizer.run == PUBLISHED:
-        base = SIZES["base"]
         arguments = {
             "image_size": image_size,
-            "encoder": {**base, "patch_size": image_size // side},
-            "decoder": {**base, "depth": 3},
+            "encoder": {**size, "patch_size": image_size // side},
+            "decoder": {**size, "depth": min(3, size["depth"])},
             "codebook_size": codebook_size,
             "code_dim": CODE_DIM,
             "teacher_width": TEACHER_WIDTH,
@@ -179,21 +196,15 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _batch(stage, config, opened: inputs.Opened) -> Batch:
-    """Return the shapes of the global batch: the row that the pipeline makes, `run.batch_size` times."""
+def _row(stage, config, opened: inputs.Opened) -> Batch:
+    """Return a batch of one image as the pipeline makes it."""
     single = config.copy_and_resolve_references().unlock()
     single.run.batch_size = 1
     single.data.update(num_threads=0, num_workers=0)
     iterator = stage.make_task(single, opened).train_batches(0, 1)
     row = next(iterator)
     iterator.close()
-    return {
-        name: jax.ShapeDtypeStruct(
-            (config.run.batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
-        )
-        for name, array in row.items()
-        if name != "faults"
-    }
+    return {name: array for name, array in row.items() if name != "faults"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import pytest
 
 from beitv2_jax.errors import UserError
 from benchmarks import cases, growth, profile, report, run, timing
+from benchmarks.configs import load_config
 from benchmarks.pages import write_between
-from benchmarks.recipes import recipe
 
 MACHINE = {"device": "cpu", "platform": "cpu", "driver": "", "processor": "P", "cores": 2, "python": "3", "commit": "c"}
 MACHINE |= {"versions": {"jax": "0.1"}, "date": "2026-01-01"}
@@ -43,10 +43,10 @@ def test_an_unknown_name_or_key_is_told():
         run.main(["--out=x", "--only=jitter", "--set=efficiency.remap=full"])
 
 
-def test_changes_reach_the_recipes_that_have_them():
+def test_changes_reach_the_configs_that_have_them():
     changes = dict(map(run.change, ["run.batch_size=7", "efficiency.remat=full", "model.num_classes=5"]))
     assert changes == {"run.batch_size": 7, "efficiency.remat": "full", "model.num_classes": 5}
-    found = recipe("mim_base", quick=True, changes=changes)
+    found = load_config("mim_base", quick=True, changes=changes)
     assert (found.run.batch_size, found.efficiency.remat, "num_classes" in found.model) == (7, "full", False)
 
 
@@ -129,8 +129,8 @@ def test_a_step_is_measured_and_grows(monkeypatch):
     page = report.page(measured({"mim_base_stored": {"rounds": [{"what": "the step", **made}]}}), "plot.svg")
     (row,) = [line for line in page.splitlines() if line.startswith("| the step")]
     assert "| 1.000 " in row
-    assert "- Forms taken by all steps: attention reference, nearest code scan, cross entropy reference.\n" in page
-    curve = growth.over_depth(recipe("mim_base", quick=True, changes=sizes), effort=effort, options=options)
+    assert "- Forms taken by all steps: attention reference, cross entropy reference.\n" in page
+    curve = growth.over_depth(load_config("mim_base", quick=True, changes=sizes), effort=effort, options=options)
     assert [point["size"] for point in curve["growth"]] == list(growth.DEPTHS[True])
     assert 0 < curve["fits"]["flops"]["exponent"] < 1  # stem and heads do not grow
 
@@ -138,7 +138,7 @@ def test_a_step_is_measured_and_grows(monkeypatch):
 def test_a_part_is_measured_in_every_form_over_the_codes(monkeypatch):
     monkeypatch.setattr(growth, "CODES", (16, 64))
     options = {"quick": True, "changes": {"views.image_size": 32, "run.batch_size": 2}}
-    found = growth.over_codes(recipe("vqkd", quick=True), effort=timing.Effort(0.001, 2), options=options)
+    found = growth.over_codes(load_config("vqkd", quick=True), effort=timing.Effort(0.001, 2), options=options)
     assert set(found["forms_growth"]) == {"reference", "scan"}  # a kernel is only interpreted here
     plain = found["forms_growth"]["reference"]
     assert [point["size"] for point in plain["growth"]] == [16, 64] and plain["fits"]["bytes"]["exponent"] > 0
