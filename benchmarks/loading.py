@@ -116,9 +116,9 @@ def opened(config) -> inputs.Opened:
     """Open the JPEGs with code ids of zero."""
     sources = inputs.open_sources(config)
     patches = (config.views.image_size // config.model.patch_size) ** 2
-    card = {"codebook_size": config.model.codebook_size}
+    manifest = {"codebook_size": config.model.codebook_size}
     encoding = CodeEncoding(config.model.codebook_size, patches)
-    return inputs.Opened(sources, stored=tuple(ZeroTargets(encoding, len(source), 1, card) for source in sources))
+    return inputs.Opened(sources, stored=tuple(ZeroTargets(encoding, len(source), 1, manifest) for source in sources))
 
 
 def make_images(folder: Path, count: int) -> float:

@@ -21,7 +21,7 @@ from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import TargetStore
 from benchmarks.target_storage import record_bytes
 
-CARD = {
+MANIFEST = {
     **{"part": "views", "compute_dtype": "float32", "source": "drawn", "split": "train", "image_size": 224},
     **{"num_views": 1, "interpolation": "bicubic", "augmentation_version": "0", "seed": 0, "min_scale": 0.2},
     **{"color_jitter": 0.0, "grid": [14, 14]},
@@ -52,8 +52,8 @@ def cosines(encoding: Encoding, features: np.ndarray) -> np.ndarray:
 def write(encoding: Encoding, targets: np.ndarray, directory: Path) -> tuple[TargetReader, float]:
     """Write a store of one view; return its reader and the records written in a second of processor time."""
     network = TOKENIZER if isinstance(encoding, CodeEncoding) else TEACHER
-    card = {**CARD, **network, "target": encoding.target, "dtype": encoding.dtype, "num_examples": len(targets)}
-    store = TargetStore(directory, name="store", card=card, shard_examples=len(targets))
+    manifest = {**MANIFEST, **network, "target": encoding.target, "dtype": encoding.dtype, "num_examples": len(targets)}
+    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=len(targets))
     started = time.process_time()
     writer = store.open_shard(0)
     for first in range(0, len(targets), BATCH):

@@ -240,7 +240,7 @@ class ZeroTargets:
     encoding: Encoding
     length: int
     num_views: int
-    card: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     unreadable: frozenset[int] = frozenset()
 
     def __len__(self) -> int:

@@ -24,14 +24,14 @@ def draw_code_rows(
     Returns:
         The number of times each code was used, 'k'.
     """
-    card = reader.card
+    manifest = reader.manifest
     code_ids = np.stack([reader[i, 0] for i in range(len(source))]).astype(np.int64)
-    counts = np.bincount(code_ids.reshape(-1), minlength=card["codebook_size"])
+    counts = np.bincount(code_ids.reshape(-1), minlength=manifest["codebook_size"])
     rows = [code for code in np.argsort(-counts, kind="stable")[:num_codes] if counts[code]]
     wanted = {code: _spread(code_ids == code, num_tiles) for code in rows}
     images = {
         index: center_crop(
-            decode_image(source[index]["image"], f"example {index}"), card["image_size"], card["crop_fraction"]
+            decode_image(source[index]["image"], f"example {index}"), manifest["image_size"], manifest["crop_fraction"]
         )
         for index in {index for places in wanted.values() for index, _ in places}
     }
@@ -47,7 +47,7 @@ def draw_code_rows(
             font=ImageFont.load_default(size=12),
         )
         for column, (index, patch) in enumerate(wanted[code]):
-            canvas.paste(_tile(images[index], patch, card["grid"]), (LABEL_WIDTH + column * TILE, row * TILE))
+            canvas.paste(_tile(images[index], patch, manifest["grid"]), (LABEL_WIDTH + column * TILE, row * TILE))
     canvas.save(path)
     return counts
 

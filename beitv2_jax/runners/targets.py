@@ -15,8 +15,8 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.data.bad_records import bad_record
-from beitv2_jax.data.target_cache.leases import Claims
-from beitv2_jax.data.target_cache.manifest import read_card
+from beitv2_jax.data.target_cache.leases import Leases
+from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetStore
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
@@ -64,7 +64,7 @@ def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None])
         store = TargetStore(
             directory,
             name=task.name,
-            card={**targets_lib.store_card(config, source, part), **task.card},
+            manifest={**targets_lib.cache_manifest(config, source, part), **task.manifest},
             shard_examples=config.output.shard_examples,
         )
         filler = Filler(
@@ -79,9 +79,9 @@ def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None])
             label=f"{task.name} {part}",
             on_move=on_move,
         )
-        with Claims(store.work) as claims:
-            filler.run(claims)
-        unreadable += read_card(directory)["unreadable"]
+        with Leases(store.work) as leases:
+            filler.run(leases)
+        unreadable += read_manifest(directory)["unreadable"]
     return {
         "train_examples": len(task.sources[0]),
         "eval_examples": len(task.sources[1]),
@@ -101,7 +101,7 @@ def on_local_devices(task: StoreTask, config, finish: Callable[[jax.Array], Any]
 
 
 class Filler:
-    """One worker on one part of a store: claims input shards, fills them, and finishes when none is left.
+    """One worker on one part of a store: leases input shards, fills them, and finishes when none is left.
 
     Args:
         store: what is to be filled.
@@ -134,7 +134,7 @@ class Filler:
         self._batch_size, self._reading, self._max_bad_fraction = batch_size, reading, max_bad_fraction
         self._label, self._on_move = label, on_move
 
-    def run(self, claims: Claims, poll_seconds: float = POLL_SECONDS) -> None:
+    def run(self, leases: Leases, poll_seconds: float = POLL_SECONDS) -> None:
         """Work until the store is finished, by this or another process.
 
         Raises:
@@ -145,9 +145,9 @@ class Filler:
             return
         shown = _ShownProgress(store, self._label)
         while not store.finished:
-            if self._fill_free_shards(claims, shown):
+            if self._fill_free_shards(leases, shown):
                 continue
-            if store.remaining() or not claims.take("finish"):
+            if store.remaining() or not leases.take("finish"):
                 self._on_move("waiting for other workers")
                 time.sleep(poll_seconds)
                 shown.update(0)
@@ -155,12 +155,12 @@ class Filler:
             self._on_move("finishing the store")
             self._check_share()
             store.finish()
-            claims.release("finish")
+            leases.release("finish")
         shown.close()
 
-    def _fill_free_shards(self, claims: Claims, shown: "_ShownProgress") -> bool:
+    def _fill_free_shards(self, leases: Leases, shown: "_ShownProgress") -> bool:
         """Fill every shard that is free; tell whether there was one."""
-        store, chunks = self._store, self._claimed_chunks(claims)
+        store, chunks = self._store, self._claimed_chunks(leases)
         first = next(chunks, None)
         if first is None:
             return False
@@ -188,13 +188,13 @@ class Filler:
                 at_end = int(examples[-1]) == store.shards[shard].stop - 1 and view == store.views.stop - 1
                 if at_end:
                     writer.close(bad)
-                    claims.release(str(shard))
+                    leases.release(str(shard))
                     writer = None
                     self._check_share()
                 shown.update(0 if at_end else int(examples[-1]) + 1 - store.shards[shard].start)
             except ShardLost:
                 logging.warning("%s: shard %d was taken over by another process.", self._label, shard)
-                claims.release(str(shard))
+                leases.release(str(shard))
                 writer = None
             except BaseException:
                 if writer is not None:
@@ -202,14 +202,14 @@ class Filler:
                 raise
         return True
 
-    def _claimed_chunks(self, claims: Claims) -> Iterator[range]:
-        """Yield the batches, as ranges of example ids, of one free shard after the other, claiming each."""
+    def _claimed_chunks(self, leases: Leases) -> Iterator[range]:
+        """Yield the batches, as ranges of example ids, of one free shard after the other, leasing each."""
         while True:
-            shard = next((shard for shard in self._store.remaining() if claims.take(str(shard))), None)
+            shard = next((shard for shard in self._store.remaining() if leases.take(str(shard))), None)
             if shard is None:
                 return
-            if self._store.is_done(shard):  # between the look at what remains and the claim
-                claims.release(str(shard))
+            if self._store.is_done(shard):  # between the look at what remains and the lease
+                leases.release(str(shard))
                 continue
             ids = self._store.shards[shard]
             for first in range(ids.start, ids.stop, self._batch_size):

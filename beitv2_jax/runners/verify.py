@@ -44,14 +44,14 @@ def verify(task: StoreTask, config, workdir: str) -> dict[str, Any]:
     readers = targets_lib.open_parts(workdir, task.sources)
     report = {}
     for part, source, reader in zip(targets_lib.PARTS, task.sources, readers, strict=True):
-        reader.check({**targets_lib.store_card(config, source, part), **task.card})
+        reader.check({**targets_lib.cache_manifest(config, source, part), **task.manifest})
         pairs = _sample(config, part, reader)
         live = _live(task, config, part, source, pairs)
         stored = np.stack([reader[pair] for pair in pairs])
         if reader.feature == CODE_IDS:
             report[part] = _compare_ids(live, stored)
         else:
-            report[part] = _compare_features(live, stored, pairs, MIN_COSINE[reader.card["dtype"]])
+            report[part] = _compare_features(live, stored, pairs, MIN_COSINE[reader.manifest["dtype"]])
         logging.info("verify %s: %s", part, report[part])
     write_text(os.path.join(workdir, VERIFY_FILE), json.dumps(report, indent=2) + "\n")
     for part, figures in report.items():

@@ -101,7 +101,7 @@ class StoreTask:
         frozen: the network's weights.
         apply: `(frozen, batch) -> ` targets of the batch's views: features `b n t` or code ids `b n`.
         encoding: how targets are stored.
-        card: what identifies the network that made them and their encoding; a reader compares it with what it expects.
+        manifest: what identifies the network and the encoding; a reader compares it with what it expects.
         sources: the train and the eval split.
     """
 
@@ -109,5 +109,5 @@ class StoreTask:
     frozen: PyTree
     apply: Callable[[PyTree, Batch], Array]
     encoding: Encoding
-    card: dict[str, Any]
+    manifest: dict[str, Any]
     sources: tuple[Any, Any]

@@ -20,8 +20,8 @@ def build(config) -> StoreTask:
         frozen=params,
         apply=lambda frozen, batch: teacher.features(frozen, batch["images"]),
         encoding=encoding,
-        card={
-            **targets.teacher_card(teacher),
+        manifest={
+            **targets.teacher_manifest(teacher),
             "target": encoding.target,
             "dtype": encoding.dtype,
             "compute_dtype": config.efficiency.dtype,

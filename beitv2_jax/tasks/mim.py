@@ -126,7 +126,7 @@ def open_inputs(config) -> inputs.Opened:
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
         stored = targets_lib.open_store(config.tokenizer.codes, config, sources, CODE_IDS, grid)
-        codebook_size = stored[0].card["codebook_size"]
+        codebook_size = stored[0].manifest["codebook_size"]
     else:
         tokenizer_size = inputs.tokenizer_view(config).image_size
         tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)

@@ -1,4 +1,4 @@
-"""What the stages that write and read a store of targets share: its parts and cards, their rows, opening and checking.
+"""Target caches, for the stages that write and read them: parts, manifests, rows, opening and checking.
 
 A store is the workdir of an extract or tokenize stage. Its part "views" holds the `num_views` random views of the train
 split, its part "centre" one centre crop of the eval split.
@@ -32,8 +32,8 @@ def teacher_arguments(config, patch_size: int) -> dict:
     return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
 
 
-def teacher_card(teacher) -> dict:
-    """Return what identifies the features of a teacher, in the card of their store."""
+def teacher_manifest(teacher) -> dict:
+    """Return what identifies the features of a teacher, in the manifest of their store."""
     return {
         "grid": list(teacher.grid),
         "teacher": teacher.name,
@@ -44,12 +44,12 @@ def teacher_card(teacher) -> dict:
 
 
 def stated_choices(config) -> dict:
-    """Return the choices that a config states of its teacher, as a store's card has them; '' and 0 state nothing."""
+    """Return the teacher options that a config sets, as in the manifest of a target cache; '' and 0 are not set."""
     return {f"teacher_{key}": config.teacher[key] for key in TEACHER_CHOICES if config.teacher[key]}
 
 
-def store_card(config, source: Source, part: str) -> dict:
-    """Return what identifies the views of one part of a store: equal cards mean equal pixels per view.
+def cache_manifest(config, source: Source, part: str) -> dict:
+    """Return what identifies the views of one part of a store: equal manifests mean equal pixels per view.
 
     In the config of a stage that reads a store of codes it is the tokenizer's own view that counts, where it has one.
     """
@@ -133,18 +133,18 @@ def open_store(
 ) -> tuple[TargetReader, TargetReader]:
     """Open both parts of a store and check that it holds `target` of the views of this run: (views, centre).
 
-    `made_with` holds further entries that its card must have. The store may hold more views than the run's
+    `made_with` holds further entries that its manifest must have. The store may hold more views than the run's
     `views.num_views`, which takes the first ones.
 
     Raises:
         UserError: there is no finished store, or it was made from other views, other data, with other choices or on
-            another grid; the field of its card that differs is named.
+            another grid; the field of its manifest that differs is named.
     """
     readers = open_parts(directory, sources)
     for part, source, reader in zip(PARTS, sources, readers, strict=True):
-        expected = {"target": target, **store_card(config, source, part), "grid": list(grid), **(made_with or {})}
+        expected = {"target": target, **cache_manifest(config, source, part), "grid": list(grid), **(made_with or {})}
         reader.check(expected)
-    identity = [{name: value for name, value in reader.card.items() if _of_network(name)} for reader in readers]
+    identity = [{name: value for name, value in reader.manifest.items() if _of_network(name)} for reader in readers]
     if identity[0] != identity[1]:
         name = next(name for name in identity[0] if identity[0][name] != identity[1].get(name))
         raise UserError(

@@ -78,7 +78,7 @@ def build(config) -> StoreTask:
         return tokenizer.encode(frozen, view_pixels(batch))
 
     encoding = CodeEncoding(tokenizer.model.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
-    card = {
+    manifest = {
         "grid": list(tokenizer.grid),
         "codebook_size": tokenizer.model.codebook_size,
         "tokenizer": tokenizer.name,
@@ -92,6 +92,6 @@ def build(config) -> StoreTask:
         frozen=variables,
         apply=apply,
         encoding=encoding,
-        card=card,
+        manifest=manifest,
         sources=sources,
     )

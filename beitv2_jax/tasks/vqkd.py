@@ -100,7 +100,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     """Build the VQ-KD task on inputs that are open."""
     source, eval_source = opened.sources
     stored, teacher = opened.stored, opened.network
-    teacher_width = stored[0].card["teacher_width"] if teacher is None else teacher.width
+    teacher_width = stored[0].manifest["teacher_width"] if teacher is None else teacher.width
     model = make_model(config, inputs.compute(config), teacher_width=teacher_width)
     window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from paths import ROOT
-from target_stores import CODE_CARD, FEATURE_CARD
+from target_stores import CODE_MANIFEST, FEATURE_MANIFEST
 
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, FeatureEncoding
 from beitv2_jax.data.target_cache.writer import TargetStore
@@ -16,13 +16,13 @@ TOLERANCE = 0.005
 def file_bytes(directory, encoding, count) -> int:
     """Return the size of a file with `count` views, written by the stages' writer."""
     if isinstance(encoding, CodeEncoding):
-        card = {**CODE_CARD, "dtype": encoding.dtype, "codebook_size": encoding.codebook_size}
+        manifest = {**CODE_MANIFEST, "dtype": encoding.dtype, "codebook_size": encoding.codebook_size}
         targets = np.ones((count, encoding.num_tokens), np.int32)
     else:
-        card = {**FEATURE_CARD, "dtype": encoding.dtype, "teacher_width": encoding.width}
+        manifest = {**FEATURE_MANIFEST, "dtype": encoding.dtype, "teacher_width": encoding.width}
         targets = np.ones((count, encoding.num_tokens, encoding.width), np.float32)
-    card |= {"num_examples": count, "num_views": 1, "grid": [1, encoding.num_tokens]}
-    store = TargetStore(directory, name="store", card=card, shard_examples=count)
+    manifest |= {"num_examples": count, "num_views": 1, "grid": [1, encoding.num_tokens]}
+    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=count)
     writer = store.open_shard(0)
     writer.write(0, encoding.pack(encoding.shrink(targets)))
     writer.close([])

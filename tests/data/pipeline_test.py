@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed_images import ListSource
-from target_stores import CODE_CARD, FEATURE_CARD, fill
+from target_stores import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.pipeline import eval_batches, train_iterator
@@ -222,14 +222,14 @@ def test_the_padding_of_an_unreadable_last_record_has_no_fault():
     assert [bool(fault) for fault in batch["faults"].tolist()] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(("card", "feature"), [(FEATURE_CARD, "teacher_features"), (CODE_CARD, "code_ids")])
-def test_targets_of_the_matching_view(source, tmp_path, card, feature):
+@pytest.mark.parametrize(("manifest", "feature"), [(FEATURE_MANIFEST, "teacher_features"), (CODE_MANIFEST, "code_ids")])
+def test_targets_of_the_matching_view(source, tmp_path, manifest, feature):
     def targets(example_id, view):
         rng = np.random.default_rng((example_id, view))
         return rng.normal(size=(21, 5)) if feature == "teacher_features" else rng.integers(0, 13, 21)
 
     torn_then = {"split": "train", "example_id": 7, "where": "list/7", "cause": "it was torn then"}
-    reader = fill(tmp_path / "store", card, targets, unreadable=[torn_then])
+    reader = fill(tmp_path / "store", manifest, targets, unreadable=[torn_then])
     iterator = train_iterator(source, _transform(num_views=3, targets=reader), batch_size=6, seed=3)
     seen = set()
     for batch in _take(iterator, 12):
@@ -244,7 +244,7 @@ def test_targets_of_the_matching_view(source, tmp_path, card, feature):
 
 def test_targets_that_cannot_match_are_refused(source, tmp_path):
     ids = lambda example_id, view: np.full(21, (example_id + view) % 13)  # noqa: E731
-    reader = fill(tmp_path / "store", {**CODE_CARD, "num_examples": 22}, ids)
+    reader = fill(tmp_path / "store", {**CODE_MANIFEST, "num_examples": 22}, ids)
     for num_views in (0, 4):
         with pytest.raises(UserError, match="stored targets hold 3 views"):
             _transform(num_views=num_views, targets=reader)

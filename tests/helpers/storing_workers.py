@@ -12,14 +12,14 @@ import time
 import warnings
 
 import numpy as np
-from target_stores import FEATURE_CARD
+from target_stores import FEATURE_MANIFEST
 
-from beitv2_jax.data.target_cache.leases import Claims
+from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import encoding_of
 from beitv2_jax.data.target_cache.writer import TargetStore
 from beitv2_jax.runners.targets import Filler
 
-CARD = {**FEATURE_CARD, "num_examples": 83, "num_views": 3}
+MANIFEST = {**FEATURE_MANIFEST, "num_examples": 83, "num_views": 3}
 SHARD_EXAMPLES, BATCH_SIZE = 11, 4
 UNREADABLE = (5, 80)
 
@@ -46,9 +46,9 @@ def features(images: np.ndarray) -> np.ndarray:
 
 def work(directory: str, *, num_views: int = 3, seconds: float = 0.0, stale_seconds: float = 60.0) -> None:
     """Take part in filling the store until it is finished."""
-    card = {**CARD, "num_views": num_views}
-    store = TargetStore(directory, name="store", card=card, shard_examples=SHARD_EXAMPLES)
-    encoding = encoding_of(card)
+    manifest = {**MANIFEST, "num_views": num_views}
+    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=SHARD_EXAMPLES)
+    encoding = encoding_of(manifest)
     filler = Filler(
         store,
         load=lambda example_id: rows(example_id, store.views, seconds),
@@ -60,8 +60,8 @@ def work(directory: str, *, num_views: int = 3, seconds: float = 0.0, stale_seco
         max_bad_fraction=0.1,
         label="toy",
     )
-    with Claims(store.work, heartbeat_seconds=stale_seconds / 8, stale_seconds=stale_seconds) as claims:
-        filler.run(claims, poll_seconds=0.02)
+    with Leases(store.work, heartbeat_seconds=stale_seconds / 8, stale_seconds=stale_seconds) as leases:
+        filler.run(leases, poll_seconds=0.02)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from beitv2_jax.data.target_cache.manifest import encoding_of
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import TargetStore
 
-FEATURE_CARD = {
+FEATURE_MANIFEST = {
     "part": "views",
     "target": "teacher_features",
     "dtype": "int8",
@@ -33,20 +33,20 @@ FEATURE_CARD = {
     "teacher_position_resize": "bicubic",
     "teacher_input_size": 48,
 }
-CODE_CARD = {name: value for name, value in FEATURE_CARD.items() if not name.startswith("teacher_")} | {
+CODE_MANIFEST = {name: value for name, value in FEATURE_MANIFEST.items() if not name.startswith("teacher_")} | {
     "target": "code_ids",
     "dtype": "uint4",
     "tokenizer": "vqkd@9",
     "tokenizer_hash": "decaf",
     "codebook_size": 13,
 }
-del CODE_CARD["teacher"]
+del CODE_MANIFEST["teacher"]
 
 
-def fill(directory, card, targets, *, shard_examples=7, unreadable=()):
+def fill(directory, manifest, targets, *, shard_examples=7, unreadable=()):
     """Write the views that the store lacks; `targets(example id, view)` are the features or ids of one."""
-    store = TargetStore(directory, name="store", card=card, shard_examples=shard_examples)
-    encoding = encoding_of(card)
+    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=shard_examples)
+    encoding = encoding_of(manifest)
     for shard in store.remaining():
         writer = store.open_shard(shard)
         for view in store.views:
@@ -55,4 +55,4 @@ def fill(directory, card, targets, *, shard_examples=7, unreadable=()):
         writer.close([bad for bad in unreadable if bad["example_id"] in store.shards[shard]])
     if store.views:
         store.finish()
-    return TargetReader(directory, card["split"])
+    return TargetReader(directory, manifest["split"])

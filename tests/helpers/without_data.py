@@ -24,8 +24,8 @@ def no_data(teacher_width):
     """Let tasks be built without a data set: sources and stores of any name exist, and hold nothing."""
 
     def open_store(directory, config, *_):
-        card = {"teacher_width": teacher_width, "codebook_size": config.model.codebook_size}
-        return (types.SimpleNamespace(card=card, num_views=config.views.num_views),) * 2
+        manifest = {"teacher_width": teacher_width, "codebook_size": config.model.codebook_size}
+        return (types.SimpleNamespace(manifest=manifest, num_views=config.views.num_views),) * 2
 
     def open_sources(config):
         return (FakeSource(config.model.get("num_classes", 1000)),) * 2

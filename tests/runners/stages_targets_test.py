@@ -100,7 +100,7 @@ def test_a_run_may_use_fewer_views_than_a_store_has_and_not_more(extract, networ
 
 def test_parts_of_two_networks_are_refused(extract, networks, image_folder):  # noqa: F811
     _, workdir = extract
-    path = workdir / "centre" / "card.json"
+    path = workdir / "centre" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "teacher_hash": "another"}))
     config = stage_config(image_folder, networks, "vqkd")
     config.teacher.features = str(workdir)

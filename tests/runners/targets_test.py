@@ -15,7 +15,7 @@ import storing_workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
-from storing_workers import CARD, SHARD_EXAMPLES, UNREADABLE, features, rows, work
+from storing_workers import MANIFEST, SHARD_EXAMPLES, UNREADABLE, features, rows, work
 
 from beitv2_jax.data.target_cache import leases
 from beitv2_jax.data.target_cache.manifest import encoding_of
@@ -87,8 +87,8 @@ def wait_for(pids) -> None:
 def test_the_store_holds_what_the_network_says(tmp_path):
     work(str(tmp_path / "views"))
     reader = TargetReader(tmp_path / "views", "train")
-    encoding = encoding_of(CARD)
-    assert len(reader) == 83 and reader.unreadable == set(UNREADABLE) and reader.card["unreadable"] == 2
+    encoding = encoding_of(MANIFEST)
+    assert len(reader) == 83 and reader.unreadable == set(UNREADABLE) and reader.manifest["unreadable"] == 2
     for example_id in range(83):
         for view, row in enumerate(rows(example_id, range(3))):
             expected = features(row["images"][None])
@@ -142,12 +142,12 @@ def test_a_store_grows_to_more_views_and_equals_the_one_made_at_once(undisturbed
     directory = tmp_path / "views"
     work(str(directory), num_views=1)
     before = contents(directory)
-    assert len(TargetReader(directory, "train").card) and TargetReader(directory, "train").num_views == 1
+    assert len(TargetReader(directory, "train").manifest) and TargetReader(directory, "train").num_views == 1
     times = {path.name: path.stat().st_mtime_ns for path in directory.glob("*_v0.*")}
     work(str(directory), num_views=3)
     assert {path.name: path.stat().st_mtime_ns for path in directory.glob("*_v0.*")} == times, "computed again"
     assert contents(directory) == undisturbed
-    assert {name for name in before if before[name] != undisturbed[name]} == {"card.json", "dataset_info.json"}
+    assert {name for name in before if before[name] != undisturbed[name]} == {"manifest.json", "dataset_info.json"}
 
 
 def test_growing_killed_and_run_again_is_byte_identical(workers, undisturbed, tmp_path):
@@ -210,7 +210,7 @@ def test_killed_while_clearing_up_leaves_nothing_for_long(undisturbed, tmp_path,
 
 
 def test_a_worker_that_lost_its_shard_changes_nothing(tmp_path):
-    store = TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=SHARD_EXAMPLES)
+    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
     slow = store.open_shard(0)
     store.open_shard(0).discard()
     with pytest.raises(ShardLost):
@@ -218,9 +218,9 @@ def test_a_worker_that_lost_its_shard_changes_nothing(tmp_path):
 
 
 def test_an_incomplete_shard_is_never_published(tmp_path):
-    store = TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=SHARD_EXAMPLES)
+    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
     writer = store.open_shard(0)
-    encoding = encoding_of(CARD)
+    encoding = encoding_of(MANIFEST)
     for view in store.views:
         packed = encoding.pack(encoding.shrink(np.ones((SHARD_EXAMPLES - (view == 2), 21, 5))))
         writer.write(view, packed)
@@ -232,10 +232,10 @@ def test_an_incomplete_shard_is_never_published(tmp_path):
 def test_a_file_that_reads_back_otherwise_is_never_published(tmp_path, monkeypatch):
     from beitv2_jax.data.target_cache import writer
 
-    store = TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=SHARD_EXAMPLES)
+    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
     real = writer._reread
     monkeypatch.setattr(writer, "_reread", lambda path: (real(path)[0], real(path)[1] ^ ("v1" in path.name)))
-    writer, encoding = store.open_shard(0), encoding_of(CARD)
+    writer, encoding = store.open_shard(0), encoding_of(MANIFEST)
     for view in store.views:
         writer.write(view, encoding.pack(encoding.shrink(np.ones((SHARD_EXAMPLES, 21, 5)))))
     with pytest.raises(OSError, match="does not hold the 11 records"):
@@ -255,7 +255,7 @@ def test_a_shard_that_went_away_is_found_at_the_end_and_written_again(undisturbe
     with pytest.raises(UserError, match="holds 0 of 11 records"):
         work(str(directory))
     monkeypatch.undo()
-    assert not (directory / "card.json").exists()
+    assert not (directory / "manifest.json").exists()
     work(str(directory))
     assert contents(directory) == undisturbed
 
@@ -264,7 +264,7 @@ def test_too_many_unreadable_images_stop_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(storing_workers, "UNREADABLE", tuple(range(0, 83, 7)))
     with pytest.raises(UserError, match=r"unreadable, for example drawing: no such picture.*\n.*\n.*max_bad_fraction"):
         work(str(tmp_path / "views"))
-    assert not (tmp_path / "views" / "card.json").exists()
+    assert not (tmp_path / "views" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -282,15 +282,15 @@ def test_features_that_are_not_finite_are_refused(tmp_path, monkeypatch, value):
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 12), ("num_views", 2), ("teacher_hash", "other")])
 def test_two_configurations_do_not_write_one_store(tmp_path, key, value):
-    TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=11)
+    TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=11)
     with pytest.raises(UserError, match=f"{key} = "):
-        TargetStore(tmp_path / "views", name="store", card={**CARD, key: value}, shard_examples=11)
+        TargetStore(tmp_path / "views", name="store", manifest={**MANIFEST, key: value}, shard_examples=11)
     with pytest.raises(UserError, match="shard_examples = 11, this run has 12"):
-        TargetStore(tmp_path / "views", name="store", card=CARD, shard_examples=12)
+        TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=12)
 
 
-def test_a_claim_goes_to_one_and_comes_back(tmp_path):
-    with leases.Claims(tmp_path) as first, leases.Claims(tmp_path) as second:
+def test_a_lease_goes_to_one_and_comes_back(tmp_path):
+    with leases.Leases(tmp_path) as first, leases.Leases(tmp_path) as second:
         assert first.take("a") and not second.take("a") and not first.take("a")
         assert second.take("b")
         first.release("a")
@@ -298,10 +298,10 @@ def test_a_claim_goes_to_one_and_comes_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_claim_without_a_heartbeat_is_free_after_a_while(tmp_path):
-    beating = leases.Claims(tmp_path, heartbeat_seconds=0.02, stale_seconds=1.0)
-    silent = leases.Claims(tmp_path, heartbeat_seconds=60, stale_seconds=1.0)
-    with beating, silent, leases.Claims(tmp_path, stale_seconds=1.0) as other:
+def test_a_lease_without_a_heartbeat_is_free_after_a_while(tmp_path):
+    beating = leases.Leases(tmp_path, heartbeat_seconds=0.02, stale_seconds=1.0)
+    silent = leases.Leases(tmp_path, heartbeat_seconds=60, stale_seconds=1.0)
+    with beating, silent, leases.Leases(tmp_path, stale_seconds=1.0) as other:
         assert beating.take("a") and silent.take("b")
         for _ in range(5):
             time.sleep(0.4)
@@ -309,25 +309,25 @@ def test_a_claim_without_a_heartbeat_is_free_after_a_while(tmp_path):
             if other.take("b"):
                 break
         else:
-            pytest.fail("a silent claim was never given up")
+            pytest.fail("a silent lease was never given up")
         silent.release("b")  # no longer its own
         assert silent.take("c")
         for _ in range(4):
             time.sleep(0.4)
-            assert not silent.take("c"), "took its own claim for a dead one"
+            assert not silent.take("c"), "took its own lease for a dead one"
         assert not beating.take("b")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"machine": "here", "pi', b"[]"])
-def test_a_claim_whose_worker_died_while_writing_it_is_free_after_two_beats(tmp_path, content):
-    (tmp_path / "a.claim").write_bytes(content)
-    with leases.Claims(tmp_path, heartbeat_seconds=0.1, stale_seconds=60) as worker:
+def test_a_lease_whose_worker_died_while_writing_it_is_free_after_two_beats(tmp_path, content):
+    (tmp_path / "a.lease").write_bytes(content)
+    with leases.Leases(tmp_path, heartbeat_seconds=0.1, stale_seconds=60) as worker:
         assert not worker.take("a"), "it may be being written at this moment"
         time.sleep(0.3)
         assert worker.take("a")
 
 
-def test_claims_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):
+def test_leases_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner = {"machine": heartbeat.machine(), "pid": gone.pid, "token": "x"}
@@ -340,16 +340,18 @@ def test_claims_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):
         ('{"machine": ', False),
         (json.dumps({**owner, "pid": "many"}), False),
     ):
-        (tmp_path / "a.claim").write_text(content)
-        with leases.Claims(tmp_path) as looking:
+        (tmp_path / "a.lease").write_text(content)
+        with leases.Leases(tmp_path) as looking:
             assert looking.take("a") == free
-        (tmp_path / "a.claim").unlink(missing_ok=True)
+        (tmp_path / "a.lease").unlink(missing_ok=True)
 
 
 @settings(max_examples=25, deadline=None)
 @given(num_examples=st.integers(1, 200), shard_examples=st.integers(1, 60))
 def test_shards_hold_every_example_once(tmp_path_factory, num_examples, shard_examples):
-    card = {**CARD, "num_examples": num_examples}
-    store = TargetStore(tmp_path_factory.mktemp("s") / "views", name="store", card=card, shard_examples=shard_examples)
+    manifest = {**MANIFEST, "num_examples": num_examples}
+    store = TargetStore(
+        tmp_path_factory.mktemp("s") / "views", name="store", manifest=manifest, shard_examples=shard_examples
+    )
     assert [i for shard in store.shards for i in shard] == list(range(num_examples))
     assert all(i in store.shards[store.shard_of(i)] for i in range(num_examples))

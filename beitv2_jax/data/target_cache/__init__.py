@@ -1,1 +1,1 @@
-"""The store of teacher features and code ids: encodings, card, shards, claims, reader and writer."""
+"""The store of teacher features and code ids: encodings, manifest, shards, leases, reader and writer."""

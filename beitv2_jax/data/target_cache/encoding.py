@@ -111,7 +111,7 @@ class CodeEncoding:
 
     @property
     def dtype(self) -> str:
-        """Name of the type of one id in a card, 'uint13' for 8192 codes."""
+        """Name of the type of one id in a manifest, 'uint13' for 8192 codes."""
         return f"uint{self.bits}"
 
     @property

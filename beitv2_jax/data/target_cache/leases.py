@@ -1,6 +1,7 @@
-"""Who works on which piece: claim files with a heartbeat, for any number of processes on one file system.
+"""Leases on shards: files with a heartbeat, for any number of processes on one file system.
 
-Claims save work, they guard nothing: two workers on one piece write the same bytes, and each renames whole files.
+Leases only avoid duplicate work; correctness does not depend on them: two workers on one shard write the same bytes,
+and each renames whole files.
 """
 
 import contextlib
@@ -16,16 +17,16 @@ from beitv2_jax.runtime.atomic_files import write_over
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0
-"""A claim whose heartbeat stands still for so long is free. Longer than network file systems show old contents."""
+"""A lease whose heartbeat has not changed for this long is free; longer than network file systems show old contents."""
 
 
-class Claims:
-    """The claims of one worker in `directory`; a thread renews them until they are released or the worker dies.
+class Leases:
+    """The leases of one worker in `directory`; a thread renews them until they are released or the worker dies.
 
-    A claim is a file that only one process can create. It is free again when its worker released it, when its worker
+    A lease is a file that only one process can create. It is free again when its worker released it, when its worker
     was a process of this machine that is no longer there, or when its heartbeat stood still for `stale_seconds` on this
-    process's clock: clocks of machines are never compared. A claim that does not say whose it is was left by a worker
-    that died while it wrote it, as whoever lives writes it whole with the next beat: it is free after two.
+    process's clock: clocks of machines are never compared. A lease without an owner was left by a worker that died
+    while writing it, because a live worker completes it with its next heartbeat: it is free after two heartbeats.
 
     Use as a context manager: leaving it releases what is held.
     """
@@ -48,7 +49,7 @@ class Claims:
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def take(self, name: str) -> bool:
-        """Claim `name`; tell whether it has become ours."""
+        """Try to lease `name` and return whether it is ours now."""
         if name in self._held:
             return False
         path = self._path(name)
@@ -70,7 +71,7 @@ class Claims:
                 self._path(name).unlink(missing_ok=True)
 
     def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
-        """Tell whether there is a claim that nobody renews. The first look at a heartbeat can only start its clock."""
+        """Return whether there is a lease that nobody renews. The first look at a heartbeat only starts its clock."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -104,9 +105,9 @@ class Claims:
         return json.dumps({**self._owner, "beats": self._beats})
 
     def _path(self, name: str) -> pathlib.Path:
-        return self._directory / f"{name}.claim"
+        return self._directory / f"{name}.lease"
 
-    def __enter__(self) -> "Claims":
+    def __enter__(self) -> "Leases":
         self._thread.start()
         return self
 

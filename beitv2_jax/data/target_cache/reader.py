@@ -1,10 +1,10 @@
-"""Store of what a frozen network said about every fixed view: teacher features or code ids, as TFDS sets.
+"""Read a target cache: the teacher features or code ids of every fixed view, as TFDS data sets.
 
 Written by the stages extract and tokenize (`data.target_cache.writer`), read by the data pipeline of later stages.
-A part of a store is one TFDS set, `tfds.builder_from_directory(directory)` opens it, with one split a view
-(`train_v0`, `train_v1` ...), so that reading a view touches no other. Record i of every split belongs to example i of
-the source. `card.json` beside the records says what they were computed from, `bad_records.jsonl` which examples could
-not be read: their records are zeros.
+A part of a target cache is one TFDS data set, which `tfds.builder_from_directory(directory)` opens, with one split per
+view (`train_v0`, `train_v1` ...), so that reading a view touches no other. Record i of every split belongs to example i
+of the source. `manifest.json` beside the records says what they were computed from, and `bad_records.jsonl` which
+examples could not be read: their records are zeros.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax.data.target_cache.manifest import check_card, encoding_of, read_card
+from beitv2_jax.data.target_cache.manifest import check_manifest, encoding_of, read_manifest
 from beitv2_jax.errors import UserError
 
 BAD_RECORDS_FILE = "bad_records.jsonl"
@@ -42,9 +42,9 @@ def open_tfds(directory: str | os.PathLike):
         return tfds.builder_from_directory(os.fspath(directory))
     except Exception as error:  # TFDS, protobuf and the file system each have their own ways to fail here
         raise UserError(
-            f"The TFDS metadata in {directory} cannot be read: {error}",
-            "dataset_info.json or features.json was damaged on its way here",
-            "a fresh copy of the whole store, or make the targets again in another directory",
+            f"The TFDS metadata in {directory} cannot be read: {error}.",
+            "The files dataset_info.json or features.json may have been damaged when they were copied.",
+            "Copy the whole folder again, or compute the targets again in another directory.",
         ) from error
 
 
@@ -55,7 +55,7 @@ class TargetReader:
 
     Attributes:
       feature: "teacher_features" or "code_ids".
-      card: what the targets were computed from.
+      manifest: what the targets were computed from.
       encoding: how they are stored.
       num_views: number of views of each example.
       unreadable: ids of the examples whose images could not be read; their targets are zeros and mean nothing.
@@ -65,15 +65,15 @@ class TargetReader:
       split: of the source, as the source calls it.
 
     Raises:
-      UserError: nothing finished there, a damaged card or damaged metadata, or another split.
+      UserError: nothing finished there, a damaged manifest or damaged metadata, or another split.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
         self._directory, self._split = pathlib.Path(directory), split
-        self.card = read_card(self._directory)
+        self.manifest = read_manifest(self._directory)
         self.check({"split": split})
-        self.encoding = encoding_of(self.card)
-        self.feature, self.num_views = self.encoding.target, self.card["num_views"]
+        self.encoding = encoding_of(self.manifest)
+        self.feature, self.num_views = self.encoding.target, self.manifest["num_views"]
         self._builder = open_tfds(self._directory)
         self._check_metadata()
         self._views = functools.lru_cache(maxsize=OPEN_VIEWS)(self._open_view)
@@ -85,10 +85,11 @@ class TargetReader:
         fields = {name: (tuple(t.shape), np.dtype(t.np_dtype).name) for name, t in self._builder.info.features.items()}
         if set(counts) != {len(self)} or fields != self.encoding.fields:
             raise UserError(
-                f"Card and TFDS metadata in {self._directory} disagree: {self.num_views} views of {len(self)} examples "
-                f"as {self.encoding.fields} by the card, {counts} examples a view as {fields} by dataset_info.json.",
-                "files of two stores were mixed",
-                "a fresh copy of the whole store, or make the targets again in another directory",
+                f"Manifest and TFDS metadata in {self._directory} disagree: {self.num_views} views of {len(self)} "
+                f"examples as {self.encoding.fields} in the manifest, {counts} examples per view as {fields} in "
+                "dataset_info.json.",
+                "Files of two target caches may have been mixed.",
+                "Copy the whole folder again, or compute the targets again in another directory.",
             )
 
     def _read_unreadable(self) -> frozenset[int]:
@@ -99,8 +100,8 @@ class TargetReader:
             ids = frozenset()
         except (ValueError, KeyError, TypeError) as error:
             raise self._unusable(f"{path} is damaged ({error!r})") from error
-        if len(ids) != self.card["unreadable"]:
-            raise self._unusable(f"{path} names {len(ids)} examples, the card counts {self.card['unreadable']}")
+        if len(ids) != self.manifest["unreadable"]:
+            raise self._unusable(f"{path} names {len(ids)} examples, the manifest counts {self.manifest['unreadable']}")
         return ids
 
     def _name(self, view: int) -> str:
@@ -111,7 +112,7 @@ class TargetReader:
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return self.card["num_examples"]
+        return self.manifest["num_examples"]
 
     def entries(self, example_id: int, view: int) -> dict[str, np.ndarray]:
         """Return what a batch carries of (example id, view): the numbers as stored, code ids as int32.
@@ -132,19 +133,21 @@ class TargetReader:
         return self.encoding.decode(self.entries(*key))
 
     def check(self, expected: Mapping[str, Any]) -> None:
-        """Compare the card with what a run expects; the store may hold more views than the run's `num_views`.
+        """Compare the manifest with what a run expects; the store may hold more views than the run's `num_views`.
 
         Raises:
           UserError: names the first field that differs, with both values.
         """
-        enough = self.card["num_views"] >= expected.get("num_views", 0)
-        check_card(self.card, {k: v for k, v in expected.items() if not (k == "num_views" and enough)}, self._directory)
+        enough = self.manifest["num_views"] >= expected.get("num_views", 0)
+        check_manifest(
+            self.manifest, {k: v for k, v in expected.items() if not (k == "num_views" and enough)}, self._directory
+        )
 
     def _unusable(self, why: str) -> UserError:
         return UserError(
             f"The targets in {self._directory} cannot be used: {why}.",
-            "a file was damaged or changed after the stage that wrote it had finished",
-            "a fresh copy of the whole store, or make the targets again in another directory",
+            "A file may have been damaged or changed after the stage that wrote it had finished.",
+            "Copy the whole folder again, or compute the targets again in another directory.",
         )
 
     def __reduce__(self):

@@ -1,6 +1,6 @@
-"""The writing side of the store of targets: input shards, each whole or not there, and one end that publishes all.
+"""Write a target cache: shards, each written whole or not at all, and one final step that publishes all of them.
 
-Used by the stages extract and tokenize. While a part is being written, `directory/.writing` holds the plan, claims,
+Used by the stages extract and tokenize. While a part is being written, `directory/.writing` holds the plan, leases,
 unfinished files and one line for each input shard that is done; finishing removes it. Any number of processes on one
 file system may write the same part: what is written depends on the plan alone, and files appear by renaming.
 """
@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.data import array_files
-from beitv2_jax.data.target_cache.manifest import CARD_FILE, SCHEMA_VERSION, check_card, encoding_of, plain, read_card
+from beitv2_jax.data.target_cache.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    check_manifest,
+    encoding_of,
+    plain,
+    read_manifest,
+)
 from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, open_tfds, view_split
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
@@ -36,36 +43,40 @@ class TargetStore:
       directory: of the part.
       shards: the example ids of every input shard.
       views: the views that are still to be written; a finished store of fewer views is extended.
-      work: folder of what is unfinished; claims belong there.
+      work: folder of what is unfinished; leases belong there.
 
     Args:
       name: TFDS name of the set: lower case, digits, underscores.
-      card: every field of the card but `schema_version` and `unreadable`.
+      manifest: every field of the manifest but `schema_version` and `unreadable`.
       shard_examples: examples in an input shard.
 
     Raises:
       UserError: another store is there, finished or begun.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, name: str, card: Mapping[str, Any], shard_examples: int):
+    def __init__(self, directory: str | os.PathLike, *, name: str, manifest: Mapping[str, Any], shard_examples: int):
         self.directory, self._name = pathlib.Path(directory), name
-        self._card = plain({"schema_version": SCHEMA_VERSION, **card})
-        self._encoding = encoding_of(self._card)
-        count = self._card["num_examples"]
+        self._manifest = plain({"schema_version": SCHEMA_VERSION, **manifest})
+        self._encoding = encoding_of(self._manifest)
+        count = self._manifest["num_examples"]
         self.shards = [range(first, min(first + shard_examples, count)) for first in range(0, count, shard_examples)]
         self.work = self.directory / ".writing"
-        self.views = range(self._published_views(), self._card["num_views"])
+        self.views = range(self._published_views(), self._manifest["num_views"])
         self._unreadable: dict[int, list] = {}
         self._remove_finished_work()
         if self.views:
-            self._join_plan({"card": self._card, "first_view": self.views.start, "shard_examples": shard_examples})
+            self._join_plan(
+                {"manifest": self._manifest, "first_view": self.views.start, "shard_examples": shard_examples}
+            )
 
     def _published_views(self) -> int:
-        """Return how many views are finished, after checking that they belong to this card."""
-        if not (self.directory / CARD_FILE).is_file():
+        """Return how many views are finished, after checking that they belong to this manifest."""
+        if not (self.directory / MANIFEST_FILE).is_file():
             return 0
-        found = read_card(self.directory)
-        check_card(found, {name: value for name, value in self._card.items() if name != "num_views"}, self.directory)
+        found = read_manifest(self.directory)
+        check_manifest(
+            found, {name: value for name, value in self._manifest.items() if name != "num_views"}, self.directory
+        )
         return found["num_views"]
 
     def _remove_finished_work(self) -> None:
@@ -74,7 +85,7 @@ class TargetStore:
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             plan = json.loads((self.work / "plan.json").read_text())
-            if plan["card"]["num_views"] <= self.views.start:
+            if plan["manifest"]["num_views"] <= self.views.start:
                 self._remove_work()
 
     def _remove_work(self) -> None:
@@ -91,10 +102,16 @@ class TargetStore:
             _write_json(path, plan)
         try:
             begun = json.loads(path.read_text())
-            check_card({**begun, **begun["card"]}, {**plan, **plan["card"], "card": begun["card"]}, self.directory)
+            check_manifest(
+                {**begun, **begun["manifest"]},
+                {**plan, **plan["manifest"], "manifest": begun["manifest"]},
+                self.directory,
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is damaged ({error!r}).", "the disk was full", f"delete {self.work} and run again"
+                f"{path} is corrupt ({error!r}).",
+                "The disk may have been full.",
+                f"Delete {self.work} and run the stage again.",
             ) from error
 
     @property
@@ -147,7 +164,7 @@ class TargetStore:
         return pathlib.Path(os.fspath(name))
 
     def _template(self, view: int, directory: pathlib.Path):
-        return array_files.shard_template(self._name, view_split(self._card["split"], view), directory)
+        return array_files.shard_template(self._name, view_split(self._manifest["split"], view), directory)
 
     def features(self):
         """Return the TFDS features of a record."""
@@ -161,9 +178,9 @@ class TargetStore:
         )
 
     def finish(self) -> None:
-        """Check that every example is there, write the TFDS metadata and the card, and remove what was unfinished.
+        """Check that every example is there, write the TFDS metadata and the manifest, and remove what was unfinished.
 
-        Two processes may finish at the same time: both write the same, one file at a time, the card last.
+        Two processes may finish at the same time: both write the same, one file at a time, the manifest last.
 
         Raises:
           UserError: a shard's file has gone or has another number of records. It is to be written again then.
@@ -178,9 +195,9 @@ class TargetStore:
         self._write_metadata(temporary, [shard["num_bytes"] for shard in done])
         if unreadable:
             (temporary / BAD_RECORDS_FILE).write_text("".join(json.dumps(bad) + "\n" for bad in unreadable))
-        _write_json(temporary / CARD_FILE, {**self._card, "unreadable": len(unreadable)})
-        # the card makes the store readable, so it goes last
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CARD_FILE):
+        _write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
+        # the manifest makes the store readable, so it goes last
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
             os.replace(path, self.directory / path.name)
         self._remove_work()
 
@@ -191,8 +208,8 @@ class TargetStore:
             self.done_path(shard).unlink(missing_ok=True)
             raise UserError(
                 f"{path} holds {found} of {len(self.shards[shard])} records.",
-                "the file was removed or damaged after it had been written",
-                "run this stage again: it writes this shard anew",
+                "The file may have been removed or damaged after it had been written.",
+                "Run this stage again, which writes this shard again.",
             )
 
     def _write_metadata(self, directory: pathlib.Path, num_bytes: Sequence[int]) -> None:
@@ -201,7 +218,7 @@ class TargetStore:
 
         splits = [
             tfds.core.SplitInfo(
-                name=view_split(self._card["split"], view),
+                name=view_split(self._manifest["split"], view),
                 shard_lengths=[len(shard) for shard in self.shards],
                 num_bytes=sum(num_bytes),
                 filename_template=self._template(view, directory),
@@ -215,7 +232,7 @@ class TargetStore:
                 name=self._name, version=tfds.core.Version("1.0.0"), data_dir=directory, module_name=""
             ),
             features=self.features(),
-            description=f"{self._encoding.target} of fixed views; record i belongs to example i. See card.json.",
+            description=f"{self._encoding.target} of fixed views; record i belongs to example i. See manifest.json.",
         )
         info.set_file_format("array_record")
         info.set_splits(tfds.core.splits.SplitDict(splits))

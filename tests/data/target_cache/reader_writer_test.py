@@ -1,4 +1,4 @@
-"""Target store: what is written is read, TFDS opens it, and the card guards it against every other run."""
+"""Target store: what is written is read, TFDS opens it, and the manifest guards it against every other run."""
 
 import json
 import pickle
@@ -10,11 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from target_stores import CODE_CARD, FEATURE_CARD, fill
+from target_stores import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data.target_cache import reader as reader_module
 from beitv2_jax.data.target_cache.encoding import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
-from beitv2_jax.data.target_cache.manifest import card_fields, encoding_of, read_card
+from beitv2_jax.data.target_cache.manifest import encoding_of, manifest_fields, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader, view_split
 from beitv2_jax.data.target_cache.writer import TargetStore
 from beitv2_jax.errors import UserError
@@ -31,22 +31,22 @@ def ids(example_id, view):
 @pytest.fixture(scope="module")
 def feature_store(tmp_path_factory):
     directory = tmp_path_factory.mktemp("features") / "views"
-    fill(directory, FEATURE_CARD, features)
+    fill(directory, FEATURE_MANIFEST, features)
     return directory
 
 
 @pytest.fixture(scope="module")
 def code_store(tmp_path_factory):
     directory = tmp_path_factory.mktemp("codes") / "views"
-    fill(directory, CODE_CARD, ids)
+    fill(directory, CODE_MANIFEST, ids)
     return directory
 
 
 @pytest.mark.parametrize("dtype", FEATURE_DTYPES)
 def test_written_and_read_are_equal_up_to_the_encoding(tmp_path, dtype):
-    card = {**FEATURE_CARD, "dtype": dtype}
-    reader = fill(tmp_path / "views", card, features)
-    encoding = encoding_of(card)
+    manifest = {**FEATURE_MANIFEST, "dtype": dtype}
+    reader = fill(tmp_path / "views", manifest, features)
+    encoding = encoding_of(manifest)
     assert (len(reader), reader.num_views, reader.feature) == (23, 3, FEATURES)
     for example_id in (22, 0, 7, 6):
         for view in (2, 0, 1):
@@ -82,7 +82,7 @@ def test_tfds_opens_a_split_for_each_view_without_tensorflow(feature_store, code
 
 @pytest.mark.parametrize("split", ["train[:50%]", "train[50%:]", "train[:-1]", "train[3:9]+train[11:]", "test"])
 def test_slices_of_a_source_have_splits_that_tfds_can_name(tmp_path, split):
-    reader = fill(tmp_path / "views", {**CODE_CARD, "split": split, "num_examples": 3}, ids)
+    reader = fill(tmp_path / "views", {**CODE_MANIFEST, "split": split, "num_examples": 3}, ids)
     np.testing.assert_array_equal(reader[2, 1], ids(2, 1))
     names = list(tfds.builder_from_directory(tmp_path / "views").info.splits)
     assert names == [view_split(split, view) for view in range(3)]
@@ -91,7 +91,7 @@ def test_slices_of_a_source_have_splits_that_tfds_can_name(tmp_path, split):
 
 
 def test_reading_one_view_opens_no_other(tmp_path):
-    fill(tmp_path / "views", CODE_CARD, ids)
+    fill(tmp_path / "views", CODE_MANIFEST, ids)
     for path in (tmp_path / "views").glob("*_v1*"):
         path.unlink()
     reader = TargetReader(tmp_path / "views", "train")
@@ -121,8 +121,8 @@ def test_reader_goes_to_other_processes(feature_store):
 def test_a_finished_store_is_left_alone(feature_store):
     before = {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")}
     for num_views in (1, 3):
-        card = {**FEATURE_CARD, "num_views": num_views}
-        store = TargetStore(feature_store, name="store", card=card, shard_examples=7)
+        manifest = {**FEATURE_MANIFEST, "num_views": num_views}
+        store = TargetStore(feature_store, name="store", manifest=manifest, shard_examples=7)
         assert store.finished and not store.views
     assert {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")} == before
 
@@ -133,29 +133,33 @@ def other(value):
 
 
 @pytest.mark.parametrize(
-    ("card", "field"),
-    [(card, field) for card in (FEATURE_CARD, CODE_CARD) for field in card_fields(card["part"], card["target"])],
+    ("manifest", "field"),
+    [
+        (manifest, field)
+        for manifest in (FEATURE_MANIFEST, CODE_MANIFEST)
+        for field in manifest_fields(manifest["part"], manifest["target"])
+    ],
     ids=lambda value: value if isinstance(value, str) else value["target"],
 )
-def test_every_field_of_the_card_is_compared_and_named(feature_store, code_store, card, field):
-    directory = feature_store if card is FEATURE_CARD else code_store
+def test_every_field_of_the_manifest_is_compared_and_named(feature_store, code_store, manifest, field):
+    directory = feature_store if manifest is FEATURE_MANIFEST else code_store
     reader = TargetReader(directory, "train")
-    reader.check(card)
-    reader.check({**card, "num_views": 2})
-    value = other(reader.card[field])
+    reader.check(manifest)
+    reader.check({**manifest, "num_views": 2})
+    value = other(reader.manifest[field])
     with pytest.raises(UserError, match=rf"made with {field} = .*, this run has") as caught:
-        reader.check({**card, field: value})
-    assert repr(value) in str(caught.value) and repr(reader.card[field]) in caught.value.instead
+        reader.check({**manifest, field: value})
+    assert repr(value) in str(caught.value) and repr(reader.manifest[field]) in caught.value.instead
     if field not in ("schema_version", "unreadable", "num_views", "target", "dtype"):
         with pytest.raises(UserError, match=rf"made with {field} = "):
-            TargetStore(directory, name="store", card={**card, field: value}, shard_examples=7)
+            TargetStore(directory, name="store", manifest={**manifest, field: value}, shard_examples=7)
 
 
 def test_centre_parts_have_a_crop_fraction_instead_of_drawn_views(tmp_path):
-    card = {k: v for k, v in CODE_CARD.items() if k not in ("seed", "min_scale", "color_jitter")}
-    card |= {"part": "centre", "num_views": 1, "crop_fraction": 0.875}
-    reader = fill(tmp_path / "centre", card, ids)
-    assert set(reader.card) == set(card_fields("centre", "code_ids"))
+    manifest = {k: v for k, v in CODE_MANIFEST.items() if k not in ("seed", "min_scale", "color_jitter")}
+    manifest |= {"part": "centre", "num_views": 1, "crop_fraction": 0.875}
+    reader = fill(tmp_path / "centre", manifest, ids)
+    assert set(reader.manifest) == set(manifest_fields("centre", "code_ids"))
 
 
 @pytest.fixture
@@ -171,12 +175,12 @@ def refused(directory):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("field", card_fields("views", FEATURES))
-def test_a_card_without_a_field_or_with_another_type_is_refused_by_name(damaged, field):
-    card = json.loads((damaged / "card.json").read_text())
-    without = {name: value for name, value in card.items() if name != field}
-    for changed in (without, *({**card, field: value} for value in (None, {"a": 1}, [], True, [1.5, None]))):
-        (damaged / "card.json").write_text(json.dumps(changed))
+@pytest.mark.parametrize("field", manifest_fields("views", FEATURES))
+def test_a_manifest_without_a_field_or_with_another_type_is_refused_by_name(damaged, field):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    without = {name: value for name, value in manifest.items() if name != field}
+    for changed in (without, *({**manifest, field: value} for value in (None, {"a": 1}, [], True, [1.5, None]))):
+        (damaged / "manifest.json").write_text(json.dumps(changed))
         assert field in refused(damaged)
 
 
@@ -187,17 +191,17 @@ def test_a_card_without_a_field_or_with_another_type_is_refused_by_name(damaged,
         *(("schema_version", 1), ("schema_version", "2"), ("num_examples", 24), ("num_views", 4), ("teacher_width", 6)),
     ],
 )
-def test_a_card_with_an_impossible_value_is_refused(damaged, field, value):
-    card = json.loads((damaged / "card.json").read_text())
-    (damaged / "card.json").write_text(json.dumps({**card, field: value}))
+def test_a_manifest_with_an_impossible_value_is_refused(damaged, field, value):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (damaged / "manifest.json").write_text(json.dumps({**manifest, field: value}))
     assert any(word in refused(damaged) for word in (field, "disagree"))
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_damaged_card_is_never_a_traceback(feature_store, tmp_path_factory, data):
+def test_a_damaged_manifest_is_never_a_traceback(feature_store, tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
-    raw = bytearray((feature_store / "card.json").read_bytes())
+    raw = bytearray((feature_store / "manifest.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(raw) - 1))
         kind = data.draw(st.sampled_from(["cut", "byte", "insert", "remove"]))
@@ -209,13 +213,13 @@ def test_a_damaged_card_is_never_a_traceback(feature_store, tmp_path_factory, da
             raw[place:place] = data.draw(st.binary(max_size=5))
         elif len(raw) > 1:
             del raw[place]
-    (directory / "card.json").write_bytes(raw)
+    (directory / "manifest.json").write_bytes(raw)
     try:
-        card = read_card(directory)
+        manifest = read_manifest(directory)
     except UserError as error:
         assert all((error.happened, error.meant, error.instead))
         return
-    encoding_of(card)  # what is accepted can be used
+    encoding_of(manifest)  # what is accepted can be used
 
 
 json_values = st.recursive(
@@ -226,21 +230,21 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(value=json_values, fields=st.dictionaries(st.sampled_from(list(FEATURE_CARD)), json_values, max_size=3))
-def test_a_card_of_any_json_is_never_a_traceback(tmp_path_factory, value, fields):
+@given(value=json_values, fields=st.dictionaries(st.sampled_from(list(FEATURE_MANIFEST)), json_values, max_size=3))
+def test_a_manifest_of_any_json_is_never_a_traceback(tmp_path_factory, value, fields):
     directory = tmp_path_factory.mktemp("fuzz")
-    for content in (value, {"schema_version": 2, "unreadable": 0, **FEATURE_CARD, **fields}):
-        (directory / "card.json").write_text(json.dumps(content))
+    for content in (value, {"schema_version": 2, "unreadable": 0, **FEATURE_MANIFEST, **fields}):
+        (directory / "manifest.json").write_text(json.dumps(content))
         try:
-            encoding_of(read_card(directory))
+            encoding_of(read_manifest(directory))
         except UserError as error:
             assert all((error.happened, error.meant, error.instead))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'"text"'])
-def test_a_card_that_is_no_card_is_refused(damaged, content):
-    (damaged / "card.json").write_bytes(content)
-    assert "card.json cannot be used" in refused(damaged)
+def test_a_manifest_that_is_no_manifest_is_refused(damaged, content):
+    (damaged / "manifest.json").write_bytes(content)
+    assert "manifest.json cannot be used" in refused(damaged)
 
 
 def test_a_missing_store_names_the_stage_to_run(tmp_path):
@@ -276,8 +280,8 @@ UNREADABLE = [{"split": "train", "example_id": i, "where": f"{i}.jpg", "cause": 
 
 
 def test_unreadable_examples_are_known_and_counted(tmp_path):
-    reader = fill(tmp_path / "views", FEATURE_CARD, features, unreadable=UNREADABLE)
-    assert reader.unreadable == {2, 20} and reader.card["unreadable"] == 2
+    reader = fill(tmp_path / "views", FEATURE_MANIFEST, features, unreadable=UNREADABLE)
+    assert reader.unreadable == {2, 20} and reader.manifest["unreadable"] == 2
     lines = (tmp_path / "views" / "bad_records.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == UNREADABLE
     for damage in (lines[:1], ["{", lines[0]], ["[]", lines[0]], [lines[0], lines[0]]):
@@ -295,13 +299,13 @@ def test_unreadable_examples_are_known_and_counted(tmp_path):
 def test_stores_of_any_size_hold_what_was_written(
     tmp_path_factory, num_examples, num_views, shard_examples, codebook_size
 ):
-    card = {**CODE_CARD, "num_examples": num_examples, "num_views": num_views, "codebook_size": codebook_size}
-    card["dtype"] = encoding_of(card).dtype
+    manifest = {**CODE_MANIFEST, "num_examples": num_examples, "num_views": num_views, "codebook_size": codebook_size}
+    manifest["dtype"] = encoding_of(manifest).dtype
 
     def drawn(example_id, view):
         return np.random.default_rng([example_id, view]).integers(0, codebook_size, 21)
 
-    reader = fill(tmp_path_factory.mktemp("store") / "views", card, drawn, shard_examples=shard_examples)
+    reader = fill(tmp_path_factory.mktemp("store") / "views", manifest, drawn, shard_examples=shard_examples)
     assert len(reader) == num_examples
     for view in range(num_views):
         for example_id in range(num_examples):
