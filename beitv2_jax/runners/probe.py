@@ -27,13 +27,13 @@ def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     Features are cached as `features/<set>_<split>.npz` under `workdir`; a cached file is not computed again.
 
     Raises:
-        Preempted: this process was told to end; cached features stay.
+        Preempted: this process was asked to stop; cached features stay.
     """
     with (
-        preemption.stops("probe") as stop_if_told,
+        preemption.stops("probe") as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
     ):
-        return _probe(probe, config, workdir, watchdog.moving(watch, stop_if_told))
+        return _probe(probe, config, workdir, watchdog.moving(watch, stop_if_signalled))
 
 
 def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:

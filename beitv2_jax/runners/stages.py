@@ -53,7 +53,7 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
             input of the stage is missing. Nothing is written before the inputs have been opened.
-        Preempted: the stage was told to end; it is saved and will continue.
+        Preempted: the stage was asked to stop; it is saved and can be resumed.
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
@@ -66,10 +66,10 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     check_writable(workdir)
     started = time.monotonic()
     startup_times.begin()
-    with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_told:
+    with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_signalled:
         task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
-        if stop_if_told:
-            stop_if_told()
+        if stop_if_signalled:
+            stop_if_signalled()
     if isinstance(task, Task):
         config_lib.validate(config, task.num_train_examples)
     startup_times.ended("inputs")

@@ -47,13 +47,13 @@ def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
     Raises:
         UserError: a store of another network or of other views is there already, too many images are unreadable, or
             the network gives values that cannot be stored.
-        Preempted: this process was told to end; finished shards stay, the shard it was at is begun anew.
+        Preempted: this process was asked to stop; finished shards stay, the current shard is written again.
     """
     with (
-        preemption.stops(task.name) as stop_if_told,
+        preemption.stops(task.name) as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
     ):
-        return _fill(task, config, workdir, watchdog.moving(watch, stop_if_told))
+        return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
 
 
 def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""The notice that a process is to end: SIGTERM, which is what launchers, clusters and machines that go down send.
+"""Preemption signals: SIGTERM, which launchers, clusters and machines that shut down send.
 
-Training loops ask after every step and save; the stages without one ask after every batch, and lose none that counts.
+Training loops ask after every step and save; stages without a training loop ask after every batch.
 """
 
 import contextlib
@@ -20,44 +20,44 @@ def notices(agreed_step: Callable[[int], bool]) -> Iterator[Callable[[int], bool
 
     It has to be asked after every step, by every process. A lone process listens itself, until the context ends. Where
     `jax.distributed` is on, jax listens, and `agreed_step` (of the checkpoint manager) is True at the step on which all
-    processes agree when one of them is told.
+    processes agree when one of them is signalled.
     """
     if jax.distributed.is_initialized():
         yield agreed_step
         return
-    with _listening() as told:
-        yield lambda step: told.is_set()
+    with _listening() as signalled:
+        yield lambda step: signalled.is_set()
 
 
 @contextlib.contextmanager
 def stops(label: str) -> Iterator[Callable[[], None]]:
-    """Yield the function that raises `Preempted` when this process was told to end, for stages without a training loop.
+    """Yield a function that raises `Preempted` if this process was asked to stop, for stages without a training loop.
 
     Processes of such a stage agree on nothing: each listens itself, also where `jax.distributed` is on.
     """
-    with _listening() as told:
+    with _listening() as signalled:
 
-        def stop_if_told() -> None:
-            if told.is_set():
-                raise Preempted(f"{label} was told to end: what is finished is kept, it goes on if started again.")
+        def stop_if_signalled() -> None:
+            if signalled.is_set():
+                raise Preempted(f"{label} was preempted: finished work is saved; rerun the same command to resume.")
 
-        yield stop_if_told
+        yield stop_if_signalled
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[threading.Event]:
     """Yield the event that SIGTERM sets; a second one ends the process at once."""
-    told = threading.Event()
+    signalled = threading.Event()
 
     def note(number, frame):
-        told.set()
+        signalled.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # that of jax is no Python function: signal.signal neither returns it nor takes it back
     former_in_c = _getsig(signal.SIGTERM)
     former = signal.signal(signal.SIGTERM, note)
     try:
-        yield told
+        yield signalled
     finally:
         signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
         _setsig(signal.SIGTERM, former_in_c)

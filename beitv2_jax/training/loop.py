@@ -42,7 +42,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
             in a row changed nothing, more records than `data.max_bad_fraction` allows were unreadable, or the last
             checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
-        Preempted: the run was told to end; it is saved and will continue.
+        Preempted: the run was asked to stop; it is saved and can be resumed.
     """
     startup_times.begin()
     plan = Plan.from_config(config, task.num_train_examples)
@@ -107,12 +107,12 @@ def _run(
     with contextlib.ExitStack() as stack:
         for thing in (ledger, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
-        told_to_end = stack.enter_context(preemption.notices(checkpointer.reached_preemption))
+        is_preempted = stack.enter_context(preemption.notices(checkpointer.reached_preemption))
         for step in range(start + 1, plan.num_steps + 1):
             watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
             ledger.add(step, metrics, example_ids)
-            ends = told_to_end(step)
+            ends = is_preempted(step)
             if plan.evaluates(step) or plan.saves(step) or ends:
                 ledger.read()
                 if plan.evaluates(step):
@@ -126,8 +126,10 @@ def _run(
                     position = {**iterator.get_state(), "unreadable": ledger.unreadable}
                     checkpointer.save(step, state, position, last=ends or step == plan.num_steps, trouble=trouble)
                 if ends:
-                    logging.warning("%s: told to end, saving after step %d", task.name, step)
-                    raise Preempted(f"{task.name} was told to end: saved after step {step}, goes on if started again.")
+                    logging.warning("%s: preempted, saving after step %d", task.name, step)
+                    raise Preempted(
+                        f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
+                    )
                 ledger.restart_clock()
             if step < plan.num_steps:
                 # while the step runs: its devices get the next batch before they are done with this one

@@ -1,4 +1,4 @@
-"""Stages without a training loop, told to end: they stop at a batch, exit with 75, and finish when started again.
+"""Stages without a training loop, preempted: they stop at a batch, exit with 75, and finish when started again.
 
 Alone in this process, and as two processes under `jax.distributed`, where jax listens for the signal otherwise.
 """
@@ -131,7 +131,7 @@ def test_told_it_stops_and_finishes_when_started_again(configs, tmp_path, monkey
     former = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(watchdog, "moving", interrupted(watchdog.moving))
-        with pytest.raises(Preempted, match=f"{name} was told to end"):
+        with pytest.raises(Preempted, match=f"{name} was preempted"):
             stages.run_stage(configs[name], str(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is former
     assert stages.read_summary(str(tmp_path)) is None
@@ -175,7 +175,7 @@ def test_two_processes_under_jax_distributed_end_when_told(configs, tmp_path):
     assert [process.returncode for process in running] == [75, 75], texts
     for index, text in enumerate(texts):
         for name in configs:
-            assert f"{name} was told to end" in text, text
+            assert f"{name} was preempted" in text, text
         assert stages.read_summary(str(tmp_path / f"extract-{index}")) is None
     # whoever goes on: here, alone
     stages.run_stage(configs["extract"], str(tmp_path / "extract-0"))

@@ -1,4 +1,4 @@
-"""What a stage does at its next start in a workdir: a changed config, another run there, a run told to end."""
+"""What a stage does at its next start in a workdir: a changed config, another run there, a preempted run."""
 
 import json
 import logging
@@ -140,8 +140,8 @@ def test_the_program_told_to_end_saves_and_exits_with_75(tmp_path):
     _, text = process.communicate(timeout=120)
     assert process.returncode == 75, text
     (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert text.rstrip().endswith(f"was told to end: saved after step {step}, goes on if started again.")
-    assert "Traceback" not in text and f"told to end, saving after step {step}" in text
+    assert text.rstrip().endswith(f"was preempted: checkpoint saved at step {step}; rerun the same command to resume.")
+    assert "Traceback" not in text and f"preempted, saving after step {step}" in text
     assert not (tmp_path / "summary.json").exists()
 
 

@@ -159,7 +159,7 @@ def test_told_twice_it_ends_at_once(tmp_path):
 
 def test_the_loop_gives_the_signal_back(tmp_path):
     former = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="after step 3"):
+    with pytest.raises(Preempted, match="at step 3"):
         loop.train(toy.make_task(stop_at=2, signals=[signal.SIGTERM]), toy.config(), tmp_path)
     assert signal.getsignal(signal.SIGTERM) is former
 
@@ -186,7 +186,7 @@ def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, t
     assert codes == [75, 75], texts
     step = outcome(tmp_path)[0]
     assert 5 <= step < 19
-    assert all(f"saved after step {step}" in text for text in texts)
+    assert all(f"saved at step {step}" in text for text in texts)
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 1))
     # the newest checkpoint torn, both agree on the one before
     (tmp_path / "checkpoints" / str(step) / "train" / "_METADATA").unlink()
