@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import BeitConfig, BeitModel
 
 from beitv2_jax.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_jax.planning.abstract_task import TEACHER_WIDTH
 from benchmarks import steps, timing
 
 SEED = 0

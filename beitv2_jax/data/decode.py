@@ -98,7 +98,7 @@ def _decode_with_pillow(encoded: bytes, where: str) -> UInt8[np.ndarray, "H W 3"
 
 def _check_size(width: int, height: int, where: str) -> None:
     if width * height > MAX_PIXELS:
-        raise CorruptImageError(where, f"it leases {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
+        raise CorruptImageError(where, f"it claims {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
 
 
 def _upper_bits(levels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:

@@ -28,7 +28,7 @@ class Chip:
         hbm_rate: bytes/s between memory and the chip.
         link_rate: bytes/s in one direction through one link to a neighbour (TPU), or through all links to the other
             GPUs of the host.
-        network_rate: bytes/s in one direction through a chip's fraction of the host's network manifests: between slices
+        network_rate: bytes/s in one direction that a chip's share of the host's network cards carries: between slices
             (TPU) and between hosts (GPU).
         wraps: lengths of a side of the slice at which it closes to a ring are multiples of this (TPU).
         per_host: GPUs of one host; 0 for TPUs, whose links join hosts too.
@@ -96,15 +96,15 @@ CHIPS = {
         ),
         _gpu(
             "h100", 989, 67, gb=80, hbm_rate=3350 * GB, link_rate=450 * GB, network_rate=50 * GB,
-            source="NVIDIA H100 SXM data sheet; network: one 400 Gbit/s manifest a GPU",
+            source="NVIDIA H100 SXM data sheet; network: one 400 Gbit/s card a GPU",
         ),
         _gpu(
             "h200", 989, 67, gb=141, hbm_rate=4800 * GB, link_rate=450 * GB, network_rate=50 * GB,
-            source="NVIDIA H200 SXM data sheet; network: one 400 Gbit/s manifest a GPU",
+            source="NVIDIA H200 SXM data sheet; network: one 400 Gbit/s card a GPU",
         ),
         _gpu(
             "a100", 312, 19.5, gb=80, hbm_rate=2039 * GB, link_rate=300 * GB, network_rate=25 * GB,
-            source="NVIDIA A100 80GB SXM data sheet; network: one 200 Gbit/s manifest a GPU",
+            source="NVIDIA A100 80GB SXM data sheet; network: one 200 Gbit/s card a GPU",
         ),
     )
 }  # fmt: skip

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_states import arguments_of, assert_same, drawn_state, drawn_weights, published
+from convert_states import KINDS, SIZES, arguments_of, assert_same, drawn_state, drawn_weights, published
 from flax import traverse_util
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from beitv2_jax.convert import weights as weights_lib
 from beitv2_jax.convert.adapt import adapt_weights
@@ -18,8 +17,6 @@ from beitv2_jax.convert.beit.official import from_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
-
-KINDS = ("vqkd", "mim", "classifier", "segmenter")
 
 
 def flat(variables):
@@ -68,15 +65,7 @@ def test_runs_round_trip_exactly(kind, position, tmp_path):
 
 
 @settings(deadline=None, max_examples=10)
-@given(
-    kind=st.sampled_from(KINDS),
-    position=st.sampled_from(("absolute", "relative", "relative_shared")),
-    patch_size=st.sampled_from((1, 3, 5)),
-    grid=st.integers(2, 5),
-    heads=st.integers(1, 4),
-    depth=st.integers(1, 3),
-    layer_scale=st.booleans(),
-)
+@given(**SIZES)
 def test_arguments_are_inferred_from_the_arrays(kind, **sizes):
     weights = drawn_weights(kind, **sizes)
     inferred = infer_arguments(kind, {path: array.shape for path, array in flat(weights.variables).items()})

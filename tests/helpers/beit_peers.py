@@ -24,7 +24,10 @@ NAMES = (
 
 @dataclasses.dataclass
 class Peer:
-    """One model of another library; `outputs` were computed in float64 and rounded."""
+    """One model of another library: `state` with the names of its layout, `inputs` with channels last.
+
+    `outputs` were computed in float64, and are rounded where they are stored.
+    """
 
     state: dict[str, np.ndarray]
     config: dict | None

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from flax import traverse_util
+from hypothesis import strategies as st
 
 from beitv2_jax.convert.arguments import shapes
 from beitv2_jax.convert.beit.official import to_official
@@ -11,6 +12,17 @@ from beitv2_jax.models.layers import relative_position_index
 
 FILES = {"mim_cls_unshared": "mim", "finetune": "classifier", "upernet": "segmenter", "train10_vqkd": "vqkd"}
 """Stored state dicts of the released code -> their kind."""
+KINDS = ("vqkd", "mim", "classifier", "segmenter")
+SIZES = dict(
+    kind=st.sampled_from(KINDS),
+    position=st.sampled_from(("absolute", "relative", "relative_shared")),
+    patch_size=st.sampled_from((1, 3, 5)),
+    grid=st.integers(2, 5),
+    heads=st.integers(1, 4),
+    depth=st.integers(1, 3),
+    layer_scale=st.booleans(),
+)
+"""Hypothesis strategies for the kind of a model and the sizes that `arguments_of` takes."""
 
 
 def arguments_of(

@@ -82,7 +82,7 @@ def zip_file(body: bytes, storages=None, *, extra=None, folder="archive", compre
 
 
 def legacy_file(body: bytes, storages=None, *, lengths=None, little_endian=b"\x88") -> bytes:
-    """Return a file of the format before zip files; `lengths` are the numbers leased to lie in the storages."""
+    """Return a file of the format before zip files; `lengths` are the numbers said to lie in the storages."""
     storages = {"0": SIX} if storages is None else storages
     head = [number(0x1950A86A20F9469CFC6C), number(1001), mapping({"little_endian": little_endian}), body]
     head.append(b"](" + b"".join(map(text, storages)) + b"e")

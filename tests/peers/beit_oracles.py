@@ -4,7 +4,6 @@ Used by beit_test.py and make_beit_fixtures.py. The libraries are not changed an
 that a user would have: the arrays with the published names and, if there is one, config.json.
 """
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ except RuntimeError:  # its compiled operators belong to another build of torch;
         _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import transformers
+from beit_peers import Peer
 from safetensors.numpy import load_file
 from timm.models.beit import Beit
 
@@ -29,16 +29,6 @@ transformers.logging.disable_progress_bar()
 WIDTH, DEPTH, HEADS, MLP, CLASSES, CODES = 9, 2, 3, 14, 7, 11
 SMALL = 0.05
 """Scale of the additions to the residual stream: variances are small, so a wrong layer norm epsilon is detected."""
-
-
-@dataclasses.dataclass
-class Case:
-    """One model: `state` with the names of its layout, `inputs` channels last, `outputs` in float64."""
-
-    state: dict[str, np.ndarray]
-    config: dict | None
-    inputs: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
@@ -96,7 +86,7 @@ def timm_arguments(name: str) -> dict:
     )
 
 
-def timm_case(name: str) -> Case:
+def timm_case(name: str) -> Peer:
     """Return timm's model of that name."""
     model = Beit(**timm_arguments(name))
     randomise(model, seed=3)
@@ -104,7 +94,7 @@ def timm_case(name: str) -> Case:
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     with torch.no_grad():
         outputs = {"logits": model.double()(channels_first(images)).numpy()}
-    return Case(state, None, {"images": images}, outputs)
+    return Peer(state, None, {"images": images}, outputs)
 
 
 def huggingface_arguments(name: str) -> tuple[type, dict]:
@@ -149,7 +139,7 @@ def huggingface_arguments(name: str) -> tuple[type, dict]:
     return kind, shared | own
 
 
-def huggingface_case(name: str) -> Case:
+def huggingface_case(name: str) -> Peer:
     """Return the model of transformers of that name, as `save_pretrained` writes it."""
     kind, arguments = huggingface_arguments(name)
     model = kind(transformers.BeitConfig(**arguments))
@@ -161,7 +151,7 @@ def huggingface_case(name: str) -> Case:
     inputs = {"images": images_for(arguments["image_size"], seed=6)}
     if name == "huggingface_mim":
         inputs["mask"] = mask_for(3, seed=7)
-    return Case(state, config, inputs, huggingface_outputs(model, inputs))
+    return Peer(state, config, inputs, huggingface_outputs(model, inputs))
 
 
 def huggingface_outputs(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -186,6 +176,6 @@ HUGGINGFACE = (
 )
 
 
-def case(name: str) -> Case:
+def case(name: str) -> Peer:
     """Return the case of that name."""
     return timm_case(name) if name in TIMM else huggingface_case(name)

@@ -1,8 +1,6 @@
 """Compare our BEiT models with timm and transformers in both directions: outputs, names and exact weights."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,7 +19,7 @@ from beit_oracles import (
     timm_arguments,
 )
 from beit_peers import answers, error
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from testing import drawn_variables
 from timm import create_model
 from timm.models.beit import Beit
@@ -32,24 +30,13 @@ from beitv2_jax.convert.weights import Weights, read, write
 TOLERANCE = 1e-5
 
 
-def save(made, path: Path) -> str:
-    """Write a case in the format that its users have."""
-    if made.config is None:
-        save_file(made.state, path.with_suffix(".safetensors"))
-        return str(path.with_suffix(".safetensors"))
-    path.mkdir()
-    save_file(made.state, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(made.config))
-    return str(path)
-
-
 def heads_of(name: str) -> int | None:
     return 3 if name == "timm_absolute" else None
 
 
 def drawn(kind: str, **arguments) -> Weights:
     """Return random weights of our model, scaled so that activations stay moderate."""
-    model = MODELS[kind](**arguments)
+    model = MODELS[kind].from_arguments(arguments)
     size = arguments["image_size"]
     inputs = [np.zeros((1, size, size, 3), np.float32)]
     options = {"train": False}
@@ -81,7 +68,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("name", TIMM + HUGGINGFACE)
 def test_their_weights_give_their_outputs_and_round_trip_exactly(name, tmp_path):
     made = case(name)
-    weights = read(save(made, tmp_path / "theirs"), num_heads=heads_of(name))
+    weights = read(made.write(tmp_path / "theirs"), num_heads=heads_of(name))
     assert error(answers(weights, made.inputs), made.outputs["logits"]) < TOLERANCE
     layout = "timm" if name in TIMM else "huggingface"
     dest = tmp_path / ("back.safetensors" if layout == "timm" else "back")
@@ -96,7 +83,7 @@ def test_their_weights_give_their_outputs_and_round_trip_exactly(name, tmp_path)
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_loads_our_files_strictly(name, tmp_path):
     made = case(name)
-    weights = read(save(made, tmp_path / "theirs"), num_heads=heads_of(name))
+    weights = read(made.write(tmp_path / "theirs"), num_heads=heads_of(name))
     for ending in ("safetensors", "pth"):
         write(weights, str(tmp_path / f"ours.{ending}"), "timm")
     model = Beit(**timm_arguments(name))

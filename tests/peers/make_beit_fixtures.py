@@ -1,4 +1,4 @@
-"""Write tests/golden/beit_peers.safetensors: python tests/peers/make_beit_fixtures.py"""
+"""Write tests/golden/beit_peers.safetensors: PYTHONPATH=tests/helpers python tests/peers/make_beit_fixtures.py"""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Write tests/golden/teachers.npz: a small teacher of every family, and its features.
 
-PYTHONPATH=tests:tests/peers python tests/peers/make_teacher_fixtures.py
+PYTHONPATH=tests/helpers python tests/peers/make_teacher_fixtures.py
 """
 
 import functools

@@ -8,6 +8,7 @@ import argparse
 import collections
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np

@@ -87,7 +87,7 @@ def decode_label_map(encoded: bytes, where: str = "an unnamed example") -> UInt8
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise CorruptImageError(where, f"its label map leases {image.width} x {image.height} pixels")
+                raise CorruptImageError(where, f"its label map claims {image.width} x {image.height} pixels")
             if image.mode in _ONE_CHANNEL:
                 return np.asarray(image, np.uint8)
             if image.mode == "RGB":

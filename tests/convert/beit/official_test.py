@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from convert_states import FILES, drawn_state, published
+from convert_states import FILES, KINDS, SIZES, drawn_state, published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,6 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 
 DEAD = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
-KINDS = ("vqkd", "mim", "classifier", "segmenter")
 PUBLISHED = {
     # number of keys, trained parameters and dropped entries of the published files
     "vqkd_1x768x12_clip": (194, 94_655_008, 329),
@@ -96,16 +95,7 @@ def test_state_dicts_of_the_released_code_round_trip_exactly(name, golden_dir):
 
 
 @settings(deadline=None, max_examples=12)
-@given(
-    kind=st.sampled_from(KINDS),
-    position=st.sampled_from(("absolute", "relative", "relative_shared")),
-    patch_size=st.sampled_from((1, 3, 5)),
-    grid=st.integers(2, 5),
-    heads=st.integers(1, 4),
-    head_width=st.sampled_from((3, 7)),
-    depth=st.integers(1, 3),
-    layer_scale=st.booleans(),
-)
+@given(**SIZES, head_width=st.sampled_from((3, 7)))
 def test_every_size_round_trips_exactly(**sizes):
     kind = sizes.pop("kind")
     state = drawn_state(kind, **sizes)

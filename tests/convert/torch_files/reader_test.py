@@ -23,7 +23,6 @@ from torch_files import (
     number,
     peak_below,
     program,
-    reader,
     row,
     storage,
     tensor,
@@ -36,11 +35,6 @@ from beitv2_jax.errors import UserError
 
 REAL = GOLDEN / "torch_files"
 REAL_FILES = ("tensors_zip.pth", "tensors_legacy.pth", "checkpoint_zip.pth", "checkpoint_legacy.pth", "script.pt")
-
-
-@pytest.fixture
-def read(tmp_path):
-    return reader(tmp_path)
 
 
 def leaves(tree):

@@ -16,7 +16,6 @@ from torch_files import (
     mapping,
     number,
     peak_below,
-    reader,
     row,
     storage,
     tensor,
@@ -27,12 +26,6 @@ from torch_files import (
 from beitv2_jax.convert.torch_files import reader as reader_lib
 from beitv2_jax.convert.torch_files.reader import MIN_BUDGET
 from beitv2_jax.errors import UserError
-
-
-@pytest.fixture
-def read(tmp_path):
-    return reader(tmp_path)
-
 
 # --- shapes and storages
 
