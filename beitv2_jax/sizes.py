@@ -16,3 +16,6 @@ SIZES = {
     "huge": {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120},
     "giant": {"patch_size": 14, "width": 1408, "depth": 40, "num_heads": 16, "mlp_dim": 6144},
 }
+
+MASKED_FRACTION = 75 / 196
+"""Fraction of the patches that the published pre-training hides."""

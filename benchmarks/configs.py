@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.ops import implementations
+from beitv2_jax.sizes import MASKED_FRACTION
 
 FOLDER = Path(__file__).parents[1] / "configs"
-MASKED_FRACTION = 75 / 196
 SMALL = {"patch_size": 16, "width": 192, "depth": 3, "num_heads": 3, "mlp_dim": 768}
 SMALL_LARGE = {"patch_size": 16, "width": 256, "depth": 5, "num_heads": 4, "mlp_dim": 1024}
 
@@ -53,6 +53,12 @@ _QUICK = {
 }
 
 
+def open_config(spec: str) -> ConfigDict:
+    """Return a copy, to be changed, of the config that 'mim' or 'mim:large' names in configs/."""
+    stem, _, presets = spec.partition(":")
+    return config_lib.load(f"{FOLDER / stem}.py:{presets}").copy_and_resolve_references().unlock()
+
+
 def load_config(
     name: str, *, quick: bool = False, changes: Mapping[str, Any] | None = None, device: Any = None
 ) -> ConfigDict:
@@ -63,9 +69,8 @@ def load_config(
         changes: {"section.key": value}; keys that this config does not have are ignored.
         device: that its steps are made for, if not the first one here.
     """
-    stem, batch_size = CONFIGS[name]
-    stem, _, presets = stem.partition(":")
-    config = config_lib.load(f"{FOLDER / stem}.py:{presets}").copy_and_resolve_references().unlock()
+    spec, batch_size = CONFIGS[name]
+    config = open_config(spec)
     config.run.batch_size = batch_size
     config.torch = ConfigDict({"compile": True})
     config.device = device or jax.devices()[0]

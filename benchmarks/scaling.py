@@ -16,13 +16,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import CHIPS
 from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.report.pipeline import markdown_table
 from beitv2_jax.runtime.launch import start_logging
+from benchmarks.configs import open_config
 from benchmarks.pages import write_between
 
 ROOT = Path(__file__).parents[1]
@@ -74,8 +74,7 @@ _DOCS = flags.DEFINE_string("docs", str(ROOT / "docs" / "scaling.md"), "File who
 def config_of(name: str, **keys):
     """Return the config of a recipe."""
     spec, changes = RECIPES[name]
-    stem, _, arg = spec.partition(":")
-    config = config_lib.load(f"{ROOT / 'configs' / stem}.py:{arg}").copy_and_resolve_references().unlock()
+    config = open_config(spec)
     config.update_from_flattened_dict({**changes, **GRADIENTS, **keys})
     return config.lock()
 

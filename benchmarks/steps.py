@@ -122,7 +122,7 @@ def _training_step(config: ConfigDict, changes: Mapping[str, Any]) -> Step:
     step = make_train_step(task, optimizer, schedule=schedule, seed=SEED, average_decay=0.0)
     state = state_lib.abstract(task, optimizer, mesh, SEED)
     batch = make_batch(description)
-    arguments = state, _placed_shapes(task.frozen, mesh), _batch_shapes(batch, mesh)
+    arguments = state, _placed_shapes(task.frozen, mesh), _batch_shapes(description, mesh)
 
     def start(compiled):
         # the state is donated: every call continues from the one that the last call left
@@ -147,7 +147,7 @@ def _training_step(config: ConfigDict, changes: Mapping[str, Any]) -> Step:
 def _inference(apply: Callable, frozen: PyTree, description: Description) -> Step:
     config = description.config
     mesh, batch = sharding.make_mesh(devices=[config.device]), make_batch(description)
-    arguments = _placed_shapes(frozen, mesh), _batch_shapes(batch, mesh)
+    arguments = _placed_shapes(frozen, mesh), _batch_shapes(description, mesh)
 
     def start(compiled):
         weights, placed = _drawn(arguments[0]), sharding.place_batch(batch, mesh)
@@ -199,15 +199,12 @@ def _drawn(shapes: PyTree) -> PyTree:
 
 
 def _placed_shapes(shapes: PyTree, mesh: Mesh) -> PyTree:
-    return jax.tree.map(_placed, shapes, sharding.param_shardings(shapes, mesh))
+    return sharding.placed_shapes(shapes, sharding.param_shardings(shapes, mesh))
 
 
-def _batch_shapes(batch: Batch, mesh: Mesh) -> PyTree:
-    return jax.tree.map(lambda rows: _placed(rows, sharding.batch_sharding(mesh)), batch)
-
-
-def _placed(leaf, where) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=where)
+def _batch_shapes(description: Description, mesh: Mesh) -> PyTree:
+    rows = sharding.batch_sharding(mesh)
+    return sharding.placed_shapes(description.batch, jax.tree.map(lambda _: rows, description.batch))
 
 
 def _implementations(config: ConfigDict) -> dict[str, str]:

@@ -29,7 +29,7 @@ Presets
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets, sections
-from beitv2_jax.sizes import SIZES
+from beitv2_jax.sizes import MASKED_FRACTION, SIZES
 
 
 def _size(name):
@@ -40,7 +40,7 @@ def _size(name):
         scale = 0.1 if size["depth"] <= 12 else 1e-5
         config.model.update(size, early_layer=size["depth"] - 3, layer_scale_init=scale)
         num_patches = (config.views.image_size // size["patch_size"]) ** 2
-        config.masking.num_masked = round(75 / 196 * num_patches)
+        config.masking.num_masked = round(MASKED_FRACTION * num_patches)
 
     return preset
 

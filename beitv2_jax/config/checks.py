@@ -9,6 +9,7 @@ from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
 from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.sizes import MASKED_FRACTION
 
 _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
 _CHOICES = {
@@ -137,7 +138,7 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 "masking.num_masked",
                 f"views.image_size={image_size} and {patch_key}={patch_size} give {num_patches} patches",
                 "Did you mean the published fraction, 75 of 196?",
-                round(num_patches * 75 / 196),
+                round(num_patches * MASKED_FRACTION),
             )
     if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= flat["model.depth"]:
         depth = flat["model.depth"]
@@ -214,7 +215,7 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
 
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
-    """Check that the stage is told where its inputs are, and that stored inputs have numbered views."""
+    """Check that the config says where the inputs of its stage are, and that stored inputs have numbered views."""
     needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
     required = needed.get(stage, "data.source")
     if not flat[required]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.errors import UserError, print_error
 
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--normalization",
-        choices=("half", "imagenet", "clip"),
+        choices=NORMALIZATIONS,
         help="input normalisation that the weights were trained with (tokenizers have a fixed one)",
     )
     parser.add_argument(

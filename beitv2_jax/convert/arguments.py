@@ -243,12 +243,17 @@ def _filled(arguments: dict, heads: Callable[[int], int], note: Callable[[str], 
         filled["num_heads"] = heads(filled["width"])
     depth = filled.get("depth")
     if "early_layer" in filled and filled["early_layer"] is None:
-        filled["early_layer"] = max(1, depth - 3)
+        filled["early_layer"] = published_early_layer(depth)
         note(f"early_layer={filled['early_layer']}: three layers before the last, as published (9 of 12, 21 of 24)")
     if "out_layers" in filled and filled["out_layers"] is None:
         filled["out_layers"] = published_out_layers(depth)
         note(f"out_layers={filled['out_layers']}: at a third, half, two thirds and all of the depth, as published")
     return filled
+
+
+def published_early_layer(depth: int) -> int:
+    """Return the layer, counted from 1, whose patches the aggregation head reads: three before the last."""
+    return max(1, depth - 3)
 
 
 def published_out_layers(depth: int) -> tuple[int, ...]:

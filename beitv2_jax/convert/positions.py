@@ -11,8 +11,6 @@ import numpy as np
 
 from beitv2_jax.errors import UserError
 
-"""Ways to interpolate position embeddings, see `resize_position_embedding`."""
-
 _CLS_ROWS = 3
 _RATIO_RANGE = (1.01, 1.5)
 _RATIO_PRECISION = 1e-6

@@ -13,7 +13,14 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from beitv2_jax.convert.arguments import HEAD_WIDTH, fill_unknown, infer_arguments, published_out_layers, with_defaults
+from beitv2_jax.convert.arguments import (
+    HEAD_WIDTH,
+    fill_unknown,
+    infer_arguments,
+    published_early_layer,
+    published_out_layers,
+    with_defaults,
+)
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
 from beitv2_jax.convert.files import read_config, read_weights
@@ -21,6 +28,7 @@ from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, write_run
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
+from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
 
 STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
@@ -28,7 +36,6 @@ STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "
 _MODEL_STATE = {"segmenter": "batch_stats"}
 """Kind of weights -> the collection that its runs store as 'model_state'."""
 
-_MASKED_FRACTION = 75 / 196  # of the patches, in the published pre-training
 RELEASED_EPSILON = 1e-6
 """Layer norm epsilon of every released model."""
 
@@ -281,7 +288,7 @@ def run_config(weights: Weights) -> dict:
     else:
         config["normalization"] = weights.normalization
     if weights.kind == "mim":
-        config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * _MASKED_FRACTION))}
+        config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * MASKED_FRACTION))}
     return config | {"model": model}
 
 
@@ -299,7 +306,7 @@ def _not_stored(weights: Weights) -> dict[str, str]:
         has_table = part.get("position", "absolute").startswith("relative")
         if part.get("width", 0) != HEAD_WIDTH * part.get("num_heads", 0) and not has_table:
             not_stored["num_heads"] = f"the layout cannot store {part['num_heads']}; read the file with --num_heads"
-    if arguments.get("patch_aggregation") and arguments["early_layer"] != max(1, arguments["depth"] - 3):
+    if arguments.get("patch_aggregation") and arguments["early_layer"] != published_early_layer(arguments["depth"]):
         not_stored["early_layer"] = (
             f"the layout cannot store {arguments['early_layer']}; it will be read as three layers before the last"
         )

@@ -113,6 +113,6 @@ def split_arguments(arguments: Mapping[str, Any], **defaults) -> tuple[Backbone,
     Flat arguments are how configs and converted weights describe a model; `defaults` are the model's own values of
     backbone fields that `arguments` leaves out.
     """
-    names = Backbone.__dataclass_fields__
+    names = {field.name for field in dataclasses.fields(Backbone)}
     backbone = {**defaults, **{name: value for name, value in arguments.items() if name in names}}
     return Backbone(**backbone), {name: value for name, value in arguments.items() if name not in names}

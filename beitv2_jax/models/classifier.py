@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from beitv2_jax.choices import POOLING
 from beitv2_jax.models.backbone import Backbone, Compute, split_arguments
 from beitv2_jax.models.layers import LayerNorm, Linear
 from beitv2_jax.models.vit import VisionTransformer
@@ -35,8 +36,8 @@ class Classifier(nn.Module):
     compute: Compute = Compute()
 
     def __post_init__(self):
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"unknown pooling {self.pooling!r}: choose 'mean' or 'cls'")
+        if self.pooling not in POOLING:
+            raise ValueError(f"unknown pooling {self.pooling!r}: choose {' or '.join(map(repr, POOLING))}")
         super().__post_init__()
 
     @classmethod

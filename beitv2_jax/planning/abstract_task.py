@@ -134,13 +134,16 @@ def describe(config, num_examples: int, frozen_size: Mapping[str, int] = SIZES["
     elif config.stage == "mim":
         opened = _with_tokenizer(config, opened, frozen_size)
     row = _row(stage, config, opened)
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (config.run.batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
-        )
-        for name, array in row.items()
-    }
+    batch = batch_shapes(row, config.run.batch_size)
     return Description(stage.make_task(config, opened), batch, row, opened.network, config)
+
+
+def batch_shapes(rows: Batch, batch_size: int) -> Batch:
+    """Return the shapes of a batch of `batch_size` rows like these, with the dtypes that they have on a device."""
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype))
+        for name, array in rows.items()
+    }
 
 
 def _with_teacher(config, opened: inputs.Opened, size: Mapping[str, int]) -> inputs.Opened:

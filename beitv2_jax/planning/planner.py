@@ -97,9 +97,9 @@ class PlannedStep:
         rows = sharding.batch_sharding(mesh)
         return dataclasses.replace(
             self,
-            state=_placed(self.state, sharding.param_shardings(self.state, mesh)),
-            frozen=_placed(self.frozen, sharding.param_shardings(self.frozen, mesh)),
-            batch=_placed(self.batch, jax.tree.map(lambda _: rows, self.batch)),
+            state=sharding.placed_shapes(self.state, sharding.param_shardings(self.state, mesh)),
+            frozen=sharding.placed_shapes(self.frozen, sharding.param_shardings(self.frozen, mesh)),
+            batch=sharding.placed_shapes(self.batch, jax.tree.map(lambda _: rows, self.batch)),
         )
 
 
@@ -133,9 +133,7 @@ def varied(step: PlannedStep, **keys) -> PlannedStep:
 def _planned(config, num_examples: int, notes: tuple[str, ...]) -> PlannedStep:
     probe = _changed(config, dict(zip(_SAME_TRACE, (traced.PROBE_BATCH, 1, -1, 1, 1), strict=True)))
     state, frozen, rows, cost = _traced(config_lib.to_json(probe))
-    batch = {
-        name: jax.ShapeDtypeStruct((config.run.batch_size, *leaf.shape[1:]), leaf.dtype) for name, leaf in rows.items()
-    }
+    batch = abstract_task.batch_shapes(rows, config.run.batch_size)
     return PlannedStep(config, num_examples, notes, state, frozen, batch, cost)
 
 
@@ -227,12 +225,6 @@ def _schedule_steps(config, num_examples: int) -> tuple[int, int]:
     """Return warm-up and length of the schedule in steps."""
     sizes = {"batch_size": config.run.batch_size, "num_examples": num_examples}
     return config_lib.steps(config.optim.warmup, **sizes), config_lib.steps(config.run.duration, **sizes)
-
-
-def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
-    )
 
 
 def _compile(step: PlannedStep, mesh: Mesh, target: Target):

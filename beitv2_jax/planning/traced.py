@@ -119,7 +119,7 @@ def step_cost(function, params: PyTree, *arguments: PyTree) -> StepCost:
     jaxpr = trace(function, *arguments)
     found = list(products(jaxpr))
     sizes: dict[str, float] = defaultdict(float)
-    trained = {_root(product.stack) for product in found if _is_backward(product.stack)}
+    trained = _trained_roots(found)
     for product in found:
         if not _is_backward(product.stack) and _root(product.stack) in trained:
             path = "/".join(_modules(product.stack))
@@ -141,7 +141,7 @@ def traced_flops(function, *arguments: PyTree) -> int:
 def flops_by_component(function, *arguments: PyTree) -> dict[str, int]:
     """Return `traced_flops` by component; what rematerialisation runs again is counted under `RECOMPUTED`."""
     found = list(products(trace(function, *arguments)))
-    trained = {_root(product.stack) for product in found if _is_backward(product.stack)}
+    trained = _trained_roots(found)
     sums: dict[str, int] = defaultdict(int)
     for product in found:
         name = RECOMPUTED if _REMATTED in product.stack else _component(product.stack, trained)
@@ -225,6 +225,11 @@ def _root(stack: Any) -> str:
     """Return the class of the network in a name stack, '' outside of any."""
     names = (name.split(".")[0] for name in _TRANSFORM.sub("", str(stack)).split("/"))
     return next((name for name in names if name[:1].isupper()), "")
+
+
+def _trained_roots(found: Iterable[Product]) -> set[str]:
+    """Return the classes of the networks that a backward pass goes through."""
+    return {_root(product.stack) for product in found if _is_backward(product.stack)}
 
 
 def _component(stack: Any, trained: set[str]) -> str:

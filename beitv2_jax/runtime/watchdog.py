@@ -27,11 +27,11 @@ from beitv2_jax.runtime.atomic_files import write_over
 
 FOLDER = "processes"
 BEAT_SECONDS, BEATS_A_LIMIT = 5.0, 40
-"""Time between two signs of life; shorter where a limit would hold less than 40 of them."""
+"""Seconds between two heartbeats; fewer where less than 40 heartbeats would fit into the limit."""
 STILL_BEATS = 3
-"""A process reads the others' signs of life only when it did not move itself for so many beats: a healthy run never."""
+"""A process reads the heartbeats of the others only after so many beats without progress, never in a healthy run."""
 SILENT_LOOKS = 14
-"""A process whose sign of life is the same in so many looks is lost. With the beats before, this is shorter than jax
+"""A process whose heartbeat is the same in so many looks is lost. With the beats before, this is shorter than jax
 takes to notice it, so that it is told here and by name, and longer than file systems take to show a change (60 s)."""
 STEADY = ("waiting for data", "in the step", "computing targets", "computing features")
 SLACK = 3.0
@@ -42,7 +42,7 @@ LINGER_BEATS = 3
 
 
 class Watch:
-    """End this process, with `Preempted.EXIT_CODE`, when it stands still for `limit` seconds or another one is lost.
+    """End this process, with `Preempted.EXIT_CODE`, when it makes no progress for `limit` seconds or another is lost.
 
     What it says then names the process that is lost or behind and where that stands; the stacks of all threads go to
     `workdir/processes`. Nothing is saved: the next start goes on from the newest checkpoint. Time is counted in beats
@@ -52,7 +52,7 @@ class Watch:
     several processes, is held back until it is known whether the loss of another process explains it.
 
     Args:
-        workdir: where every process leaves its sign of life, a file of its own.
+        workdir: where every process writes its heartbeat, a file of its own.
         limit: seconds; 0 for no watch at all.
         alone: watch this process only, though there may be others, which go their own ways.
     """

@@ -1,4 +1,4 @@
-"""What the stages share: views and their identity, evaluation batches, targets beside them, decay grouping."""
+"""What the stages share: how they compute, their initial weights, their sources, and their batches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from beitv2_jax.typing import PyTree
 
 def compute(config) -> Compute:
     """Return how the networks of a run compute: `config.efficiency` with every 'auto' resolved for this platform."""
-    names = Compute.__dataclass_fields__
+    names = {field.name for field in dataclasses.fields(Compute)}
     requested = {name: value for name, value in config.efficiency.items() if name in names}
     platform = jax.default_backend()
     chosen = implementations.resolve_auto(requested, platform)
@@ -92,8 +92,13 @@ def train_batches(
     """
     views = {**config.views, **({} if targets is None else _ONE_VIEW)}
     transform = TrainTransform(seed=config.seed, mask=mask, targets=targets, randaugment=randaugment, **views)
+    return transformed_batches(config, source, transform)
 
-    def batches(process_index: int, process_count: int):
+
+def transformed_batches(config, source: Source, transform: Callable) -> Callable[[int, int], pipeline.TrainIterator]:
+    """Return the factory (process_index, process_count) -> iterator of batches of transformed examples."""
+
+    def batches(process_index: int, process_count: int) -> pipeline.TrainIterator:
         return pipeline.train_iterator(
             source,
             transform,

@@ -16,7 +16,6 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import preprocess
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.rng import step_key
 from beitv2_jax.tasks import common, inputs, mim
@@ -86,7 +85,7 @@ def build(config) -> Probe:
 
 def token_features(model, normalization: str, layers: tuple[int, ...], params, batch: dict) -> dict[str, Array]:
     """Return [CLS] and the mean patch token after each of `layers` (from 1), not normalised, with nothing masked."""
-    images = preprocess.normalize(batch["images"], *preprocess.NORMALIZATIONS[normalization])
+    images = common.normalized(batch["images"], normalization)
     output = model.apply({"params": params}, images, method=lambda module, images: module.vit(images))
     tokens = jnp.stack([output.hidden[layer - 1] for layer in layers], axis=1).astype(jnp.float32)
     return {"cls": tokens[:, :, 0], "mean": tokens[:, :, 1:].mean(axis=2)}

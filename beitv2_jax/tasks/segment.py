@@ -201,19 +201,7 @@ def _train_batches(config, source):
     transform = CropTransform(
         seed=config.seed, ids=label_ids(config), distortion=config.views.distortion.to_dict(), **views
     )
-
-    def batches(process_index: int, process_count: int) -> pipeline.TrainIterator:
-        return pipeline.train_iterator(
-            source,
-            transform,
-            batch_size=config.run.batch_size,
-            seed=config.seed,
-            process_index=process_index,
-            process_count=process_count,
-            **inputs.reading(config),
-        )
-
-    return batches
+    return inputs.transformed_batches(config, source, transform)
 
 
 class EvalBatches:

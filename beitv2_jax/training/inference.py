@@ -1,7 +1,6 @@
 """Run a frozen or a trained network over many batches, one batch ahead, and bring the results to the host."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -54,8 +53,8 @@ def apply_batches(
 
 
 def sum_batches(
-    compiled: Callable[[PyTree, Batch], dict[str, jax.Array]], weights: PyTree, batches: Iterable[Batch], mesh: Mesh
-) -> dict[str, Any]:
+    compiled: Callable[[PyTree, Batch], PyTree], weights: PyTree, batches: Iterable[Batch], mesh: Mesh
+) -> PyTree:
     """Return the sums of `compiled(weights, batch)` over all batches, added in float64 on the host.
 
     Args:
@@ -63,11 +62,11 @@ def sum_batches(
         weights: placed weights.
         batches: host batches of this process, all of one size, equally many on every process.
     """
-    sums: dict[str, Any] = {}
+    sums: PyTree = None
     for _, outputs in _ahead(compiled, weights, batches, mesh):
-        for name, value in outputs.items():
-            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
-    return sums
+        values = jax.tree.map(lambda value: np.asarray(value, np.float64), outputs)
+        sums = values if sums is None else jax.tree.map(np.add, sums, values)
+    return {} if sums is None else sums
 
 
 def _ahead(compiled, weights, batches, mesh) -> Iterator[tuple[Batch, PyTree]]:

@@ -205,24 +205,26 @@ def _make_evaluation(
         return lambda state, frozen, step: {}
 
     def sums(weights, batch):
-        return task.evaluate(*weights, batch)
+        params, model_state, frozen = weights
+        return {prefix: task.evaluate(tree, model_state, frozen, batch) for prefix, tree in params.items()}
 
     compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-    def evaluate_params(params: PyTree, prefix: str, state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
         watch.note("evaluating", step)
         batches = task.eval_batches(*sharding.row_share(mesh))
         if batches is None:
             return {}
+        params = {"eval": state.params}
+        if state.averaged_params is not None:
+            params["eval_average"] = state.averaged_params
         noted = watch.noted(bad_records.noted(batches, task.splits[1]), "evaluating", step)
         totals = inference.sum_batches(compiled, (params, state.model_state, frozen), noted, mesh)
-        return {f"{prefix}/{name}": float(value) for name, value in task.summarize(totals).items()}
-
-    def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
-        metrics = evaluate_params(state.params, "eval", state, frozen, step)
-        if state.averaged_params is not None:
-            metrics |= evaluate_params(state.averaged_params, "eval_average", state, frozen, step)
-        return metrics
+        return {
+            f"{prefix}/{name}": float(value)
+            for prefix, of_weights in totals.items()
+            for name, value in task.summarize(of_weights).items()
+        }
 
     return evaluate
 

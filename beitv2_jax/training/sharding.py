@@ -124,6 +124,13 @@ def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def placed_shapes(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Return the shapes and dtypes of a tree of arrays or shapes, with these shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
+
+
 def unmatched(tree: PyTree) -> list[str]:
     """Return the paths of the leaves that no rule names (they are replicated), to be shown in the log."""
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

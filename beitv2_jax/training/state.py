@@ -59,11 +59,7 @@ def abstract(
 ) -> TrainState:
     """Return shapes, dtypes and shardings of the state that `create` would return, computing nothing."""
     shapes = jax.eval_shape(_init_function(task, optimizer, seed, keep_average))
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        sharding.param_shardings(shapes, mesh),
-    )
+    return sharding.placed_shapes(shapes, sharding.param_shardings(shapes, mesh))
 
 
 def nonfinite_steps(state: TrainState) -> Int[Array, ""]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import logging
 from flax import traverse_util
 
-from beitv2_jax.choices import GRID_MATCHES, POSITION_RESIZES, TEACHER_OUTPUTS
+from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
 from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
@@ -15,7 +15,6 @@ from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
-from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, vit_tokens
 from beitv2_jax.typing import PyTree
 

@@ -175,9 +175,9 @@ def as_plain_jpeg(encoded: bytes, name: str) -> bytes:
 
     if _is_plain(encoded) and name not in stock.CMYK_IMAGES and name not in stock.PNG_IMAGES:
         return encoded
-    mended = io.BytesIO()
-    Image.fromarray(decode_image(encoded, name)).save(mended, "JPEG", quality=JPEG_QUALITY)
-    return mended.getvalue()
+    encoded_again = io.BytesIO()
+    Image.fromarray(decode_image(encoded, name)).save(encoded_again, "JPEG", quality=JPEG_QUALITY)
+    return encoded_again.getvalue()
 
 
 def _is_plain(encoded: bytes) -> bool:

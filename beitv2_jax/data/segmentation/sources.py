@@ -6,9 +6,10 @@ from typing import Any
 
 from beitv2_jax.data.decode import CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import decode_label_map
+from beitv2_jax.data.sources import open_with
 from beitv2_jax.data.sources.folders import IMAGE_SUFFIXES, digest_of_names, listed_images
 from beitv2_jax.data.sources.splits import refuse_slice, resolve_split
-from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
+from beitv2_jax.data.sources.tfds import TfdsSource
 from beitv2_jax.errors import UserError
 
 IMAGES, MAPS = "images", "annotations"
@@ -122,19 +123,11 @@ def open_label_maps(spec: str, split: str, data_dir: str = "") -> FolderLabelMap
     Raises:
       UserError: another kind of source, data not there, without maps, or no such split.
     """
-    kind, _, rest = spec.partition(":")
-    if kind == "folder" and rest:
-        return FolderLabelMaps(rest, split)
-    if kind == "tfds" and rest:
-        return TfdsLabelMaps(find_tfds(rest, data_dir), split)
-    family, _, config = spec.partition("/")
-    if family == "embedded":
-        # imported here: the generator of the embedded images is only needed by those who use them
-        from beitv2_jax.data import embedded
-
-        return TfdsLabelMaps(embedded.prepare(data_dir, config or "scenes"), split)
-    raise UserError(
-        f"There is no source of label maps {spec!r}.",
-        "data.source lacks its kind, or is of a kind that has images alone",
-        "folder:PATH (images/ and annotations/), tfds:NAME (a prepared TFDS set with label maps) or embedded",
-    )
+    source = open_with({"folder": FolderLabelMaps, "tfds": TfdsLabelMaps}, spec, split, data_dir)
+    if source is None:
+        raise UserError(
+            f"There is no source of label maps {spec!r}.",
+            "data.source lacks its kind, or is of a kind that has images alone",
+            "folder:PATH (images/ and annotations/), tfds:NAME (a prepared TFDS set with label maps) or embedded",
+        )
+    return source

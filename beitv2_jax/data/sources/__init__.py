@@ -4,6 +4,7 @@ A source is random access by example id (its index), gives encoded bytes, and is
 It is the first station of the data pipeline. None needs TensorFlow.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
@@ -44,21 +45,30 @@ def open_source(spec: str, split: str, data_dir: str = "") -> Source:
     Raises:
       UserError: unknown kind of source, data not there, or no such split.
     """
-    kind, _, rest = spec.partition(":")
-    if kind == "folder" and rest:
-        return FolderSource(rest, split)
-    if kind == "arrayrecord" and rest:
-        return ArrayRecordSource(rest, split)
-    if kind == "tfds" and rest:
-        return TfdsSource(find_tfds(rest, data_dir), split)
-    family, _, config = spec.partition("/")
-    if family == "embedded":
-        # imported here: the generator of the embedded images is only needed by those who use them
-        from beitv2_jax.data import embedded
+    readers = {"folder": FolderSource, "arrayrecord": ArrayRecordSource, "tfds": TfdsSource}
+    if (source := open_with(readers, spec, split, data_dir)) is None:
+        raise UserError(
+            f"There is no data source {spec!r}.",
+            "data.source in the config lacks its kind, or the kind is misspelt",
+            "tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files), folder:PATH (images) or embedded",
+        )
+    return source
 
-        return TfdsSource(embedded.prepare(data_dir, config or "scenes"), split)
-    raise UserError(
-        f"There is no data source {spec!r}.",
-        "data.source in the config lacks its kind, or the kind is misspelt",
-        "tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files), folder:PATH (images) or embedded",
-    )
+
+def open_with(readers: Mapping[str, Callable], spec: str, split: str, data_dir: str = "") -> Any:
+    """Return what the reader of the kind of source in `spec` opens; None if `spec` has no kind, or it has no reader.
+
+    Args:
+        readers: kind of source ('tfds', 'folder', ...) -> (location, split) -> source; that of 'tfds' also opens
+            embedded[/CONFIG].
+    """
+    kind, _, location = spec.partition(":")
+    if kind in readers and location:
+        return readers[kind](find_tfds(location, data_dir) if kind == "tfds" else location, split)
+    family, _, config = spec.partition("/")
+    if family != "embedded":
+        return None
+    # imported here: the generator of the embedded images is only needed by those who use them
+    from beitv2_jax.data import embedded
+
+    return readers["tfds"](embedded.prepare(data_dir, config or "scenes"), split)

@@ -1,4 +1,4 @@
-"""Write a target cache: shards, each written whole or not at all, and one final step that publishes all of them.
+"""Write a target cache: shards, each of which appears complete, and one final step that publishes all of them.
 
 Used by the stages extract and tokenize. While a part is being written, `directory/.writing` holds the plan, leases,
 unfinished files and one line for each input shard that is done; finishing removes it. Any number of processes on one
