@@ -1,7 +1,7 @@
 """The mim stage with real JPEGs: its input alone, and the loop with the share of time that waits for data.
 
-Sizes are those of a config, the code ids come from memory as from a store. Without a folder of JPEGs some are made, of
-the size and the bytes of ImageNet's. Needs everything that reads data; `benchmarks.input` does the measuring.
+Sizes are those of a config, the code ids come from memory as from a target cache. Without a folder of JPEGs some are
+made, of the size and the bytes of ImageNet's. Needs everything that reads data; `benchmarks.input` does the measuring.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a store of targets costs: bytes per view and per data set, and the read rate that training from it needs.
+"""What a target cache costs: bytes per view and per data set, and the read rate that training from it needs.
 
     python -m benchmarks.target_storage
 

@@ -74,7 +74,7 @@ def traced_step(config):
 
 
 def stored(config):
-    """Return the config with its targets from a store, so that no network must be loaded."""
+    """Return the config with its targets from a target cache, so that no network must be loaded."""
     config = config.copy_and_resolve_references().unlock()
     if config.stage == "vqkd":
         config.teacher.update(features="somewhere", weights="")

@@ -1,1 +1,1 @@
-"""What flows in: sources, decoding, crops, masks, batches and the store of targets. Never imports jax."""
+"""What flows in: sources, decoding, crops, masks, batches and the target cache. Never imports jax."""

@@ -1,6 +1,6 @@
 """ArrayRecord files: opening and counting them, and what TFDS calls the files of a split.
 
-Under the sources that read prepared data sets, the preparation that writes them, and the target store.
+Under the sources that read prepared data sets, the preparation that writes them, and the target cache.
 """
 
 import contextlib

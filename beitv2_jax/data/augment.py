@@ -15,7 +15,7 @@ from PIL import Image
 from beitv2_jax.errors import UserError
 
 AUGMENTATION_VERSION = "1"
-"""Changes whenever the same draw would give a view other pixels; stores of targets carry it in their manifest."""
+"""Changes whenever the same draw would give a view other pixels; target caches carry it in their manifest."""
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -40,7 +40,7 @@ class TrainTransform:
       color_jitter: strength; 0 draws no factors. The factors are applied on the device.
       randaugment: `(image, generator) -> image` on the view's uint8 pixels, or None.
       mask: arguments of `masking.block_mask` but `rng`, or None for no mask.
-      targets: store to read the features or code ids of the view from, or None.
+      targets: cache to read the features or code ids of the view from, or None.
 
     Raises:
       UserError: views that `targets` does not hold.

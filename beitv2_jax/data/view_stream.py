@@ -1,6 +1,6 @@
 """Every view of chosen examples as batches for a frozen network, each image decoded once.
 
-Between the sources and the stages that write a store. A batch holds one view of up to `batch_size` consecutive
+Between the sources and the stages that write a target cache. A batch holds one view of up to `batch_size` consecutive
 examples, so that what is in it depends neither on who asks for it nor on which other views are wanted.
 """
 

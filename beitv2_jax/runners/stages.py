@@ -37,7 +37,7 @@ RUNNERS = {
 
 
 STORES = ("extract", "tokenize")
-"""Stages whose workdir is a store of targets: it can be extended to more views, and verified."""
+"""Stages whose workdir is a target cache: it can be extended to more views, and verified."""
 LOOPLESS = (*STORES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
@@ -45,8 +45,8 @@ LOOPLESS = (*STORES, "probe")
 def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
 
-    The same call again continues an interrupted run and returns the summary of a finished one; a store of targets goes
-    on where `views.num_views` has been raised. Processes that run a store stage at the same time share the work; any
+    The same call again continues an interrupted run and returns the summary of a finished one; a target cache
+    is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
     other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
     config; a finished stage stays as it is.
 
@@ -84,12 +84,12 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
 
 
 def verify_stage(config: ConfigDict, workdir: str) -> dict:
-    """Compare what a finished store in `workdir` holds with its network's live answer; return {part: figures}.
+    """Compare what a finished target cache in `workdir` holds with its network's live answer; return {part: figures}.
 
-    For a pipeline that is done for the stores of all its stages: {stage: {part: figures}}.
+    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}.
 
     Raises:
-        UserError: the stage writes no store or did not finish, or the store does not hold what the network says.
+        UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
@@ -163,7 +163,7 @@ def _listed(differences: list[tuple[str, Any, Any]]) -> str:
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
-    """Tell whether a finished store is to hold more views than it does."""
+    """Tell whether a finished target cache is to hold more views than it does."""
     return config.stage in STORES and finished["figures"]["views_per_example"] < config.views.num_views
 
 

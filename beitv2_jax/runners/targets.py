@@ -1,4 +1,4 @@
-"""Run a store stage: a frozen network over every fixed view of a data set, its outputs written as TFDS data sets.
+"""Fill a target cache: run a frozen network over every fixed view of a data set, write its outputs as TFDS data sets.
 
 Any number of processes on one file system run the same stage in the same workdir at the same time, each on its own
 devices; they share nothing but files.
@@ -17,13 +17,13 @@ from absl import logging
 from beitv2_jax.data.bad_records import bad_record
 from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import read_manifest
-from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetStore
+from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCache
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
-from beitv2_jax.tasks.api import Batch, StoreTask
+from beitv2_jax.tasks.api import Batch, TargetCacheTask
 from beitv2_jax.training.inference import apply_batches
 from beitv2_jax.training.sharding import make_mesh
 from beitv2_jax.training.writer import Progress
@@ -35,7 +35,7 @@ SHOW_SECONDS = 10.0
 Apply = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Mapping[str, np.ndarray]]]]
 
 
-def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
+def run(task: TargetCacheTask, config, workdir: str) -> dict[str, float]:
     """Write the targets of the train split (K random views) and of the eval split (one centre crop).
 
     They are two TFDS data sets, `workdir/views` and `workdir/centre`. Whoever runs this takes part in what is left to
@@ -45,8 +45,8 @@ def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
         Counts of examples, views and unreadable images.
 
     Raises:
-        UserError: a store of another network or of other views is there already, too many images are unreadable, or
-            the network gives values that cannot be stored.
+        UserError: a target cache of another network or of other views is there, too many images are unreadable, or the
+            network gives values that cannot be stored.
         Preempted: this process was asked to stop; finished shards stay, the current shard is written again.
     """
     with (
@@ -56,20 +56,20 @@ def run(task: StoreTask, config, workdir: str) -> dict[str, float]:
         return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
 
 
-def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
+def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
     apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
     unreadable = 0
     for part, source in zip(targets_lib.PARTS, task.sources, strict=True):
         directory = os.path.join(workdir, part)
-        store = TargetStore(
+        cache = TargetCache(
             directory,
             name=task.name,
             manifest={**targets_lib.cache_manifest(config, source, part), **task.manifest},
             shard_examples=config.output.shard_examples,
         )
         filler = Filler(
-            store,
-            load=targets_lib.view_rows(config, source, part, store.views),
+            cache,
+            load=targets_lib.view_rows(config, source, part, cache.views),
             apply=apply,
             encoding=task.encoding,
             split=source.split,
@@ -79,7 +79,7 @@ def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None])
             label=f"{task.name} {part}",
             on_move=on_move,
         )
-        with Leases(store.work) as leases:
+        with Leases(cache.work) as leases:
             filler.run(leases)
         unreadable += read_manifest(directory)["unreadable"]
     return {
@@ -90,7 +90,7 @@ def _fill(task: StoreTask, config, workdir: str, on_move: Callable[[str], None])
     }
 
 
-def on_local_devices(task: StoreTask, config, finish: Callable[[jax.Array], Any]) -> Apply:
+def on_local_devices(task: TargetCacheTask, config, finish: Callable[[jax.Array], Any]) -> Apply:
     """Return the function batches -> (batch, `finish(targets)`) that computes on the devices of this process."""
     mesh = make_mesh(**config.mesh, devices=jax.local_devices())
 
@@ -101,24 +101,24 @@ def on_local_devices(task: StoreTask, config, finish: Callable[[jax.Array], Any]
 
 
 class Filler:
-    """One worker on one part of a store: leases input shards, fills them, and finishes when none is left.
+    """One worker on one part of a target cache: leases input shards, fills them, and finishes when none is left.
 
     Args:
-        store: what is to be filled.
-        load: example id -> rows of the views that `store` lacks.
+        cache: what is to be filled.
+        load: example id -> rows of the views that `cache` lacks.
         apply: batches -> (batch, arrays of `encoding.shrink`), in order.
         encoding: how targets are stored.
         split: name of the source's split, for the list of unreadable examples.
         batch_size: examples in a batch, which never crosses the border of a shard.
         reading: `num_threads` and `num_workers` of `view_stream`.
-        max_bad_fraction: largest share of unreadable examples with which the store is published.
+        max_bad_fraction: largest share of unreadable examples with which the cache is published.
         label: what is shown to run.
         on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
     """
 
     def __init__(
         self,
-        store: TargetStore,
+        cache: TargetCache,
         *,
         load: Callable[[int], list[Batch]],
         apply: Apply,
@@ -130,44 +130,44 @@ class Filler:
         label: str,
         on_move: Callable[[str], None] = lambda phase: None,
     ):
-        self._store, self._load, self._apply, self._encoding, self._split = store, load, apply, encoding, split
+        self._cache, self._load, self._apply, self._encoding, self._split = cache, load, apply, encoding, split
         self._batch_size, self._reading, self._max_bad_fraction = batch_size, reading, max_bad_fraction
         self._label, self._on_move = label, on_move
 
     def run(self, leases: Leases, poll_seconds: float = POLL_SECONDS) -> None:
-        """Work until the store is finished, by this or another process.
+        """Work until the cache is finished, by this or another process.
 
         Raises:
             UserError: too many images are unreadable, or the network gives values that cannot be stored.
         """
-        store = self._store
-        if store.finished:
+        cache = self._cache
+        if cache.finished:
             return
-        shown = _ShownProgress(store, self._label)
-        while not store.finished:
+        shown = _ShownProgress(cache, self._label)
+        while not cache.finished:
             if self._fill_free_shards(leases, shown):
                 continue
-            if store.remaining() or not leases.take("finish"):
+            if cache.remaining() or not leases.take("finish"):
                 self._on_move("waiting for other workers")
                 time.sleep(poll_seconds)
                 shown.update(0)
                 continue
-            self._on_move("finishing the store")
+            self._on_move("finishing the cache")
             self._check_share()
-            store.finish()
+            cache.finish()
             leases.release("finish")
         shown.close()
 
     def _fill_free_shards(self, leases: Leases, shown: "_ShownProgress") -> bool:
         """Fill every shard that is free; tell whether there was one."""
-        store, chunks = self._store, self._claimed_chunks(leases)
+        cache, chunks = self._cache, self._claimed_chunks(leases)
         first = next(chunks, None)
         if first is None:
             return False
         batches = view_stream(
             self._load,
             itertools.chain([first], chunks),
-            store.views,
+            cache.views,
             batch_size=self._batch_size,
             **self._reading,
         )
@@ -175,23 +175,23 @@ class Filler:
         for batch, shrunk in self._apply(batches):
             startup_times.tell("first batch of targets")
             examples = batch["example_ids"][batch["example_ids"] >= 0]
-            shard, view = store.shard_of(int(examples[0])), int(batch["views"][0])
-            at_start = int(examples[0]) == store.shards[shard].start and view == store.views.start
+            shard, view = cache.shard_of(int(examples[0])), int(batch["views"][0])
+            at_start = int(examples[0]) == cache.shards[shard].start and view == cache.views.start
             try:
                 self._on_move("computing targets")
                 if at_start:
-                    writer, bad = store.open_shard(shard), []
+                    writer, bad = cache.open_shard(shard), []
                 if writer is None:
                     continue  # lost: the rest of its batches is in the pipeline still
                 writer.write(view, self._packed(batch, shrunk, len(examples)))
-                bad += self._bad_records(batch) if view == store.views.start else []
-                at_end = int(examples[-1]) == store.shards[shard].stop - 1 and view == store.views.stop - 1
+                bad += self._bad_records(batch) if view == cache.views.start else []
+                at_end = int(examples[-1]) == cache.shards[shard].stop - 1 and view == cache.views.stop - 1
                 if at_end:
                     writer.close(bad)
                     leases.release(str(shard))
                     writer = None
                     self._check_share()
-                shown.update(0 if at_end else int(examples[-1]) + 1 - store.shards[shard].start)
+                shown.update(0 if at_end else int(examples[-1]) + 1 - cache.shards[shard].start)
             except ShardLost:
                 logging.warning("%s: shard %d was taken over by another process.", self._label, shard)
                 leases.release(str(shard))
@@ -205,13 +205,13 @@ class Filler:
     def _claimed_chunks(self, leases: Leases) -> Iterator[range]:
         """Yield the batches, as ranges of example ids, of one free shard after the other, leasing each."""
         while True:
-            shard = next((shard for shard in self._store.remaining() if leases.take(str(shard))), None)
+            shard = next((shard for shard in self._cache.remaining() if leases.take(str(shard))), None)
             if shard is None:
                 return
-            if self._store.is_done(shard):  # between the look at what remains and the lease
+            if self._cache.is_done(shard):  # between the look at what remains and the lease
                 leases.release(str(shard))
                 continue
-            ids = self._store.shards[shard]
+            ids = self._cache.shards[shard]
             for first in range(ids.start, ids.stop, self._batch_size):
                 yield range(first, min(first + self._batch_size, ids.stop))
 
@@ -234,8 +234,8 @@ class Filler:
         return [bad_record(self._split, int(example_id), str(fault)) for example_id, fault in faults if fault]
 
     def _check_share(self) -> None:
-        """Raise UserError if more examples are unreadable, by what is known, than the store may have."""
-        bad, count = self._store.unreadable(), self._store.shards[-1].stop
+        """Raise UserError if more examples are unreadable, by what is known, than the cache may have."""
+        bad, count = self._cache.unreadable(), self._cache.shards[-1].stop
         if len(bad) > self._max_bad_fraction * count:
             raise UserError(
                 f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
@@ -248,15 +248,15 @@ class Filler:
 class _ShownProgress:
     """Show how many examples of a part all workers together have done, with the rate since this one began."""
 
-    def __init__(self, store: TargetStore, label: str):
-        self._store = store
+    def __init__(self, cache: TargetCache, label: str):
+        self._cache = cache
         self._first = self._done = self._finished_examples()
         self._started = self._shown = time.monotonic()
-        self._progress = Progress(store.shards[-1].stop, label, "images", done=self._first)
+        self._progress = Progress(cache.shards[-1].stop, label, "images", done=self._first)
 
     def _finished_examples(self) -> int:
-        remaining = self._store.remaining()
-        return self._store.shards[-1].stop - sum(len(self._store.shards[shard]) for shard in remaining)
+        remaining = self._cache.remaining()
+        return self._cache.shards[-1].stop - sum(len(self._cache.shards[shard]) for shard in remaining)
 
     def update(self, in_progress: int) -> None:
         """Count what is done; `in_progress` are the examples of this worker's unfinished shard."""
@@ -270,6 +270,6 @@ class _ShownProgress:
 
     def close(self) -> None:
         """Show the end."""
-        self._progress.advance(self._store.shards[-1].stop - self._done)
+        self._progress.advance(self._cache.shards[-1].stop - self._done)
         self._progress.show({})
         self._progress.close()

@@ -1,6 +1,6 @@
-"""The task verify: compute a random sample of a store again, live, and compare it with what is stored.
+"""The task verify: compute a random sample of a target cache again, live, and compare it with what is stored.
 
-Beside `storing`, which wrote the store: same network, same views, same size of batch.
+Beside `targets`, which wrote the cache: same network, same views, same size of batch.
 """
 
 import json
@@ -20,7 +20,7 @@ from beitv2_jax.runners.targets import on_local_devices
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
-from beitv2_jax.tasks.api import StoreTask
+from beitv2_jax.tasks.api import TargetCacheTask
 
 MIN_COSINE = {"int8": 0.9995, "bfloat16": 0.99999, "float16": 0.99999, "float32": 0.999999}
 """Least mean cosine over the tokens of any view of the sample, by the type of the stored features."""
@@ -30,7 +30,7 @@ projections otherwise, which decides between codes that are nearly as near."""
 VERIFY_FILE = "verify.json"
 
 
-def verify(task: StoreTask, config, workdir: str) -> dict[str, Any]:
+def verify(task: TargetCacheTask, config, workdir: str) -> dict[str, Any]:
     """Compare `output.verify_examples` random views of each part with the network's live answer; write `verify.json`.
 
     Returns:
@@ -39,7 +39,7 @@ def verify(task: StoreTask, config, workdir: str) -> dict[str, Any]:
         ids `agreement`.
 
     Raises:
-        UserError: there is no finished store of this config, or it does not hold what the network says.
+        UserError: there is no finished target cache of this config, or it does not hold what the network says.
     """
     readers = targets_lib.open_parts(workdir, task.sources)
     report = {}
@@ -69,7 +69,7 @@ def _sample(config, part: str, reader: TargetReader) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
 
 
-def _live(task: StoreTask, config, part: str, source, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+def _live(task: TargetCacheTask, config, part: str, source, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return the network's float32 features or ids of the pairs, computed in batches of the stage's size."""
     load = targets_lib.view_rows(config, source, part, range(config.views.num_views if part == "views" else 1))
     size = config.run.batch_size

@@ -1,4 +1,4 @@
-"""Text files that are whole or not there, and signs of life that are never torn (floor 0)."""
+"""Text files that are whole or not there, and heartbeats that are never half-written (floor 0)."""
 
 import os
 import uuid

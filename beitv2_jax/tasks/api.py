@@ -93,11 +93,11 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StoreTask:
-    """Hold what one store stage writes: the outputs of a frozen network over every fixed view of a data set.
+class TargetCacheTask:
+    """Hold what one target cache stage writes: the outputs of a frozen network over every fixed view of a data set.
 
     Attributes:
-        name: the stage, as it stands in logs and in the store.
+        name: the stage, as it stands in logs and in the cache.
         frozen: the network's weights.
         apply: `(frozen, batch) -> ` targets of the batch's views: features `b n t` or code ids `b n`.
         encoding: how targets are stored.

@@ -3,10 +3,10 @@
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
 from beitv2_jax.tasks import inputs, targets
-from beitv2_jax.tasks.api import StoreTask
+from beitv2_jax.tasks.api import TargetCacheTask
 
 
-def build(config) -> StoreTask:
+def build(config) -> TargetCacheTask:
     """Build the stage that writes features for the `num_views` views of the train split and one centre crop of eval.
 
     Raises:
@@ -15,7 +15,7 @@ def build(config) -> StoreTask:
     sources = inputs.open_sources(config)
     teacher, params = load_teacher(**targets.teacher_arguments(config, config.teacher.tokenizer_patch_size))
     encoding = FeatureEncoding(config.output.dtype, teacher.grid[0] * teacher.grid[1], teacher.width)
-    return StoreTask(
+    return TargetCacheTask(
         name="extract",
         frozen=params,
         apply=lambda frozen, batch: teacher.features(frozen, batch["images"]),

@@ -1,6 +1,6 @@
 """Stage 2, MIM: predict the codes of hidden patches, from the last layer and through the patch-aggregation head.
 
-Code ids come either from the store that the tokenize stage wrote (`tokenizer.codes`) or from the tokenizer inside the
+Code ids come either from the cache that the tokenize stage wrote (`tokenizer.codes`) or from the tokenizer inside the
 step (`tokenizer.run`), which may have a view of its own, the same box at another size or resized otherwise. Every view
 is seen with its colour jitter, as in the released recipe.
 """
@@ -114,18 +114,18 @@ def build(config) -> Task:
     """Build the MIM task.
 
     Raises:
-        UserError: the data set, code store or tokenizer is missing, or the tokenizer does not fit the model.
+        UserError: the data set, code cache or tokenizer is missing, or the tokenizer does not fit the model.
     """
     return make_task(config, open_inputs(config))
 
 
 def open_inputs(config) -> inputs.Opened:
-    """Open the data, and the code store or the tokenizer; raises as `build` does."""
+    """Open the data, and the code cache or the tokenizer; raises as `build` does."""
     sources = inputs.open_sources(config)
     grid = _grid(config)
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
-        stored = targets_lib.open_store(config.tokenizer.codes, config, sources, CODE_IDS, grid)
+        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, grid)
         codebook_size = stored[0].manifest["codebook_size"]
     else:
         tokenizer_size = inputs.tokenizer_view(config).image_size

@@ -1,7 +1,7 @@
 """Target caches, for the stages that write and read them: parts, manifests, rows, opening and checking.
 
-A store is the workdir of an extract or tokenize stage. Its part "views" holds the `num_views` random views of the train
-split, its part "centre" one centre crop of the eval split.
+A target cache is the workdir of an extract or tokenize stage. Its part "views" holds the `num_views` random views of
+the train split, its part "centre" one centre crop of the eval split.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def teacher_arguments(config, patch_size: int) -> dict:
 
 
 def teacher_manifest(teacher) -> dict:
-    """Return what identifies the features of a teacher, in the manifest of their store."""
+    """Return what identifies the features of a teacher, in the manifest of their cache."""
     return {
         "grid": list(teacher.grid),
         "teacher": teacher.name,
@@ -49,9 +49,9 @@ def stated_choices(config) -> dict:
 
 
 def cache_manifest(config, source: Source, part: str) -> dict:
-    """Return what identifies the views of one part of a store: equal manifests mean equal pixels per view.
+    """Return what identifies the views of one part of a target cache: equal manifests mean equal pixels per view.
 
-    In the config of a stage that reads a store of codes it is the tokenizer's own view that counts, where it has one.
+    In the config of a stage that reads cached codes it is the tokenizer's own view that counts, where it has one.
     """
     views, seen = config.views, inputs.tokenizer_view(config)
     common = {
@@ -81,7 +81,7 @@ def cache_manifest(config, source: Source, part: str) -> dict:
 
 
 def view_rows(config, source: Source, part: str, views: range) -> Callable[[int], list[Example]]:
-    """Return the function example id -> rows of its `views` in a part of a store, from one decoding."""
+    """Return the function example id -> rows of its `views` in a part of a target cache, from one decoding."""
     if part == "centre":
         image_size = config.views.image_size
         return CentreRow(source, EvalTransform(image_size, eval_crop_fraction(image_size)))
@@ -112,10 +112,10 @@ class CentreRow:
 
 
 def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetReader, TargetReader]:
-    """Open both parts of the store that an extract or tokenize stage left in `directory`: (views, centre).
+    """Open both parts of the cache that an extract or tokenize stage left in `directory`: (views, centre).
 
     Raises:
-        UserError: there is no finished store, or it is damaged, or of other splits.
+        UserError: there is no finished target cache, or it is damaged, or of other splits.
     """
     views, centre = (
         TargetReader(os.path.join(directory, part), source.split) for part, source in zip(PARTS, sources, strict=True)
@@ -123,7 +123,7 @@ def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetRe
     return views, centre
 
 
-def open_store(
+def open_cache(
     directory: str,
     config,
     sources: tuple[Source, Source],
@@ -131,14 +131,14 @@ def open_store(
     grid: tuple[int, int],
     made_with: Mapping | None = None,
 ) -> tuple[TargetReader, TargetReader]:
-    """Open both parts of a store and check that it holds `target` of the views of this run: (views, centre).
+    """Open both parts of a target cache and check that it holds `target` of the views of this run: (views, centre).
 
-    `made_with` holds further entries that its manifest must have. The store may hold more views than the run's
+    `made_with` holds further entries that its manifest must have. The cache may hold more views than the run's
     `views.num_views`, which takes the first ones.
 
     Raises:
-        UserError: there is no finished store, or it was made from other views, other data, with other choices or on
-            another grid; the field of its manifest that differs is named.
+        UserError: there is no finished target cache, or it was made from other views or other data, with other choices
+            or on another grid; the field of its manifest that differs is named.
     """
     readers = open_parts(directory, sources)
     for part, source, reader in zip(PARTS, sources, readers, strict=True):

@@ -15,7 +15,7 @@ from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs, vqkd
-from beitv2_jax.tasks.api import StoreTask
+from beitv2_jax.tasks.api import TargetCacheTask
 from beitv2_jax.tasks.common import view_pixels
 from beitv2_jax.typing import CodeIds, Images, PyTree
 
@@ -65,7 +65,7 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
     return tokenizer, {"params": run.params, "codebook": run.model_state}
 
 
-def build(config) -> StoreTask:
+def build(config) -> TargetCacheTask:
     """Build the stage that writes code ids for the `num_views` views of the train split and one centre crop of eval.
 
     Raises:
@@ -87,7 +87,7 @@ def build(config) -> StoreTask:
         "dtype": encoding.dtype,
         "compute_dtype": config.efficiency.dtype,
     }
-    return StoreTask(
+    return TargetCacheTask(
         name="tokenize",
         frozen=variables,
         apply=apply,

@@ -1,7 +1,7 @@
 """Stage 1, VQ-KD: train the tokenizer whose codes must reconstruct the teacher's patch features.
 
-Targets come either from the store that the extract stage wrote (`teacher.features`) or from the teacher itself inside
-the step (`teacher.weights`). Both see the same views, so both give the same loss curve up to the store's rounding.
+Targets come either from the cache that the extract stage wrote (`teacher.features`) or from the teacher itself inside
+the step (`teacher.weights`). Both see the same views, so both give the same loss curve up to the cache's rounding.
 """
 
 import functools
@@ -33,7 +33,7 @@ def make_model(config, compute: Compute, *, teacher_width: int) -> VQKD:
 
 def stored_features(frozen: PyTree, batch: Batch) -> TeacherFeatures:
     """Return the stored features of a batch, float32."""
-    # what a store holds for an unreadable image is zeros, which have no direction and whose gradient is no number
+    # what the cache holds for an unreadable image is zeros, which have no direction and whose gradient is no number
     return jnp.where(batch["weight"][:, None, None] > 0, decode_features(batch), 1.0)
 
 
@@ -78,19 +78,19 @@ def build(config) -> Task:
     """Build the VQ-KD task.
 
     Raises:
-        UserError: the data set, store or teacher is missing, or the store was made otherwise than this config says.
+        UserError: the data set, cache or teacher is missing, or the cache was made otherwise than this config says.
     """
     return make_task(config, open_inputs(config))
 
 
 def open_inputs(config) -> inputs.Opened:
-    """Open the data, and the feature store or the teacher; raises as `build` does."""
+    """Open the data, and the feature cache or the teacher; raises as `build` does."""
     sources = inputs.open_sources(config)
     patch_size = config.model.encoder.patch_size
     if config.teacher.features:
         grid = (config.views.image_size // patch_size,) * 2
         made_with = targets_lib.stated_choices(config)
-        stored = targets_lib.open_store(config.teacher.features, config, sources, FEATURES, grid, made_with)
+        stored = targets_lib.open_cache(config.teacher.features, config, sources, FEATURES, grid, made_with)
         return inputs.Opened(sources, stored)
     teacher, weights = load_teacher(**targets_lib.teacher_arguments(config, patch_size))
     return inputs.Opened(sources, network=teacher, frozen={"teacher": weights})

@@ -39,7 +39,7 @@ ITEMS = ("params", "model_state", "averaged_params", "train")
 class Checkpointer:
     """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
 
-    A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.torn`, and named in the log.
+    A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.corrupt`, and named in the log.
     A save that fails leaves nothing behind and the others as they were; it is logged, or an error where
     `stop_on_failure` says so. It is noticed at the next `check` of a lone process, at the next `save` of several.
 
@@ -52,7 +52,7 @@ class Checkpointer:
         self._keep_every, self._stop_on_failure = keep_every, stop_on_failure
         self._saving: int | None = None
         _clear_unfinished(self._directory)
-        _set_torn_aside(self._directory)
+        _quarantine_corrupt(self._directory)
         self._manager: ocp.CheckpointManager | None = self._open()
         self._newest = self._manager.latest_step()
 
@@ -274,7 +274,7 @@ def _clear_unfinished(directory: Path, quiet_looks: int = 1) -> None:
             time.sleep(CLEARING_SECONDS)
 
 
-def _set_torn_aside(directory: Path) -> None:
+def _quarantine_corrupt(directory: Path) -> None:
     """Rename the damaged checkpoints that are newer than the newest whole one; process 0 does it for all."""
     damage = _newest_damage(directory) if jax.process_index() == 0 else {}
     none_is_whole = bool(damage) and None not in damage.values()
@@ -289,13 +289,13 @@ def _set_torn_aside(directory: Path) -> None:
         )
     for step, found in damage.items():
         if found is not None:
-            aside = directory / f"{step}.torn"
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}+")
-            logging.error("the checkpoint at step %d is torn (%s): set aside as %s", step, found, aside)
-            (directory / str(step)).rename(aside)
+            quarantined = directory / f"{step}.corrupt"
+            while quarantined.exists():
+                quarantined = quarantined.with_name(f"{quarantined.name}+")
+            logging.error("the checkpoint at step %d is corrupt (%s) and quarantined as %s", step, found, quarantined)
+            (directory / str(step)).rename(quarantined)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        multihost_utils.sync_global_devices("corrupt checkpoints are quarantined")
 
 
 def _newest_damage(directory: Path) -> dict[int, str | None]:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from paths import ROOT
-from target_stores import CODE_MANIFEST, FEATURE_MANIFEST
+from target_caches import CODE_MANIFEST, FEATURE_MANIFEST
 
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, FeatureEncoding
-from beitv2_jax.data.target_cache.writer import TargetStore
+from beitv2_jax.data.target_cache.writer import TargetCache
 from benchmarks import target_storage
 
 TOLERANCE = 0.005
@@ -22,11 +22,11 @@ def file_bytes(directory, encoding, count) -> int:
         manifest = {**FEATURE_MANIFEST, "dtype": encoding.dtype, "teacher_width": encoding.width}
         targets = np.ones((count, encoding.num_tokens, encoding.width), np.float32)
     manifest |= {"num_examples": count, "num_views": 1, "grid": [1, encoding.num_tokens]}
-    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=count)
-    writer = store.open_shard(0)
+    cache = TargetCache(directory, name="cache", manifest=manifest, shard_examples=count)
+    writer = cache.open_shard(0)
     writer.write(0, encoding.pack(encoding.shrink(targets)))
     writer.close([])
-    return store.shard_path(0, 0).stat().st_size
+    return cache.shard_path(0, 0).stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from beitv2_jax.data.bad_records import BadRecords, read_bad_records
 
 
 def batch(*faulty, size=5, first=10):
-    faults = np.array([f"file {i}: torn: at {i}" if i in faulty else "" for i in range(first, first + size)])
+    faults = np.array([f"file {i}: corrupt: at {i}" if i in faulty else "" for i in range(first, first + size)])
     return {"example_ids": np.arange(first, first + size), "faults": faults}
 
 
 def record(i, split="train"):
-    return {"split": split, "example_id": i, "where": f"file {i}", "cause": f"torn: at {i}"}
+    return {"split": split, "example_id": i, "where": f"file {i}", "cause": f"corrupt: at {i}"}
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def test_every_example_stands_there_once(tmp_path, warnings):
     assert read_bad_records(tmp_path)[4:] == [record(12)]
     # one line for a batch with news
     assert [line.split(";")[0] for line in warnings] == [
-        "2 unreadable records so far, the newest file 13: torn: at 13",
-        "3 unreadable records so far, the newest file 14: torn: at 14",
-        "4 unreadable records so far, the newest file 13: torn: at 13",
-        "5 unreadable records so far, the newest file 12: torn: at 12",
+        "2 unreadable records so far, the newest file 13: corrupt: at 13",
+        "3 unreadable records so far, the newest file 14: corrupt: at 14",
+        "4 unreadable records so far, the newest file 13: corrupt: at 13",
+        "5 unreadable records so far, the newest file 12: corrupt: at 12",
     ]
     assert all(str(records.path) in line for line in warnings)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed_images import ListSource
-from target_stores import CODE_MANIFEST, FEATURE_MANIFEST, fill
+from target_caches import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.pipeline import eval_batches, train_iterator
@@ -18,12 +18,12 @@ from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
 
 MASK = {"grid": (5, 7), "num_masked": 13, "min_patches": 3}
-TORN = (4, 11)
+CORRUPT = (4, 11)
 
 
 @pytest.fixture(scope="module")
 def source():
-    return ListSource(23, torn=TORN)
+    return ListSource(23, corrupt=CORRUPT)
 
 
 def _transform(**changes):
@@ -142,7 +142,7 @@ def test_pixels_are_the_same_for_every_number_of_processes_and_threads(source, p
         parts.append(_take(train_iterator(source, _transform(), batch_size=8, seed=3, **reading), 5))
     chex.assert_trees_all_equal(_join(parts), whole)
     faults = {i: f for b in whole for i, f in zip(b["example_ids"].tolist(), b["faults"].tolist(), strict=True) if f}
-    assert set(faults) == set(TORN) and all(fault.startswith(f"list/{i}: ") for i, fault in faults.items())
+    assert set(faults) == set(CORRUPT) and all(fault.startswith(f"list/{i}: ") for i, fault in faults.items())
 
 
 def test_worker_processes_give_the_same_batches_and_resume_mid_epoch(source):
@@ -209,15 +209,15 @@ def test_eval_batches_are_complete_and_in_order(source, process_count):
     for _ in range(2):  # they can be read again
         batches = _join(parts)
         rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-        readable = [float(i not in TORN) for i in range(23)]
+        readable = [float(i not in CORRUPT) for i in range(23)]
         np.testing.assert_array_equal(rows["weight"], [*readable, 0.0])
         np.testing.assert_array_equal(rows["example_ids"][:23], np.arange(23))
         np.testing.assert_array_equal(rows["labels"][:23], 2 * np.arange(23) + 1)
-        assert [i for i, fault in enumerate(rows["faults"].tolist()) if fault] == list(TORN)
+        assert [i for i, fault in enumerate(rows["faults"].tolist()) if fault] == list(CORRUPT)
 
 
 def test_the_padding_of_an_unreadable_last_record_has_no_fault():
-    (batch,) = eval_batches(ListSource(3, torn=(2,)), image_size=7, batch_size=5)
+    (batch,) = eval_batches(ListSource(3, corrupt=(2,)), image_size=7, batch_size=5)
     assert batch["weight"].tolist() == [1, 1, 0, 0, 0]
     assert [bool(fault) for fault in batch["faults"].tolist()] == [False, False, True, False, False]
 
@@ -228,8 +228,8 @@ def test_targets_of_the_matching_view(source, tmp_path, manifest, feature):
         rng = np.random.default_rng((example_id, view))
         return rng.normal(size=(21, 5)) if feature == "teacher_features" else rng.integers(0, 13, 21)
 
-    torn_then = {"split": "train", "example_id": 7, "where": "list/7", "cause": "it was torn then"}
-    reader = fill(tmp_path / "store", manifest, targets, unreadable=[torn_then])
+    corrupt_then = {"split": "train", "example_id": 7, "where": "list/7", "cause": "it was corrupt then"}
+    reader = fill(tmp_path / "cache", manifest, targets, unreadable=[corrupt_then])
     iterator = train_iterator(source, _transform(num_views=3, targets=reader), batch_size=6, seed=3)
     seen = set()
     for batch in _take(iterator, 12):
@@ -237,14 +237,14 @@ def test_targets_of_the_matching_view(source, tmp_path, manifest, feature):
             for name, expected in reader.entries(*key).items():
                 np.testing.assert_array_equal(batch[name][row], expected)
             # what was unreadable when the targets were made has none, although it can be read today
-            assert batch["weight"][row] == (key[0] not in (7, *TORN))
+            assert batch["weight"][row] == (key[0] not in (7, *CORRUPT))
             seen.add(key[1])
     assert seen == {0, 1, 2}
 
 
 def test_targets_that_cannot_match_are_refused(source, tmp_path):
     ids = lambda example_id, view: np.full(21, (example_id + view) % 13)  # noqa: E731
-    reader = fill(tmp_path / "store", {**CODE_MANIFEST, "num_examples": 22}, ids)
+    reader = fill(tmp_path / "cache", {**CODE_MANIFEST, "num_examples": 22}, ids)
     for num_views in (0, 4):
         with pytest.raises(UserError, match="stored targets hold 3 views"):
             _transform(num_views=num_views, targets=reader)

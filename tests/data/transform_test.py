@@ -15,7 +15,7 @@ MASK = {"grid": (5, 7), "num_masked": 13, "min_patches": 3}
 
 @pytest.fixture(scope="module")
 def source():
-    return ListSource(23, torn=(11,))
+    return ListSource(23, corrupt=(11,))
 
 
 def make(**changes):

@@ -74,14 +74,14 @@ def test_the_next_chunk_is_loaded_while_one_is_used_and_no_further():
 
 
 def test_unreadable_images_are_rows_of_weight_0_with_their_fault():
-    (batch,) = stream(ListSource(4, torn=(2,)), [range(0, 4)], range(0, 1))
+    (batch,) = stream(ListSource(4, corrupt=(2,)), [range(0, 4)], range(0, 1))
     np.testing.assert_array_equal(batch["weight"], [1, 1, 0, 1])
     np.testing.assert_array_equal(batch["example_ids"], range(4))
     assert [bool(fault) for fault in batch["faults"]] == [False, False, True, False] and "list/2" in batch["faults"][2]
 
 
 def test_worker_processes_give_the_same_batches():
-    source, chunks, views = ListSource(7, torn=(5,)), [range(0, 4), range(4, 7)], range(1, 3)
+    source, chunks, views = ListSource(7, corrupt=(5,)), [range(0, 4), range(4, 7)], range(1, 3)
     apart = stream(source, chunks, views, num_workers=2)
     for found, expected in zip(apart, stream(source, chunks, views), strict=True):
         chex.assert_trees_all_equal(found, expected)

@@ -52,7 +52,7 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("stage", ["training", "store"])
+@pytest.mark.parametrize("stage", ["training", "cache"])
 def test_the_workers_of_a_killed_run_end(tmp_path, stage):
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS), *sys.path])}

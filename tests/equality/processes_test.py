@@ -32,7 +32,7 @@ def together(equality_runs, request) -> pathlib.Path:
     stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
     shutil.copytree(stopped, folder / "continued")
     jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
-    # the stages that store compute on the devices of each process alone
+    # the stages that write a target cache compute on the devices of each process alone
     jobs += [(stage, stage, (-1, 1, 1)) for stage in chosen if stage in stages.STORES]
     for stage in trained:
         equality_runs.workdir(stage)

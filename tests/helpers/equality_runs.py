@@ -95,8 +95,8 @@ def draw_images(folder: pathlib.Path) -> None:
             numbers.resize(size, Image.Resampling.NEAREST).save(
                 folder / "maps" / "annotations" / split / f"{number:02d}.png"
             )
-    for torn in ("classes/train/1/10.jpg", "maps/images/train/05.jpg"):
-        (folder / torn).write_bytes((folder / torn).read_bytes()[:300])
+    for corrupt in ("classes/train/1/10.jpg", "maps/images/train/05.jpg"):
+        (folder / corrupt).write_bytes((folder / corrupt).read_bytes()[:300])
 
 
 def stage_config(stage: str, root: pathlib.Path, mesh: tuple[int, int, int], **sections):
@@ -300,7 +300,7 @@ def kind_of(path: str) -> str:
 
 
 def stored(workdir: pathlib.Path) -> dict[str, bytes]:
-    """Return every file of the two data sets that a store stage wrote."""
+    """Return every file of the two data sets that a target cache stage wrote."""
     files = (path for part in ("views", "centre") for path in (workdir / part).rglob("*") if path.is_file())
     return {str(path.relative_to(workdir)): path.read_bytes() for path in files}
 

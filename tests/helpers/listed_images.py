@@ -7,17 +7,17 @@ from PIL import Image
 
 
 class ListSource:
-    """Noise images of different sizes, label = 2 id + 1; those of `torn` cannot be decoded."""
+    """Noise images of different sizes, label = 2 id + 1; those of `corrupt` cannot be decoded."""
 
     name, split, num_classes, class_names = "list", "train", 0, ()
 
-    def __init__(self, count, torn=()):
+    def __init__(self, count, corrupt=()):
         self._encoded = []
         for i in range(count):
             pixels = np.random.default_rng(i).integers(0, 256, (11 + i, 29 - i % 13, 3), np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
-            self._encoded.append(buffer.getvalue()[: 40 if i in torn else None])
+            self._encoded.append(buffer.getvalue()[: 40 if i in corrupt else None])
 
     def __len__(self):
         return len(self._encoded)

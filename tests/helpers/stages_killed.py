@@ -212,7 +212,7 @@ def outcomes(folder: Path, workdirs: list[Path]) -> None:
 def lane(folder: Path, name: str, kills: int, seed: list[int], tear_every: int, times: tuple[float, float]) -> None:
     """Kill runs in `folder`, let the last one come to its end; write counts and workdirs to a file."""
     rng = np.random.default_rng(seed)
-    counts = {"kills": 0, "aimed at a save": 0, "in a save": 0, "torn": 0}
+    counts = {"kills": 0, "aimed at a save": 0, "in a save": 0, "corrupt": 0}
     workdirs, tear_next, (save_seconds, run_seconds) = [folder / f"{name}-1"], tear_every, times
     while True:
         workdir, left = workdirs[-1], counts["kills"] < kills
@@ -227,7 +227,7 @@ def lane(folder: Path, name: str, kills: int, seed: list[int], tear_every: int, 
             if kind != "anywhere":
                 run_seconds = time.monotonic() - begun
             if counts["kills"] >= tear_next and tear(workdir):
-                counts["torn"] += 1
+                counts["corrupt"] += 1
                 tear_next = counts["kills"] + tear_every
             continue
         watched.wait(watched.ended)
@@ -256,9 +256,9 @@ def killed(folder: Path, kills: int, seed: int, tear_every: int) -> dict:
         workdirs += map(Path, its_workdirs)
     os.waitpid(started(folder, outcomes, folder, workdirs), 0)
     found = json.loads((folder / "outcomes.json").read_text())
-    set_aside = len([path for workdir in workdirs for path in (workdir / "checkpoints").glob("*.torn*")])
+    quarantined = len([path for workdir in workdirs for path in (workdir / "checkpoints").glob("*.corrupt*")])
     seconds = {"save seconds": save_seconds, "seconds": time.monotonic() - beginning}
-    return {**counts, "set aside": set_aside, **seconds, "seed": seed, "outcomes": found}
+    return {**counts, "quarantined": quarantined, **seconds, "seed": seed, "outcomes": found}
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def batches(batch_size, seed, process_index=0, process_count=1, unreadable=()):
     def transform(example, epoch):
         if example["example_ids"] not in unreadable:
             return example
-        fault = f"toy {example['example_ids']}: it is torn"
+        fault = f"toy {example['example_ids']}: it is corrupt"
         return {**example, "weight": np.float32(0), "faults": np.str_(fault)}
 
     processes = {"process_index": process_index, "process_count": process_count}
@@ -177,7 +177,7 @@ def make_task(
     def eval_batches(process_index, process_count):
         rows = [Source()[i] for i in range(13)]
         rows += [dict(rows[0]) for _ in range(3)]
-        rows[5]["faults"] = np.str_("toy 5: it was torn in the evaluation") if unreadable else np.str_("")
+        rows[5]["faults"] = np.str_("toy 5: it was corrupt in the evaluation") if unreadable else np.str_("")
         weight = np.array([1.0] * 13 + [0.0] * 3, np.float32)
         weight[5] = not unreadable
         for start in (0, 8):

@@ -100,7 +100,7 @@ def test_a_tokenizer_run_is_described_by_its_config(tmp_path):
     assert kernel.shape == (24, 40)
 
 
-def test_a_config_with_a_store_needs_no_store():
+def test_a_config_with_a_cache_needs_no_cache():
     config, notes = abstract_task.complete(load("mim", **{"tokenizer.codes": "nowhere"}))
     assert notes == () and config.views.num_views == 1
     assert abstract_task.describe(config, 10_000).batch["code_ids"].shape == (2048, 196)

@@ -104,7 +104,7 @@ def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
         stages.run_stage(config, str(workdir))
 
 
-def test_stores_are_written_by_many_at_once(tmp_path, monkeypatch):
+def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
     class Anything:
         def build(self, config):
             return None

@@ -1,4 +1,4 @@
-"""Whole store stages with small untrained networks: verified, extended, used in part, refused; main's task verify."""
+"""Stages that fill a target cache, with small untrained networks: verified, extended, used in part, refused."""
 
 import json
 import os
@@ -31,14 +31,14 @@ def networks(image_folder, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def extract(networks, image_folder, tmp_path):  # noqa: F811
-    """A store of int8 features in three shards: (its config, its workdir)."""
+    """A target cache of int8 features in three shards: (its config, its workdir)."""
     config = stage_config(image_folder, networks, "extract")
     config.output.update(dtype="int8", shard_examples=11, verify_examples=13)
     stages.run_stage(config, str(tmp_path / "extract"))
     return config, tmp_path / "extract"
 
 
-def test_a_good_store_passes_the_task_verify(extract):
+def test_a_good_cache_passes_the_task_verify(extract):
     config, workdir = extract
     report = stages.verify_stage(config, str(workdir))
     assert json.loads((workdir / "verify.json").read_text()) == report
@@ -70,7 +70,7 @@ def test_records_that_were_mixed_up_fail_the_task_verify(extract):
     assert report["views"]["worst_view_cosine"] < 0.9995 < report["centre"]["worst_view_cosine"]
 
 
-def test_a_store_is_extended_where_the_number_of_views_is_raised(extract, tmp_path):
+def test_a_cache_is_extended_where_the_number_of_views_is_raised(extract, tmp_path):
     config, workdir = extract
     config.views.num_views = 3
     assert stages.run_stage(config, str(workdir))["figures"]["views_per_example"] == 3
@@ -86,7 +86,7 @@ def test_a_store_is_extended_where_the_number_of_views_is_raised(extract, tmp_pa
         stages.run_stage(config, str(workdir))
 
 
-def test_a_run_may_use_fewer_views_than_a_store_has_and_not_more(extract, networks, image_folder):  # noqa: F811
+def test_a_run_may_use_fewer_views_than_a_cache_has_and_not_more(extract, networks, image_folder):  # noqa: F811
     extract_config, workdir = extract
     extract_config.views.num_views = 2
     stages.run_stage(extract_config, str(workdir))
@@ -108,7 +108,7 @@ def test_parts_of_two_networks_are_refused(extract, networks, image_folder):  # 
         vqkd.build(config)
 
 
-def test_only_stores_can_be_verified(networks, image_folder):  # noqa: F811
+def test_only_caches_can_be_verified(networks, image_folder):  # noqa: F811
     config = stage_config(image_folder, networks, "vqkd")
     with pytest.raises(UserError, match="stage 'vqkd' cannot be verified"):
         stages.verify_stage(config, os.path.join(networks, "vqkd"))

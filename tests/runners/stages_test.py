@@ -167,7 +167,7 @@ def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path
     ]
     assert counts[0].sum() > 0
     np.testing.assert_array_equal(*counts)
-    # the tokenizer's view is what the store must have been made from
+    # the tokenizer's view is what the cache must have been made from
     for key, value, field in (
         ("tokenizer_image_size", 128, "image_size"),
         ("tokenizer_interpolation", "lanczos", "interpolation"),
@@ -178,9 +178,9 @@ def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path
 
 
 @pytest.fixture(scope="module")
-def torn_folder(image_folder, tmp_path_factory):
+def corrupt_folder(image_folder, tmp_path_factory):
     """The folder of images with one in each split cut off, and one in the train split empty."""
-    root = tmp_path_factory.mktemp("torn") / "images"
+    root = tmp_path_factory.mktemp("corrupt") / "images"
     shutil.copytree(image_folder, root)
     for name in ("train/plain/03.jpg", "validation/checked/02.jpg"):
         (root / name).write_bytes((root / name).read_bytes()[:500])
@@ -188,11 +188,11 @@ def torn_folder(image_folder, tmp_path_factory):
     return root
 
 
-def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_path):
+def test_the_probe_leaves_unreadable_images_out_and_lists_them(corrupt_folder, tmp_path):
     from beitv2_jax.runners import probe
     from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
 
-    config = stage_config(torn_folder, str(tmp_path), "probe")
+    config = stage_config(corrupt_folder, str(tmp_path), "probe")
     pixels = FeatureSet("pixels", raw_pixels, {})
     sources = {split: open_source(config.data.source, split) for split in ("train", "validation")}
     with pytest.raises(UserError, match=r"2 of the 26 images of split train are unreadable"):
@@ -202,12 +202,12 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(torn_folder, tmp_
         features = probe.cached_features(pixels, source, config, str(tmp_path))
         assert {len(array) for array in features.values()} == {rows}
     listed = {(r["split"], r["where"].partition(" (")[0]) for r in read_bad_records(tmp_path)}
-    torn = ("train/plain/03.jpg", "train/checked/07.jpg", "validation/checked/02.jpg")
-    assert listed == {(name.partition("/")[0], str(torn_folder / name)) for name in torn}
+    corrupt = ("train/plain/03.jpg", "train/checked/07.jpg", "validation/checked/02.jpg")
+    assert listed == {(name.partition("/")[0], str(corrupt_folder / name)) for name in corrupt}
 
 
-def test_too_many_unreadable_images_stop_the_run(torn_folder, tmp_path):
-    config = stage_config(torn_folder, str(tmp_path), "teacher")
+def test_too_many_unreadable_images_stop_the_run(corrupt_folder, tmp_path):
+    config = stage_config(corrupt_folder, str(tmp_path), "teacher")
     config.run.duration = "2 epochs"
     with pytest.raises(UserError, match=r"data\.max_bad_fraction allows 0\.100%") as caught:
         stages.run_stage(config, str(tmp_path / "run"))
@@ -231,7 +231,7 @@ def test_vqkd_from_int8_features_follows_the_live_teacher(pipeline, image_folder
         np.testing.assert_allclose(stored[0], live[0], rtol=INT8_FIRST_LOSS_BOUND)
 
 
-def test_tfds_opens_the_stores(pipeline):
+def test_tfds_opens_the_caches(pipeline):
     import tensorflow_datasets as tfds
 
     workdir, _ = pipeline
@@ -245,7 +245,7 @@ def test_tfds_opens_the_stores(pipeline):
 
 
 def test_stored_features_follow_the_view(pipeline, image_folder):
-    """The store's record of an example is the teacher's answer to exactly the pixels the pipeline draws for it."""
+    """The cache's record of an example is the teacher's answer to exactly the pixels the pipeline draws for it."""
     from beitv2_jax.convert.teachers.load import load_teacher
     from beitv2_jax.tasks import inputs
 
@@ -301,7 +301,7 @@ def test_a_teacher_of_other_patches_is_brought_to_the_tokenizer_s_grid(pipeline,
         assert (teacher.grid, teacher.input_size, teacher.image_size) == ((2, 2), input_size, 64)
 
 
-def test_a_store_made_with_other_choices_is_refused(pipeline, image_folder, tmp_path):
+def test_a_cache_made_with_other_choices_is_refused(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     choices = {"normalization": "clip", "output": "projected", "activation": "quick_gelu", "num_heads": 7}
     choices |= {"grid_match": "resample_features", "position_resize": "offset"}
@@ -311,7 +311,7 @@ def test_a_store_made_with_other_choices_is_refused(pipeline, image_folder, tmp_
         refused(config, str(tmp_path / "run"), rf"teacher_{key} = .*this run has '?{value}")
 
 
-def test_a_store_of_another_grid_or_other_views_is_refused(pipeline, image_folder, tmp_path):
+def test_a_cache_of_another_grid_or_other_views_is_refused(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "vqkd")
     config.model.encoder.patch_size = 32

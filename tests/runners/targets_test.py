@@ -1,4 +1,4 @@
-"""Workers that fill a store together: the same bytes whatever their number, their order and their deaths."""
+"""Workers that fill a target cache together: the same bytes whatever their number, their order and their deaths."""
 
 import json
 import os
@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 
+import cache_workers
 import numpy as np
 import pytest
-import storing_workers
+from cache_workers import MANIFEST, SHARD_EXAMPLES, UNREADABLE, features, rows, work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
-from storing_workers import MANIFEST, SHARD_EXAMPLES, UNREADABLE, features, rows, work
 
 from beitv2_jax.data.target_cache import leases
 from beitv2_jax.data.target_cache.manifest import encoding_of
 from beitv2_jax.data.target_cache.reader import TargetReader
-from beitv2_jax.data.target_cache.writer import ShardLost, TargetStore
+from beitv2_jax.data.target_cache.writer import ShardLost, TargetCache
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import heartbeat
 
@@ -43,7 +43,7 @@ class Workers:
     def __init__(self):
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, storing_workers.__file__],
+            [sys.executable, cache_workers.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -84,7 +84,7 @@ def wait_for(pids) -> None:
         time.sleep(0.01)
 
 
-def test_the_store_holds_what_the_network_says(tmp_path):
+def test_the_cache_holds_what_the_network_says(tmp_path):
     work(str(tmp_path / "views"))
     reader = TargetReader(tmp_path / "views", "train")
     encoding = encoding_of(MANIFEST)
@@ -108,7 +108,7 @@ def test_any_number_of_workers_writes_the_same_bytes(workers, undisturbed, tmp_p
     assert contents(tmp_path / "views") == undisturbed
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("STORING_KILL_SEEDS", "4"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TARGET_CACHE_KILL_SEEDS", "4"))))
 def test_killed_at_random_moments_and_run_again_it_is_byte_identical(
     workers, undisturbed, tmp_path, seed, record_property
 ):
@@ -138,7 +138,7 @@ def test_the_survivor_takes_over_from_a_dead_worker_at_once(workers, undisturbed
     assert contents(directory) == undisturbed
 
 
-def test_a_store_grows_to_more_views_and_equals_the_one_made_at_once(undisturbed, tmp_path):
+def test_a_cache_grows_to_more_views_and_equals_the_one_made_at_once(undisturbed, tmp_path):
     directory = tmp_path / "views"
     work(str(directory), num_views=1)
     before = contents(directory)
@@ -192,7 +192,7 @@ def test_killed_at_each_step_of_the_finish(undisturbed, tmp_path, monkeypatch, p
 def test_killed_while_clearing_up_leaves_nothing_for_long(undisturbed, tmp_path, monkeypatch):
     for name in ("rename", "rmtree"):
         directory = tmp_path / name / "views"
-        module = TargetStore.__init__.__globals__["os" if name == "rename" else "shutil"]
+        module = TargetCache.__init__.__globals__["os" if name == "rename" else "shutil"]
         real = getattr(module, name)
 
         def cut(path, *args, real=real, **kwargs):
@@ -210,48 +210,48 @@ def test_killed_while_clearing_up_leaves_nothing_for_long(undisturbed, tmp_path,
 
 
 def test_a_worker_that_lost_its_shard_changes_nothing(tmp_path):
-    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
-    slow = store.open_shard(0)
-    store.open_shard(0).discard()
+    cache = TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
+    slow = cache.open_shard(0)
+    cache.open_shard(0).discard()
     with pytest.raises(ShardLost):
         slow.close([])
 
 
 def test_an_incomplete_shard_is_never_published(tmp_path):
-    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
-    writer = store.open_shard(0)
+    cache = TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
+    writer = cache.open_shard(0)
     encoding = encoding_of(MANIFEST)
-    for view in store.views:
+    for view in cache.views:
         packed = encoding.pack(encoding.shrink(np.ones((SHARD_EXAMPLES - (view == 2), 21, 5))))
         writer.write(view, packed)
     with pytest.raises(OSError, match="does not hold the 11 records"):
         writer.close([])
-    assert not store.is_done(0) and not list((tmp_path / "views").glob("*array_record*"))
+    assert not cache.is_done(0) and not list((tmp_path / "views").glob("*array_record*"))
 
 
 def test_a_file_that_reads_back_otherwise_is_never_published(tmp_path, monkeypatch):
     from beitv2_jax.data.target_cache import writer
 
-    store = TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
+    cache = TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=SHARD_EXAMPLES)
     real = writer._reread
     monkeypatch.setattr(writer, "_reread", lambda path: (real(path)[0], real(path)[1] ^ ("v1" in path.name)))
-    writer, encoding = store.open_shard(0), encoding_of(MANIFEST)
-    for view in store.views:
+    writer, encoding = cache.open_shard(0), encoding_of(MANIFEST)
+    for view in cache.views:
         writer.write(view, encoding.pack(encoding.shrink(np.ones((SHARD_EXAMPLES, 21, 5)))))
     with pytest.raises(OSError, match="does not hold the 11 records"):
         writer.close([])
-    assert not store.is_done(0) and not list((tmp_path / "views").glob("*array_record*"))
+    assert not cache.is_done(0) and not list((tmp_path / "views").glob("*array_record*"))
 
 
 def test_a_shard_that_went_away_is_found_at_the_end_and_written_again(undisturbed, tmp_path, monkeypatch):
     directory = tmp_path / "views"
-    finish = TargetStore.finish
+    finish = TargetCache.finish
 
-    def lose_a_file(store):
+    def lose_a_file(cache):
         next(directory.glob("*v1*00003-of*")).unlink()
-        finish(store)
+        finish(cache)
 
-    monkeypatch.setattr(TargetStore, "finish", lose_a_file)
+    monkeypatch.setattr(TargetCache, "finish", lose_a_file)
     with pytest.raises(UserError, match="holds 0 of 11 records"):
         work(str(directory))
     monkeypatch.undo()
@@ -261,7 +261,7 @@ def test_a_shard_that_went_away_is_found_at_the_end_and_written_again(undisturbe
 
 
 def test_too_many_unreadable_images_stop_the_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing_workers, "UNREADABLE", tuple(range(0, 83, 7)))
+    monkeypatch.setattr(cache_workers, "UNREADABLE", tuple(range(0, 83, 7)))
     with pytest.raises(UserError, match=r"unreadable, for example drawing: no such picture.*\n.*\n.*max_bad_fraction"):
         work(str(tmp_path / "views"))
     assert not (tmp_path / "views" / "manifest.json").exists()
@@ -274,19 +274,19 @@ def test_features_that_are_not_finite_are_refused(tmp_path, monkeypatch, value):
         result[:, 3, 2] = value
         return result
 
-    monkeypatch.setattr(storing_workers, "features", broken)
+    monkeypatch.setattr(cache_workers, "features", broken)
     with pytest.raises(UserError, match=r"not finite as int8, among the examples 0 to 3"):
         work(str(tmp_path / "views"))
     assert not list((tmp_path / "views").glob("*array_record*"))
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 12), ("num_views", 2), ("teacher_hash", "other")])
-def test_two_configurations_do_not_write_one_store(tmp_path, key, value):
-    TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=11)
+def test_two_configurations_do_not_write_one_cache(tmp_path, key, value):
+    TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=11)
     with pytest.raises(UserError, match=f"{key} = "):
-        TargetStore(tmp_path / "views", name="store", manifest={**MANIFEST, key: value}, shard_examples=11)
+        TargetCache(tmp_path / "views", name="cache", manifest={**MANIFEST, key: value}, shard_examples=11)
     with pytest.raises(UserError, match="shard_examples = 11, this run has 12"):
-        TargetStore(tmp_path / "views", name="store", manifest=MANIFEST, shard_examples=12)
+        TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=12)
 
 
 def test_a_lease_goes_to_one_and_comes_back(tmp_path):
@@ -350,8 +350,8 @@ def test_leases_of_other_machines_are_not_called_dead(tmp_path, monkeypatch):
 @given(num_examples=st.integers(1, 200), shard_examples=st.integers(1, 60))
 def test_shards_hold_every_example_once(tmp_path_factory, num_examples, shard_examples):
     manifest = {**MANIFEST, "num_examples": num_examples}
-    store = TargetStore(
-        tmp_path_factory.mktemp("s") / "views", name="store", manifest=manifest, shard_examples=shard_examples
+    cache = TargetCache(
+        tmp_path_factory.mktemp("s") / "views", name="cache", manifest=manifest, shard_examples=shard_examples
     )
-    assert [i for shard in store.shards for i in shard] == list(range(num_examples))
-    assert all(i in store.shards[store.shard_of(i)] for i in range(num_examples))
+    assert [i for shard in cache.shards for i in shard] == list(range(num_examples))
+    assert all(i in cache.shards[cache.shard_of(i)] for i in range(num_examples))

@@ -39,14 +39,14 @@ def test_the_worst_view_decides():
     live = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
     figures = verify._compare_features(live, live.copy(), PAIRS, 0.9995)
     assert figures["min_cosine"] == pytest.approx(1) and figures["worst_view_cosine"] == pytest.approx(1)
-    verify._refuse_below(figures, "store")
+    verify._refuse_below(figures, "cache")
     stored = live.copy()
     stored[1, 3] = live[1, 3] + 0.5
     figures = verify._compare_features(live, stored, PAIRS, 0.9995)
     assert figures["worst_view"] == [9, 1]
     assert figures["min_cosine"] < figures["worst_view_cosine"] < figures["mean_cosine"] < 1
     with pytest.raises(UserError, match=r"worst_view_cosine is 0.*at least 0.9995"):
-        verify._refuse_below(figures, "store")
+        verify._refuse_below(figures, "cache")
 
 
 @pytest.mark.parametrize("zeroed", ["live", "stored", "both"])
@@ -63,7 +63,7 @@ def test_values_that_are_no_numbers_are_refused():
     stored = np.full((1, 2, 3), np.nan, np.float32)
     figures = verify._compare_features(np.ones((1, 2, 3), np.float32), stored, PAIRS[:1], 0.5)
     with pytest.raises(UserError, match="worst_view_cosine is nan"):
-        verify._refuse_below(figures, "store")
+        verify._refuse_below(figures, "cache")
 
 
 @pytest.mark.parametrize(("wrong", "fails"), [(0, False), (1, False), (3, True), (100, True)])
@@ -74,4 +74,4 @@ def test_ids_may_differ_in_one_of_a_hundred(wrong, fails):
     figures = verify._compare_ids(live, stored)
     assert figures["agreement"] == 1 - wrong / 200 and figures["sample"] == 2
     with pytest.raises(UserError, match="agreement") if fails else contextlib.nullcontext():
-        verify._refuse_below(figures, "store")
+        verify._refuse_below(figures, "cache")

@@ -173,7 +173,7 @@ def write_folder(root):
             numbers = np.where(light, 2, 1).astype(np.uint8)
             numbers[:3] = 0
             Image.fromarray(numbers).save(root / "annotations" / split / f"{index}.png")
-    (root / "annotations" / "validation" / "1.png").write_bytes(b"torn")
+    (root / "annotations" / "validation" / "1.png").write_bytes(b"corrupt")
 
 
 def test_a_run_learns_reports_and_can_be_exported(tmp_path):

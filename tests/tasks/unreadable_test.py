@@ -60,7 +60,7 @@ def test_unreadable_rows_change_nothing(name, rows, seed):
     # without them: the mean over the rows that are left
     without = LEARN[name](variables["params"], {key: value[good] for key, value in batch.items()})
     _assert_close(found, without, rtol=2e-5)
-    # what stands in them has no influence at all: a grey picture, a store's zeros, the greatest numbers
+    # what stands in them has no influence at all: a grey picture, a target cache's zeros, the greatest numbers
     grey = {key: value.copy() for key, value in batch.items()}
     grey["images"][bad], grey["code_ids"][bad] = 128, 0
     grey["teacher_features"][bad] = np.array([0.0, 0.0, 1e30], np.float32)[:, None, None]

@@ -188,10 +188,10 @@ def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, t
     assert 5 <= step < 19
     assert all(f"saved at step {step}" in text for text in texts)
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 1))
-    # the newest checkpoint torn, both agree on the one before
+    # the newest checkpoint corrupt, both agree on the one before
     (tmp_path / "checkpoints" / str(step) / "train" / "_METADATA").unlink()
     assert train_together(saves=0)[0] == [0, 0]
-    assert (tmp_path / "checkpoints" / f"{step}.torn").is_dir()
+    assert (tmp_path / "checkpoints" / f"{step}.corrupt").is_dir()
     found, expected = outcome(tmp_path), outcome(unbroken[0])
     assert [line["ids"] for line in found[3]] == [line["ids"] for line in expected[3]]
     chex.assert_trees_all_close(found[1], expected[1], atol=1e-5)

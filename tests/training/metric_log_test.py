@@ -35,9 +35,9 @@ def test_unreadable_records_are_counted_and_listed_once(tmp_path):
     records = read_bad_records(tmp_path)
     assert {record["example_id"] for record in records if record["split"] == "train"} == set(UNREADABLE)
     assert len(records) == len(UNREADABLE) + 1
-    assert {"split": "train", "example_id": 9, "where": "toy 9", "cause": "it is torn"} in records
+    assert {"split": "train", "example_id": 9, "where": "toy 9", "cause": "it is corrupt"} in records
     # the evaluation has one of its own, which is listed and left out of its figures
-    expected = {"split": "validation", "example_id": 5, "where": "toy 5", "cause": "it was torn in the evaluation"}
+    expected = {"split": "validation", "example_id": 5, "where": "toy 5", "cause": "it was corrupt in the evaluation"}
     assert [record for record in records if record["split"] == "validation"] == [expected]
     assert {line["eval/examples"] for line in read_metrics(tmp_path) if "eval/examples" in line} == {12.0}
 

@@ -29,7 +29,7 @@ def test_figures_of_one_step_are_one_line(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_resume_drops_lines_beyond_the_step_and_a_torn_one(tmp_path):
+def test_resume_drops_lines_beyond_the_step_and_a_corrupt_one(tmp_path):
     write(tmp_path, [2, 4, 6, 8])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')

@@ -1,1 +1,1 @@
-"""The store of teacher features and code ids: encodings, manifest, shards, leases, reader and writer."""
+"""The cache of teacher features and code ids: encodings, manifest, shards, leases, reader and writer."""

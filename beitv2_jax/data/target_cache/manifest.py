@@ -61,7 +61,7 @@ _OF_TARGET = {
 
 
 def manifest_fields(part: str, target: str) -> dict[str, type]:
-    """Return name -> type of every field in the manifest of a store's `part` that holds `target`."""
+    """Return name -> type of every field in the manifest of a target cache's `part` that holds `target`."""
     return {**_COMMON, **_OF_PART[part], **_OF_TARGET[target]}
 
 
@@ -79,7 +79,7 @@ def encoding_of(manifest: Mapping[str, Any]) -> Encoding:
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read and check the manifest of the part of a store in `directory`.
+    """Read and check the manifest of the part of a target cache in `directory`.
 
     Raises:
       UserError: there is none, or it is damaged, of another version, or lacks a field or has one of a wrong type.

@@ -31,7 +31,7 @@ def view_split(split: str, view: int) -> str:
 
 
 def open_tfds(directory: str | os.PathLike):
-    """Return the TFDS builder of the part of a store in `directory`.
+    """Return the TFDS builder of the part of a target cache in `directory`.
 
     Raises:
       UserError: its metadata are damaged.
@@ -49,7 +49,7 @@ def open_tfds(directory: str | os.PathLike):
 
 
 class TargetReader:
-    """Read a finished part of a store: `reader[example_id, view]` are the decoded targets of one view.
+    """Read a finished part of a target cache: `reader[example_id, view]` are the decoded targets of one view.
 
     Pickles as its arguments, so that it can go to worker processes.
 
@@ -133,7 +133,7 @@ class TargetReader:
         return self.encoding.decode(self.entries(*key))
 
     def check(self, expected: Mapping[str, Any]) -> None:
-        """Compare the manifest with what a run expects; the store may hold more views than the run's `num_views`.
+        """Compare the manifest with what a run expects; the cache may hold more views than the run's `num_views`.
 
         Raises:
           UserError: names the first field that differs, with both values.

@@ -36,13 +36,13 @@ _READ_AT_ONCE = 64
 _CLEARED = ".cleared-"
 
 
-class TargetStore:
-    """A part of a store that is being written, or is finished.
+class TargetCache:
+    """A part of a target cache that is being written, or is finished.
 
     Attributes:
       directory: of the part.
       shards: the example ids of every input shard.
-      views: the views that are still to be written; a finished store of fewer views is extended.
+      views: the views that are still to be written; a finished target cache of fewer views is extended.
       work: folder of what is unfinished; leases belong there.
 
     Args:
@@ -51,7 +51,7 @@ class TargetStore:
       shard_examples: examples in an input shard.
 
     Raises:
-      UserError: another store is there, finished or begun.
+      UserError: another target cache is there, finished or begun.
     """
 
     def __init__(self, directory: str | os.PathLike, *, name: str, manifest: Mapping[str, Any], shard_examples: int):
@@ -196,7 +196,7 @@ class TargetStore:
         if unreadable:
             (temporary / BAD_RECORDS_FILE).write_text("".join(json.dumps(bad) + "\n" for bad in unreadable))
         _write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
-        # the manifest makes the store readable, so it goes last
+        # the manifest makes the cache readable, so it goes last
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
             os.replace(path, self.directory / path.name)
         self._remove_work()
@@ -246,17 +246,17 @@ class ShardLost(Exception):
 class ShardWriter:
     """Write all missing views of one input shard under temporary names; `close` checks and publishes them."""
 
-    def __init__(self, store: TargetStore, shard: int):
+    def __init__(self, cache: TargetCache, shard: int):
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-        self._store, self._shard = store, shard
-        self._features = store.features()
+        self._cache, self._shard = cache, shard
+        self._features = cache.features()
         self._serializer = ExampleSerializer(self._features.get_serialized_info())
         owner = uuid.uuid4().hex
-        self._paths = {view: store.work / f"{shard:05d}.v{view}.{owner}.tmp" for view in store.views}
+        self._paths = {view: cache.work / f"{shard:05d}.v{view}.{owner}.tmp" for view in cache.views}
         self._files = {view: ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS) for view, path in self._paths.items()}
-        self._sums = dict.fromkeys(store.views, (0, 0))
+        self._sums = dict.fromkeys(cache.views, (0, 0))
         self._num_bytes = 0
 
     def write(self, view: int, packed: Mapping[str, np.ndarray]) -> None:
@@ -266,7 +266,7 @@ class ShardWriter:
             self._files[view].write(record)
             count, checksum = self._sums[view]
             self._sums[view] = count + 1, zlib.crc32(record, checksum)
-            self._num_bytes += len(record) if view == self._store.views.start else 0
+            self._num_bytes += len(record) if view == self._cache.views.start else 0
 
     def _serialize(self, example: Mapping[str, np.ndarray]) -> bytes:
         # TFDS's own serialization leaves the order of the features to chance, so that equal records would differ
@@ -280,7 +280,7 @@ class ShardWriter:
           OSError: a file does not hold what was written.
           ShardLost: another worker took this shard over, after this one had seemed dead.
         """
-        length = len(self._store.shards[self._shard])
+        length = len(self._cache.shards[self._shard])
         for file in self._files.values():
             file.close()
         if not all(path.exists() for path in self._paths.values()):
@@ -291,9 +291,9 @@ class ShardWriter:
             _sync(path)
         try:
             for view, path in self._paths.items():
-                os.rename(path, self._store.shard_path(self._shard, view))
+                os.rename(path, self._cache.shard_path(self._shard, view))
             _write_json(
-                self._store.done_path(self._shard), {"num_bytes": self._num_bytes, "unreadable": list(unreadable)}
+                self._cache.done_path(self._shard), {"num_bytes": self._num_bytes, "unreadable": list(unreadable)}
             )
         except FileNotFoundError as error:
             raise ShardLost from error

@@ -71,7 +71,7 @@ def test_the_room_is_that_of_the_largest_and_few_windows_come_first():
         Image.new("L", (width, height)).save(file, "PNG")
         return {"label_map": file.getvalue()}
 
-    source = [png(100, 390), png(129, 129), {"label_map": b"torn"}, png(257, 140)]
+    source = [png(100, 390), png(129, 129), {"label_map": b"corrupt"}, png(257, 140)]
     sliding = windows.Sliding(crop=64, stride=40, long_side=400, short_side=100)
     canvas, order = windows.plan_windows(source, sliding)
     # 100 x 390 has 2 x 10 windows, squares have 2 x 2, 184 x 100 has 4 x 2

@@ -242,7 +242,7 @@ def test_folder_names_are_kept_compactly(tmp_path):
 
 
 def test_folder_identity_of_before(split_folder):
-    # stores carry it in their manifest
+    # caches carry it in their manifest
     digest = hashlib.blake2b(b"crow/c.webp\ncrow/d.bmp\ncrow/e.jpeg\nowl/a.JPG\nowl/b.png", digest_size=6).hexdigest()
     assert open_source(f"folder:{split_folder}", "train").name == f"folder:birds@{digest}"
 

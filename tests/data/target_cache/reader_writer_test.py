@@ -1,4 +1,4 @@
-"""Target store: what is written is read, TFDS opens it, and the manifest guards it against every other run."""
+"""Target cache: what is written is read, TFDS opens it, and the manifest guards it against every other run."""
 
 import json
 import pickle
@@ -10,13 +10,13 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from target_stores import CODE_MANIFEST, FEATURE_MANIFEST, fill
+from target_caches import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data.target_cache import reader as reader_module
 from beitv2_jax.data.target_cache.encoding import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
 from beitv2_jax.data.target_cache.manifest import encoding_of, manifest_fields, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader, view_split
-from beitv2_jax.data.target_cache.writer import TargetStore
+from beitv2_jax.data.target_cache.writer import TargetCache
 from beitv2_jax.errors import UserError
 
 
@@ -29,14 +29,14 @@ def ids(example_id, view):
 
 
 @pytest.fixture(scope="module")
-def feature_store(tmp_path_factory):
+def feature_cache(tmp_path_factory):
     directory = tmp_path_factory.mktemp("features") / "views"
     fill(directory, FEATURE_MANIFEST, features)
     return directory
 
 
 @pytest.fixture(scope="module")
-def code_store(tmp_path_factory):
+def code_cache(tmp_path_factory):
     directory = tmp_path_factory.mktemp("codes") / "views"
     fill(directory, CODE_MANIFEST, ids)
     return directory
@@ -61,16 +61,16 @@ def test_written_and_read_are_equal_up_to_the_encoding(tmp_path, dtype):
             reader[example_id, view]
 
 
-def test_code_ids_are_read_as_written(code_store):
-    reader = TargetReader(code_store, "train")
+def test_code_ids_are_read_as_written(code_cache):
+    reader = TargetReader(code_cache, "train")
     for example_id in range(23):
         for view in range(3):
             np.testing.assert_array_equal(reader[example_id, view], ids(example_id, view))
             assert reader.entries(example_id, view)["code_ids"].dtype == np.int32
 
 
-def test_tfds_opens_a_split_for_each_view_without_tensorflow(feature_store, code_store):
-    for directory, field, shape in ((feature_store, FEATURES, (21, 5)), (code_store, PACKED_CODE_IDS, (11,))):
+def test_tfds_opens_a_split_for_each_view_without_tensorflow(feature_cache, code_cache):
+    for directory, field, shape in ((feature_cache, FEATURES, (21, 5)), (code_cache, PACKED_CODE_IDS, (11,))):
         builder = tfds.builder_from_directory(directory)
         assert list(builder.info.splits) == ["train_v0", "train_v1", "train_v2"]
         for name, split in builder.info.splits.items():
@@ -101,8 +101,8 @@ def test_reading_one_view_opens_no_other(tmp_path):
         reader[5, 1]
 
 
-def test_views_are_closed_again(feature_store, monkeypatch):
-    reader = TargetReader(feature_store, "train")
+def test_views_are_closed_again(feature_cache, monkeypatch):
+    reader = TargetReader(feature_cache, "train")
     opened = []
     real = reader._builder.as_data_source
     monkeypatch.setattr(reader._builder, "as_data_source", lambda name: opened.append(name) or real(name))
@@ -112,19 +112,19 @@ def test_views_are_closed_again(feature_store, monkeypatch):
     assert reader._views.cache_info().maxsize == reader_module.OPEN_VIEWS
 
 
-def test_reader_goes_to_other_processes(feature_store):
-    copy = pickle.loads(pickle.dumps(TargetReader(feature_store, "train")))
-    np.testing.assert_array_equal(copy[4, 2], TargetReader(feature_store, "train")[4, 2])
+def test_reader_goes_to_other_processes(feature_cache):
+    copy = pickle.loads(pickle.dumps(TargetReader(feature_cache, "train")))
+    np.testing.assert_array_equal(copy[4, 2], TargetReader(feature_cache, "train")[4, 2])
     assert len(pickle.dumps(copy)) < 1000
 
 
-def test_a_finished_store_is_left_alone(feature_store):
-    before = {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")}
+def test_a_finished_cache_is_left_alone(feature_cache):
+    before = {path: path.stat().st_mtime_ns for path in feature_cache.rglob("*")}
     for num_views in (1, 3):
         manifest = {**FEATURE_MANIFEST, "num_views": num_views}
-        store = TargetStore(feature_store, name="store", manifest=manifest, shard_examples=7)
-        assert store.finished and not store.views
-    assert {path: path.stat().st_mtime_ns for path in feature_store.rglob("*")} == before
+        cache = TargetCache(feature_cache, name="cache", manifest=manifest, shard_examples=7)
+        assert cache.finished and not cache.views
+    assert {path: path.stat().st_mtime_ns for path in feature_cache.rglob("*")} == before
 
 
 def other(value):
@@ -141,8 +141,8 @@ def other(value):
     ],
     ids=lambda value: value if isinstance(value, str) else value["target"],
 )
-def test_every_field_of_the_manifest_is_compared_and_named(feature_store, code_store, manifest, field):
-    directory = feature_store if manifest is FEATURE_MANIFEST else code_store
+def test_every_field_of_the_manifest_is_compared_and_named(feature_cache, code_cache, manifest, field):
+    directory = feature_cache if manifest is FEATURE_MANIFEST else code_cache
     reader = TargetReader(directory, "train")
     reader.check(manifest)
     reader.check({**manifest, "num_views": 2})
@@ -152,7 +152,7 @@ def test_every_field_of_the_manifest_is_compared_and_named(feature_store, code_s
     assert repr(value) in str(caught.value) and repr(reader.manifest[field]) in caught.value.instead
     if field not in ("schema_version", "unreadable", "num_views", "target", "dtype"):
         with pytest.raises(UserError, match=rf"made with {field} = "):
-            TargetStore(directory, name="store", manifest={**manifest, field: value}, shard_examples=7)
+            TargetCache(directory, name="cache", manifest={**manifest, field: value}, shard_examples=7)
 
 
 def test_centre_parts_have_a_crop_fraction_instead_of_drawn_views(tmp_path):
@@ -163,8 +163,8 @@ def test_centre_parts_have_a_crop_fraction_instead_of_drawn_views(tmp_path):
 
 
 @pytest.fixture
-def damaged(tmp_path, feature_store):
-    shutil.copytree(feature_store, tmp_path / "views")
+def damaged(tmp_path, feature_cache):
+    shutil.copytree(feature_cache, tmp_path / "views")
     return tmp_path / "views"
 
 
@@ -199,9 +199,9 @@ def test_a_manifest_with_an_impossible_value_is_refused(damaged, field, value):
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_damaged_manifest_is_never_a_traceback(feature_store, tmp_path_factory, data):
+def test_a_damaged_manifest_is_never_a_traceback(feature_cache, tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
-    raw = bytearray((feature_store / "manifest.json").read_bytes())
+    raw = bytearray((feature_cache / "manifest.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(raw) - 1))
         kind = data.draw(st.sampled_from(["cut", "byte", "insert", "remove"]))
@@ -247,7 +247,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(damaged, content):
     assert "manifest.json cannot be used" in refused(damaged)
 
 
-def test_a_missing_store_names_the_stage_to_run(tmp_path):
+def test_a_missing_cache_names_the_stage_to_run(tmp_path):
     assert "no targets in" in refused(tmp_path / "nowhere")
 
 
@@ -261,8 +261,8 @@ def test_damaged_tfds_metadata_are_refused(damaged, name, content):
     refused(damaged)
 
 
-def test_metadata_of_another_store_are_refused(damaged, code_store):
-    shutil.copy(code_store / "features.json", damaged / "features.json")
+def test_metadata_of_another_cache_are_refused(damaged, code_cache):
+    shutil.copy(code_cache / "features.json", damaged / "features.json")
     assert "disagree" in refused(damaged)
 
 
@@ -296,7 +296,7 @@ def test_unreadable_examples_are_known_and_counted(tmp_path):
     shard_examples=st.integers(1, 50),
     codebook_size=st.integers(1, 70_000),
 )
-def test_stores_of_any_size_hold_what_was_written(
+def test_caches_of_any_size_hold_what_was_written(
     tmp_path_factory, num_examples, num_views, shard_examples, codebook_size
 ):
     manifest = {**CODE_MANIFEST, "num_examples": num_examples, "num_views": num_views, "codebook_size": codebook_size}
@@ -305,7 +305,7 @@ def test_stores_of_any_size_hold_what_was_written(
     def drawn(example_id, view):
         return np.random.default_rng([example_id, view]).integers(0, codebook_size, 21)
 
-    reader = fill(tmp_path_factory.mktemp("store") / "views", manifest, drawn, shard_examples=shard_examples)
+    reader = fill(tmp_path_factory.mktemp("cache") / "views", manifest, drawn, shard_examples=shard_examples)
     assert len(reader) == num_examples
     for view in range(num_views):
         for example_id in range(num_examples):

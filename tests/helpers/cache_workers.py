@@ -1,4 +1,4 @@
-"""Workers that fill a small store, as processes that can be killed; started by training_storing_test.py.
+"""Workers that fill a small cache, as processes that can be killed; started by targets_test.py.
 
 Reads lines `{"directory": ..., ...}` and prints the process id of a worker forked for each: loading the libraries once
 saves seconds a worker. The network is a sum of pixels, the images are drawn, and loading one takes a few milliseconds.
@@ -12,11 +12,11 @@ import time
 import warnings
 
 import numpy as np
-from target_stores import FEATURE_MANIFEST
+from target_caches import FEATURE_MANIFEST
 
 from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import encoding_of
-from beitv2_jax.data.target_cache.writer import TargetStore
+from beitv2_jax.data.target_cache.writer import TargetCache
 from beitv2_jax.runners.targets import Filler
 
 MANIFEST = {**FEATURE_MANIFEST, "num_examples": 83, "num_views": 3}
@@ -45,13 +45,13 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def work(directory: str, *, num_views: int = 3, seconds: float = 0.0, stale_seconds: float = 60.0) -> None:
-    """Take part in filling the store until it is finished."""
+    """Take part in filling the cache until it is finished."""
     manifest = {**MANIFEST, "num_views": num_views}
-    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=SHARD_EXAMPLES)
+    cache = TargetCache(directory, name="cache", manifest=manifest, shard_examples=SHARD_EXAMPLES)
     encoding = encoding_of(manifest)
     filler = Filler(
-        store,
-        load=lambda example_id: rows(example_id, store.views, seconds),
+        cache,
+        load=lambda example_id: rows(example_id, cache.views, seconds),
         apply=lambda batches: ((batch, encoding.shrink(features(batch["images"]))) for batch in batches),
         encoding=encoding,
         split="train",
@@ -60,7 +60,7 @@ def work(directory: str, *, num_views: int = 3, seconds: float = 0.0, stale_seco
         max_bad_fraction=0.1,
         label="toy",
     )
-    with Leases(store.work, heartbeat_seconds=stale_seconds / 8, stale_seconds=stale_seconds) as leases:
+    with Leases(cache.work, heartbeat_seconds=stale_seconds / 8, stale_seconds=stale_seconds) as leases:
         filler.run(leases, poll_seconds=0.02)
 
 

@@ -1,10 +1,10 @@
-"""Small finished stores for tests, written as the stages write them."""
+"""Small finished caches for tests, written as the stages write them."""
 
 import numpy as np
 
 from beitv2_jax.data.target_cache.manifest import encoding_of
 from beitv2_jax.data.target_cache.reader import TargetReader
-from beitv2_jax.data.target_cache.writer import TargetStore
+from beitv2_jax.data.target_cache.writer import TargetCache
 
 FEATURE_MANIFEST = {
     "part": "views",
@@ -44,15 +44,15 @@ del CODE_MANIFEST["teacher"]
 
 
 def fill(directory, manifest, targets, *, shard_examples=7, unreadable=()):
-    """Write the views that the store lacks; `targets(example id, view)` are the features or ids of one."""
-    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=shard_examples)
+    """Write the views that the cache lacks; `targets(example id, view)` are the features or ids of one."""
+    cache = TargetCache(directory, name="cache", manifest=manifest, shard_examples=shard_examples)
     encoding = encoding_of(manifest)
-    for shard in store.remaining():
-        writer = store.open_shard(shard)
-        for view in store.views:
-            rows = np.stack([targets(example_id, view) for example_id in store.shards[shard]])
+    for shard in cache.remaining():
+        writer = cache.open_shard(shard)
+        for view in cache.views:
+            rows = np.stack([targets(example_id, view) for example_id in cache.shards[shard]])
             writer.write(view, encoding.pack(encoding.shrink(rows)))
-        writer.close([bad for bad in unreadable if bad["example_id"] in store.shards[shard]])
-    if store.views:
-        store.finish()
+        writer.close([bad for bad in unreadable if bad["example_id"] in cache.shards[shard]])
+    if cache.views:
+        cache.finish()
     return TargetReader(directory, manifest["split"])

@@ -1,6 +1,6 @@
-"""How fast a store of targets is read at random and written, by encoding, and how near its features are.
+"""How fast a target cache is read at random and written, by encoding, and how near its features are.
 
-    python -m benchmarks.store
+    python -m benchmarks.target_cache
 
 Features are drawn at the size of CLIP ViT-B/16 (196 x 512) with a few channels that stand out, as transformers have
 them; `--features=FILE.npy` ('b n t') takes real ones for the cosines. Rates are records per second of processor time,
@@ -18,7 +18,7 @@ import numpy as np
 
 from beitv2_jax.data.target_cache.encoding import FEATURE_DTYPES, CodeEncoding, Encoding, FeatureEncoding
 from beitv2_jax.data.target_cache.reader import TargetReader
-from beitv2_jax.data.target_cache.writer import TargetStore
+from beitv2_jax.data.target_cache.writer import TargetCache
 from benchmarks.target_storage import record_bytes
 
 MANIFEST = {
@@ -50,17 +50,17 @@ def cosines(encoding: Encoding, features: np.ndarray) -> np.ndarray:
 
 
 def write(encoding: Encoding, targets: np.ndarray, directory: Path) -> tuple[TargetReader, float]:
-    """Write a store of one view; return its reader and the records written in a second of processor time."""
+    """Write a target cache of one view; return its reader and the records written in a second of processor time."""
     network = TOKENIZER if isinstance(encoding, CodeEncoding) else TEACHER
     manifest = {**MANIFEST, **network, "target": encoding.target, "dtype": encoding.dtype, "num_examples": len(targets)}
-    store = TargetStore(directory, name="store", manifest=manifest, shard_examples=len(targets))
+    cache = TargetCache(directory, name="cache", manifest=manifest, shard_examples=len(targets))
     started = time.process_time()
-    writer = store.open_shard(0)
+    writer = cache.open_shard(0)
     for first in range(0, len(targets), BATCH):
         writer.write(0, encoding.pack(encoding.shrink(targets[first : first + BATCH])))
     writer.close([])
     rate = len(targets) / (time.process_time() - started)
-    store.finish()
+    cache.finish()
     return TargetReader(directory, "train"), rate
 
 
@@ -91,16 +91,16 @@ def main() -> None:
     angles = {name: cosines(encoding, shown) for name, encoding in encodings.items()}
     encodings["13-bit code ids"] = CodeEncoding(8192, 196)
     with tempfile.TemporaryDirectory() as folder:
-        stores = {
+        caches = {
             name: write(encoding, features if name in angles else ids, Path(folder) / name)
             for name, encoding in encodings.items()
         }
         rounds = [
-            {name: read_rate(reader, options.seconds) for name, (reader, _) in stores.items()}
+            {name: read_rate(reader, options.seconds) for name, (reader, _) in caches.items()}
             for _ in range(options.rounds)
         ]
     lines = [["stored as", "written/s", "read/s", "read MB/s", "to float32", "cosine mean", "min"], ["---"] * 7]
-    for name, (reader, written) in stores.items():
+    for name, (reader, written) in caches.items():
         rate = statistics.median(one[name] for one in rounds)
         ratio = statistics.median(one[name] / one["float32"] for one in rounds)
         size = record_bytes(reader.encoding)

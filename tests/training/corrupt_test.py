@@ -1,4 +1,4 @@
-"""Torn checkpoints: set aside and named, the one before is used; none whole is refused and nothing is deleted."""
+"""Corrupt checkpoints are quarantined and named, and the one before is used; without a good one the run is refused."""
 
 import logging
 import re
@@ -61,7 +61,7 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-TORN = {
+CORRUPT = {
     "flipped": (flip, "holds other bytes than were written"),
     "truncated": (truncate, r"has \d+ bytes of \d+"),
     "no marker": (lambda folder: (folder / "checksums.json").unlink(), "checksums.json is missing"),
@@ -71,26 +71,26 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize("how", TORN)
-def test_the_one_before_a_torn_checkpoint_is_used(written, copied, caplog, how):
-    tear, text = TORN[how]
-    tear(copied / "11")
+@pytest.mark.parametrize("how", CORRUPT)
+def test_the_one_before_a_corrupt_checkpoint_is_used(written, copied, caplog, how):
+    corrupt, text = CORRUPT[how]
+    corrupt(copied / "11")
     with caplog.at_level(logging.ERROR):
         checkpointer = Checkpointer(copied)
     assert checkpointer.latest_step() == 8
     assert [record.args[0] for record in caplog.records] == [11]
-    assert caplog.records[0].args[2] == copied / "11.torn"
+    assert caplog.records[0].args[2] == copied / "11.corrupt"
     assert re.search(text, caplog.text)
     restored, position = checkpointer.restore(make(sharding.make_mesh(), False))
     chex.assert_trees_all_equal(jax.device_get(restored), written[1])
     assert position == {"next_batch": 8}
-    # the run comes by the same step again, and keeps what was set aside
+    # the run comes by the same step again, and keeps what was quarantined
     checkpointer.save(11, restored, {"next_batch": 11})
     checkpointer.close()
-    assert sorted(path.name for path in copied.iterdir()) == ["11", "11.torn", "8"]
-    tear(copied / "11")
+    assert sorted(path.name for path in copied.iterdir()) == ["11", "11.corrupt", "8"]
+    corrupt(copied / "11")
     Checkpointer(copied).close()
-    assert sorted(path.name for path in copied.iterdir()) == ["11.torn", "11.torn+", "8"]
+    assert sorted(path.name for path in copied.iterdir()) == ["11.corrupt", "11.corrupt+", "8"]
 
 
 def test_without_a_whole_checkpoint_nothing_is_changed(copied):
