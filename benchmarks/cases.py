@@ -40,7 +40,7 @@ class StepCase(Case):
 
 @dataclasses.dataclass(frozen=True)
 class PartCase(Case):
-    """The measurement of a part alone; `make` builds its forms."""
+    """The measurement of a part alone; `make` builds its implementations."""
 
     make: Callable[[Mapping[str, Any]], Any] | None = None
 
@@ -143,23 +143,25 @@ def step_of(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def lowered(name: str, options: Mapping[str, Any]) -> Any:
-    """Return the program of a step, or of one form of a part, as "optimizer:joined", for the device in `options`.
+    """Return the program of a step or of one implementation of a part ("optimizer:joined") for the device in `options`.
 
     Raises:
         UserError: there is none.
     """
-    name, _, form = name.partition(":")
-    if not form:
+    name, _, implementation = name.partition(":")
+    if not implementation:
         return step_of(name, options).lowered
     import jax
 
     case = CASES.get(name)
-    forms = case.make(options).forms if isinstance(case, PartCase) else {}
-    if form not in forms or isinstance(forms[form], str):
+    implementations = case.make(options).implementations if isinstance(case, PartCase) else {}
+    if implementation not in implementations or isinstance(implementations[implementation], str):
         raise UserError(
-            f"There is no form '{form}' of '{name}'.", "a form of a part was meant.", "one of " + ", ".join(forms)
+            f"There is no implementation '{implementation}' of '{name}'.",
+            "Did you mean an implementation of this part?",
+            f"Write one of {', '.join(implementations)}.",
         )
-    function, arguments = forms[form]
+    function, arguments = implementations[implementation]
     device = jax.sharding.SingleDeviceSharding(options.get("device") or jax.devices()[0])
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), arguments)
     return jax.jit(function).lower(*shapes)

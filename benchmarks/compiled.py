@@ -2,7 +2,8 @@
 
     python -m benchmarks.compiled NAME [--target=v5e:1] [--quick] [--set KEY=VALUE] [--top=N] [--text=FILE]
 
-NAME is a step of `python -m benchmarks.run --list`, as mim_base_stored, or a part and its form, as optimizer:plain.
+NAME is a step of `python -m benchmarks.run --list`, such as mim_base_stored, or a part and its implementation, such as
+optimizer:reference.
 TARGET is one chip as `--plan` names it, which need not be here (extra `plan` or `plan-gpu`); without it the step is
 compiled for this machine. Bytes are those read from and written to the device's memory, not a core's own. --text keeps
 the program.
@@ -125,7 +126,7 @@ def describe(compiled: Any, top: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile a step and print what it is made of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the step, or part:form")
+    parser.add_argument("name", help="of the step, or part:implementation")
     parser.add_argument("--target", help="one chip, as v5e:1 or h100:1")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--top", type=int, default=10, help="copies and conversions shown")

@@ -53,17 +53,18 @@ def over_depth(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str
 
 
 def over_codes(found: ConfigDict, *, effort: timing.Effort, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the growth of lookup, sums and update with the codes, in every form of the lookup."""
-    by_form = {}
+    """Return the growth of lookup, sums and update with the codes, in every implementation of the lookup."""
+    by_implementation = {}
     for size in CODES:
         part = parts.quantizer(
             load_config("vqkd", quick=options["quick"], changes={**options["changes"], "model.codebook_size": size})
         )
-        for name, form in parts.measure(part, effort)["forms"].items():
-            point = {"seconds": form["seconds"], "bytes": form["planned_bytes"], "size": size}
-            by_form.setdefault(name, []).append(point)
-    forms = {name: _fitted("codes, costs of one batch", CODES, points) for name, points in by_form.items()}
-    return {"along": "codes, costs of one batch", "forms_growth": forms}
+        for name, measured in parts.measure(part, effort)["implementations"].items():
+            point = {"seconds": measured["seconds"], "bytes": measured["planned_bytes"], "size": size}
+            by_implementation.setdefault(name, []).append(point)
+    along = "codes, costs of one batch"
+    fitted = {name: _fitted(along, CODES, points) for name, points in by_implementation.items()}
+    return {"along": along, "implementations_growth": fitted}
 
 
 def _over(found, key, values, effort, options, images: Callable[[int], int]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Parts of the steps alone, each in every form that there is: lookup, attention, cross entropy, optimizer, jitter.
+"""Parts of the steps alone, in all their implementations: lookup, attention, cross entropy, optimizer, jitter.
 
-The forms of a part take turns in one process, so that their ratios hold whatever else the machine does. A form that
-this device or dtype cannot run is left out with the reason. Forward and backward pass wherever there is one.
+The implementations of a part take turns in one process, so that their ratios hold whatever else the machine does. One
+that this device or dtype cannot run is left out with the reason. Forward and backward pass wherever there is one.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ PALLAS = ("gpu", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Something to be computed in several forms.
+    """Something to be computed in several implementations.
 
     Attributes:
-        forms: name -> (function, arguments), or why it cannot run here.
+        implementations: name -> (function, arguments), or why it cannot run here.
         count: what of it is done in a call, in `unit`.
-        flops: of a call by arithmetic; the same for every form. 0 where moving memory is all that it does.
+        flops: of a call by arithmetic; the same for every implementation. 0 where moving memory is all that it does.
         sizes: what it was measured at.
     """
 
-    forms: Mapping[str, tuple[Callable, tuple] | str]
+    implementations: Mapping[str, tuple[Callable, tuple] | str]
     count: int
     unit: str
     flops: int
@@ -51,13 +51,13 @@ class Part:
 
 
 def measure(part: Part, effort: timing.Effort) -> dict[str, Any]:
-    """Return times, rates, memory and work of every form of a part."""
+    """Return times, rates, memory and work of every implementation of a part."""
     compiled, skipped, counted = {}, {}, {}
-    for name, form in part.forms.items():
-        if isinstance(form, str):
-            skipped[name] = form
+    for name, implementation in part.implementations.items():
+        if isinstance(implementation, str):
+            skipped[name] = implementation
             continue
-        function, arguments = form
+        function, arguments = implementation
         lowered = jax.jit(function).lower(*arguments)
         try:
             compiled[name] = lowered.compile()
@@ -66,7 +66,7 @@ def measure(part: Part, effort: timing.Effort) -> dict[str, Any]:
             continue
         flops, source = timing.compiled_flops(compiled[name], lowered)
         counted[name] = {"traced": traced_flops(function, *arguments), "compiler": flops, "compiler_source": source}
-    runs = {name: functools.partial(program, *part.forms[name][1]) for name, program in compiled.items()}
+    runs = {name: functools.partial(program, *part.implementations[name][1]) for name, program in compiled.items()}
     found = {}
     for name, seconds in timing.samples(runs, effort).items():
         found[name] = {
@@ -76,7 +76,7 @@ def measure(part: Part, effort: timing.Effort) -> dict[str, Any]:
             "utilisation": timing.utilisation(part.flops, seconds) if part.flops else None,
             "planned_bytes": timing.planned_bytes(compiled[name]),
         }
-    return {"sizes": dict(part.sizes), "forms": found, "skipped": skipped}
+    return {"sizes": dict(part.sizes), "implementations": found, "skipped": skipped}
 
 
 def quantizer(config: ConfigDict) -> Part:
@@ -96,7 +96,7 @@ def quantizer(config: ConfigDict) -> Part:
         return ids, updated_state(state, statistics, config.model.ema_decay)
 
     return Part(
-        _forms(run, (state, unit), choices.NEAREST_CODE),
+        _implementations(run, (state, unit), choices.NEAREST_CODE),
         tokens,
         "tokens",
         2 * tokens * size * width,
@@ -114,19 +114,19 @@ def attend(config: ConfigDict) -> Part:
     qkv, cotangent, bias = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
 
     def run(qkv, bias, cotangent, implementation):
-        form = functools.partial(attention.attend, num_heads=model.num_heads, implementation=implementation)
-        output, backward = jax.vjp(form, qkv, bias)
+        attend = functools.partial(attention.attend, num_heads=model.num_heads, implementation=implementation)
+        output, backward = jax.vjp(attend, qkv, bias)
         return output, backward(cotangent)
 
-    forms = _forms(run, (qkv.astype(dtype), bias, cotangent.astype(dtype)), choices.ATTENTION)
+    implementations = _implementations(run, (qkv.astype(dtype), bias, cotangent.astype(dtype)), choices.ATTENTION)
     if jax.default_backend() != "gpu":
-        forms["cudnn"] = "needs an NVIDIA GPU"
+        implementations["cudnn"] = "needs an NVIDIA GPU"
     elif dtype == jnp.float32:
-        forms["cudnn"] = "takes 16-bit types only"
+        implementations["cudnn"] = "takes 16-bit types only"
     # two products forward, four backward
     flops = 6 * 2 * count * length * length * model.width
     sizes = {"images": count, "length": length, "num_heads": model.num_heads, "width": model.width, "dtype": str(dtype)}
-    return Part(forms, count, "images", flops, sizes)
+    return Part(implementations, count, "images", flops, sizes)
 
 
 def cross_entropy(config: ConfigDict) -> Part:
@@ -151,27 +151,27 @@ def cross_entropy(config: ConfigDict) -> Part:
     def tiled(tokens, kernel, bias, ids):
         return head_cross_entropy(tokens, kernel, bias, ids, dtype=dtype)
 
-    def trained(form, *arguments):
+    def trained(loss, *arguments):
         def loss(tokens, kernel, bias, ids):
-            losses, hits = form(tokens, kernel, bias, ids)
+            losses, hits = loss(tokens, kernel, bias, ids)
             return weighted_sum(losses, jnp.ones(len(tokens))), hits.sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
 
     arguments = tokens, kernel, bias, ids
     functions = {"reference": reference, "rounded": rounded, "tiled": tiled}
-    forms = {name: (functools.partial(trained, function), arguments) for name, function in functions.items()}
+    implementations = {name: (functools.partial(trained, function), arguments) for name, function in functions.items()}
 
     patches = shape[0] * shape[1]
     sizes = {"patches": patches, "width": model.width, "codebook_size": model.codebook_size, "dtype": str(dtype)}
     flops = 6 * patches * model.width * model.codebook_size
-    return Part(forms, patches, "patches", flops, sizes)
+    return Part(implementations, patches, "patches", flops, sizes)
 
 
 def optimizer(config: ConfigDict) -> Part:
     """Return the update of all parameters of a mim config, as in the step: norm, clipping, AdamW, decay, the guard.
 
-    Forms: leaf by leaf; all leaves of like treatment joined end to end; leaves of equal shape stacked.
+    Implementations: leaf by leaf; all leaves of like treatment joined end to end; leaves of equal shape stacked.
     """
     shapes = _mim_params(config)
     rng = np.random.default_rng(steps.SEED)
@@ -179,16 +179,17 @@ def optimizer(config: ConfigDict) -> Part:
         jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes)
         for _ in range(2)
     )
-    forms = {}
+    implementations = {}
     for name, transformation in optimizers(config).items():
-        forms[name] = functools.partial(guarded_update, transformation), (grads, transformation.init(params), params)
+        arguments = grads, transformation.init(params), params
+        implementations[name] = functools.partial(guarded_update, transformation), arguments
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"parameters": numbers, "leaves": len(jax.tree.leaves(params))}
-    return Part(forms, numbers, "parameters", 0, sizes)
+    return Part(implementations, numbers, "parameters", 0, sizes)
 
 
 def optimizers(config: ConfigDict) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """Return the optimizer of a mim recipe in its forms."""
+    """Return the optimizer of a mim recipe in its implementations."""
 
     def made(no_decay: Callable[[str], bool]):
         task = Task(name="mim", num_train_examples=0, init=None, loss=None, train_batches=None, no_decay=no_decay)
@@ -247,12 +248,12 @@ def jitter(config: ConfigDict) -> Part:
     return Part({"reference": (preprocess.color_jitter, (images, factors, order, gray))}, count, "images", 0, sizes)
 
 
-def _forms(
+def _implementations(
     run: Callable, arguments: tuple, implementations: tuple[str, ...]
 ) -> dict[str, tuple[Callable, tuple] | str]:
-    forms: dict[str, tuple[Callable, tuple] | str] = {
+    implementations: dict[str, tuple[Callable, tuple] | str] = {
         name: (functools.partial(run, implementation=name), arguments) for name in implementations
     }
-    if "pallas" in forms and jax.default_backend() not in PALLAS:
-        forms["pallas"] = f"is interpreted on a {jax.default_backend()}, which says nothing of its speed"
-    return forms
+    if "pallas" in implementations and jax.default_backend() not in PALLAS:
+        implementations["pallas"] = f"is interpreted on a {jax.default_backend()}, which says nothing of its speed"
+    return implementations

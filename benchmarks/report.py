@@ -54,7 +54,13 @@ def page(measured: Mapping[str, Any], plot: str) -> str:
     sections = [_provenance(measured), goals(results, on_cpu)]
     if not on_cpu:
         sections.append(speeds(results))
-    sections += [work(results), chosen(results), forms(results), over_sizes(results), loading(results, on_cpu)]
+    sections += [
+        work(results),
+        chosen(results),
+        implementations(results),
+        over_sizes(results),
+        loading(results, on_cpu),
+    ]
     sections += [growth(results), f"![How cost grows]({plot})", missing(results)]
     return "\n\n".join(filter(None, sections))
 
@@ -176,54 +182,57 @@ def work(results: Mapping[str, Any]) -> str:
 
 
 def chosen(results: Mapping[str, Any]) -> str:
-    """Return which forms the steps took, one line for all that took the same."""
+    """Return which implementations the steps took, one line for all that took the same."""
     steps: dict[str, list[str]] = {}
     for name in results:
         for found in rounds(results, name)[-1:]:
             if "chosen" in found:
-                taken = ", ".join(f"{key.replace('_', ' ')} {form}" for key, form in found["chosen"].items())
+                taken = ", ".join(f"{part.replace('_', ' ')} {chosen}" for part, chosen in found["chosen"].items())
                 steps.setdefault(taken, []).append(found["what"])
     return "\n".join(
-        f"- Forms taken by {'all steps' if len(steps) == 1 else '; '.join(of)}: {taken}." for taken, of in steps.items()
+        f"- Implementations in {'all steps' if len(steps) == 1 else '; '.join(of)}: {taken}."
+        for taken, of in steps.items()
     )
 
 
-def forms(results: Mapping[str, Any]) -> str:
-    """Return the table of the parts alone: each form's speed and memory relative to the plain one."""
-    rows = [("part alone", "at", "form", "speed over plain", "range", "memory over plain")]
+def implementations(results: Mapping[str, Any]) -> str:
+    """Return the table of the parts alone: each implementation's speed and memory relative to the reference."""
+    rows = [("part alone", "at", "implementation", "speed over reference", "range", "memory over reference")]
     for name in results:
         for found in rounds(results, name)[-1:]:
-            if "forms" not in found:
+            if "implementations" not in found:
                 continue
-            plain = found["forms"]["reference"]
+            reference = found["implementations"]["reference"]
             sizes = ", ".join(f"{key} {value}" for key, value in found["sizes"].items())
-            for form, figures in found["forms"].items():
-                if form == "reference":
+            for name, figures in found["implementations"].items():
+                if name == "reference":
                     continue
-                shown = _speed_over(plain, figures)
-                memory = f"{figures['planned_bytes'] / plain['planned_bytes']:.2f}"
-                rows.append((found["what"], sizes, form, *shown, memory))
-            for form, why in found["skipped"].items():
-                rows.append((found["what"], sizes, form, f"not measured: {why}", "", ""))
+                shown = _speed_over(reference, figures)
+                memory = f"{figures['planned_bytes'] / reference['planned_bytes']:.2f}"
+                rows.append((found["what"], sizes, name, *shown, memory))
+            for name, why in found["skipped"].items():
+                rows.append((found["what"], sizes, name, f"not measured: {why}", "", ""))
     return markdown_table(rows) if len(rows) > 1 else ""
 
 
 def over_sizes(results: Mapping[str, Any]) -> str:
-    """Return the table of the parts that were measured at several sizes: each form relative to the plain one."""
-    rows = [("of", "size", "form", "speed over plain", "range", "memory over plain", "memory of the plain form")]
+    """Return the table of the parts that were measured at several sizes, relative to the reference."""
+    over = "speed over reference", "range", "memory over reference", "memory of the reference"
+    rows = [("of", "size", "implementation", *over)]
     for name in results:
         for found in rounds(results, name)[-1:]:
-            curves = {form: curve["growth"] for form, curve in found.get("forms_growth", {}).items()}
-            for number, plain in enumerate(curves.pop("reference", ())):
-                for form, points in curves.items():
-                    shown = _speed_over(plain, points[number])
-                    memory = f"{points[number]['bytes'] / plain['bytes']:.2f}", f"{plain['bytes'] / 2**20:,.0f} MiB"
-                    rows.append((found["what"], f"{plain['size']:,}", form, *shown, *memory))
+            curves = {name: curve["growth"] for name, curve in found.get("implementations_growth", {}).items()}
+            for number, reference in enumerate(curves.pop("reference", ())):
+                for name, points in curves.items():
+                    shown = _speed_over(reference, points[number])
+                    ratio = f"{points[number]['bytes'] / reference['bytes']:.2f}"
+                    memory = ratio, f"{reference['bytes'] / 2**20:,.0f} MiB"
+                    rows.append((found["what"], f"{reference['size']:,}", name, *shown, *memory))
     return markdown_table(rows) if len(rows) > 1 else ""
 
 
-def _speed_over(plain: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
-    ratios = [a / b for a, b in zip(plain["seconds"]["samples"], other["seconds"]["samples"], strict=True)]
+def _speed_over(reference: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
+    ratios = [a / b for a, b in zip(reference["seconds"]["samples"], other["seconds"]["samples"], strict=True)]
     return _times(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -279,8 +288,8 @@ def curves(results: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
         for last in rounds(results, name)[-1:]:
             if "growth" in last:
                 found.append((last["what"], last["along"], last))
-            for form, curve in last.get("forms_growth", {}).items():
-                found.append((f"{last['what']}, {form}", curve["along"], curve))
+            for name, curve in last.get("implementations_growth", {}).items():
+                found.append((f"{last['what']}, {name}", curve["along"], curve))
     return found
 
 
@@ -292,8 +301,8 @@ def missing(results: Mapping[str, Any]) -> str:
             for word in ("skipped", "failed"):
                 if isinstance(found.get(word), str):
                     lines.append(f"- `{name}` {word}: {found[word].splitlines()[-1]}")
-            for form, why in (found.get("skipped_forms") or {}).items():
-                lines.append(f"- `{name}`, {form}: {why}")
+            for implementation, why in (found.get("skipped_implementations") or {}).items():
+                lines.append(f"- `{name}`, {implementation}: {why}")
     return "Not measured:\n\n" + "\n".join(lines) if lines else ""
 
 

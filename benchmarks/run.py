@@ -181,8 +181,9 @@ def _said(result: dict[str, Any]) -> str:
     if "images_per_second" in result:
         rate = result["images_per_second"]
         return f"{rate['median']:.1f} images/s ({rate['low']:.1f} to {rate['high']:.1f})"
-    if "forms" in result:
-        return ", ".join(f"{name} {1e3 * form['seconds']['median']:.2f} ms" for name, form in result["forms"].items())
+    if "implementations" in result:
+        medians = {name: found["seconds"]["median"] for name, found in result["implementations"].items()}
+        return ", ".join(f"{name} {1e3 * median:.2f} ms" for name, median in medians.items())
     return "measured"
 
 

@@ -165,7 +165,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def _measure(model: nn.Module, batch, config: ConfigDict, effort: timing.Effort) -> dict[str, Any]:
-    """Return rates of the plain and of the compiled step, which take turns; the faster one is the peer."""
+    """Return rates of the eager and of the compiled step, which take turns; the faster one is the peer."""
     parameters = sum(tensor.numel() for tensor in model.parameters())
     ours = getattr(steps, config.stage)(config).parameters
     assert parameters == ours, f"{parameters} parameters, ours has {ours}"
@@ -183,21 +183,21 @@ def _measure(model: nn.Module, batch, config: ConfigDict, effort: timing.Effort)
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
 
-    forms, skipped, compile_seconds = {"eager": model}, {}, None
+    modes, skipped, compile_seconds = {"eager": model}, {}, None
     if config.torch.compile:
         started = time.perf_counter()
         try:
             compiled = torch.compile(model)
             step(compiled)
             _wait(device)
-            forms["compiled"], compile_seconds = compiled, time.perf_counter() - started
+            modes["compiled"], compile_seconds = compiled, time.perf_counter() - started
         except Exception as error:  # a missing compiler shows as one of many kinds of error
             skipped["compiled"] = str(error).strip().splitlines()[0][:200]
     else:
         skipped["compiled"] = "left out of --quick"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = _in_turns({name: lambda form=form: step(form) for name, form in forms.items()}, device, effort)
+    found = _in_turns({name: lambda mode=mode: step(mode) for name, mode in modes.items()}, device, effort)
     best = min(found, key=lambda name: timing.spread(found[name])["median"])
     return {
         "batch_size": config.run.batch_size,

@@ -94,12 +94,12 @@ def test_figures_of_a_cpu_are_ratios():
     assert "a CPU" not in goals and "| 1.5" in goals and "| 55%" in goals
 
 
-def test_steps_that_took_other_forms_are_told_apart():
+def test_steps_that_took_other_implementations_are_listed_apart():
     taken = {"one": "reference", "two": "reference", "three": "cudnn"}
-    results = {name: {"rounds": [{"what": name, "chosen": {"attention": form}}]} for name, form in taken.items()}
+    results = {name: {"rounds": [{"what": name, "chosen": {"attention": of}}]} for name, of in taken.items()}
     assert (
         report.chosen(results)
-        == "- Forms taken by one; two: attention reference.\n- Forms taken by three: attention cudnn."
+        == "- Implementations in one; two: attention reference.\n- Implementations in three: attention cudnn."
     )
 
 
@@ -108,8 +108,9 @@ def test_one_measurement_in_a_process_of_its_own(tmp_path, capsys):
     assert run.main([f"--out={out}", "--quick", "--only=jitter,torch_mim", "--set=run.batch_size=2"]) == 0
     written = json.loads(out.read_text())
     (made,) = written["results"]["jitter"]["rounds"]
-    assert made["sizes"] == {"images": 2, "image_size": 112} and made["forms"]["reference"]["seconds"]["low"] > 0
-    assert "colour jitter of a batch alone" not in report.page(written, "plot.svg")  # it has one form
+    assert made["sizes"] == {"images": 2, "image_size": 112}
+    assert made["implementations"]["reference"]["seconds"]["low"] > 0
+    assert "colour jitter of a batch alone" not in report.page(written, "plot.svg")  # it has one implementation
     assert written["environment"]["platform"] == "cpu" and "benchmarks.run" in written["command"]
     # what does not run where torch is missing says so, and is no failure
     (peer,) = written["results"]["torch_mim"]["rounds"]
@@ -129,7 +130,7 @@ def test_a_step_is_measured_and_grows(monkeypatch):
     page = report.page(measured({"mim_base_stored": {"rounds": [{"what": "the step", **made}]}}), "plot.svg")
     (row,) = [line for line in page.splitlines() if line.startswith("| the step")]
     assert "| 1.000 " in row
-    assert "- Forms taken by all steps: attention reference, cross entropy reference.\n" in page
+    assert "- Implementations in all steps: attention reference, cross entropy reference.\n" in page
     curve = growth.over_depth(load_config("mim_base", quick=True, changes=sizes), effort=effort, options=options)
     assert [point["size"] for point in curve["growth"]] == list(growth.DEPTHS[True])
     assert 0 < curve["fits"]["flops"]["exponent"] < 1  # stem and heads do not grow
@@ -139,20 +140,23 @@ def test_a_part_is_measured_in_every_form_over_the_codes(monkeypatch):
     monkeypatch.setattr(growth, "CODES", (16, 64))
     options = {"quick": True, "changes": {"views.image_size": 32, "run.batch_size": 2}}
     found = growth.over_codes(load_config("vqkd", quick=True), effort=timing.Effort(0.001, 2), options=options)
-    assert set(found["forms_growth"]) == {"reference", "scan"}  # a kernel is only interpreted here
-    plain = found["forms_growth"]["reference"]
-    assert [point["size"] for point in plain["growth"]] == [16, 64] and plain["fits"]["bytes"]["exponent"] > 0
+    assert set(found["implementations_growth"]) == {"reference", "scan"}  # a kernel is only interpreted here
+    reference = found["implementations_growth"]["reference"]
+    assert [point["size"] for point in reference["growth"]] == [16, 64] and reference["fits"]["bytes"]["exponent"] > 0
     results = {"growth_codes": {"rounds": [{"what": "w", **found}]}}
     assert [words for words, _, _ in report.curves(results)] == ["w, reference", "w, scan"]
     assert "w, scan" in report.growth(results)
     assert [row.split("|")[2].strip() for row in report.over_sizes(results).splitlines()[2:]] == ["16", "64"]
 
 
-def test_forms_at_several_sizes_stand_beside_the_plain_one():
+def test_implementations_at_several_sizes_stand_beside_the_reference():
     def curve(samples, mebibytes):
         return {"growth": [{"size": 8192, "seconds": timing.spread(samples), "bytes": mebibytes * 2**20}]}
 
-    found = {"what": "w", "forms_growth": {"reference": curve([4.0, 6.0], 3000), "scan": curve([2.0, 2.0], 750)}}
+    found = {
+        "what": "w",
+        "implementations_growth": {"reference": curve([4.0, 6.0], 3000), "scan": curve([2.0, 2.0], 750)},
+    }
     _, _, row = report.over_sizes({"growth_codes": {"rounds": [found]}}).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["w", "8,192", "scan", "2.50", "2.00 to 3.00", "0.25", "3,000 MiB"]

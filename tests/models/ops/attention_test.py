@@ -1,4 +1,4 @@
-"""Forms of attention against the plain one: outputs and all gradients, both dtypes, one and many devices."""
+"""Implementations of attention against the reference: outputs and all gradients, both dtypes, one and many devices."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def distances(found, expected):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_kernel_equals_the_plain_form(shape):
-    found, expected = (with_gradients(form, *arrays(shape)) for form in ("pallas", "reference"))
+    found, expected = (with_gradients(name, *arrays(shape)) for name in ("pallas", "reference"))
     assert max(distances(found, expected)) < 2e-6
 
 
@@ -49,16 +49,16 @@ def test_in_bfloat16_the_kernel_is_as_near_the_exact_result_as_the_plain_form():
     shape = SHAPES["two heads fill the lanes"]
     rounded = arrays(shape, jnp.bfloat16)
     exact = with_gradients("reference", *(array.astype(jnp.float32) for array in rounded))
-    plain, kernel = (distances(with_gradients(form, *rounded), exact) for form in ("reference", "pallas"))
-    assert max(kernel) < 8e-3 and max(plain) < 8e-3
-    assert all(ours < 1.5 * theirs for ours, theirs in zip(kernel, plain, strict=True))
+    reference, kernel = (distances(with_gradients(name, *rounded), exact) for name in ("reference", "pallas"))
+    assert max(kernel) < 8e-3 and max(reference) < 8e-3
+    assert all(ours < 1.5 * theirs for ours, theirs in zip(kernel, reference, strict=True))
     output = attention.attend(*rounded[:2], shape[2], implementation="pallas")
     assert output.dtype == jnp.bfloat16
 
 
 def test_without_a_bias_the_kernel_takes_none():
     qkv, _, _ = arrays(SHAPES["narrower than the lanes"])
-    found, expected = (attention.attend(qkv, None, 3, implementation=form) for form in ("pallas", "reference"))
+    found, expected = (attention.attend(qkv, None, 3, implementation=name) for name in ("pallas", "reference"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The forms of cross entropy against logits that stand in memory: losses, hits and all gradients, and its memory."""
+"""Implementations of cross entropy against logits in memory: losses, hits, all gradients and memory."""
 
 import functools
 
@@ -28,7 +28,7 @@ def arrays(classes=CLASSES, width=WIDTH):
     return features, params, labels, jax.random.uniform(keys[4], (BATCH, MASKED))
 
 
-def plain(features, params, labels, *, dtype):
+def reference(features, params, labels, *, dtype):
     linear = Linear(len(params["bias"]), compute=Compute(dtype=jnp.dtype(dtype).name), out_dtype=jnp.float32)
     logits = linear.apply({"params": params}, features)
     return masked_cross_entropy(logits, labels), jnp.argmax(logits, axis=-1) == labels
@@ -57,7 +57,7 @@ def distances(found, expected):
     return [jnp.abs(have - want).max() / jnp.abs(want).max() for have, want in zip(found, expected, strict=True)]
 
 
-FORMS = {  # 4 leaves a tile that is not full
+IMPLEMENTATIONS = {  # 4 leaves a tile that is not full
     "rounded": rounded,
     "tiles of 4": functools.partial(tiled, tile=4),
     "tiles of 8": functools.partial(tiled, tile=8),
@@ -65,20 +65,20 @@ FORMS = {  # 4 leaves a tile that is not full
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_losses_hits_and_gradients_equal_those_of_whole_logits(form):
-    expected, expected_hits = with_gradients(functools.partial(plain, dtype=jnp.float32), *arrays())
-    found, hits = with_gradients(functools.partial(FORMS[form], dtype=jnp.float32), *arrays())
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_losses_hits_and_gradients_equal_those_of_whole_logits(name):
+    expected, expected_hits = with_gradients(functools.partial(reference, dtype=jnp.float32), *arrays())
+    found, hits = with_gradients(functools.partial(IMPLEMENTATIONS[name], dtype=jnp.float32), *arrays())
     assert max(distances(found, expected)) < 2e-6
     np.testing.assert_array_equal(hits, expected_hits)
     assert 0 < hits.sum() < hits.size
 
 
-@pytest.mark.parametrize("form", ["rounded", "tiles of 8"])
-def test_in_bfloat16_it_is_as_near_the_exact_result(form):
-    exact, _ = with_gradients(functools.partial(plain, dtype=jnp.float32), *arrays(width=67))
-    usual, hits = with_gradients(functools.partial(plain, dtype=jnp.bfloat16), *arrays(width=67))
-    found, found_hits = with_gradients(functools.partial(FORMS[form], dtype=jnp.bfloat16), *arrays(width=67))
+@pytest.mark.parametrize("name", ["rounded", "tiles of 8"])
+def test_in_bfloat16_it_is_as_near_the_exact_result(name):
+    exact, _ = with_gradients(functools.partial(reference, dtype=jnp.float32), *arrays(width=67))
+    usual, hits = with_gradients(functools.partial(reference, dtype=jnp.bfloat16), *arrays(width=67))
+    found, found_hits = with_gradients(functools.partial(IMPLEMENTATIONS[name], dtype=jnp.bfloat16), *arrays(width=67))
     np.testing.assert_array_equal(found_hits, hits)
     assert max(distances(found, exact)) < 1e-2
     # by default a kernel's gradient leaves its product in float32
@@ -108,7 +108,7 @@ def test_no_array_of_all_logits_is_held():
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * 64 * MASKED * 4096
-    assert memory(plain) >= logits > 2 * memory(functools.partial(tiled, tile=128))
+    assert memory(reference) >= logits > 2 * memory(functools.partial(tiled, tile=128))
 
 
 @pytest.mark.parametrize("shared_head", [True, False])
@@ -121,9 +121,9 @@ def test_both_branches_of_the_masked_image_model_have_the_same_losses(shared_hea
     params = drawn_variables(model, images, mask, num_masked=2)["params"]
     targets = jnp.array([[3, 22], [0, 7], [11, 3]])
 
-    def found(form):
+    def found(implementation):
         losses = functools.partial(
-            code_losses, model.clone(compute=Compute(cross_entropy=form)), num_masked=2, train=False
+            code_losses, model.clone(compute=Compute(cross_entropy=implementation)), num_masked=2, train=False
         )
         return quick_jit(losses)(params, images, mask, targets)
 

@@ -1,4 +1,4 @@
-"""Nearest codes: every form gives the plain argmin's ids, ties included; sums of tokens by code in every form."""
+"""Nearest codes: every implementation gives the ids of the exact argmin, ties included, and the right sums."""
 
 import functools
 
@@ -13,7 +13,7 @@ from beitv2_jax import choices
 from beitv2_jax.models.ops import nearest_code, nearest_code_pallas
 from beitv2_jax.training import sharding
 
-FORMS = {
+IMPLEMENTATIONS = {
     "scan": functools.partial(nearest_code.nearest_rows, implementation="scan"),
     "tpu": functools.partial(nearest_code.nearest_rows, implementation="pallas"),  # interpreted
     "gpu": functools.partial(nearest_code_pallas.gpu_kernel, interpret=True),
@@ -34,45 +34,45 @@ def integers(seed, num_rows, num_codes, code_dim):
     return unit, codebook, np.sum(codebook**2, axis=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     size=st.sampled_from([(1, 1, 1), (37, 53, 5), (131, 257, 3), (130, 1031, 32)]),
 )
-def test_ids_are_those_of_the_exact_argmin_ties_included(form, seed, size):
+def test_ids_are_those_of_the_exact_argmin_ties_included(name, seed, size):
     unit, codebook, offsets = integers(seed, *size)
-    ids = FORMS[form](unit, codebook, offsets)
+    ids = IMPLEMENTATIONS[name](unit, codebook, offsets)
     assert ids.dtype == jnp.int32
     np.testing.assert_array_equal(ids, reference(unit, codebook, offsets))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_ids_of_directions_are_those_of_the_plain_form(form):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_ids_of_directions_are_those_of_the_reference(name):
     unit = jax.random.normal(jax.random.key(0), (211, 17))
     codebook = jax.random.normal(jax.random.key(1), (601, 17)).at[400].set(0.0)
     offsets = jnp.sum(codebook**2, axis=1)
-    plain = nearest_code.nearest_rows(unit, codebook, offsets, implementation="reference")
-    np.testing.assert_array_equal(FORMS[form](unit, codebook, offsets), plain)
-    assert len(set(np.asarray(plain).tolist())) > 100
+    expected_ids = nearest_code.nearest_rows(unit, codebook, offsets, implementation="reference")
+    np.testing.assert_array_equal(IMPLEMENTATIONS[name](unit, codebook, offsets), expected_ids)
+    assert len(set(np.asarray(expected_ids).tolist())) > 100
 
 
 def test_more_than_one_tile_and_block_are_passed():
     assert nearest_code.SCAN_TILE < 601 and nearest_code_pallas.GPU_TILE < 601 and nearest_code_pallas.GPU_BLOCK < 211
     unit, codebook, offsets = integers(3, 1100, 1031, 7)  # of the TPU kernel, whose blocks are larger
     assert nearest_code_pallas.TPU_BLOCK < 1100 and nearest_code_pallas.TPU_TILE < 1031
-    np.testing.assert_array_equal(FORMS["tpu"](unit, codebook, offsets), reference(unit, codebook, offsets))
+    np.testing.assert_array_equal(IMPLEMENTATIONS["tpu"](unit, codebook, offsets), reference(unit, codebook, offsets))
 
 
 def test_no_form_but_the_plain_one_holds_the_matrix():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 32), (8192, 32), (8192,))]
     sizes = {
-        form: jax.jit(functools.partial(nearest_code.nearest_rows, implementation=form))
+        name: jax.jit(functools.partial(nearest_code.nearest_rows, implementation=name))
         .lower(*shapes)
         .compile()
         .memory_analysis()
         .temp_size_in_bytes
-        for form in ("reference", "scan")
+        for name in ("reference", "scan")
     }
     assert sizes["reference"] >= 4 * 2048 * 8192 > 10 * sizes["scan"]
 
