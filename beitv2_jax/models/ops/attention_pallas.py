@@ -3,6 +3,8 @@
 Chosen by `models.ops.attention`. A program sees all tokens of a few images and of as many heads as fill the lanes, so
 no softmax is split and nothing but the inputs is saved for the backward pass, which takes the images one after another
 and accumulates the gradient of the bias on the chip. Elsewhere than on a TPU the kernels are interpreted.
+
+Experimental: compiled for TPU v5e and run interpreted, but never run on a chip, so it is not a default.
 """
 
 import functools
@@ -33,9 +35,9 @@ def _attend_forward(qkv, bias):
     return attend(qkv, bias), (qkv, bias)
 
 
-def _attend_backward(kept, cotangent):
-    *parts, bias_gradient = _on_platform(_backward, *kept, cotangent)
-    return jnp.concatenate(parts, axis=-1), bias_gradient.astype(kept[1].dtype)
+def _attend_backward(residuals, cotangent):
+    *parts, bias_gradient = _on_platform(_backward, *residuals, cotangent)
+    return jnp.concatenate(parts, axis=-1), bias_gradient.astype(residuals[1].dtype)
 
 
 attend.defvjp(_attend_forward, _attend_backward)

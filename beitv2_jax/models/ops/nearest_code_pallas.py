@@ -2,6 +2,8 @@
 
 Chosen by `models.ops.nearest_code`; they return the same ids as its other implementations. On other chips they are
 interpreted.
+
+Experimental: compiled for TPU v5e and H100 and run interpreted, but never run on a chip, so they are not a default.
 """
 
 import functools
