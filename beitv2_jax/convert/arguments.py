@@ -69,7 +69,8 @@ def flat_arguments(model) -> dict:
     own = {name: value for name, value in own.items() if name not in ("parent", "name", "compute")}
     if isinstance(model, VQKD):
         parts = {name: dataclasses.asdict(own.pop(name)) for name in ("encoder", "decoder")}
-        return {"image_size": parts["encoder"]["image_size"], **parts, **own}
+        options = dataclasses.asdict(own.pop("quantizer"))
+        return {"image_size": parts["encoder"]["image_size"], **parts, **options, **own}
     return dataclasses.asdict(own.pop("backbone")) | own
 
 

@@ -5,6 +5,7 @@ returns statistics, plain sums over the rows that jit sees; those of a whole bat
 the codebook once, so any number of devices and of micro-batches moves it alike.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,6 +18,23 @@ from beitv2_jax.models.ops.nearest_code import cluster_sums, nearest_rows
 from beitv2_jax.typing import Codebook, CodeIds, Codes, PyTree, Scalar
 
 MIN_NORM = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerOptions:
+    """What defines a quantizer, passed whole to whatever needs it.
+
+    Attributes:
+        codebook_size: number of codes.
+        code_dim: dimensions of a code.
+        ema_decay: of the moving average that the codes follow, in [0, 1] (`moved_codebook`).
+        commitment_weight: factor of the commitment loss.
+    """
+
+    codebook_size: int
+    code_dim: int
+    ema_decay: float = 0.99
+    commitment_weight: float = 1.0
 
 
 class CodebookStatistics(NamedTuple):
@@ -57,7 +75,7 @@ def nearest_code(unit: Float[Array, "m c"], codebook: Codebook, *, implementatio
     return nearest_rows(unit, codebook, jnp.sum(codebook**2, axis=-1), implementation=implementation)
 
 
-def moved_codebook(codebook: Codebook, statistics: CodebookStatistics, ema_decay: float) -> Codebook:
+def moved_codebook(codebook: Codebook, statistics: CodebookStatistics, options: QuantizerOptions) -> Codebook:
     """Return l2norm(ema_decay·e_k + (1 − ema_decay)·l2norm(s_k / n_k)) where n_k > 0, and e_k elsewhere.
 
     The sums s_k and counts n_k are those of one whole batch; a code without hits stays where it is.
@@ -67,7 +85,7 @@ def moved_codebook(codebook: Codebook, statistics: CodebookStatistics, ema_decay
     """
     sums, counts = statistics
     means = l2_normalise(sums / jnp.maximum(counts, 1.0)[:, None])
-    moved = l2_normalise(ema_decay * codebook + (1.0 - ema_decay) * means)
+    moved = l2_normalise(options.ema_decay * codebook + (1.0 - options.ema_decay) * means)
     return jnp.where(counts[:, None] > 0, moved, codebook)
 
 
@@ -78,16 +96,14 @@ class Quantizer(nn.Module):
     `cluster_counts`, the moving average of hits per code; `window_counts` and `last_window_counts`, the hits of the
     running and of the last finished window (`roll_window`).
 
-    `commitment_weight` multiplies mean((sg(e) − z)²) over the `n c` elements of a row, so it is 1/code_dim of the
-    squared distance per patch. `nearest_code` is the implementation of the lookup (`models.ops.nearest_code`);
+    `options.commitment_weight` multiplies mean((sg(e) − z)²) over the `n c` elements of a row, which is 1/code_dim of
+    the squared distance per patch. `nearest_code` is the implementation of the lookup (`models.ops.nearest_code`);
     all give the same ids.
 
     **Source** paper section 2.1; the released quantizer, its order of operations included.
     """
 
-    codebook_size: int
-    code_dim: int
-    commitment_weight: float = 1.0
+    options: QuantizerOptions
     nearest_code: str = "scan"
 
     @nn.compact
@@ -96,12 +112,13 @@ class Quantizer(nn.Module):
 
         `weight` is 1 for the rows that count in the statistics and 0 for unreadable images; None counts all.
         """
+        options = self.options
         codebook = self.variable("codebook", "codebook", self._initial_codebook).value
         for name in ("cluster_counts", "window_counts", "last_window_counts"):
-            self.variable("codebook", name, jnp.zeros, (self.codebook_size,), jnp.float32)
+            self.variable("codebook", name, jnp.zeros, (options.codebook_size,), jnp.float32)
         weight = jnp.ones(projections.shape[0]) if weight is None else weight
         unit = l2_normalise(projections)
-        samples = jax.lax.stop_gradient(unit).reshape(-1, self.code_dim)
+        samples = jax.lax.stop_gradient(unit).reshape(-1, options.code_dim)
         flat_ids = nearest_code(samples, codebook, implementation=self.nearest_code)
         code_ids = flat_ids.reshape(unit.shape[:-1])
         nearest = jax.lax.stop_gradient(codebook[code_ids])
@@ -109,25 +126,25 @@ class Quantizer(nn.Module):
         return QuantizerOutput(
             codes=unit + jax.lax.stop_gradient(nearest - unit),
             code_ids=code_ids,
-            commitment=self.commitment_weight * jnp.mean((nearest - unit) ** 2, axis=(1, 2)),
+            commitment=options.commitment_weight * jnp.mean((nearest - unit) ** 2, axis=(1, 2)),
             unit=unit,
-            statistics=CodebookStatistics(*cluster_sums(samples, flat_ids, sample_weight, self.codebook_size)),
+            statistics=CodebookStatistics(*cluster_sums(samples, flat_ids, sample_weight, options.codebook_size)),
         )
 
     def _initial_codebook(self) -> Codebook:
-        shape = (self.codebook_size, self.code_dim)
+        shape = (self.options.codebook_size, self.options.code_dim)
         return l2_normalise(jax.random.normal(self.make_rng("params"), shape, jnp.float32))
 
 
 def updated_state(
-    codebook_state: PyTree, statistics: CodebookStatistics, ema_decay: float, *, move: bool = True
+    codebook_state: PyTree, statistics: CodebookStatistics, options: QuantizerOptions, *, move: bool = True
 ) -> PyTree:
     """Return the quantizer's state after a batch with these statistics; without `move` only its counts change."""
-    codebook, counts = codebook_state["codebook"], statistics.counts
+    codebook, counts, decay = codebook_state["codebook"], statistics.counts, options.ema_decay
     return {
         **codebook_state,
-        "codebook": moved_codebook(codebook, statistics, ema_decay) if move else codebook,
-        "cluster_counts": ema_decay * codebook_state["cluster_counts"] + (1.0 - ema_decay) * counts,
+        "codebook": moved_codebook(codebook, statistics, options) if move else codebook,
+        "cluster_counts": decay * codebook_state["cluster_counts"] + (1.0 - decay) * counts,
         "window_counts": codebook_state["window_counts"] + counts,
     }
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.layers import LayerNorm, Linear
-from beitv2_jax.models.quantizer import CodebookStatistics, Quantizer, QuantizerOutput
+from beitv2_jax.models.quantizer import CodebookStatistics, Quantizer, QuantizerOptions, QuantizerOutput
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import CodeIds, Codes, Images, TeacherFeatures
 
@@ -52,20 +52,16 @@ class VQKD(nn.Module):
     """Encode images to code ids and decode the codes to teacher features.
 
     Both transformers have absolute positions and a [CLS] token that takes part in attention and is then dropped; the
-    decoder reads the codes as a `grid` image of 1x1 patches. `ema_decay` is that of `updated_state`. `compute.dtype` is
-    that of the transformers and of the decoder's task layer; from the projections to the codes everything is float32 in
-    full precision.
+    decoder reads the codes as a `grid` image of 1x1 patches. `compute.dtype` is that of the transformers and of
+    the decoder's task layer; from the projections to the codes everything is float32 in full precision.
 
     Source: paper section 2.1 and the released tokenizer.
     """
 
     encoder: Backbone
     decoder: Backbone
-    codebook_size: int
-    code_dim: int
+    quantizer: QuantizerOptions
     teacher_width: int
-    ema_decay: float = 0.99
-    commitment_weight: float = 1.0
     compute: Compute = Compute()
 
     @classmethod
@@ -73,16 +69,19 @@ class VQKD(nn.Module):
         """Build the model from flat arguments.
 
         `arguments["encoder"]` and `arguments["decoder"]` hold fields of `Backbone`, without `image_size` and, for the
-        decoder, without `patch_size`.
+        decoder, without `patch_size`; `arguments` itself those of `QuantizerOptions`.
         """
-        image_size, encoder = arguments["image_size"], dict(arguments["encoder"])
+        options = dict(arguments)
+        image_size, encoder, decoder, teacher_width = (
+            options.pop(name) for name in ("image_size", "encoder", "decoder", "teacher_width")
+        )
         grid = image_size // encoder["patch_size"]
-        others = {name: value for name, value in arguments.items() if name not in ("image_size", "encoder", "decoder")}
         return cls(
             encoder=Backbone(**{**encoder, "image_size": image_size}),
-            decoder=Backbone(**{**arguments["decoder"], "image_size": grid, "patch_size": 1}),
+            decoder=Backbone(**{**decoder, "image_size": grid, "patch_size": 1}),
+            quantizer=QuantizerOptions(**options),
+            teacher_width=teacher_width,
             compute=compute,
-            **others,
         )
 
     def setup(self):
@@ -91,9 +90,9 @@ class VQKD(nn.Module):
         self.decoder_vit = VisionTransformer(self.decoder, self.compute, name="decoder")
         self.encoder_norm = LayerNorm()
         self.decoder_norm = LayerNorm()
-        self.encode_task = TaskLayer(self.code_dim)
+        self.encode_task = TaskLayer(self.quantizer.code_dim)
         self.decode_task = TaskLayer(self.teacher_width, self.compute)
-        self.quantizer = Quantizer(self.codebook_size, self.code_dim, self.commitment_weight, self.compute.nearest_code)
+        self.lookup = Quantizer(self.quantizer, self.compute.nearest_code, name="quantizer")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -103,8 +102,8 @@ class VQKD(nn.Module):
     def __call__(self, images: Images, weight: Float[Array, "b"] | None = None, *, train: bool) -> VQKDOutput:
         """Reconstruct teacher features of `images` in [-1, 1]; `weight` as `Quantizer` says."""
         encoder_features, projections = self._project(images, train=train)
-        quantized: QuantizerOutput = self.quantizer(projections, weight)
-        code_image = quantized.codes.reshape(-1, *self.grid, self.code_dim)
+        quantized: QuantizerOutput = self.lookup(projections, weight)
+        code_image = quantized.codes.reshape(-1, *self.grid, self.quantizer.code_dim)
         tokens = self.decoder_vit(code_image, train=train).tokens
         decoder_features = self.decoder_norm(tokens[:, 1:])
         return VQKDOutput(
@@ -121,7 +120,7 @@ class VQKD(nn.Module):
 
     def encode(self, images: Images) -> CodeIds:
         """Return the code ids of `images` in [-1, 1], patches row-major."""
-        return self.quantizer(self.project(images)).code_ids
+        return self.lookup(self.project(images)).code_ids
 
     def project(self, images: Images) -> Codes:
         """Return the quantizer's input, not normalised, for `images` in [-1, 1]: the samples of the k-means start."""

@@ -131,7 +131,7 @@ def open_inputs(config) -> inputs.Opened:
         tokenizer_size = inputs.tokenizer_view(config).image_size
         tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)
         _check_grid(tokenizer, grid, config)
-        codebook_size = tokenizer.model.codebook_size
+        codebook_size = tokenizer.model.quantizer.codebook_size
     if codebook_size != config.model.codebook_size:
         raise UserError(
             f"The tokenizer has {codebook_size} codes, the model predicts {config.model.codebook_size}.",

@@ -77,10 +77,10 @@ def build(config) -> TargetCacheTask:
     def apply(frozen, batch):
         return tokenizer.encode(frozen, view_pixels(batch))
 
-    encoding = CodeEncoding(tokenizer.model.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
+    encoding = CodeEncoding(tokenizer.model.quantizer.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
     manifest = {
         "grid": list(tokenizer.grid),
-        "codebook_size": tokenizer.model.codebook_size,
+        "codebook_size": tokenizer.model.quantizer.codebook_size,
         "tokenizer": tokenizer.name,
         "tokenizer_hash": tokenizer.weights_hash,
         "target": encoding.target,

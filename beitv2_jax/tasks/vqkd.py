@@ -15,7 +15,14 @@ from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.target_cache.encoding import FEATURES, decode_features
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
-from beitv2_jax.models.quantizer import codebook_perplexity, codebook_usage, kmeans, roll_window, updated_state
+from beitv2_jax.models.quantizer import (
+    QuantizerOptions,
+    codebook_perplexity,
+    codebook_usage,
+    kmeans,
+    roll_window,
+    updated_state,
+)
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
@@ -59,12 +66,12 @@ def vqkd_loss(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures]) 
     return loss
 
 
-def vqkd_finish(ema_decay: float, window: int) -> Callable:
+def vqkd_finish(options: QuantizerOptions, window: int) -> Callable:
     """Return the `finish` that moves the codebook; training codes are counted over windows of `window` steps."""
 
     def finish(codebook, statistics, step):
         state = roll_window(codebook["quantizer"], step, window)
-        state = updated_state(state, statistics, ema_decay)
+        state = updated_state(state, statistics, options)
         counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
         return {"quantizer": state}, {
             "codebook_usage": codebook_usage(counts),
@@ -133,7 +140,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
         initial=inputs.initial_variables(config, "vqkd", model),
         loss=vqkd_loss(model, targets),
-        finish=vqkd_finish(model.ema_decay, window),
+        finish=vqkd_finish(model.quantizer, window),
         frozen=opened.frozen,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),

@@ -28,11 +28,13 @@ class QuantizerCase:
         sizes = golden.config["cases"][name]
         self.golden, self.name = golden, name
         self.module = q.Quantizer(
-            codebook_size=sizes["n_embed"],
-            code_dim=sizes["dim"],
-            commitment_weight=sizes["beta"],
+            q.QuantizerOptions(
+                codebook_size=sizes["n_embed"],
+                code_dim=sizes["dim"],
+                ema_decay=sizes["decay"],
+                commitment_weight=sizes["beta"],
+            )
         )
-        self.ema_decay = sizes["decay"]
         self.inputs = golden.section(f"in/{name}/")
         zeros = jnp.zeros(sizes["n_embed"])
         self.state = {
@@ -44,7 +46,7 @@ class QuantizerCase:
 
     def step(self, z, train):
         out = self.module.apply({"codebook": self.state}, vectors(z))
-        self.state = q.updated_state(self.state, out.statistics, self.ema_decay, move=train)
+        self.state = q.updated_state(self.state, out.statistics, self.module.options, move=train)
         return out
 
     def check(self, name, value):
@@ -162,7 +164,7 @@ def check_eval_outputs(golden, model, variables):
     golden.check("eval/z_l2", out.unit)
     golden.check("eval/z_q", maps(out.codes, golden.arrays["out/eval/z_q"]))
     state = variables["codebook"]["quantizer"]
-    state = q.updated_state(state, out.statistics, model.ema_decay, move=False)
+    state = q.updated_state(state, out.statistics, model.quantizer, move=False)
     golden.check("eval/code_vectors", state["codebook"][out.code_ids])
     golden.check("eval/cluster_size_after", state["cluster_counts"])
     golden.check("eval/decoder_patch_features", out.decoder_features)
@@ -188,7 +190,7 @@ def check_training(golden, model, variables):
     )
     for step, (images, target) in enumerate(batches):
         (total, (distance, out)), gradients = value_and_gradient(params, codebook, images, target)
-        state = q.updated_state(codebook["quantizer"], out.statistics, model.ema_decay)
+        state = q.updated_state(codebook["quantizer"], out.statistics, model.quantizer)
         codebook = {"quantizer": state}
         golden.check(f"train/step{step}/token_ids", out.code_ids)
         golden.check(f"train/step{step}/total_loss", total)

@@ -74,6 +74,18 @@ def test_logits_are_those_of_the_hidden_patches(shared):
     )
 
 
+@pytest.mark.parametrize("early_layer", [1, 2, 3])
+def test_the_aggregation_head_reads_the_patches_after_block_early_layer(early_layer):
+    """Aggregation blocks that add nothing give the logits of a model that ends after block `early_layer`."""
+    model = build(TINY, early_layer=early_layer)
+    params = visible(model)["params"]
+    nothing = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("aggregation_0", "aggregation_1")}
+    shallow = build(TINY, depth=early_layer, patch_aggregation=False)
+    found = model.apply({"params": {**params, **nothing}}, images(), exact_mask(), num_masked=NUM_MASKED)
+    expected = shallow.apply({"params": params}, images(), exact_mask(), num_masked=NUM_MASKED)
+    np.testing.assert_allclose(found.aggregation_logits, expected.logits, atol=1e-6)
+
+
 def test_without_aggregation_there_is_one_head():
     model = build(TINY, early_layer=99, patch_aggregation=False)  # early_layer has no meaning here
     variables = visible(model)

@@ -19,15 +19,15 @@ def projections(seed, batch=BATCH):
     return 3.0 * jax.random.normal(jax.random.key(seed), (batch, PATCHES, CODE_DIM))
 
 
-def start(seed=0, **kwargs):
-    module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM, **kwargs)
+def start(seed=0, **options):
+    module = q.Quantizer(q.QuantizerOptions(codebook_size=CODES, code_dim=CODE_DIM, **options))
     return module, module.init(jax.random.key(seed), projections(0))["codebook"]
 
 
-def apply(module, state, vectors, ema_decay=0.99):
+def apply(module, state, vectors):
     """Return a lookup, and the state that its statistics lead to."""
     out = module.apply({"codebook": state}, vectors)
-    return out, q.updated_state(state, out.statistics, ema_decay)
+    return out, q.updated_state(state, out.statistics, module.options)
 
 
 def reference_lookup(vectors, codebook):
@@ -37,7 +37,7 @@ def reference_lookup(vectors, codebook):
 
 
 def test_state_is_only_the_codebook_collection_with_unit_rows():
-    module = q.Quantizer(codebook_size=CODES, code_dim=CODE_DIM)
+    module, _ = start()
     variables = module.init(jax.random.key(0), projections(0))
     assert set(variables) == {"codebook"}
     state = variables["codebook"]
@@ -76,11 +76,11 @@ def test_bfloat16_projections_are_quantized_in_float32():
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20), ema_decay=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_rows_stay_unit_and_unused_codes_never_move(seed, ema_decay):
-    module, state = start(seed)
+    module, state = start(seed, ema_decay=ema_decay)
     initial = np.asarray(state["codebook"])
     hit = np.zeros(CODES, bool)
     for step in range(3):
-        out, state = apply(module, state, projections(seed + step), ema_decay)
+        out, state = apply(module, state, projections(seed + step))
         hit |= np.asarray(out.statistics.counts) > 0
     np.testing.assert_allclose(np.linalg.norm(state["codebook"], axis=-1), 1.0, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(state["codebook"])[~hit], initial[~hit])
@@ -88,9 +88,9 @@ def test_rows_stay_unit_and_unused_codes_never_move(seed, ema_decay):
 
 
 def test_update_is_the_decayed_blend_of_directions():
-    module, state = start()
+    module, state = start(ema_decay=0.75)
     vectors = projections(3)
-    out, new = apply(module, state, vectors, ema_decay=0.75)
+    out, new = apply(module, state, vectors)
     unit, ids = reference_lookup(vectors, state["codebook"])
     for code in range(CODES):
         row = np.asarray(state["codebook"][code], np.float64)
@@ -152,9 +152,9 @@ def test_permuting_the_batch_permutes_ids_and_moves_the_codebook_alike(seed):
 
 
 def test_counts_can_be_kept_without_moving_the_codebook():
-    module, state = start()
+    module, state = start(ema_decay=0.9)
     out, _ = apply(module, state, projections(8))
-    new = q.updated_state(state, out.statistics, 0.9, move=False)
+    new = q.updated_state(state, out.statistics, module.options, move=False)
     np.testing.assert_array_equal(new["codebook"], state["codebook"])
     np.testing.assert_allclose(new["cluster_counts"], 0.1 * np.asarray(out.statistics.counts), rtol=1e-5)
     np.testing.assert_array_equal(new["window_counts"], out.statistics.counts)
@@ -174,8 +174,8 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole():
 
 
 def test_codes_come_from_the_codebook_before_the_update():
-    module, state = start()
-    out, new = apply(module, state, projections(9), ema_decay=0.0)
+    module, state = start(ema_decay=0.0)
+    out, new = apply(module, state, projections(9))
     np.testing.assert_allclose(out.codes, state["codebook"][out.code_ids], atol=1e-6)
     assert np.abs(out.codes - new["codebook"][out.code_ids]).max() > 0.01
 
@@ -219,9 +219,9 @@ def shard(array):
 
 
 def test_update_on_eight_devices_equals_one_device():
-    module, state = start()
+    module, state = start(ema_decay=0.5)
     vectors = projections(10, batch=16)
-    step = jax.jit(lambda state, vectors: apply(module, state, vectors, ema_decay=0.5))
+    step = jax.jit(lambda state, vectors: apply(module, state, vectors))
     out, new = step(state, vectors)
     sharded_out, sharded_new = step(state, shard(vectors))
     np.testing.assert_array_equal(sharded_out.code_ids, out.code_ids)

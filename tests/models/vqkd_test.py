@@ -123,7 +123,7 @@ def test_training_moves_codebook_and_gradients_reach_every_parameter(images, var
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
     state = variables["codebook"]["quantizer"]
-    moved = updated_state(state, statistics, model.ema_decay)
+    moved = updated_state(state, statistics, model.quantizer)
     assert np.abs(moved["codebook"] - state["codebook"]).max() > 1e-4
 
 
