@@ -5,82 +5,43 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from without_data import FakeSource, no_data
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.models.mim import MaskedImageModel
-from beitv2_jax.tasks import finetune, inputs, mim, segment, vqkd
+from beitv2_jax.planning import abstract_task
 from beitv2_jax.training import optim, sharding, state
 from beitv2_jax.training.step import make_train_step
 from tests.config.configs_test import FOLDER, presets
 
-TEACHER_WIDTH = 512  # of the released CLIP teacher
-BUILDERS = {
-    "finetune": finetune.build,
-    "vqkd": vqkd.build,
-    "mim": mim.build,
-    "segment": lambda config: segment.make_task(config, inputs.Opened((FakeSource(0),) * 2)),
-}
+NUM_EXAMPLES = 1_281_167
 TRAINED = [(name, arg) for name in ("teacher", "vqkd", "mim", "finetune") for arg in ("", *presets(name))]
 TRAINED += [("segment", arg) for arg in ("", "smoke")]  # the others differ in rates and sizes alone
 TRAINED += [("mim", "large,300ep"), ("mim", "base,300ep")]
 CHAINED = [(name, arg) for name in ("pipeline", "quickstart") for arg in ("", *presets(name))]
 
 
-@pytest.fixture(autouse=True)
-def _no_data():
-    with no_data(TEACHER_WIDTH):
-        yield
-
-
-def abstract_batch(config):
-    size = config.views.image_size
-    patch_size = config.model.encoder.patch_size if config.stage == "vqkd" else config.model.patch_size
-    num_patches = (size // patch_size) ** 2
-    batch_size = config.run.batch_size
-    spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    batch = {
-        "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        "weight": spec((batch_size,)),
-    }
-    if config.stage == "segment":
-        batch["label_maps"] = jax.ShapeDtypeStruct((batch_size, size, size), jnp.uint8)
-        batch["sizes"] = jax.ShapeDtypeStruct((batch_size, 2), jnp.int32)
-        batch["distortion"] = spec((batch_size, 5))
-    elif config.views.color_jitter:
-        batch["jitter_factors"] = spec((batch_size, 3))
-        batch["jitter_gray"] = spec((batch_size,))
-        batch["jitter_order"] = jax.ShapeDtypeStruct((batch_size, 3), jnp.int32)
-    if config.stage == "vqkd":
-        batch["teacher_features"] = spec((batch_size, num_patches, TEACHER_WIDTH))
-    if config.stage == "mim":
-        batch["mask"] = jax.ShapeDtypeStruct((batch_size, num_patches), jnp.bool_)
-        batch["code_ids"] = jax.ShapeDtypeStruct((batch_size, num_patches), jnp.int32)
-    return batch
-
-
 def traced_step(config):
     """Return (state before, state after, metrics) of one step as shapes."""
-    task = BUILDERS[config.stage](config)
+    described = abstract_task.describe(config, NUM_EXAMPLES)
+    task = described.task
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=2, num_steps=10)
     mesh = sharding.make_mesh()
     before = state.abstract(task, optimizer, mesh, config.seed, keep_average=config.optim.weight_average > 0)
     step = make_train_step(
         task, optimizer, schedule=schedule, seed=config.seed, average_decay=config.optim.weight_average
     )
-    after, metrics = jax.eval_shape(step, before, task.frozen, abstract_batch(config))
+    after, metrics = jax.eval_shape(step, before, task.frozen, described.batch)
     return before, after, metrics
 
 
 def stored(config):
-    """Return the config with its targets from a target cache, so that no network must be loaded."""
+    """Return the config without open ends and with its targets from a target cache, so that no network is loaded."""
     config = config.copy_and_resolve_references().unlock()
     if config.stage == "vqkd":
         config.teacher.update(features="somewhere", weights="")
     elif config.stage == "mim":
         config.tokenizer.update(codes="somewhere", run="")
-    return config
+    return abstract_task.complete(config)[0].unlock()
 
 
 STRUCTURE = ("stage", "model", "views.image_size", "views.color_jitter", "augment", "masking", "kmeans_start")
@@ -101,7 +62,7 @@ def every_structure():
         (f"{name}:{arg} {stage}", config)
         for name, arg in CHAINED
         for stage, config in config_lib.load(f"{FOLDER / name}.py:{arg}").stages.items()
-        if config.stage in BUILDERS
+        if config.stage in abstract_task.TRAINED_STAGES
     ]
     for name, config in [
         *((f"{name}:{arg}", config_lib.load(f"{FOLDER / name}.py:{arg}")) for name, arg in TRAINED),
@@ -148,7 +109,7 @@ def count_parameters(params):
     ],
 )
 def test_published_parameter_counts(name, arg, published):
-    task = BUILDERS[name](stored(config_lib.load(f"{FOLDER / name}.py:{arg}")))
+    task = abstract_task.describe(stored(config_lib.load(f"{FOLDER / name}.py:{arg}")), NUM_EXAMPLES).task
     assert count_parameters(jax.eval_shape(task.init, jax.random.key(0))["params"]) == published
 
 
