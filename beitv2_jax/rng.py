@@ -1,6 +1,6 @@
 """Random draws as pure functions of (seed, stream name, ids): no global generator, no key kept in state.
 
-The host part serves the data room and must not need jax, which is therefore imported where it is used.
+The host part is used by `beitv2_jax.data`, which must not import jax; jax is therefore imported where it is used.
 """
 
 import hashlib

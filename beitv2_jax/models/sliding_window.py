@@ -1,8 +1,8 @@
-"""Join what a segmentation network says of the windows of images, at the size of their label maps.
+"""Merge the logits of sliding windows into predictions at the size of the label maps.
 
 Merging is linear until the arg-max: window logits are enlarged to the window's pixels, averaged where windows overlap,
 and the whole is resampled to the label map. For one row of the label map that is a row of weights over the rows of
-cells of each window, for a column likewise, so a tile of the result is a sum of matrix products over the windows:
+cells of each window, and the same for a column, so a tile of the result is a sum of matrix products over the windows:
 nothing of the size of the image ever exists with all classes, and images of all sizes go through one program.
 """
 
@@ -84,13 +84,13 @@ def _view_logits(logits_of, batch: Batch, index: int) -> Float[Array, "b w h w k
     windows, view = batch["windows"][:, index], _view(batch, index)
     sizes = jnp.minimum(view["view_sizes"], windows.shape[2])
     cells = jax.eval_shape(logits_of, windows[:, 0], sizes)
-    room = jnp.zeros((*windows.shape[:2], *cells.shape[1:]), cells.dtype)
+    logits = jnp.zeros((*windows.shape[:2], *cells.shape[1:]), cells.dtype)
 
-    def compute(number: Array, room: Array) -> Array:
-        answer = logits_of(jax.lax.dynamic_index_in_dim(windows, number, 1, keepdims=False), sizes)
-        return jax.lax.dynamic_update_index_in_dim(room, answer, number, 1)
+    def compute(number: Array, logits: Array) -> Array:
+        of_window = logits_of(jax.lax.dynamic_index_in_dim(windows, number, 1, keepdims=False), sizes)
+        return jax.lax.dynamic_update_index_in_dim(logits, of_window, number, 1)
 
-    return jax.lax.fori_loop(0, jnp.max(view["num_windows"]), compute, room)
+    return jax.lax.fori_loop(0, jnp.max(view["num_windows"]), compute, logits)
 
 
 def merged_logits(

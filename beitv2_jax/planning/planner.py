@@ -43,7 +43,7 @@ TRAFFIC_RATIO = {"cuda": (3.2, 3.2), "tpu": (0.6, 2.8)}
 """Least and greatest ratio of the bytes that a compiled step moves for its images to those that its products read and
 write. Fitted to the compiled programs of docs/scaling.md. A TPU keeps small arrays in its on-chip memory."""
 ON_CHIP_BYTES = 150e6
-"""Bytes that a product reads and writes for the images of a chip at which the ratio is halfway. Fitted likewise."""
+"""Bytes that one product moves for the images of a chip where the ratio is halfway; fitted in the same way."""
 COMPILER_OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 """Without tuning on a real GPU its compiler finds no tiles for Triton's matrix products."""
 
@@ -264,7 +264,7 @@ def _from_trace(step: PlannedStep, target: Target, mesh: dict[str, int], network
     moved = (STATE_TRAFFIC + (accumulation_steps - 1) * ACCUMULATION_TRAFFIC) * weight_bytes / FLOAT32_BYTES
     moved += _traffic_ratio(cost, chip.platform, images / accumulation_steps) * images * cost.product_bytes
     moved += accumulation_steps * frozen_bytes
-    # what is gathered is written, and read again; what is scattered likewise
+    # what is gathered or scattered is written and read again
     moved += 2 * sum(c.count * c.bytes for c in collectives if c.kind != "all-reduce")
     fast_flops = cost.flops - cost.exact_flops
     return Prediction(
@@ -288,7 +288,7 @@ def _from_trace(step: PlannedStep, target: Target, mesh: dict[str, int], network
 
 
 def _traffic_ratio(cost: traced.StepCost, platform: str, images: float) -> float:
-    """Return the bytes moved for images over those that products read and write, with so many images on a chip."""
+    """Return the bytes moved for images over those that products read and write, with `images` on a chip."""
     least, greatest = TRAFFIC_RATIO[platform]
     product = images * cost.product_bytes / cost.num_products
     return least + (greatest - least) * product / (product + ON_CHIP_BYTES)

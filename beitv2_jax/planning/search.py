@@ -16,9 +16,9 @@ from beitv2_jax.planning.topologies import Target
 SHOWN = 5
 """Plans that a search returns."""
 SHOWN_PER_TARGET = 2
-"""At most so many of them have the same number of chips, where several numbers are compared."""
+"""The most plans with the same number of chips, where several numbers are compared."""
 COST_TOLERANCE = 1.1
-"""Plans that cost at most so many times the cheapest compete by time."""
+"""Plans that cost at most this multiple of the cheapest compete by time."""
 REMAT = ("none", "dots", "full")
 """In the order of what they save, the most first."""
 ACCUMULATION = (1, 2, 4, 8, 16)

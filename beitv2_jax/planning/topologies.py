@@ -87,7 +87,7 @@ def parse(text: str) -> Target:
 
 
 def chip_of(text: str) -> Chip:
-    """Return the chip of a target, or of the kind that stands alone; raises as `parse` does."""
+    """Return the chip of a target, or of a kind given alone; raises as `parse` does."""
     return parse(text).chip if ":" in text else find_chip(text)
 
 

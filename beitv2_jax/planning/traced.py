@@ -89,12 +89,12 @@ class StepCost:
         return sum(component.parameters for component in self.components)
 
     def peak_live_bytes(self, images: float, weights_fraction: float = 1.0) -> float:
-        """Return the most bytes that live at once, with so many images and this fraction of the weights on a chip."""
+        """Return the peak of the live bytes, with `images` and `weights_fraction` of the weights on a chip."""
         return float(np.max(images * self.live_images + weights_fraction * self.live_weights))
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution, the name stack that it stands in, and how many times it runs."""
+    """A matrix product or convolution, its name stack, and how many times it runs."""
 
     equation: Any
     stack: str
@@ -238,7 +238,7 @@ def _component(stack: Any, trained: set[str]) -> str:
 
 
 def _component_of(modules: Iterable[str]) -> str:
-    """Return the first two names of a path; one that ends in a number stands for all of its kind, and is the last."""
+    """Return the first two names of a path; a numbered one ends it and loses its number, so that all of its kind agree."""
     names = []
     for name in itertools.islice(modules, 2):
         names.append(_NUMBERED.sub("", name))

@@ -1,1 +1,1 @@
-"""What is learned: one file a stage, pure functions; a task knows models and data, never the loop."""
+"""The stages: one file each, with model, loss, metrics and evaluation. Imports models and data, never the loop."""

@@ -1,6 +1,6 @@
 """What a trained stage is to the training loop: pure functions of explicit trees, and where its batches come from.
 
-The files of this room build a `Task` from a config; `beitv2_jax.training` runs any `Task` and never sees a model.
+The modules of this package build a `Task` from a config; `beitv2_jax.training` runs any `Task` and never sees a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from beitv2_jax.typing import PyTree, Scalar
 
-if TYPE_CHECKING:  # named here, used elsewhere: whoever compiles a step needs nothing that reads data
+if TYPE_CHECKING:  # only for annotations: compiling a step needs nothing that reads data
     from beitv2_jax.data.pipeline import TrainIterator
     from beitv2_jax.data.target_cache.encoding import Encoding
 
@@ -53,7 +53,7 @@ class Task:
     present, are the messages about unreadable images; they stay on the host.
 
     Attributes:
-        name: the stage, as it stands in logs.
+        name: the stage, as shown in logs.
         num_train_examples: images in one epoch.
         splits: names of the train and the eval split, for the list of unreadable records.
         init: `(key) -> {"params", "model_state"}`, values at step 0.
@@ -68,7 +68,7 @@ class Task:
         no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
-        eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, anew at each call.
+        eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, a new one at each call.
         evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
         summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
         start_codebook: `(params, model_state, frozen, batch, key) -> ` codebook before step 0, from the first batch.
@@ -97,7 +97,7 @@ class TargetCacheTask:
     """Hold what one target cache stage writes: the outputs of a frozen network over every fixed view of a data set.
 
     Attributes:
-        name: the stage, as it stands in logs and in the cache.
+        name: the stage, as shown in logs and in the cache.
         frozen: the network's weights.
         apply: `(frozen, batch) -> ` targets of the batch's views: features `b n t` or code ids `b n`.
         encoding: how targets are stored.

@@ -43,7 +43,7 @@ def smoothed_cross_entropy(
 def smoothed_targets(
     labels: Int[Array, "b"], num_classes: int, label_smoothing: float
 ) -> Float[Array, "b {num_classes}"]:
-    """Return the probabilities that a label stands for: s / k for every class, 1 - s more for its own."""
+    """Return smoothed one-hot labels: s / k for every class, and 1 - s more for the class of the label."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
 
 

@@ -205,7 +205,7 @@ def _train_batches(config, source):
 
 
 class EvalBatches:
-    """Every example of a split as its windows; how much room they need is found out at the first call."""
+    """Every example of a split as its windows; the sizes of the arrays that hold them are found at the first call."""
 
     def __init__(self, config, source):
         self._config, self._source = config, source

@@ -83,7 +83,7 @@ class Checkpointer:
         self._settle()
         cause = cause_of(trouble) if trouble else None
         if jax.process_count() > 1:
-            # all hold their room at the same time: it may be the same disk
+            # all reserve their space at the same time, because it may be the same disk
             with reserved(self._directory, state) as missing:
                 cause = agreed(cause or missing)
         if cause is not None:
@@ -246,7 +246,7 @@ class Checkpointer:
 
 
 def _wait_for_stragglers() -> None:
-    """Wait for the threads in which Orbax goes on to write the other items of a save of which one failed."""
+    """Wait for the threads in which Orbax still writes the other items of a save, one of which failed."""
     until = time.monotonic() + STRAGGLER_SECONDS
     for thread in threading.enumerate():
         if type(thread).__module__.partition(".")[0] == "orbax":
@@ -255,10 +255,10 @@ def _wait_for_stragglers() -> None:
 
 
 def _clear_unfinished(directory: Path, quiet_looks: int = 1) -> None:
-    """Delete what saves left that failed, or whose process was killed, where that can be; process 0 does it for all.
+    """Delete, where possible, what failed and killed saves left; process 0 does it for all.
 
-    Done when so many looks in a row find nothing: behind a thread that has ended, files may still be on their way, and
-    their folders are then made anew.
+    Ends when `quiet_looks` looks in a row find nothing: after a thread has ended, the file system may still create
+    files, and their folders with them.
     """
     if jax.process_index() != 0:
         return

@@ -1,6 +1,6 @@
-"""The spike guard: which steps are left out because their loss or gradient stands far above those before.
+"""The spike guard: skip steps whose loss or gradient norm is far above the average of the steps before.
 
-Part of the state, so that a run continued judges as one that was never interrupted; asked inside the step.
+Its averages are part of the state, so that a resumed run skips the same steps; it is evaluated inside the step.
 """
 
 import flax.struct

@@ -41,7 +41,7 @@ def make_train_step(
 
     With `accumulation_steps` above 1 the batch is cut into that many micro-batches, and all their sums (gradients,
     loss, weights, metrics, codebook statistics) are added in float32 before anything is divided or updated. So the step
-    is that of the whole batch up to rounding, but for random draws, which each micro-batch makes anew.
+    equals that of the whole batch up to rounding, except for random draws, which are independent in each micro-batch.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

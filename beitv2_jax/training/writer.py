@@ -94,7 +94,7 @@ class MetricWriter:
                 self._tensorboard.close()
 
     def _append(self, text: bytes) -> None:
-        # opened anew each time: then a failure of the last time leaves neither a buffer nor a part of a line
+        # opened each time, so that a failed write leaves neither a buffer nor a part of a line
         with self._path.open("r+b") as file:
             file.truncate(self._size)
             file.seek(self._size)

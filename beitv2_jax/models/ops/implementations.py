@@ -1,4 +1,4 @@
-"""Which implementation of a computation 'auto' stands for on a platform (`beitv2_jax.choices` names them all).
+"""Which implementation of a computation 'auto' means on a platform (`beitv2_jax.choices` names them all).
 
 All implementations of a computation give the result of the reference, up to rounding.
 """
