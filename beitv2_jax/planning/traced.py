@@ -238,7 +238,7 @@ def _component(stack: Any, trained: set[str]) -> str:
 
 
 def _component_of(modules: Iterable[str]) -> str:
-    """Return the first two names of a path; a numbered one is the last and loses its number, so that its kind agrees."""
+    """Return the first two names of a path; a numbered one is the last and loses its number."""
     names = []
     for name in itertools.islice(modules, 2):
         names.append(_NUMBERED.sub("", name))

@@ -1,4 +1,4 @@
-"""Four processes with two devices each compute what one process with eight does."""
+"""Two processes with four devices each, or four with two (--long), compute what one process with eight does."""
 
 import json
 import os
@@ -24,8 +24,13 @@ LONG = ("finetune", "mim", "segment", "tokenize")
 
 
 @pytest.fixture(scope="module")
-def together(equality_runs, request) -> pathlib.Path:
-    """Run the stages in four processes, and one from the middle of a run of one process on."""
+def num_processes(request) -> int:
+    return 4 if request.config.getoption("--long") else 2
+
+
+@pytest.fixture(scope="module")
+def together(equality_runs, request, num_processes) -> pathlib.Path:
+    """Run the stages in several processes, and resume one from the middle of a run of one process."""
     chosen = [stage for stage in (*TRAINED, *stages.STORES) if stage not in LONG or request.config.getoption("--long")]
     trained = [stage for stage in chosen if stage in TRAINED]
     folder = equality_runs.root / "together"
@@ -48,16 +53,16 @@ def together(equality_runs, request) -> pathlib.Path:
             ]
         )
     )
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // num_processes}")
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     program = [str(HELPERS / "equality_runs.py"), str(folder / "jobs.json")]
-    command = [sys.executable, str(ROOT / "launch" / "processes.py"), "4", "0", *program]
+    command = [sys.executable, str(ROOT / "launch" / "processes.py"), str(num_processes), "0", *program]
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        told, _ = launcher.communicate(timeout=900)
+        output, _ = launcher.communicate(timeout=900)
     finally:
         launcher.terminate()  # which it passes on; it has ended unless they hang
-    assert launcher.returncode == 0, told[-5000:]
+    assert launcher.returncode == 0, output[-5000:]
     return folder
 
 
@@ -66,19 +71,19 @@ def marked(names):
 
 
 @pytest.mark.parametrize("stage", marked(TRAINED))
-def test_four_processes_train_as_one_does(equality_runs, together, stage):
+def test_several_processes_train_as_one_does(equality_runs, together, stage):
     mesh = MESH if MESHES[stage] == MESH else (1, 1, 1)
     assert_same_run(stage, Outcome.read(together / stage), equality_runs.outcome(stage, mesh))
     assert len(list((together / stage).rglob("metrics*"))) == 1
 
 
 @pytest.mark.parametrize("stage", marked(stages.STORES))
-def test_four_processes_store_the_same_bytes(equality_runs, together, stage):
+def test_several_processes_store_the_same_bytes(equality_runs, together, num_processes, stage):
     """As one process with as many devices as each of them: another number of devices rounds otherwise."""
-    assert stored(together / stage) == stored(equality_runs.workdir(stage, (2, 1, 1)))
+    assert stored(together / stage) == stored(equality_runs.workdir(stage, (8 // num_processes, 1, 1)))
 
 
-def test_a_run_of_one_process_goes_on_as_four(equality_runs, together):
+def test_a_run_of_one_process_resumes_in_several(equality_runs, together):
     before = Outcome.read(equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2))
     after = Outcome.read(together / "continued")
     assert after.figures[: STEPS // 2] == before.figures
