@@ -1,12 +1,36 @@
 """Installation: lower bounds only; every stage runs with the plain requirements, on a CPU."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "beitv2_jax" / "__init__.py").read_text(), re.MULTILINE)
 
 setup(
     name="beitv2_jax",
-    version="0.1.0",
-    description="BEiT v2 in JAX/Flax: a visual tokenizer, masked image modelling on its codes, and their use.",
-    packages=find_packages(include=["beitv2_jax", "beitv2_jax.*"]),
+    version=VERSION,
+    description="BEiT v2 for TPUs and GPUs in JAX and Flax: a visual tokenizer, masked image modelling on its codes, "
+    "and their use.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The beitv2_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="BEiT, vision transformer, self-supervised learning, masked image modeling, VQ-KD, JAX, Flax, TPU",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    packages=[*find_packages(include=["beitv2_jax", "beitv2_jax.*"]), "beitv2_jax.configs"],
+    package_dir={"beitv2_jax.configs": "configs"},
+    package_data={"beitv2_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
