@@ -74,7 +74,8 @@ class Opened:
 def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
-    return tuple(open_source(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+    splits = (data.train_split, data.eval_split)
+    return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
 
 
 def train_batches(

@@ -190,7 +190,7 @@ def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     assert figures["eval/mean_iou"] > 0.7 and figures["eval/pixel_accuracy"] > 0.8
     assert figures["loss"] < 0.6
     (bad,) = read_bad_records(workdir)
-    assert bad["split"] == "validation" and "no whole PNG" in bad["cause"]
+    assert bad["split"] == "validation" and "none of PNG" in bad["cause"]
     assert figures["eval/mean_iou"] == pytest.approx((figures["eval/iou/0"] + figures["eval/iou/1"]) / 2)
     with Image.open(workdir / "segmentation.png") as picture:
         assert picture.width > 1000 and picture.height > 300

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from beitv2_jax.data.decode import MAX_PIXELS, CorruptImageError
 from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.errors import UserError
 
+# those without loss; what JPEG or WebP leave of a number is another number
+_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+MAP_SUFFIXES = (".pbm", ".pgm", ".ppm", ".gif", ".bmp", ".tiff", ".tif", ".png")
+"""Endings of the files of label maps; where two files have one stem, the later ending counts."""
 # one number a pixel: grey, palette (whose colours mean nothing) and bilevel
 _ONE_CHANNEL = ("L", "P", "1")
 
@@ -77,7 +81,7 @@ class LabelIds:
 
 
 def decode_label_map(encoded: bytes, where: str = "an unnamed example") -> UInt8[np.ndarray, "H W"]:
-    """Decode a label map held in memory, a PNG of 8 bits a pixel, to the numbers in it.
+    """Decode a label map held in memory, a PNG, TIFF, BMP, GIF or PPM of 8 bits a pixel, to the numbers in it.
 
     Grey and palette images are taken as they are; colours only if the three channels are one.
 
@@ -85,7 +89,7 @@ def decode_label_map(encoded: bytes, where: str = "an unnamed example") -> UInt8
       CorruptImageError: the bytes are no complete image, or of another kind; the message names `where`.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise CorruptImageError(where, f"its label map claims {image.width} x {image.height} pixels")
             if image.mode in _ONE_CHANNEL:
@@ -95,8 +99,10 @@ def decode_label_map(encoded: bytes, where: str = "an unnamed example") -> UInt8
             mode = image.mode
     except (CorruptImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise CorruptImageError(where, f"its label map is none of {', '.join(_FORMATS)}") from error
     except Exception as error:  # on damaged bytes Pillow's parsers raise nearly anything
-        raise CorruptImageError(where, f"its label map is no whole PNG: {error}") from error
+        raise CorruptImageError(where, f"its label map is damaged: {error}") from error
     raise CorruptImageError(where, f"its label map is of mode {mode}, not of 8 bits a pixel")
 
 
@@ -109,7 +115,7 @@ def _one_channel(pixels: UInt8[np.ndarray, "H W 3"], where: str) -> UInt8[np.nda
 def label_map_size(encoded: bytes) -> tuple[int, int] | None:
     """Return (height, width) as the header says; None where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             return image.height, image.width
     except Exception:  # the example is reported where it is decoded
         return None

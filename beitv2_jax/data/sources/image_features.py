@@ -23,8 +23,8 @@ class ImageFeatures:
         if "image" not in features:
             raise UserError(
                 f"{where} has no feature 'image'; it has {', '.join(features)}.",
-                "it is not a set of images",
-                "a TFDS set for image classification, such as tfds:imagenette",
+                "Is it a data set of something else than images?",
+                "Write --config.data.source=tfds:NAME of a set for image classification, such as tfds:imagenette.",
             )
         self._features = features
         encoded = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]

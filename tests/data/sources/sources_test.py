@@ -84,7 +84,7 @@ def test_folder_identity_follows_the_files(split_folder, tmp_path):
 def test_folder_mistakes_have_words(tmp_path, split_folder):
     with pytest.raises(UserError, match="does not exist"):
         open_source(f"folder:{tmp_path}/nowhere", "train")
-    with pytest.raises(UserError, match="it has train, val"):
+    with pytest.raises(UserError, match=r"it has train, val\.\n.*mean 'train'"):
         open_source(f"folder:{split_folder}", "trial")
     with pytest.raises(UserError, match="TFDS sets only"):
         open_source(f"folder:{split_folder}", "train[:50%]")
@@ -92,7 +92,7 @@ def test_folder_mistakes_have_words(tmp_path, split_folder):
     with pytest.raises(UserError, match="no images"):
         open_source(f"folder:{tmp_path}/empty", "train")
     for spec in ("birds", "tfds:", "zip:x", "folder:", ""):
-        with pytest.raises(UserError, match=r"tfds:NAME.*folder:PATH.*embedded"):
+        with pytest.raises(UserError, match=r"folder:PATH.*tfds:NAME.*embedded"):
             open_source(spec, "train")
 
 
