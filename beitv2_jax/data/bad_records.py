@@ -64,7 +64,10 @@ class BadRecords:
         causes = collections.Counter(entry.cause for entry in source.left_out)
         for cause, count in causes.most_common():
             first = next(entry.where for entry in source.left_out if entry.cause == cause)
-            logging.warning("%s: %d left out, such as %s: %s; listed in %s", what, count, first, cause, self.path)
+            logging.warning(
+                "%s: %d files or folders are left out, such as %s: %s; listed in %s",
+                *(what, count, first, cause, self.path),
+            )
         if source.empty_classes:
             names = ", ".join(source.empty_classes[:20]) + (", ..." if len(source.empty_classes) > 20 else "")
             count = len(source.empty_classes)

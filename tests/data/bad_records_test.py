@@ -93,6 +93,9 @@ def test_files_that_are_no_examples_stand_there_once_and_are_logged_by_cause(tmp
     BadRecords(tmp_path).note_left_out(source)  # a run that is continued
     expected = [{"split": "train", "example_id": None, **entry._asdict()} for entry in left_out]
     assert read_bad_records(tmp_path) == expected
-    assert len(warnings) == 6 and "train of folder:x: 2 left out, such as a/1.heic: odd; listed in" in warnings[0]
-    assert "1 left out, such as @eaDir: system" in warnings[1]
+    assert (
+        len(warnings) == 6
+        and "train of folder:x: 2 files or folders are left out, such as a/1.heic: odd; listed in" in warnings[0]
+    )
+    assert "1 files or folders are left out, such as @eaDir: system" in warnings[1]
     assert warnings[2] == "split train of folder:x: 2 of 4 classes have no images: b, d"
