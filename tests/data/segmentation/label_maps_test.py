@@ -38,13 +38,25 @@ def test_numbers_that_start_at_zero():
     np.testing.assert_array_equal(ids.classes(np.array([[0, 10, 11]], np.uint8), ""), [[0, 10, IGNORED]])
 
 
+def test_any_number_can_be_any_class():
+    ids = LabelIds(num_classes=2, ignored=(1,), mapping=((255, 1), (0, 0), (7, 1)))
+    numbers = np.array([[0, 1, 7, 255]], np.uint8)
+    np.testing.assert_array_equal(ids.classes(numbers, ""), [[0, IGNORED, 1, 1]])
+    with pytest.raises(CorruptImageError, match="number 2, neither a class nor ignored"):
+        ids.classes(np.array([[2]], np.uint8), "")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(num_classes=12, ignored=(11,)), r"labels.ignored has 11, which is class 11 of 12"),
-        (dict(num_classes=256), "do not fit"),
+        (dict(num_classes=12, ignored=(11,)), r"labels.ignored has 11, which is class 11"),
+        (dict(num_classes=12, ignored=(-1,)), r"labels.ignored has -1, which is no number of 8 bits"),
+        (dict(num_classes=2, ignored=(9,), mapping=((9, 1),)), r"labels.ignored has 9, which is class 1\.\n"),
+        (dict(num_classes=2, mapping=((0, 0), (255, 2))), r"the pair \(255, 2\), .* a class from 0 to 1\."),
+        (dict(num_classes=2, mapping=((256, 0),)), r"the pair \(256, 0\)"),
+        (dict(num_classes=256), "256 classes is not possible"),
+        (dict(num_classes=1), "1 classes is not possible"),
         (dict(num_classes=150, offset=120), "do not fit"),
-        (dict(num_classes=0), "do not fit"),
     ],
 )
 def test_numbers_that_contradict_each_other_are_refused(settings, text):
