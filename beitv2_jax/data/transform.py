@@ -141,6 +141,8 @@ def readable_image(example: dict[str, Any], grey_size: int) -> tuple[UInt8[np.nd
     """Decode a source's record; return its pixels and "", or a grey square of `grey_size` and "where: cause"."""
     where = words_for(example)
     try:
+        if fault := example.get("fault", ""):
+            raise decode.CorruptImageError(where, fault)
         return decode.decode_image(example["image"], where), ""
     except decode.CorruptImageError as error:
         return np.full((grey_size, grey_size, 3), GREY, np.uint8), f"{where}: {error.cause}"

@@ -38,7 +38,10 @@ class Source(Protocol):
         """Return the number of examples."""
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id` and `where` (words for errors)."""
+        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id`, `where` (words for errors).
+
+        Where the example cannot be used although its image may be whole, `fault` says why.
+        """
 
 
 def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "train") -> Source:

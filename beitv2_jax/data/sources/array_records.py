@@ -21,7 +21,7 @@ import numpy as np
 from beitv2_jax.data import array_files
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.examples import image_and_label
-from beitv2_jax.data.sources.image_features import ImageFeatures
+from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault, listed_class_names
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.errors import UserError
 
@@ -68,7 +68,8 @@ class ArrayRecordSource:
             [FileInstruction(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
         )
         self._read = _reader(features, self._records[0], self._files[0])
-        self.class_names = _listed_class_names(self._files[0]) if features is None else features.class_names
+        folder = os.path.dirname(self._files[0])
+        self.class_names = listed_class_names(folder) if features is None else features.class_names
         self.num_classes = len(self.class_names)
         self.name = f"arrayrecord:{_digest(self._files, counts)}"
 
@@ -82,6 +83,7 @@ class ArrayRecordSource:
         return {
             "image": image,
             "label": label,
+            "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
             "where": f"{self._files[file]}, record {record} (example {example_id})",
         }
@@ -121,7 +123,7 @@ def _tfds_features(files: list[str]) -> ImageFeatures | None:
     import tensorflow_datasets as tfds
 
     folder = described.pop()
-    return ImageFeatures(tfds.features.FeaturesDict.from_config(folder), f"The TFDS set in {folder}")
+    return ImageFeatures(tfds.features.FeaturesDict.from_config(folder), f"The TFDS set in {folder}", folder)
 
 
 def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, list[str]]:
@@ -185,11 +187,6 @@ def _plain_image(record: bytes) -> tuple[bytes, int]:
 def _example(record: bytes) -> tuple[bytes, int]:
     # what has no image is found out where it is decoded, and counted there
     return image_and_label(record) or (b"", -1)
-
-
-def _listed_class_names(file: str) -> tuple[str, ...]:
-    names = pathlib.Path(file).with_name("labels.txt")
-    return tuple(names.read_text().split("\n")[:-1]) if names.is_file() else ()
 
 
 def _digest(files: list[str], counts: list[int]) -> str:

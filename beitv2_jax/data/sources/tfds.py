@@ -5,7 +5,7 @@ import pathlib
 import re
 from typing import Any
 
-from beitv2_jax.data.sources.image_features import ImageFeatures
+from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
 from beitv2_jax.errors import UserError
 
@@ -26,7 +26,7 @@ class TfdsSource:
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
-        self._features = ImageFeatures(builder.info.features, where)
+        self._features = ImageFeatures(builder.info.features, where, directory)
         try:
             self._records = builder.as_data_source(self.split, decoders=self._features.decoders)
         except NotImplementedError as error:
@@ -53,6 +53,7 @@ class TfdsSource:
         return {
             "image": image,
             "label": label,
+            "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
             "where": f"{self.name}, split {self.split}, example {example_id}",
         }

@@ -148,6 +148,49 @@ def test_tfds_splits_slices_and_versions(tfds_directory):
         open_source("tfds:prime_images", "extra", tfds_directory)
 
 
+class OtherLabels(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Six images whose labels are no class labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    label: tfds.features.FeatureConnector
+    values: tuple
+
+    def _info(self):
+        features = {"image": tfds.features.Image(encoding_format="png"), "label": self.label}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, value in enumerate(self.values):
+            yield number, {"image": _png(number), "label": value}
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    [
+        (tfds.features.Scalar(np.int64), (0, 1, 2, 2, 1, 3)),
+        (tfds.features.Tensor(shape=(), dtype=np.uint8), (0, 1, 2, 2, 1, 3)),
+        (tfds.features.Text(), ("owl", "crow", "wrén", "wrén", "crow", "newt")),
+    ],
+)
+def test_labels_that_are_numbers_or_texts_are_used_where_the_classes_are_listed(label, values, tmp_path):
+    kind = type("Builder", (OtherLabels,), dict(name="others", label=label, values=values), skip_registration=True)
+    kind(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    directory = tmp_path / "others" / "1.0.0"
+    for spec in ("tfds:others", f"arrayrecord:{directory}/*train*"):
+        plain = open_source(spec, "train", str(tmp_path))
+        assert (plain.num_classes, {plain[i]["label"] for i in range(6)}) == (0, {-1})
+    (directory / "labels.txt").write_text("owl\ncrow\nwrén", encoding="utf-8")  # the last line may lack its end
+    for spec in ("tfds:others", f"arrayrecord:{directory}/*train*"):
+        source = open_source(spec, "train", str(tmp_path))
+        assert source.class_names == ("owl", "crow", "wrén")
+        examples = {int(decode_image(source[i]["image"])[0, 0, 0]): source[i] for i in range(6)}
+        assert [examples[i]["label"] for i in range(5)] == [0, 1, 2, 2, 1]
+        assert [examples[i]["fault"] for i in range(6)] == [""] * 5 + ["its label is none of the 3 classes"]
+
+
 def test_missing_tfds_set_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError, match=r"(?s)imagenette.*not prepared.*download_and_prepare"):
         open_source("tfds:imagenette", "train", str(tmp_path))
