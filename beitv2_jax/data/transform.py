@@ -63,9 +63,10 @@ class TrainTransform:
     def __post_init__(self):
         if self.targets is not None and not 0 < self.num_views <= self.targets.num_views:
             raise UserError(
-                f"views.num_views is {self.num_views}, the stored targets hold {self.targets.num_views} views.",
-                "stored targets exist for a fixed number of views only; 0 would ask for a new view each epoch",
-                f"views.num_views = {self.targets.num_views}",
+                f"The config asks for views.num_views={self.num_views}, but the stored targets hold "
+                f"{self.targets.num_views} views.",
+                "Did you mean all stored views? With 0 every epoch would have a new view, which is not stored.",
+                f"Write --config.views.num_views={self.targets.num_views}.",
             )
 
     def __call__(self, example: dict[str, Any], epoch: int) -> Example:

@@ -60,8 +60,8 @@ class LabelIds:
         for number, label in self.mapping:
             if not (0 <= number <= 255 and 0 <= label < self.num_classes):
                 raise UserError(
-                    f"labels.mapping has the pair ({number}, {label}), which is not a number from 0 to 255 and a class "
-                    f"from 0 to {self.num_classes - 1}.",
+                    f"The config's labels.mapping has the pair ({number}, {label}), which is not a number from 0 to 255 "
+                    f"and a class from 0 to {self.num_classes - 1}.",
                     "Did you exchange the two, or count the classes from 1?",
                     "Write --config.labels.mapping='((NUMBER, CLASS), ...)' with classes from 0 on, or a higher "
                     "--config.model.num_classes.",
@@ -71,7 +71,7 @@ class LabelIds:
             what = f"class {self._class_of[clash[0]]}" if clash[0] in self._class_of else "no number of 8 bits"
             rest = tuple(number for number in self.ignored if number not in clash)
             raise UserError(
-                f"labels.ignored has {clash[0]}, which is {what}.",
+                f"The config's labels.ignored has {clash[0]}, which is {what}.",
                 "Does --config.model.num_classes count what is ignored, or is the offset that of another data set?",
                 f"Write --config.labels.ignored='{rest}', or other values of --config.model.num_classes and "
                 "--config.labels.offset.",
