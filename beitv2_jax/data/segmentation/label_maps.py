@@ -60,8 +60,8 @@ class LabelIds:
         for number, label in self.mapping:
             if not (0 <= number <= 255 and 0 <= label < self.num_classes):
                 raise UserError(
-                    f"The config's labels.mapping has the pair ({number}, {label}), which is not a number from 0 to 255 "
-                    f"and a class from 0 to {self.num_classes - 1}.",
+                    f"The config's labels.mapping has the pair ({number}, {label}), which is not a number from 0 to "
+                    f"255 and a class from 0 to {self.num_classes - 1}.",
                     "Did you exchange the two, or count the classes from 1?",
                     "Write --config.labels.mapping='((NUMBER, CLASS), ...)' with classes from 0 on, or a higher "
                     "--config.model.num_classes.",

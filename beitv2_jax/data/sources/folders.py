@@ -51,9 +51,16 @@ class FolderSource:
         # what holds images: of each class the folders of its name, all there is if there are no classes
         folders = [(label, file) for label, name in enumerate(self.class_names) for file in folders_here.get(name, ())]
         self._labels, self._folders = zip(*folders or [(-1, "")], strict=True)
-        listed = [list_images(self._root / folder) for folder in self._folders] if folders else [beside]
-        self._files = _Names(listing.images for listing in listed)
-        self.left_out = tuple(entry for listing in [beside, *(listed if folders else ())] for entry in listing.left_out)
+        left_out = [*beside.left_out]
+
+        def images_of(folder: str) -> list[str]:
+            listing = list_images(self._root / folder)
+            left_out.extend(listing.left_out)
+            return listing.images
+
+        # folder by folder: the names of all, as Python's strings, would not fit into memory
+        self._files = _Names(map(images_of, self._folders) if folders else [beside.images])
+        self.left_out = tuple(left_out)
         if not len(self._files):
             raise UserError(
                 f"There are no images in {self._root}{first_left_out(self.left_out)}.",

@@ -324,6 +324,7 @@ def test_array_records_of_plain_images(record_files):
     files = ["a-train-2", "a-train-2", "a-train-2", "b-train-1", "b-train-1"]
     for i, (file, record) in enumerate(zip(files, [0, 1, 2, 0, 1], strict=True)):
         assert examples[i]["where"] == f"{record_files}/{file}.array_record, record {record} (example {i})"
+    assert source.left_out == ((f"{record_files}/c-train-3.array_record", "it has no records"),)
     held_out = open_source(f"arrayrecord:{record_files}/*-{{split}}-*", "test")
     assert (len(held_out), held_out.split) == (1, "val")
     assert len(open_source(f"arrayrecord:{record_files}/*-train-*", "anything")) == 5
