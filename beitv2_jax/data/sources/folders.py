@@ -58,7 +58,7 @@ class FolderSource:
             left_out.extend(listing.left_out)
             return listing.images
 
-        # folder by folder: the names of all, as Python's strings, would not fit into memory
+        # folder by folder, as Python's strings take three times the memory of `_Names`
         self._files = _Names(map(images_of, self._folders) if folders else [beside.images])
         self.left_out = tuple(left_out)
         if not len(self._files):
