@@ -77,6 +77,7 @@ def get_config(arg=""):
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": {
                 "offset": 1,  # number of class 0 in the label maps
+                "mapping": (),  # pairs (number, class), in place of the offset; several numbers may be one class
                 "ignored": (0, 255),  # numbers of pixels without a class
             },
             "views": {

@@ -1,20 +1,29 @@
-"""The list of unreadable records that a stage met: `bad_records.jsonl` in its workdir, each example once.
+"""The list of what a stage could not use: `bad_records.jsonl` in its workdir, each example and each file once.
 
-Beside the data pipeline: it takes the host batches on their way to the device and reads their `faults`.
+Beside the data pipeline: it takes the host batches on their way to the device and reads their `faults`, and from the
+sources the files that are no examples.
 """
 
+import collections
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 
+class LeftOut(NamedTuple):
+    """A file or folder of a data set that is no example of it: its path, and the cause in words ("its name ...")."""
+
+    where: str
+    cause: str
+
+
 class BadRecords:
-    """Append every unreadable example to a file, once in the life of the workdir.
+    """Append every unreadable example, and every file that is left out, to a file, once in the life of the workdir.
 
     Process k of several writes `bad_records-k.jsonl`, since appends of several machines to one file can be lost;
     process 0 and a lone process write `bad_records.jsonl`. An example stands in one of the files only.
@@ -49,6 +58,24 @@ class BadRecords:
                 self.path,
             )
 
+    def note_left_out(self, source) -> None:
+        """Log which files of an opened source are no examples, and why, and which classes have none; list the files."""
+        what = f"split {source.split} of {source.name}"
+        causes = collections.Counter(entry.cause for entry in source.left_out)
+        for cause, count in causes.most_common():
+            first = next(entry.where for entry in source.left_out if entry.cause == cause)
+            logging.warning(
+                "%s: %d files or folders are left out, such as %s: %s; listed in %s",
+                *(what, count, first, cause, self.path),
+            )
+        if source.empty_classes:
+            names = ", ".join(source.empty_classes[:20]) + (", ..." if len(source.empty_classes) > 20 else "")
+            count = len(source.empty_classes)
+            logging.warning("%s: %d of %d classes have no images: %s", what, count, source.num_classes, names)
+        records = [{"split": source.split, "example_id": None, **entry._asdict()} for entry in source.left_out]
+        if new := [record for record in records if _key(record) not in self._known]:
+            self._append(new)
+
     def noted(self, batches: Iterable[dict], split: str) -> Iterator[dict]:
         """Yield `batches` as they are, recording their faults."""
         for batch in batches:
@@ -68,7 +95,10 @@ class BadRecords:
 
 
 def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return what all processes of a stage recorded, as {"split", "example_id", "where", "cause"}."""
+    """Return what all processes of a stage recorded, as {"split", "example_id", "where", "cause"}.
+
+    The example id of a file that was left out is None.
+    """
     records = []
     for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
         for line in path.read_text().splitlines():
@@ -79,8 +109,9 @@ def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _key(record: dict[str, Any]) -> tuple[str, int]:
-    return record["split"], record["example_id"]
+def _key(record: dict[str, Any]) -> tuple[str, int | str]:
+    example_id = record["example_id"]
+    return record["split"], record["where"] if example_id is None else example_id
 
 
 def bad_record(split: str, example_id: int, fault: str) -> dict[str, Any]:

@@ -20,6 +20,9 @@ MAX_PIXELS = 178_956_970
 
 # The formats that photographs come in. Pillow knows more; some of them start other programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm")
+"""Endings, in lower case, of files in the formats that are decoded; an MPO file begins with an ordinary JPEG."""
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 # Pillow warns of a doubtful EXIF block or of a palette with transparency, once per image: nothing anyone could act on
@@ -32,9 +35,9 @@ class CorruptImageError(UserError):
 
     def __init__(self, where: str, cause: str):
         super().__init__(
-            f"The image of {where} cannot be decoded: {cause}",
-            "the file is damaged, or it is no image in spite of its name",
-            "replace or remove it; a data set prepared from it has to be prepared again",
+            f"The image of {where} cannot be decoded: {cause.rstrip('.')}.",
+            "Is the file damaged, or no image in spite of its name?",
+            "Replace or remove it, and prepare data sets again that were prepared from it.",
         )
         self.where, self.cause = where, cause
 

@@ -32,8 +32,9 @@ class BatchRows:
         if self.batch_size % self.process_count:
             raise UserError(
                 f"The batch of {self.batch_size} cannot be divided among {self.process_count} processes.",
-                "run.batch_size is the global batch, over all processes",
-                f"run.batch_size = a multiple of {self.process_count}",
+                "Did you mean the batch of one process? A batch size is that of all processes together.",
+                f"Write a multiple of {self.process_count} as --config.run.batch_size, and as "
+                "--config.evaluation.batch_size of a segmentation.",
             )
 
     def __call__(self, step: int) -> range:

@@ -120,15 +120,15 @@ def train_iterator(
     if batch_size > len(source):
         raise UserError(
             f"The batch of {batch_size} is larger than the {len(source)} examples of {source.name}.",
-            "run.batch_size was meant for a larger data set",
-            f"run.batch_size <= {len(source)}",
+            "Is run.batch_size that of a larger data set?",
+            f"Write --config.run.batch_size=N with a number up to {len(source)}.",
         )
     targets = getattr(transform, "targets", None)
     if targets is not None and len(targets) != len(source):
         raise UserError(
             f"The stored targets have {len(targets)} examples, {source.name} split {source.split} has {len(source)}.",
-            "they were made from another data set or another split",
-            "make the targets again from this data",
+            "Were they made from another data set or another split?",
+            "Make the targets again from these data, in another --workdir of the stage that made them.",
         )
     rows_per_epoch = len(source) // batch_size * batch_size
     load = TrainRow(source, transform, EpochOrder(seed, len(source)), rows_per_epoch)

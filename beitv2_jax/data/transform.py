@@ -63,9 +63,10 @@ class TrainTransform:
     def __post_init__(self):
         if self.targets is not None and not 0 < self.num_views <= self.targets.num_views:
             raise UserError(
-                f"views.num_views is {self.num_views}, the stored targets hold {self.targets.num_views} views.",
-                "stored targets exist for a fixed number of views only; 0 would ask for a new view each epoch",
-                f"views.num_views = {self.targets.num_views}",
+                f"The config asks for views.num_views={self.num_views}, but the stored targets hold "
+                f"{self.targets.num_views} views.",
+                "Did you mean all stored views? With 0 every epoch would have a new view, which is not stored.",
+                f"Write --config.views.num_views={self.targets.num_views}.",
             )
 
     def __call__(self, example: dict[str, Any], epoch: int) -> Example:
@@ -141,6 +142,8 @@ def readable_image(example: dict[str, Any], grey_size: int) -> tuple[UInt8[np.nd
     """Decode a source's record; return its pixels and "", or a grey square of `grey_size` and "where: cause"."""
     where = words_for(example)
     try:
+        if fault := example.get("fault", ""):
+            raise decode.CorruptImageError(where, fault)
         return decode.decode_image(example["image"], where), ""
     except decode.CorruptImageError as error:
         return np.full((grey_size, grey_size, 3), GREY, np.uint8), f"{where}: {error.cause}"

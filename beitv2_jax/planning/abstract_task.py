@@ -106,7 +106,7 @@ def count_examples(config, given: int = 0) -> int:
         if re.search(pattern, data.source):
             return count
     try:
-        return len(open_source(data.source, data.train_split, data.data_dir))
+        return len(open_source(data.source, data.train_split, data.data_dir, data.train_split))
     except UserError as error:
         raise UserError(
             f"The number of images in data.source={data.source!r} is unknown. {error.happened}",

@@ -21,7 +21,8 @@ def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
     text = f"# Pipeline report\n\n{table}\n"
     for name, stage in stages.items():
         if stage.stage == "tokenize":
-            source = open_source(stage.data.source, stage.data.eval_split, stage.data.data_dir)
+            data = stage.data
+            source = open_source(data.source, data.eval_split, data.data_dir, data.train_split)
             reader = TargetReader(os.path.join(workdir, name, "centre"), source.split)
             draw_code_rows(source, reader, os.path.join(workdir, "codes.png"))
             text += "\nThe 16 most used codes on the evaluation images, one row each:\n\n![codes](codes.png)\n"

@@ -16,6 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, segment, targets, verify
@@ -76,6 +77,10 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     os.makedirs(workdir, exist_ok=True)
     with contextlib.nullcontext() if config.stage in STORES else workdir_lock.held(workdir):
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        if jax.process_index() == 0:
+            records = BadRecords(workdir)
+            for source in task.sources:
+                records.note_left_out(source)
         figures = RUNNERS[config.stage](task, config, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}

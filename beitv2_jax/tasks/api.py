@@ -6,7 +6,7 @@ The modules of this package build a `Task` from a config; `beitv2_jax.training` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Array, PRNGKeyArray
@@ -15,6 +15,7 @@ from beitv2_jax.typing import PyTree, Scalar
 
 if TYPE_CHECKING:  # only for annotations: compiling a step needs nothing that reads data
     from beitv2_jax.data.pipeline import TrainIterator
+    from beitv2_jax.data.sources import Source
     from beitv2_jax.data.target_cache.encoding import Encoding
 
 Batch = dict[str, Any]
@@ -55,7 +56,8 @@ class Task:
     Attributes:
         name: the stage, as shown in logs.
         num_train_examples: images in one epoch.
-        splits: names of the train and the eval split, for the list of unreadable records.
+        sources: the train and the eval split; whoever runs the task reports what they leave out.
+        splits: their names, for the list of unreadable records.
         init: `(key) -> {"params", "model_state"}`, values at step 0.
         loss: `(params, model_state, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what
             is to be minimised in the mean, and its `LossParts`.
@@ -83,6 +85,7 @@ class Task:
     finish: Callable[[ModelState, PyTree, Array], tuple[ModelState, dict[str, Scalar]]] = _unchanged
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
+    sources: Sequence[Source] = ()
     splits: tuple[str, str] = ("train", "validation")
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)

@@ -80,6 +80,7 @@ def build(config) -> Task:
     """
     sources = inputs.open_sources(config)
     source = sources[0]
+    inputs.refuse_fewer_than_two_classes(source)
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",
@@ -119,6 +120,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         ),
         frozen={},
         num_train_examples=len(source),
+        sources=opened.sources,
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),
         eval_batches=functools.partial(inputs.eval_batches, eval_source, config),

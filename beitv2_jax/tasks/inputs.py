@@ -19,6 +19,7 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
+from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
@@ -74,7 +75,22 @@ class Opened:
 def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
-    return tuple(open_source(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+    splits = (data.train_split, data.eval_split)
+    return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
+
+
+def refuse_fewer_than_two_classes(source: Source) -> None:
+    """Raise UserError unless the images of at least two classes are there to learn from."""
+    num_classes = source.num_classes - len(source.empty_classes)
+    if num_classes < 2:
+        raise UserError(
+            f"{source.name} has {num_classes} classes with images in its split {source.split}, which leaves nothing to "
+            "classify.",
+            "Did you mean a data set with labels, or the folder above this one?",
+            "Write --config.data.source=folder:PATH with one folder per class, or tfds:NAME of a labelled data set; "
+            "where labels are numbers or texts without names, put labels.txt with one class name a line beside the "
+            "records.",
+        )
 
 
 def train_batches(

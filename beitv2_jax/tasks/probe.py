@@ -49,12 +49,7 @@ def build(config) -> Probe:
         UserError: the data set has no labels, or the run is missing, of another stage or of another image size.
     """
     sources = inputs.open_sources(config)
-    if sources[0].num_classes < 2:
-        raise UserError(
-            f"{sources[0].name} has {sources[0].num_classes} classes: there is nothing to probe.",
-            "Did you mean a data set with labels?",
-            "Write --config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
-        )
+    inputs.refuse_fewer_than_two_classes(sources[0])
     run = read_run(config.backbone.run)
     trained = config_lib.from_json(run.config)
     if trained.stage != "mim" or trained.views.image_size != config.views.image_size:

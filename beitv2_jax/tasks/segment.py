@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.segmentation import windows
+from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.segmentation.transforms import CropTransform, WindowRow, window_row
@@ -88,9 +89,13 @@ def build(config) -> Task:
     """Build the segmentation task.
 
     Raises:
-        UserError: the data set is missing or has no label maps, or the classes do not fit its numbers.
+        UserError: the data set is missing or has no label maps, or their numbers are not those of the classes.
     """
-    return make_task(config, inputs.Opened(open_sources(config)))
+    sources = open_sources(config)
+    for source, is_training in zip(sources, (True, False), strict=True):
+        max_bad = config.data.max_bad_fraction
+        check_numbers(source, label_ids(config), max_bad_fraction=max_bad, is_training=is_training)
+    return make_task(config, inputs.Opened(sources))
 
 
 def open_sources(config):
@@ -120,6 +125,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         ),
         finish=segment_finish,
         num_train_examples=len(source),
+        sources=opened.sources,
         splits=(source.split, eval_source.split),
         train_batches=_train_batches(config, source),
         eval_batches=EvalBatches(config, eval_source),
@@ -157,7 +163,7 @@ def sliding(config) -> windows.Sliding:
 
 def label_ids(config) -> LabelIds:
     """Return what the numbers in the label maps of a segment config mean."""
-    return LabelIds(config.model.num_classes, config.labels.offset, config.labels.ignored)
+    return LabelIds(config.model.num_classes, **config.labels)
 
 
 def no_decay(path: str) -> bool:

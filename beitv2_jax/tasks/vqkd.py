@@ -143,6 +143,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         finish=vqkd_finish(model.quantizer, window),
         frozen=opened.frozen,
         num_train_examples=len(source),
+        sources=opened.sources,
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
         eval_batches=functools.partial(

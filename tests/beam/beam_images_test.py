@@ -124,6 +124,16 @@ def test_the_bytes_do_not_depend_on_who_reads_what(kind, tars, prepared, tmp_pat
         assert (directory / name).read_bytes() == (prepared[0] / name).read_bytes(), name
 
 
+def test_class_folders_are_read_to_their_depth_and_system_folders_are_none(tmp_path):
+    for path in ("owl/1.jpg", "owl/in/deep/2.txt", "owl/@eaDir/3.jpg", "@eaDir/4.jpg", "wren/.5.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    classes = beam_images.find_classes(str(tmp_path))
+    assert list(classes) == ["owl", "wren"]
+    files = [entry for named in classes.items() for entry in beam_images._read(named)]
+    assert files == [("owl", "1.jpg", b"owl/1.jpg"), ("owl", "in/deep/2.txt", b"owl/in/deep/2.txt")]
+
+
 def test_a_tar_that_breaks_off_and_a_name_that_comes_twice(tmp_path):
     same = [("x.jpg", _jpeg(1)), ("x.jpg", _jpeg(2)), ("./.hidden", b""), ("sub/y.jpg", _jpeg(3))]
     _pack(tmp_path / "twice.tar", same)

@@ -270,7 +270,7 @@ def test_published_segmentation_recipes(arg):
     assert (optim.schedule, optim.min_lr, optim.warmup) == ("linear", 0.0, "1500 steps")
     assert (optim.betas, optim.weight_decay, optim.weight_decay_end, optim.clip_norm) == ((0.9, 0.999), 0.05, 0.05, 0.0)
     assert (config.run.batch_size, config.run.duration, config.run.eval_every) == (16, "160000 steps", "16000 steps")
-    assert config.labels.to_dict() == {"offset": 1, "ignored": (0, 255)}
+    assert config.labels.to_dict() == {"offset": 1, "mapping": (), "ignored": (0, 255)}
     assert config.loss.to_dict() == {"auxiliary_weight": 0.4, "count_unlabelled": True}
     assert config.views.to_dict() == {
         "image_size": 512,

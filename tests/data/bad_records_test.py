@@ -1,11 +1,12 @@
 """The list of unreadable records: each example once, across batches, resumes and processes, whatever a crash left."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
-from beitv2_jax.data.bad_records import BadRecords, read_bad_records
+from beitv2_jax.data.bad_records import BadRecords, LeftOut, read_bad_records
 
 
 def batch(*faulty, size=5, first=10):
@@ -81,3 +82,20 @@ def test_noted_batches_pass_unchanged(tmp_path):
     passed = list(BadRecords(tmp_path / "new" / "folder").noted(batches, "validation"))
     assert all(new is old for new, old in zip(passed, batches, strict=True))
     assert read_bad_records(tmp_path / "new" / "folder") == [record(10, "validation"), record(16, "validation")]
+
+
+def test_files_that_are_no_examples_stand_there_once_and_are_logged_by_cause(tmp_path, warnings):
+    left_out = [LeftOut("a/1.heic", "odd"), LeftOut("a/2.heic", "odd"), LeftOut("@eaDir", "system")]
+    source = types.SimpleNamespace(
+        split="train", name="folder:x", left_out=left_out, empty_classes=("b", "d"), num_classes=4
+    )
+    BadRecords(tmp_path).note_left_out(source)
+    BadRecords(tmp_path).note_left_out(source)  # a run that is continued
+    expected = [{"split": "train", "example_id": None, **entry._asdict()} for entry in left_out]
+    assert read_bad_records(tmp_path) == expected
+    assert (
+        len(warnings) == 6
+        and "train of folder:x: 2 files or folders are left out, such as a/1.heic: odd; listed in" in warnings[0]
+    )
+    assert "1 files or folders are left out, such as @eaDir: system" in warnings[1]
+    assert warnings[2] == "split train of folder:x: 2 of 4 classes have no images: b, d"

@@ -129,3 +129,10 @@ def test_evaluation_crops(source):
     bad = EvalTransform(7)(source[11])
     assert (bad["images"] == transform.GREY).all() and bad["images"].shape == (7, 7, 3)
     assert bad["weight"] == 0 and bad["faults"].startswith("list/11: ")
+
+
+def test_a_record_that_its_source_finds_fault_with_does_not_count(source):
+    example = source[20] | {"fault": "its label is none of the 3 classes"}
+    for item in (make()(example, 0), EvalTransform(8)(example)):
+        assert item["weight"] == 0 and item["faults"] == "list/20: its label is none of the 3 classes"
+        assert (item["images"] == transform.GREY).all()

@@ -10,7 +10,7 @@ from beitv2_jax.tasks import inputs, targets
 class FakeSource:
     """A data set of which only the description is asked for."""
 
-    name, split, class_names = "fake", "train", ()
+    name, split, class_names, empty_classes = "fake", "train", (), ()
 
     def __init__(self, num_classes):
         self.num_classes = num_classes

@@ -174,6 +174,7 @@ def write_folder(root):
             numbers[:3] = 0
             Image.fromarray(numbers).save(root / "annotations" / split / f"{index}.png")
     (root / "annotations" / "validation" / "1.png").write_bytes(b"corrupt")
+    (root / "images" / "training" / "notes.txt").write_text("no image")
 
 
 def test_a_run_learns_reports_and_can_be_exported(tmp_path):
@@ -189,8 +190,9 @@ def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     figures = stages.run_stage(config_lib.resolve(config, str(workdir)), str(workdir))["figures"]
     assert figures["eval/mean_iou"] > 0.7 and figures["eval/pixel_accuracy"] > 0.8
     assert figures["loss"] < 0.6
-    (bad,) = read_bad_records(workdir)
-    assert bad["split"] == "validation" and "no whole PNG" in bad["cause"]
+    left_out, bad = read_bad_records(workdir)
+    assert left_out["where"].endswith("training/notes.txt") and left_out["example_id"] is None
+    assert bad["split"] == "validation" and "none of PNG" in bad["cause"]
     assert figures["eval/mean_iou"] == pytest.approx((figures["eval/iou/0"] + figures["eval/iou/1"]) / 2)
     with Image.open(workdir / "segmentation.png") as picture:
         assert picture.width > 1000 and picture.height > 300

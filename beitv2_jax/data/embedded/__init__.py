@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from beitv2_jax import rng as streams
 from beitv2_jax.data.embedded import scenes
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 
 JPEG_QUALITY = 92
 # below this, starting worker processes takes longer than drawing
@@ -116,18 +116,18 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     whole or not at all. `tfds.builder_from_directory` opens it.
 
     Raises:
-      UserError: no such config.
+      UserError: no such config, or the directory cannot be written.
     """
     names = [entry.name for entry in Beitv2Scenes.BUILDER_CONFIGS]
     if config not in names:
         raise UserError(
             f"The embedded data set has no config {config!r}.",
-            "data.source names a size that does not exist",
-            " or ".join(f"embedded/{name}" for name in names),
+            f"Did you mean 'embedded/{nearest(config, names)}'?",
+            f"Write --config.data.source={' or '.join(f'embedded/{name}' for name in names)}.",
         )
     builder = Beitv2Scenes(data_dir=os.fspath(data_dir) or None, config=config, file_format="array_record")
     directory = pathlib.Path(builder.data_path)
-    if directory.exists():
+    if os.path.exists(directory):
         return directory
     logging.info("drawing the embedded data set '%s' into %s (once) ...", config, directory)
     tfds.disable_progress_bar()  # one bar of ours says more than its four
@@ -135,10 +135,14 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
         # its words on stdout speak of a download
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
-    except OSError:
+    except OSError as error:
         # another process may have drawn the same set meanwhile: its directory is as good as ours
-        if not directory.exists():
-            raise
+        if not os.path.exists(directory):
+            raise UserError(
+                f"The embedded data set cannot be drawn into {directory}: {error.strerror or error}.",
+                "May this user not write there (by default it lies below the home directory), or is the disk full?",
+                "Write --config.data.data_dir=DIR of a folder that you may write to and that has 100 MB of free space.",
+            ) from error
     finally:
         tfds.enable_progress_bar()
     return directory

@@ -39,8 +39,8 @@ def _module():
             raise
         raise UserError(
             "Apache Beam is not installed.",
-            "the project was installed without its extra",
-            "pip install -e '.[beam]' (EXTRAS=beam for the launch scripts)",
+            "Did you install the project without the extra 'beam'?",
+            "Run pip install -e '.[beam]', or set EXTRAS=beam for the launch scripts.",
         ) from error
     return beam_images
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from tensorflow_datasets.core import writer
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.prepare.tars import tar_files
 from beitv2_jax.data.sources.examples import in_fixed_order
+from beitv2_jax.data.sources.folders import class_folders, list_images
 from beitv2_jax.errors import UserError
 
 REPORT, SUMMARY = "report.jsonl", "summary.json"
@@ -42,22 +44,23 @@ def find_classes(pattern: str) -> dict[str, str]:
     tars = pattern if pattern.endswith(".tar") else f"{pattern.rstrip('/')}/*.tar"
     paths = [found.path for match in FileSystems.match([tars]) for found in match.metadata_list]
     if not paths and os.path.isdir(pattern):
-        paths = [entry.path for entry in os.scandir(pattern) if entry.is_dir() and not entry.name.startswith(".")]
+        folders = class_folders(pathlib.Path(pattern)).values()
+        paths = [os.path.join(pattern, folder) for spellings in folders for folder in spellings]
     classes: dict[str, str] = {}
     for path in sorted(paths):
-        name = posixpath.basename(path).removesuffix(".tar")
+        name = unicodedata.normalize("NFC", posixpath.basename(path).removesuffix(".tar"))
         if name in classes:
             raise UserError(
                 f"The class {name} is there twice: {classes[name]} and {path}.",
-                "two collections match the same glob",
-                "a glob of one of them, or other names",
+                "Do two collections match the same glob, or two spellings of one name?",
+                "Write a glob of one of them, or rename one.",
             )
         classes[name] = path
     if not classes:
         raise UserError(
             f"{pattern} holds neither tars nor class folders.",
-            "the glob is misspelt, was expanded by the shell, or the folder cannot be seen from here",
-            "--input='DIR/*.tar' in quotes, or --input=DIR with one tar or folder a class",
+            "Did you mistype the glob, did the shell expand it, or can the folder not be seen from here?",
+            "Write --input='DIR/*.tar' in quotes, or --input=DIR of a folder with one tar or folder a class.",
         )
     return classes
 
@@ -179,9 +182,10 @@ def _read(named: tuple[str, str]) -> Iterator[tuple[str, str, bytes | None]]:
     """Yield (class, file name, content) of all files of a class; a tar that breaks off ends with content None."""
     name, path = named
     if not path.endswith(".tar"):
-        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-            if entry.is_file() and not entry.name.startswith("."):
-                yield name, entry.name, pathlib.Path(entry.path).read_bytes()
+        images, left_out = list_images(pathlib.Path(path))
+        for file in sorted([os.path.join(path, image) for image in images] + [entry.where for entry in left_out]):
+            if os.path.isfile(file):
+                yield name, os.path.relpath(file, path), pathlib.Path(file).read_bytes()
         return
     seen: collections.Counter[str] = collections.Counter()
     try:
@@ -208,7 +212,7 @@ class _Check(beam.DoFn):
                 raise CorruptImageError(key, "the tar breaks off here")
             decode_image(content, key)
         except CorruptImageError as error:
-            cause = re.sub(r" at 0x[0-9a-f]+", "", error.happened.partition(": ")[2])
+            cause = re.sub(r" at 0x[0-9a-f]+", "", error.cause)
             yield beam.pvalue.TaggedOutput("left_out", {"file": key, "problem": "unreadable", "cause": cause})
         else:
             yield hashlib.blake2b(content, digest_size=16).digest(), (key, name, content)

@@ -54,7 +54,14 @@ def prepare(archive_dir: str | os.PathLike, data_dir: str | os.PathLike = "") ->
     directory = pathlib.Path(builder.data_path)
     if not directory.exists():
         splits = _splits(pathlib.Path(archive_dir).expanduser(), builder.info.features["label"].names)
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The directory {directory.parent} cannot be made: {error.strerror}.",
+                "May this user not write there (by default it lies below the home directory)?",
+                "Write --data_dir=DIR of a folder that you may write to.",
+            ) from error
         with _alone(directory):
             _write(directory, builder.info, splits)
     return directory
@@ -65,8 +72,8 @@ def _splits(archive_dir: pathlib.Path, class_names: list[str]) -> dict[str, arch
     if unknown := sorted(set(devkit.synset_of_id.values()) - set(class_names)):
         raise UserError(
             f"{archive_dir / archives.DEVKIT} has the class {unknown[0]}, which is none of ImageNet-1k.",
-            "it is the devkit of another challenge",
-            f"the one of ILSVRC 2012, tasks 1 and 2: {archives.DEVKIT}",
+            "Is it the devkit of another challenge?",
+            f"Put {archives.DEVKIT} of ILSVRC 2012, tasks 1 and 2, into --archives.",
         )
     splits = {
         "train": archives.train_images(archive_dir / archives.TRAIN, devkit),
@@ -86,8 +93,8 @@ def _alone(directory: pathlib.Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"Another process is preparing {directory}.",
-                "the command was started twice",
-                "wait for the first one",
+                "Did you start the command twice?",
+                "Wait until the first one has ended.",
             ) from error
         yield
 
@@ -116,8 +123,8 @@ def _check_room(directory: pathlib.Path, splits: dict[str, archives.Images]) -> 
     if needed > free:
         raise UserError(
             f"{directory} has room for {free / 1e9:.2f} GB, the records need {needed / 1e9:.2f} GB.",
-            "the disk is too small or holds something else",
-            "--data_dir on another disk, or make room",
+            "Is the disk too small, or does it hold something else?",
+            "Write --data_dir=DIR on another disk, or delete what is not needed on this one.",
         )
 
 

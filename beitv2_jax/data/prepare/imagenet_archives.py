@@ -196,22 +196,23 @@ def _check_there(path: pathlib.Path) -> None:
     if not path.is_file():
         raise UserError(
             f"There is no {path}.",
-            "it was not downloaded, has another name, or --archives names another directory",
-            f"{TRAIN}, {VALIDATION} and {DEVKIT} from image-net.org in one directory, packed; {TESTS[0]} if wanted",
+            "Was it not downloaded, does it have another name, or does --archives name another directory?",
+            f"Put {TRAIN}, {VALIDATION} and {DEVKIT} (and {TESTS[0]} if you want it) from image-net.org into one "
+            "directory, without unpacking them, and write --archives=DIR.",
         )
 
 
 def _damaged(path: pathlib.Path, cause: str) -> UserError:
     return UserError(
         f"{path} is damaged: {cause}.",
-        "its download broke off, or it is another kind of file",
-        "download it again and compare its MD5 sum with the one on image-net.org",
+        "Did its download break off, or is it another kind of file?",
+        "Download it again and compare its MD5 sum with the one on image-net.org.",
     )
 
 
 def _wrong(path: pathlib.Path, difference: str) -> UserError:
     return UserError(
         f"{path} {difference}.",
-        "it belongs to another challenge or task, was packed anew, or lies beside another devkit",
-        f"{TRAIN}, {VALIDATION} and {DEVKIT} as image-net.org offers them for ILSVRC 2012, tasks 1 and 2",
+        "Does it belong to another challenge or task, was it packed anew, or does it lie beside another devkit?",
+        f"Use {TRAIN}, {VALIDATION} and {DEVKIT} as image-net.org offers them for ILSVRC 2012, tasks 1 and 2.",
     )

@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import unicodedata
 from typing import Any
 
-from beitv2_jax.data.decode import CorruptImageError
-from beitv2_jax.data.segmentation.label_maps import decode_label_map
+from beitv2_jax.data.bad_records import LeftOut
+from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
+from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
 from beitv2_jax.data.sources import open_with
-from beitv2_jax.data.sources.folders import IMAGE_SUFFIXES, digest_of_names, listed_images
+from beitv2_jax.data.sources.folders import class_folders, digest_of_names, first_left_out, list_images
 from beitv2_jax.data.sources.splits import refuse_slice, resolve_split
 from beitv2_jax.data.sources.tfds import TfdsSource
 from beitv2_jax.errors import UserError
@@ -19,14 +21,17 @@ _FOLDER_NAMES = {"train": ("train", "training"), "training": ("training", "train
 
 
 class FolderLabelMaps:
-    """`PATH/images/<split>/<stem>.jpg` with `PATH/annotations/<split>/<stem>.png`, as ADE20K is published.
+    """`PATH/images/<split>/**/<stem>.jpg` with `PATH/annotations/<split>/**/<stem>.png`, as ADE20K is published.
 
-    The splits train and training are tried for each other, and so are validation, val and test. Examples are the
-    sorted images. The name follows the data when they are moved, and changes when files do.
+    Images and maps may have any ending of `IMAGE_SUFFIXES` and `MAP_SUFFIXES`. The splits train and training are tried
+    for each other, and so are validation, val and test. Examples are the sorted images. The name follows the data when
+    they are moved, and changes when files do.
 
     Raises:
       UserError: no such folder or split, no images, or an image without its map.
     """
+
+    num_classes, class_names, empty_classes = 0, (), ()
 
     def __init__(self, path: str, split: str):
         root = pathlib.Path(path).expanduser()
@@ -35,28 +40,36 @@ class FolderLabelMaps:
         if not (root / IMAGES).is_dir() or not (root / MAPS).is_dir():
             raise UserError(
                 f"{root} has no folders {IMAGES} and {MAPS}.",
-                "data.source=folder:PATH is misspelt, relative to another directory, or names one of the two",
-                f"the folder that holds {IMAGES}/<split>/*.jpg and {MAPS}/<split>/*.png; now in {pathlib.Path.cwd()}",
+                f"Did you mean a folder below {pathlib.Path.cwd()}, where the program runs, or name one of the two?",
+                f"Write --config.data.source=folder:PATH with the folder of {IMAGES}/<split>/ and {MAPS}/<split>/.",
             )
-        available = sorted(entry.name for entry in (root / IMAGES).iterdir() if entry.is_dir())
+        available = [folder for spellings in class_folders(root / IMAGES).values() for folder in spellings]
         asked = next((name for name in _FOLDER_NAMES.get(split, (split,)) if name in available), split)
         self.split = resolve_split(asked, available, f"The folder {root / IMAGES}")
         self._images, self._maps = root / IMAGES / self.split, root / MAPS / self.split
-        self._files = listed_images(self._images)
+        images, maps = list_images(self._images), list_images(self._maps)
+        self._files = images.images
         if not self._files:
             raise UserError(
-                f"There are no images in {self._images}.",
-                f"they lie deeper, or end in something else than {' '.join(IMAGE_SUFFIXES)}",
-                f"{self._images}/<stem>.jpg",
+                f"There are no images in {self._images}{first_left_out(images.left_out)}.",
+                f"Did you mean another folder, or images whose names end in {' '.join(IMAGE_SUFFIXES)}?",
+                f"Put the images into {self._images}.",
             )
-        maps = set(os.listdir(self._maps)) if self._maps.is_dir() else set()
-        if missing := [file for file in self._files if _map_of(file) not in maps]:
+        map_of = {_stem(file): file for suffix in MAP_SUFFIXES for file in maps.images if file.lower().endswith(suffix)}
+        if missing := [file for file in self._files if _stem(file) not in map_of]:
             raise UserError(
                 f"{len(missing)} of {len(self._files)} images in {self._images} have no label map, {missing[0]} one.",
-                "the maps were not unpacked, or have other names",
-                f"{self._maps / _map_of(missing[0])}",
+                "Were the label maps not unpacked, or do they have other names?",
+                f"Give {missing[0]} the label map {self._maps / pathlib.PurePath(missing[0]).with_suffix('.png')}, and "
+                "the others theirs, or move these images away.",
             )
-        self.num_classes, self.class_names = 0, ()
+        self._map_files = [map_of[_stem(file)] for file in self._files]
+        unused = [os.fspath(self._maps / file) for file in sorted(set(maps.images) - set(self._map_files))]
+        self.left_out = (
+            *images.left_out,
+            *maps.left_out,
+            *(LeftOut(file, f"no image in {self._images} has this label map") for file in unused),
+        )
         self.name = f"folder:{root.resolve().name}@{digest_of_names(self._files)}"
 
     def __len__(self) -> int:
@@ -66,7 +79,7 @@ class FolderLabelMaps:
         path = self._images / self._files[example_id]
         return {
             "image": path.read_bytes(),
-            "label_map": (self._maps / _map_of(path.name)).read_bytes(),
+            "label_map": (self._maps / self._map_files[example_id]).read_bytes(),
             "example_id": int(example_id),
             "where": f"{path} (example {example_id})",
         }
@@ -75,8 +88,9 @@ class FolderLabelMaps:
         return FolderLabelMaps, (self._path, self._asked)
 
 
-def _map_of(file: str) -> str:
-    return f"{pathlib.PurePath(file).stem}.png"
+def _stem(file: str) -> str:
+    """Return a path without its ending, in the one of Unicode's spellings that image and map are compared in."""
+    return unicodedata.normalize("NFC", os.path.splitext(file)[0])
 
 
 class TfdsLabelMaps(TfdsSource):
@@ -92,16 +106,18 @@ class TfdsLabelMaps(TfdsSource):
         if not self._map:
             raise UserError(
                 f"{self.name} has no label maps; its images are {', '.join(self._features.decoders)}.",
-                "it is a set for classification",
-                f"a TFDS set with an image feature {' or '.join(map(repr, MAP_FEATURES))}, or folder:PATH",
+                "Is it a data set for classification?",
+                "Write --config.data.source=tfds:NAME of a set with an image feature "
+                f"{' or '.join(map(repr, MAP_FEATURES))}, or folder:PATH.",
             )
         try:
             decode_label_map(self._records[0][self._map], f"{self.name}, example 0")
         except CorruptImageError as error:
             raise UserError(
                 f"The label maps of {self.name} cannot be used: {error.cause}.",
-                "TFDS prepares scene_parse150 1.0.0 from the instance maps of 2017, which are no scene parsing",
-                "folder:PATH of ADEChallengeData2016 as published, or a TFDS set prepared from it",
+                "Is it scene_parse150 1.0.0, which TFDS prepares from the instance maps of 2017?",
+                "Write --config.data.source=folder:PATH of ADEChallengeData2016 as published, or tfds:NAME of a set "
+                "prepared from it.",
             ) from error
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
@@ -127,7 +143,8 @@ def open_label_maps(spec: str, split: str, data_dir: str = "") -> FolderLabelMap
     if source is None:
         raise UserError(
             f"There is no source of label maps {spec!r}.",
-            "data.source lacks its kind, or is of a kind that has images alone",
-            "folder:PATH (images/ and annotations/), tfds:NAME (a prepared TFDS set with label maps) or embedded",
+            "Did you leave out the kind of the source, or write one of images alone?",
+            "Write --config.data.source=folder:PATH (with images/ and annotations/ in it), tfds:NAME (a prepared TFDS "
+            "set with label maps) or embedded.",
         )
     return source

@@ -4,9 +4,11 @@ A source is random access by example id (its index), gives encoded bytes, and is
 It is the first station of the data pipeline. None needs TensorFlow.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
 from beitv2_jax.data.sources.folders import FolderSource
 from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
@@ -21,36 +23,45 @@ class Source(Protocol):
       split: name of the split as the data set itself calls it.
       num_classes: number of labels, 0 if there are none.
       class_names: their names, in label order.
+      left_out: files that were found but are no examples.
+      empty_classes: names of the classes without examples, where that is known without reading the data.
     """
 
     name: str
     split: str
     num_classes: int
     class_names: tuple[str, ...]
+    left_out: Sequence[LeftOut]
+    empty_classes: Sequence[str]
 
     def __len__(self) -> int:
         """Return the number of examples."""
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id` and `where` (words for errors)."""
+        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id`, `where` (words for errors).
+
+        Where the example cannot be used although its image may be whole, `fault` says why.
+        """
 
 
-def open_source(spec: str, split: str, data_dir: str = "") -> Source:
+def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "train") -> Source:
     """Open `tfds:NAME[/CONFIG][:VERSION]`, `arrayrecord:GLOB`, `folder:PATH` or `embedded[/CONFIG]`.
 
     `data_dir` is the TFDS directory ("" = TFDS's default); only `tfds` and `embedded` look there. Of the split names
     validation, val and test, the others are tried when the one asked for does not exist. TFDS slices such as
-    `train[:10%]` work for TFDS sets.
+    `train[:10%]` work for TFDS sets. The folders of `train_split` number the classes of an image folder.
 
     Raises:
       UserError: unknown kind of source, data not there, or no such split.
     """
-    readers = {"folder": FolderSource, "arrayrecord": ArrayRecordSource, "tfds": TfdsSource}
+    folder = functools.partial(FolderSource, train_split=train_split)
+    readers = {"folder": folder, "arrayrecord": ArrayRecordSource, "tfds": TfdsSource}
     if (source := open_with(readers, spec, split, data_dir)) is None:
         raise UserError(
             f"There is no data source {spec!r}.",
-            "data.source in the config lacks its kind, or the kind is misspelt",
-            "tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files), folder:PATH (images) or embedded",
+            "Did you leave out the kind of the source, or mistype it?",
+            "Write --config.data.source=folder:PATH (images), tfds:NAME (a prepared TFDS set), arrayrecord:GLOB "
+            "(ArrayRecord files) or embedded.",
         )
     return source
 

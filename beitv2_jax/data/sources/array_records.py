@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.data import array_files
+from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.examples import image_and_label
-from beitv2_jax.data.sources.image_features import ImageFeatures
+from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault, listed_class_names
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.errors import UserError
 
@@ -36,9 +37,13 @@ class ArrayRecordSource:
     for, unless that is one to evaluate on. The name is a digest of the files' names below the folder they share, their
     sizes and their numbers of records: it follows the data when they are moved and changes when they do.
 
+    Files without records are left out.
+
     Raises:
       UserError: no file matches, one is no ArrayRecord file, or the records hold no images.
     """
+
+    empty_classes = ()
 
     def __init__(self, pattern: str, split: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -53,16 +58,18 @@ class ArrayRecordSource:
         elif "{split}" not in pattern and split in EVALUATION_SPLITS:
             raise UserError(
                 f"Nothing tells which records of {pattern} are the split {split!r}.",
-                "the same glob would give the images for training and those to evaluate on",
-                "{split} in the glob where the names of the files hold the split, or data.eval_split=''",
+                "Did you mean to train and to evaluate on the same images, which this glob would give?",
+                "Write {split} in the glob where the names of the files or folders hold the split.",
             )
         self._files, counts = _counted(files, pattern)
+        self.left_out = tuple(LeftOut(file, "it has no records") for file in files if file not in set(self._files))
         self._ends = np.cumsum(counts)
         self._records = ArrayRecordDataSource(
             [FileInstruction(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
         )
         self._read = _reader(features, self._records[0], self._files[0])
-        self.class_names = _listed_class_names(self._files[0]) if features is None else features.class_names
+        folder = os.path.dirname(self._files[0])
+        self.class_names = listed_class_names(folder) if features is None else features.class_names
         self.num_classes = len(self.class_names)
         self.name = f"arrayrecord:{_digest(self._files, counts)}"
 
@@ -76,6 +83,7 @@ class ArrayRecordSource:
         return {
             "image": image,
             "label": label,
+            "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
             "where": f"{self._files[file]}, record {record} (example {example_id})",
         }
@@ -95,8 +103,8 @@ def _matching(pattern: str, split: str) -> tuple[str, list[str]]:
             break
     raise UserError(
         f"No file matches {pattern} for the split {split!r}.",
-        "data.source=arrayrecord:GLOB is misspelt, relative to another directory, or was expanded by the shell",
-        f"quotes around it, and a glob such as 'DIR/train*.array_record*'; now in {pathlib.Path.cwd()}",
+        f"Did you mistype the glob, mean another folder than {pathlib.Path.cwd()}, or did the shell expand the glob?",
+        "Write --config.data.source='arrayrecord:DIR/train*.array_record*', in quotes and with the absolute path DIR.",
     )
 
 
@@ -109,13 +117,13 @@ def _tfds_features(files: list[str]) -> ImageFeatures | None:
     if len(folders) > 1:
         raise UserError(
             f"The glob takes files of a TFDS data set in {min(described)} and others beside them.",
-            "two data sets, or two versions of one, match the same glob",
-            "a glob of one folder",
+            "Do two data sets, or two versions of one, match the same glob?",
+            "Write --config.data.source=arrayrecord:GLOB with a glob of one folder.",
         )
     import tensorflow_datasets as tfds
 
     folder = described.pop()
-    return ImageFeatures(tfds.features.FeaturesDict.from_config(folder), f"The TFDS set in {folder}")
+    return ImageFeatures(tfds.features.FeaturesDict.from_config(folder), f"The TFDS set in {folder}", folder)
 
 
 def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, list[str]]:
@@ -139,8 +147,8 @@ def _counted(files: list[str], pattern: str) -> tuple[list[str], list[int]]:
     if not kept:
         raise UserError(
             f"The files that match {pattern} hold no records.",
-            "they were never finished",
-            "write them again, or another glob",
+            "Was the program that wrote them stopped before they were finished?",
+            "Write these files again, or write another glob as --config.data.source=arrayrecord:GLOB.",
         )
     return [file for file, _ in kept], [count for _, count in kept]
 
@@ -150,9 +158,9 @@ def _num_records(file: str) -> int:
         return array_files.num_records(file)
     except Exception as error:  # its own class, which it does not export
         raise UserError(
-            f"{file} is no whole ArrayRecord file: {error}",
-            "its copy broke off, or the glob takes files of another kind",
-            "copy it again, or a glob of ArrayRecord files alone",
+            f"{file} is no whole ArrayRecord file: {error}.",
+            "Did the copying of it break off, or does the glob take files of another kind?",
+            "Copy the file again, or write a glob that takes ArrayRecord files alone.",
         ) from error
 
 
@@ -166,8 +174,9 @@ def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes,
         return _example
     raise UserError(
         f"The records of {file} are neither images nor examples with one: the first begins with {first[:16]!r}.",
-        "they hold something else, or their features have other names",
-        "encoded images; tf.train.Example with 'image' or 'image/encoded'; or files of a TFDS data set",
+        "Do they hold something else, or do their features have other names?",
+        "Write records that are encoded images or tf.train.Example with the feature 'image' or 'image/encoded', or use "
+        "the files of a TFDS data set.",
     )
 
 
@@ -178,11 +187,6 @@ def _plain_image(record: bytes) -> tuple[bytes, int]:
 def _example(record: bytes) -> tuple[bytes, int]:
     # what has no image is found out where it is decoded, and counted there
     return image_and_label(record) or (b"", -1)
-
-
-def _listed_class_names(file: str) -> tuple[str, ...]:
-    names = pathlib.Path(file).with_name("labels.txt")
-    return tuple(names.read_text().split("\n")[:-1]) if names.is_file() else ()
 
 
 def _digest(files: list[str], counts: list[int]) -> str:

@@ -3,61 +3,90 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, refuse_slice, resolve_split
+from beitv2_jax.data.bad_records import LeftOut
+from beitv2_jax.data.decode import IMAGE_SUFFIXES
+from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_OF_SERVERS = {"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"}
+SYSTEM_FOLDERS = _OF_SERVERS | {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
+"""Folders that operating systems and file servers make among those of the user."""
 
 
 class FolderSource:
-    """Images in class folders, `PATH/<split>/<class>/*`, or without classes, `PATH/<split>/*`.
+    """Images in class folders, `PATH/<split>/<class>/**`, or without classes, `PATH/<split>/*`.
 
-    `<split>/` may be missing for the split "train". Labels number the sorted class names, example ids the sorted
-    files of the sorted classes; without classes the label is -1. A split beside `train` takes its class names from
-    there, so that a class missing in it shifts no label. The name carries a digest of the relative file names: it
-    follows the data when they are moved and changes when files do.
+    `<split>/` may be missing for the training split. Labels number the sorted class names, example ids the sorted files
+    of the sorted classes; without classes the label is -1. Every split takes its class names from the training split,
+    so that a class missing in it shifts no label. The name carries a digest of the relative file names and of the
+    classes without images: it follows the data when they are moved and changes when they do.
 
     Costs 8 bytes and its name a file in every process: 0.4 GB for 14 million.
+
+    Args:
+      path: folder of the splits.
+      split: the one to open.
+      train_split: the one whose folders number the classes.
+
+    Raises:
+      UserError: no such folder or split, no images, images beside the class folders, or a class that the training
+        split has not.
     """
 
-    def __init__(self, path: str, split: str):
+    def __init__(self, path: str, split: str, train_split: str = "train"):
         root = pathlib.Path(path).expanduser()
-        self._path, self._asked = path, split
-        self.split, self._root, class_directory = _folder_of_split(root, split)
-        self.class_names = _class_folders(class_directory)
+        self._arguments = (path, split, train_split)
+        self.split, self._root, class_directory = _folder_of_split(root, split, train_split)
+        self.class_names = tuple(class_folders(class_directory))
         self.num_classes = len(self.class_names)
-        _check_classes(self._root, class_directory, self.class_names)
-        folders = self.class_names or ("",)
-        self._files = _Names(listed_images(self._root / folder) for folder in folders)
+        folders_here = class_folders(self._root)
+        beside = list_images(self._root, deep=False)
+        _check_classes(self._root, folders_here, beside.images, class_directory, self.class_names)
+        # what holds images: of each class the folders of its name, all there is if there are no classes
+        folders = [(label, file) for label, name in enumerate(self.class_names) for file in folders_here.get(name, ())]
+        self._labels, self._folders = zip(*folders or [(-1, "")], strict=True)
+        left_out = [*beside.left_out]
+
+        def images_of(folder: str) -> list[str]:
+            listing = list_images(self._root / folder)
+            left_out.extend(listing.left_out)
+            return listing.images
+
+        # folder by folder, as Python's strings take three times the memory of `_Names`
+        self._files = _Names(map(images_of, self._folders) if folders else [beside.images])
+        self.left_out = tuple(left_out)
         if not len(self._files):
             raise UserError(
-                f"There are no images in {self._root}.",
-                f"they lie deeper, or end in something else than {' '.join(IMAGE_SUFFIXES)}",
-                f"{self._root}/<class>/<image>, or {self._root}/<image> for images without classes",
+                f"There are no images in {self._root}{first_left_out(self.left_out)}.",
+                f"Did you mean another folder, or images whose names end in {' '.join(IMAGE_SUFFIXES)}?",
+                f"Put the images into {self._root}/<class>/, or into {self._root} itself to use them without classes.",
             )
-        prefixes = [os.fsencode(f"{name}/") for name in self.class_names] or [b""]
-        self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes)}"
+        present = {label for label, count in zip(self._labels, self._files.group_sizes, strict=True) if count}
+        self.empty_classes = tuple(name for label, name in enumerate(self.class_names) if label not in present)
+        prefixes = [f"{self.class_names[label]}/" if folders else "" for label in self._labels]
+        self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes, self.empty_classes)}"
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        label, file = self._files[example_id]
-        path = self._root / (self.class_names[label] if self.class_names else "") / file
+        group, file = self._files[example_id]
+        path = self._root / self._folders[group] / file
         return {
             "image": path.read_bytes(),
-            "label": label if self.class_names else -1,
+            "label": self._labels[group],
             "example_id": int(example_id),
             "where": f"{path} (example {example_id})",
         }
 
     def __reduce__(self):
-        return FolderSource, (self._path, self._asked)
+        return FolderSource, self._arguments
 
 
 class _Names:
@@ -76,6 +105,11 @@ class _Names:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of names in each group."""
+        return np.diff(self._group_ends).tolist()
+
     def __getitem__(self, index: int) -> tuple[int, str]:
         """Return the number of the group and the name."""
         if not 0 <= index < len(self):
@@ -86,69 +120,131 @@ class _Names:
     def _name(self, index: int) -> bytes:
         return bytes(self._text[self._ends[index] : self._ends[index + 1]])
 
-    def digest(self, prefixes: list[bytes]) -> str:
-        """Return a digest of all names, each behind the prefix of its group."""
+    def digest(self, prefixes: Iterable[str], empty: Iterable[str] = ()) -> str:
+        """Return a digest of all names, each behind the prefix of its group, and of the names of `empty` folders."""
         hasher, separator = hashlib.blake2b(digest_size=6), b""
         for prefix, start, end in zip(prefixes, self._group_ends[:-1], self._group_ends[1:], strict=True):
+            encoded = os.fsencode(prefix)
             for index in range(start, end):
-                hasher.update(separator + prefix + self._name(index))
+                hasher.update(separator + encoded + self._name(index))
                 separator = b"\n"
+        for folder in empty:
+            hasher.update(separator + os.fsencode(f"{folder}/"))
         return hasher.hexdigest()
 
 
 def digest_of_names(names: list[str]) -> str:
     """Return a digest of file names."""
-    return _Names([names]).digest([b""])
+    return _Names([names]).digest([""])
+
+
+class Listing(NamedTuple):
+    """What a folder holds: paths of images below it, sorted, and what else is there."""
+
+    images: list[str]
+    left_out: list[LeftOut]
+
+
+def list_images(directory: pathlib.Path, *, deep: bool = True) -> Listing:
+    """List the visible images in `directory` and, if `deep`, in the folders below it; none if it does not exist."""
+    images, left_out = [], []
+    pending: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    while pending:
+        below, above = pending.pop()
+        here = (*above, os.path.realpath(directory / below))
+        for entry in _visible(directory / below):
+            is_folder = entry.is_dir()
+            if is_folder and os.path.realpath(entry.path) in here:
+                cause = "it is a link to a folder that holds it"
+            else:
+                cause = _cause_to_leave_out(entry)
+            if cause:
+                left_out.append(LeftOut(entry.path, cause))
+            elif not is_folder:
+                images.append(below + entry.name)
+            elif deep:
+                pending.append((f"{below}{entry.name}/", here))
+    return Listing(sorted(images), sorted(left_out))
+
+
+def _cause_to_leave_out(entry: os.DirEntry) -> str:
+    """Return why an entry is neither an image nor a folder of images; "" if it is one."""
+    if entry.is_dir():
+        return "it is a folder of the operating system or the file server" if entry.name in SYSTEM_FOLDERS else ""
+    if not entry.is_file():
+        return "it is a link to nothing, or no ordinary file"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    return f"its name ends in {suffix}, which is no image format that is read" if suffix else "its name has no ending"
 
 
 def _visible(directory: pathlib.Path) -> Iterator[os.DirEntry]:
-    if directory.is_dir():
+    if not directory.is_dir():
+        return
+    try:
         with os.scandir(directory) as entries:
             yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"The folder {directory} cannot be listed: {error.strerror}.",
+            "Is its file system still there, and may this user read it?",
+            f"Make {directory} readable, or write another --config.data.source.",
+        ) from error
 
 
-def _class_folders(directory: pathlib.Path) -> tuple[str, ...]:
-    """Return the sorted names of the visible folders in `directory`; none if it does not exist."""
-    return tuple(sorted(entry.name for entry in _visible(directory) if entry.is_dir()))
+def class_folders(directory: pathlib.Path) -> dict[str, list[str]]:
+    """Return the folders of each class in `directory`, sorted by class; none if it does not exist.
+
+    A class is a visible folder; the two spellings of an accented letter in Unicode, NFC and NFD, which file systems
+    choose between, are one.
+    """
+    names: dict[str, list[str]] = {}
+    for entry in _visible(directory):
+        if entry.is_dir() and entry.name not in SYSTEM_FOLDERS:
+            names.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry.name)
+    return {name: sorted(names[name]) for name in sorted(names)}
 
 
-def listed_images(directory: pathlib.Path) -> list[str]:
-    """Return the sorted names of the visible images in `directory`; none if it does not exist."""
-    return sorted(
-        entry.name for entry in _visible(directory) if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
-    )
+def first_left_out(left_out: Sequence[LeftOut]) -> str:
+    """Return the end of a sentence that says what lies in a folder without images."""
+    return f"; {len(left_out)} files are left out, such as {left_out[0].where}: {left_out[0].cause}" if left_out else ""
 
 
-def _check_classes(directory: pathlib.Path, class_directory: pathlib.Path, class_names: tuple[str, ...]) -> None:
+def _check_classes(
+    directory: pathlib.Path,
+    folders: Iterable[str],
+    beside: list[str],
+    class_directory: pathlib.Path,
+    class_names: tuple[str, ...],
+) -> None:
     """Raise a UserError unless every image of the split belongs to a class, or none does."""
-    unknown = sorted(set(_class_folders(directory)) - set(class_names))
+    unknown = sorted(set(folders) - set(class_names))
     if unknown:
         raise UserError(
-            f"{directory} has the class folder {unknown[0]!r}, which {class_directory} has not.",
-            "the splits hold different classes, so their labels would not agree",
-            f"the same class folders in both, or remove {directory / unknown[0]}",
+            f"{directory} has the class folder {unknown[0]!r}, which the training split {class_directory} has not.",
+            "Did you give the class another name in one of the splits, or is --config.data.train_split another one?",
+            f"Make the folder {class_directory / unknown[0]}, or move {directory / unknown[0]} away.",
         )
-    if class_names and (loose := listed_images(directory)):
+    if class_names and beside:
         raise UserError(
-            f"{directory} holds class folders and, beside them, {len(loose)} images such as {loose[0]}.",
-            "images without a class got among those with one",
-            "move them away, or all images into one folder to use them without classes",
+            f"{directory} holds class folders and, beside them, {len(beside)} images such as {beside[0]}.",
+            "Did images without a class get among those with one?",
+            f"Move these images out of {directory}, or all images into one folder to use them without classes.",
         )
 
 
-def _folder_of_split(root: pathlib.Path, split: str) -> tuple[str, pathlib.Path, pathlib.Path]:
+def _folder_of_split(root: pathlib.Path, split: str, train_split: str) -> tuple[str, pathlib.Path, pathlib.Path]:
     """Return the split's name, its folder, and the folder whose sub-folders number the classes."""
     if not root.is_dir():
         raise UserError(
             f"The image folder {root} does not exist.",
-            "data.source=folder:PATH is misspelt or relative to another directory",
-            f"a folder of images; now in {pathlib.Path.cwd()}",
+            f"Did you mean a folder below {pathlib.Path.cwd()}, where the program runs, or mistype the path?",
+            "Write --config.data.source=folder:PATH with the absolute path of a folder of images.",
         )
     refuse_slice(split, f"The image folder {root}")
-    splits = tuple(name for name in ("train", *EVALUATION_SPLITS) if (root / name).is_dir())
-    if (root / split).is_dir():
-        splits = (*splits, split)
-    if not splits and split == "train":
-        return "train", root, root
-    found = resolve_split(split, splits, f"The image folder {root}")
-    return found, root / found, root / ("train" if "train" in splits else found)
+    folders = [folder for spellings in class_folders(root).values() for folder in spellings]
+    if split == "train" and not {"train", *EVALUATION_SPLITS} & set(folders):
+        return split, root, root
+    found = resolve_split(split, folders, f"The image folder {root}")
+    return found, root / found, root / next((name for name in candidates(train_split) if name in folders), found)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, nearest
 
 EVALUATION_SPLITS = ("validation", "val", "test")
 
@@ -24,10 +24,17 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
     for candidate in candidates(name):
         if candidate in known:
             return candidate + bracket + tail
+    if not known:
+        raise UserError(
+            f"{where} has no split {split!r}, and no other one.",
+            "Did you mean another data set?",
+            "Write --config.data.source=SOURCE of a data set with splits.",
+        )
+    listed = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     raise UserError(
-        f"{where} has no split {split!r}; it has {', '.join(known) or 'none'}.",
-        "data.train_split or data.eval_split names a split of another data set",
-        f"one of: {', '.join(known) or 'a data set with splits'}",
+        f"{where} has no split {split!r}; it has {listed}.",
+        f"Did you mean {nearest(name, known)!r}?",
+        "Write --config.data.train_split=NAME and --config.data.eval_split=NAME, each with one of these names.",
     )
 
 
@@ -36,6 +43,6 @@ def refuse_slice(split: str, what: str) -> None:
     if "[" in split:
         raise UserError(
             f"{what} cannot be cut to {split!r}.",
-            "slices of a split exist for TFDS sets only",
-            f"the split {split.partition('[')[0]!r}, or data that are just these images",
+            "Did you expect slices of a split, which exist for TFDS sets only?",
+            f"Write {split.partition('[')[0]!r} for the whole split, or prepare a data set of just these images.",
         )

@@ -5,7 +5,7 @@ import pathlib
 import re
 from typing import Any
 
-from beitv2_jax.data.sources.image_features import ImageFeatures
+from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
 from beitv2_jax.errors import UserError
 
@@ -16,6 +16,8 @@ class TfdsSource:
     Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded.
     """
 
+    left_out = empty_classes = ()
+
     def __init__(self, directory: str | os.PathLike, split: str):
         import tensorflow_datasets as tfds
 
@@ -24,21 +26,21 @@ class TfdsSource:
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
-        self._features = ImageFeatures(builder.info.features, where)
+        self._features = ImageFeatures(builder.info.features, where, directory)
         try:
             self._records = builder.as_data_source(self.split, decoders=self._features.decoders)
         except NotImplementedError as error:
             raise UserError(
                 f"The TFDS set in {self._directory} has the format {builder.info.file_format.value}, which has no "
                 "random access.",
-                "it was prepared by TFDS with its default format",
-                f"remove it and prepare it again: {_preparation(builder.name)}",
+                "Was it prepared by TFDS with its default format?",
+                f"Remove it and prepare it again by {_preparation(builder.name)}.",
             ) from error
         except ValueError as error:
             raise UserError(
-                f"The split {split!r} cannot be cut: {error}",
-                "a slip in the slice",
-                "train[:10%] or train[100:200], for example",
+                f"The split {split!r} cannot be cut: {str(error).rstrip('.')}.",
+                "Did you mistype the slice?",
+                "Write it as in train[:10%] or train[100:200].",
             ) from error
         self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
@@ -51,6 +53,7 @@ class TfdsSource:
         return {
             "image": image,
             "label": label,
+            "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
             "where": f"{self.name}, split {self.split}, example {example_id}",
         }
@@ -85,16 +88,18 @@ def find_tfds(name: str, data_dir: str) -> str:
         raise UserError(
             f"The TFDS set {name!r} is not prepared in {data_dir or 'the TFDS default directory'}"
             + (f", which has {', '.join(prepared)}." if prepared else "."),
-            "another version or config was meant"
+            f"Did you mean 'tfds:{prepared[-1]}'?" if prepared else "Does it lie in another directory?",
+            f"Write --config.data.source=tfds:{prepared[-1]}."
             if prepared
-            else "it was never prepared, or lies in another directory",
-            f"tfds:{prepared[-1]}" if prepared else f"set data.data_dir, or prepare it: {_preparation(name, data_dir)}",
+            else f"Write --config.data.data_dir=DIR of the directory that holds it, or prepare it by "
+            f"{_preparation(name, data_dir)}.",
         ) from error
     except ValueError as error:
         raise UserError(
-            f"The TFDS set {name!r} cannot be looked up: {str(error).splitlines()[0]}",
-            "a slip in the name, or the set lies in several TFDS directories",
-            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION (1.2.3 or 1.*.*), and data.data_dir",
+            f"The TFDS set {name!r} cannot be looked up: {str(error).splitlines()[0].rstrip('.')}.",
+            "Did you mistype the name, or does the set lie in several TFDS directories?",
+            "Write --config.data.source=tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION (1.2.3 or 1.*.*), and "
+            "--config.data.data_dir=DIR.",
         ) from error
     return os.fspath(builder.data_dir)
 

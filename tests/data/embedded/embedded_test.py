@@ -130,8 +130,15 @@ def test_a_broken_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_unknown_config_is_explained(tmp_path):
-    with pytest.raises(UserError, match="embedded/scenes or embedded/tiny"):
+    with pytest.raises(UserError, match=r"embedded/scenes or embedded/tiny\."):
         embedded.prepare(tmp_path, "huge")
+
+
+def test_a_place_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "home").write_text("a file, which the superuser cannot write into either")
+    with pytest.raises(UserError, match=f"cannot be drawn into {tmp_path}/home/.*: Not a directory") as caught:
+        embedded.prepare(tmp_path / "home", "tiny")
+    assert "home directory" in caught.value.meant and "--config.data.data_dir=DIR" in caught.value.instead
 
 
 def color_moments(image: np.ndarray) -> np.ndarray:

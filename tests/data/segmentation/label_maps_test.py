@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -37,13 +38,25 @@ def test_numbers_that_start_at_zero():
     np.testing.assert_array_equal(ids.classes(np.array([[0, 10, 11]], np.uint8), ""), [[0, 10, IGNORED]])
 
 
+def test_any_number_can_be_any_class():
+    ids = LabelIds(num_classes=2, ignored=(1,), mapping=((255, 1), (0, 0), (7, 1)))
+    numbers = np.array([[0, 1, 7, 255]], np.uint8)
+    np.testing.assert_array_equal(ids.classes(numbers, ""), [[0, IGNORED, 1, 1]])
+    with pytest.raises(CorruptImageError, match="number 2, neither a class nor ignored"):
+        ids.classes(np.array([[2]], np.uint8), "")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(num_classes=12, ignored=(11,)), r"labels.ignored has 11, which is class 11 of 12"),
-        (dict(num_classes=256), "do not fit"),
+        (dict(num_classes=12, ignored=(11,)), r"labels.ignored has 11, which is class 11"),
+        (dict(num_classes=12, ignored=(-1,)), r"labels.ignored has -1, which is no number of 8 bits"),
+        (dict(num_classes=2, ignored=(9,), mapping=((9, 1),)), r"labels.ignored has 9, which is class 1\.\n"),
+        (dict(num_classes=2, mapping=((0, 0), (255, 2))), r"the pair \(255, 2\), .* a class from 0 to 1\."),
+        (dict(num_classes=2, mapping=((256, 0),)), r"the pair \(256, 0\)"),
+        (dict(num_classes=256), "256 classes is not possible"),
+        (dict(num_classes=1), "1 classes is not possible"),
         (dict(num_classes=150, offset=120), "do not fit"),
-        (dict(num_classes=0), "do not fit"),
     ],
 )
 def test_numbers_that_contradict_each_other_are_refused(settings, text):
@@ -67,9 +80,9 @@ def test_what_is_no_label_map_is_refused_by_name():
     for encoded, text in (
         (png(colors), "has colours"),
         (png(numbers, "I;16"), "mode I;16, not of 8 bits"),
-        (png(numbers)[:-500], "no whole PNG"),
-        (jpeg.getvalue(), "no whole PNG"),
-        (b"", "no whole PNG"),
+        (png(numbers)[:-500], "label map is damaged: image file is truncated"),
+        (jpeg.getvalue(), "none of PNG, TIFF, BMP, GIF, PPM"),
+        (b"", "none of PNG"),
     ):
         with pytest.raises(CorruptImageError, match=f"one.png .*{text}"):
             decode_label_map(encoded, "one.png")
@@ -105,6 +118,29 @@ def test_the_published_folders(tmp_path):
         open_label_maps(f"folder:{tmp_path / 'images'}", "train")
     with pytest.raises(UserError, match="no source of label maps 'arrayrecord:x'"):
         open_label_maps("arrayrecord:x", "train")
+
+
+def test_pairs_of_every_format_in_sub_folders_and_what_is_left_out(tmp_path):
+    images, maps = tmp_path / "images" / "train" / "city", tmp_path / "annotations" / "train" / "city"
+    images.mkdir(parents=True), maps.mkdir(parents=True)
+    numbers = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    names = [unicodedata.normalize("NFC", "é"), "b", "c", "d", "e"]
+    suffixes = ("tif", "png"), ("gif", "tif"), ("png", "bmp"), ("jpg", "gif"), ("ppm", "pgm")
+    for stem, (suffix, map_suffix) in zip(names, suffixes, strict=True):
+        Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(images / f"{stem}.{suffix}")
+        Image.fromarray(numbers).save(maps / f"{unicodedata.normalize('NFD', stem)}.{map_suffix}")
+    (maps / "alone.png").write_bytes(png(numbers)), (images / "x.heic").write_bytes(b"?")
+    source = open_label_maps(f"folder:{tmp_path}", "train")
+    assert len(source) == 5
+    for index in range(5):
+        np.testing.assert_array_equal(decode_label_map(source[index]["label_map"]), numbers)
+    assert {left_out.where: left_out.cause for left_out in source.left_out} == {
+        str(images / "x.heic"): "its name ends in .heic, which is no image format that is read",
+        str(maps / "alone.png"): f"no image in {images.parent} has this label map",
+    }
+    (maps / "b.tif").unlink()
+    with pytest.raises(UserError, match=r"1 of 5 images .* no label map, city/b.gif one"):
+        open_label_maps(f"folder:{tmp_path}", "train")
 
 
 def test_drawn_scenes_bring_their_maps():

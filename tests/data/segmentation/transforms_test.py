@@ -166,7 +166,11 @@ def test_what_cannot_be_read_is_a_row_that_does_not_count(broken):
         source["label_map"] = encoded(np.full((60, 100), 99, np.uint8))
     else:
         source[broken] = source[broken][:100]
-    cause = {"size": "90 x 60 pixels, the image 100 x 60", "number": "the number 99", "label_map": "label map is no"}
+    cause = {
+        "size": "90 x 60 pixels, the image 100 x 60",
+        "number": "the number 99",
+        "label_map": "label map is damaged",
+    }
     good = example(60, 100)
     for row, whole in ((crops()(source, 0), crops()(good, 0)), (window_rows([source])(0), window_rows([good])(0))):
         assert row["weight"] == 0 and row["example_ids"] == 5

@@ -84,7 +84,7 @@ def test_folder_identity_follows_the_files(split_folder, tmp_path):
 def test_folder_mistakes_have_words(tmp_path, split_folder):
     with pytest.raises(UserError, match="does not exist"):
         open_source(f"folder:{tmp_path}/nowhere", "train")
-    with pytest.raises(UserError, match="it has train, val"):
+    with pytest.raises(UserError, match=r"it has train, val\.\n.*mean 'train'"):
         open_source(f"folder:{split_folder}", "trial")
     with pytest.raises(UserError, match="TFDS sets only"):
         open_source(f"folder:{split_folder}", "train[:50%]")
@@ -92,7 +92,7 @@ def test_folder_mistakes_have_words(tmp_path, split_folder):
     with pytest.raises(UserError, match="no images"):
         open_source(f"folder:{tmp_path}/empty", "train")
     for spec in ("birds", "tfds:", "zip:x", "folder:", ""):
-        with pytest.raises(UserError, match=r"tfds:NAME.*folder:PATH.*embedded"):
+        with pytest.raises(UserError, match=r"folder:PATH.*tfds:NAME.*embedded"):
             open_source(spec, "train")
 
 
@@ -146,6 +146,49 @@ def test_tfds_splits_slices_and_versions(tfds_directory):
     assert len(open_source("tfds:prime_images", "train[2:5]", tfds_directory)) == 3
     with pytest.raises(UserError, match="it has test, train"):
         open_source("tfds:prime_images", "extra", tfds_directory)
+
+
+class OtherLabels(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Six images whose labels are no class labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    label: tfds.features.FeatureConnector
+    values: tuple
+
+    def _info(self):
+        features = {"image": tfds.features.Image(encoding_format="png"), "label": self.label}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, value in enumerate(self.values):
+            yield number, {"image": _png(number), "label": value}
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    [
+        (tfds.features.Scalar(np.int64), (0, 1, 2, 2, 1, 3)),
+        (tfds.features.Tensor(shape=(), dtype=np.uint8), (0, 1, 2, 2, 1, 3)),
+        (tfds.features.Text(), ("owl", "crow", "wrén", "wrén", "crow", "newt")),
+    ],
+)
+def test_labels_that_are_numbers_or_texts_are_used_where_the_classes_are_listed(label, values, tmp_path):
+    kind = type("Builder", (OtherLabels,), dict(name="others", label=label, values=values), skip_registration=True)
+    kind(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    directory = tmp_path / "others" / "1.0.0"
+    for spec in ("tfds:others", f"arrayrecord:{directory}/*train*"):
+        plain = open_source(spec, "train", str(tmp_path))
+        assert (plain.num_classes, {plain[i]["label"] for i in range(6)}) == (0, {-1})
+    (directory / "labels.txt").write_text("owl\ncrow\nwrén", encoding="utf-8")  # the last line may lack its end
+    for spec in ("tfds:others", f"arrayrecord:{directory}/*train*"):
+        source = open_source(spec, "train", str(tmp_path))
+        assert source.class_names == ("owl", "crow", "wrén")
+        examples = {int(decode_image(source[i]["image"])[0, 0, 0]): source[i] for i in range(6)}
+        assert [examples[i]["label"] for i in range(5)] == [0, 1, 2, 2, 1]
+        assert [examples[i]["fault"] for i in range(6)] == [""] * 5 + ["its label is none of the 3 classes"]
 
 
 def test_missing_tfds_set_says_how_to_prepare_it(tmp_path):
@@ -281,6 +324,7 @@ def test_array_records_of_plain_images(record_files):
     files = ["a-train-2", "a-train-2", "a-train-2", "b-train-1", "b-train-1"]
     for i, (file, record) in enumerate(zip(files, [0, 1, 2, 0, 1], strict=True)):
         assert examples[i]["where"] == f"{record_files}/{file}.array_record, record {record} (example {i})"
+    assert source.left_out == ((f"{record_files}/c-train-3.array_record", "it has no records"),)
     held_out = open_source(f"arrayrecord:{record_files}/*-{{split}}-*", "test")
     assert (len(held_out), held_out.split) == (1, "val")
     assert len(open_source(f"arrayrecord:{record_files}/*-train-*", "anything")) == 5
