@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
@@ -42,10 +43,12 @@ def run(argv: Sequence[str]) -> None:
 
     startup_times.ended("imports")
     workdir = os.path.abspath(values.workdir)
+    config_file, _, _ = config_flags.get_config_filename(values["config"]).partition(":")
+    defaults = config_lib.load(config_file)
     if values.task == "verify":
-        stages.verify_stage(values.config, workdir)
+        stages.verify_stage(values.config, workdir, defaults=defaults)
     else:
-        stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change)
+        stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change, defaults=defaults)
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     code = (
         "import sys, types\n"
         "stages = types.ModuleType('beitv2_jax.runners.stages')\n"
-        f"def {task}_stage(config, workdir, allow_config_change=False):\n"
+        f"def {task}_stage(config, workdir, defaults, allow_config_change=False):\n"
         "    import jax\n"
         "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir, end=' ')\n"
         "    print(allow_config_change)\n"

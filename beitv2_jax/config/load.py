@@ -135,13 +135,17 @@ def from_json(text: str | Mapping[str, Any]) -> ConfigDict:
     return _freeze(json.loads(text) if isinstance(text, str) else text).lock()
 
 
-def changed(old: ConfigDict, new: ConfigDict, *, harmless: bool = False) -> list[tuple[str, Any, Any]]:
+def changed(
+    old: ConfigDict, new: ConfigDict, *, harmless: bool = False, defaults: ConfigDict | None = None
+) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) of every setting that differs and would change results.
 
-    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that one side lacks has None
-    there; tuples are compared as lists.
+    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that `old` lacks, because it
+    was written before the key existed, has its value in `defaults`. A key that one side lacks otherwise has None there;
+    tuples are compared as lists.
     """
-    before, after = flatten(_plain(old)), flatten(_plain(new))
+    before, after = ({} if config is None else flatten(_plain(config)) for config in (defaults, new))
+    before = {key: value for key, value in before.items() if key in after} | flatten(_plain(old))
     keys = [key for key in sorted(before | after) if _harmless(key) == harmless]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.tasks.api import Task
+from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop
 
 RUNNERS = {
@@ -42,13 +45,16 @@ LOOPLESS = (*STORES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
 
-def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
+def run_stage(
+    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache
     is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
     other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
-    config; a finished stage stays as it is.
+    config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
+    their values there.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
@@ -57,9 +63,9 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        return run_pipeline(config, workdir, allow_config_change=allow_config_change)
+        return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
-    refuse_other_config(config, workdir, allowed=allow_config_change)
+    refuse_other_config(config, workdir, allowed=allow_config_change, defaults=defaults)
     if finished is not None and not _is_to_grow(config, finished):
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
@@ -83,10 +89,11 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     return summary
 
 
-def verify_stage(config: ConfigDict, workdir: str) -> dict:
+def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
     """Compare what a finished target cache in `workdir` holds with its network's live answer; return {part: figures}.
 
-    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}.
+    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}. `defaults` is that of
+    `run_stage`.
 
     Raises:
         UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
@@ -95,28 +102,42 @@ def verify_stage(config: ConfigDict, workdir: str) -> dict:
     if config.stage == "pipeline":
         stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
         chosen = {name: stage for name, stage in stages.items() if stage.stage in STORES}
-        return {name: verify_stage(stage, os.path.join(workdir, name)) for name, stage in chosen.items()}
+        return {
+            name: verify_stage(stage, os.path.join(workdir, name), defaults=_of_stage(defaults, name))
+            for name, stage in chosen.items()
+        }
     if config.stage not in STORES:
         raise UserError(
             f"A run of the stage '{config.stage}' cannot be verified.",
             "Did you mean the stage that wrote the target cache?",
             f"Write the --config and --workdir of a stage of {', '.join(STORES)}, or of a pipeline.",
         )
-    refuse_other_config(config, workdir)
+    refuse_other_config(config, workdir, defaults=defaults)
     task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
     return verify.verify(task, config, workdir)
 
 
-def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
-    """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole."""
+def run_pipeline(
+    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+) -> dict:
+    """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
+
+    The workdirs of all stages are compared with their configs before the first stage begins.
+    """
+    refuse_other_config(config, workdir)
     stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
-    for stage in stages.values():
-        config_lib.validate(stage)
+    arguments = {
+        name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
+    }
     check_writable(workdir)
+    for name, stage in stages.items():
+        refuse_other_config(
+            stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
+        )
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
-        summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
+        summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
     if jax.process_index() == 0:
         print(write_pipeline_report(stages, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
@@ -131,31 +152,61 @@ def read_summary(workdir: str) -> dict | None:
         return json.load(file)
 
 
-def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in a key that changes the result.
+def refuse_other_config(
+    config: ConfigDict, workdir: str, *, allowed: bool = False, defaults: ConfigDict | None = None
+) -> None:
+    """Raise UserError if `workdir` holds results of another stage, or of a config that differs in what changes them.
 
-    Changes that are harmless, or `allowed`, are logged.
+    A run that has left no results is no obstacle. Harmless changes are logged, and so are those of an interrupted run
+    if they are `allowed`; a finished run has no use for other settings, so they are refused there.
     """
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    if not os.path.exists(path) or not holds_results(workdir):
         return
     with open(path) as file:
         former = config_lib.from_json(file.read())
+    if former.stage != config.stage:
+        raise UserError(
+            f"{workdir} holds a run of the stage '{former.stage}', and this config is of the stage '{config.stage}'.",
+            "Did you mean the --workdir of another run?",
+            "Write --workdir=DIR with a folder that does not exist yet, or with that of a run of this stage.",
+        )
+    finished = read_summary(workdir) is not None
     differences = [
         (key, old, new)
-        for key, old, new in config_lib.changed(former, config)
+        for key, old, new in config_lib.changed(former, config, defaults=defaults)
         if not (config.stage in STORES and key == "views.num_views" and new > old)
     ]
-    if differences and not allowed:
+    if differences and (finished or not allowed):
         raise UserError(
-            f"{workdir} holds a run of another config ({_listed(differences[:5])}).",
+            f"{workdir} holds {'a finished' if finished else 'an interrupted'} run of another config "
+            f"({_listed(differences[:5])}).",
             "Did you change a setting and keep the workdir?",
-            "Use another --workdir, the former values, or --allow_config_change to resume that run with the new ones.",
+            "Write --workdir=DIR with a folder that does not exist yet, or the former values"
+            + ("." if finished else "; or add --allow_config_change to resume that run with the new ones."),
         )
     if differences:
         logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(differences))
-    if harmless := config_lib.changed(former, config, harmless=True):
+    if harmless := config_lib.changed(former, config, harmless=True, defaults=defaults):
         logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+
+
+def holds_results(workdir: str) -> bool:
+    """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
+
+    That is a checkpoint (a damaged one too), shards of a target cache, or cached features of a probe.
+    """
+    root = Path(workdir)
+    left = [root / "summary.json", *(root / "features").glob("*.npz")]
+    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
+    for part in PARTS:
+        left += [root / part / MANIFEST_FILE, *(root / part).glob(".writing/*.done")]
+    return any(path.exists() for path in left)
+
+
+def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
+    """Return the part of a pipeline's defaults that belongs to one of its stages."""
+    return None if defaults is None else defaults.stages.get(name)
 
 
 def _listed(differences: list[tuple[str, Any, Any]]) -> str:

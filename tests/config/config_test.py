@@ -211,6 +211,11 @@ def test_changed_lists_what_changes_results():
         "run.log_every",
     ]
     assert harmless[-1] == ("run.log_every", "1 step", "2 steps")
+    defaults = ConfigDict({"meshes": 1, "elsewhere": 2, "optim": {"betas": (0.9, 0.999)}})
+    with_defaults = config_lib.changed(ConfigDict(old), ConfigDict(new), defaults=defaults)
+    assert with_defaults == [change for change in expected if change[0] != "meshes"]
+    defaults.meshes = 0
+    assert ("meshes", 0, 1) in config_lib.changed(ConfigDict(old), ConfigDict(new), defaults=defaults)
     nested = [(f"stages.mim.{key}", before, after) for key, before, after in expected]
     assert config_lib.changed(ConfigDict({"stages": {"mim": old}}), ConfigDict({"stages": {"mim": new}})) == nested
     assert config_lib.changed(ConfigDict(old), config_lib.from_json(config_lib.to_json(ConfigDict(old)))) == []

@@ -28,12 +28,13 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """A workdir in which a run was interrupted, its config, and the list of configs that runs are started with."""
+    """A workdir in which a run was interrupted after a checkpoint, its config, and the configs that runs got."""
     config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
     seen = []
 
     def run(task, config, workdir):
         seen.append(config)
+        os.makedirs(os.path.join(workdir, "checkpoints", "2"), exist_ok=True)
         raise Interrupted
 
     monkeypatch.setitem(stages.RUNNERS, "finetune", run)
@@ -79,11 +80,77 @@ def test_changes_of_the_result_pass_only_when_allowed(started, caplog):
     assert len(seen) == 2 and stored(workdir)["optim"]["peak_lr"] == 0.123
 
 
+def test_a_key_that_an_older_config_lacks_has_its_default(started, caplog):
+    workdir, config, seen = started
+    former = stored(workdir)
+    del former["optim"]["spike_factor"], former["data"]["num_workers"]
+    (workdir / "config.json").write_text(json.dumps(former))
+    defaults = config_lib.load(str(ROOT / "configs/teacher.py"))
+    with pytest.raises(Interrupted):
+        stages.run_stage(config, str(workdir), defaults=defaults)
+    assert "config changed" not in caplog.text and stored(workdir)["optim"]["spike_factor"] == 0.0
+    (workdir / "config.json").write_text(json.dumps(former))
+    config.optim.spike_factor = 10.0
+    with pytest.raises(UserError, match=r"another config \(optim.spike_factor: 0.0 -> 10.0\)"):
+        stages.run_stage(config, str(workdir), defaults=defaults)
+    (workdir / "summary.json").write_text(json.dumps({"stage": "finetune", "figures": {"accuracy": 0.5}}))
+    config.optim.spike_factor = 0.0
+    assert stages.run_stage(config, str(workdir), defaults=defaults)["figures"] == {"accuracy": 0.5}
+    assert len(seen) == 2
+
+
+def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started):
+    workdir, config, seen = started
+    (workdir / "checkpoints" / "2").rename(workdir / "checkpoints" / "2.orbax-checkpoint-tmp")
+    (workdir / "config.json").write_text(json.dumps({**stored(workdir), "stage": "mim", "seed": 7}))
+    with pytest.raises(Interrupted):
+        stages.run_stage(config, str(workdir))
+    assert len(seen) == 2 and stored(workdir)["seed"] == config.seed
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_workdir_of_another_stage_is_refused_by_its_stage(started, allowed):
+    workdir, config, seen = started
+    (workdir / "config.json").write_text(json.dumps({**stored(workdir), "stage": "mim"}))
+    (workdir / "summary.json").write_text(json.dumps({"stage": "mim", "figures": {}}))
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke")
+    for other, name in ((config, "finetune"), (pipeline, "pipeline")):
+        with pytest.raises(UserError, match=f"run of the stage 'mim', and this config is of the stage '{name}'"):
+            stages.run_stage(other, str(workdir), allow_config_change=allowed)
+    assert len(seen) == 1
+
+
+def test_a_finished_run_takes_no_other_settings(started, caplog):
+    workdir, config, seen = started
+    caplog.set_level(logging.INFO, logger="absl")
+    summary = {"stage": "finetune", "figures": {"accuracy": 0.5}}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    config.data.num_threads = 3
+    assert stages.run_stage(config, str(workdir), allow_config_change=True) == summary
+    assert "nothing to do" in caplog.text
+    config.optim.peak_lr = 0.123
+    with pytest.raises(UserError, match=r"a finished run of another config \(optim.peak_lr") as caught:
+        stages.run_stage(config, str(workdir), allow_config_change=True)
+    assert "--allow_config_change" not in caught.value.instead and "and with it the result" not in caplog.text
+    assert len(seen) == 1 and stored(workdir)["optim"]["peak_lr"] != 0.123
+
+
+def test_a_pipeline_compares_all_its_stages_before_the_first_begins(started):
+    workdir, _, seen = started
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
+    os.makedirs(workdir / "p" / "mim" / "checkpoints" / "4")
+    (workdir / "p" / "mim" / "config.json").write_text(config_lib.to_json(pipeline.stages.mim))
+    pipeline.stages.mim.optim.peak_lr = 0.123
+    with pytest.raises(UserError, match=r"optim\.peak_lr"):
+        stages.run_stage(pipeline, str(workdir / "p"))
+    assert len(seen) == 1 and not (workdir / "p" / "teacher").exists()
+
+
 def test_a_pipeline_hands_the_permission_on(started):
     workdir, _, seen = started
     pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
     stage = pipeline.stages.teacher
-    os.makedirs(workdir / "p" / "teacher")
+    os.makedirs(workdir / "p" / "teacher" / "checkpoints" / "2")
     (workdir / "p" / "teacher" / "config.json").write_text(config_lib.to_json(stage))
     stage.optim.peak_lr = 0.123
     with pytest.raises(UserError, match=r"optim\.peak_lr"):
@@ -95,11 +162,11 @@ def test_a_pipeline_hands_the_permission_on(started):
 
 def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
     workdir, config, seen = started
-    before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
     with held(workdir), pytest.raises(UserError, match=f"in use by another run: process {os.getpid()} on "):
         stages.run_stage(config, str(workdir))
     assert len(seen) == 1
-    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(workdir))
 
