@@ -17,6 +17,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.order import BatchRows
+from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
@@ -25,7 +27,7 @@ from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
-from beitv2_jax.training import loop
+from beitv2_jax.training import loop, sharding
 
 RUNNERS = {
     "finetune": loop.train,
@@ -43,6 +45,9 @@ STORES = ("extract", "tokenize")
 """Stages whose workdir is a target cache: it can be extended to more views, and verified."""
 LOOPLESS = (*STORES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
+
+Changes = list[tuple[str, Any, Any]]
+"""(key, former value, new value) of settings."""
 
 
 def run_stage(
@@ -65,7 +70,11 @@ def run_stage(
     if config.stage == "pipeline":
         return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
-    refuse_other_config(config, workdir, allowed=allow_config_change, defaults=defaults)
+    changes, harmless = refuse_other_config(config, workdir, allowed=allow_config_change, defaults=defaults)
+    if changes:
+        logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(changes))
+    if harmless:
+        logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
     if finished is not None and not _is_to_grow(config, finished):
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
@@ -76,11 +85,12 @@ def run_stage(
         task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
         if stop_if_signalled:
             stop_if_signalled()
-    if isinstance(task, Task):
-        config_lib.validate(config, task.num_train_examples)
+    check_start(task, config)
     startup_times.ended("inputs")
     os.makedirs(workdir, exist_ok=True)
     with contextlib.nullcontext() if config.stage in STORES else workdir_lock.held(workdir):
+        if changes and isinstance(task, Task):
+            loop.check_checkpoint(task, config, workdir)
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
         figures = RUNNERS[config.stage](task, config, workdir)
         startup_times.drop()
@@ -130,10 +140,16 @@ def run_pipeline(
         name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
     }
     check_writable(workdir)
+    num_examples = {}
     for name, stage in stages.items():
         refuse_other_config(
             stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
         )
+        if read_summary(os.path.join(workdir, name)) is None:
+            split = (stage.data.source, stage.data.train_split, stage.data.data_dir)
+            if split not in num_examples:
+                num_examples[split] = len(open_source(*split))
+            config_lib.validate(stage, num_examples[split], prefix=f"stages.{name}.")
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
@@ -154,15 +170,18 @@ def read_summary(workdir: str) -> dict | None:
 
 def refuse_other_config(
     config: ConfigDict, workdir: str, *, allowed: bool = False, defaults: ConfigDict | None = None
-) -> None:
+) -> tuple[Changes, Changes]:
     """Raise UserError if `workdir` holds results of another stage, or of a config that differs in what changes them.
 
-    A run that has left no results is no obstacle. Harmless changes are logged, and so are those of an interrupted run
-    if they are `allowed`; a finished run has no use for other settings, so they are refused there.
+    A run that has left no results is no obstacle. A finished run has no use for other settings, so they are refused
+    there even if they are `allowed`.
+
+    Returns:
+        The changes that change the result and are allowed, and those that are harmless.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path) or not holds_results(workdir):
-        return
+        return [], []
     with open(path) as file:
         former = config_lib.from_json(file.read())
     if former.stage != config.stage:
@@ -172,23 +191,37 @@ def refuse_other_config(
             "Write --workdir=DIR with a folder that does not exist yet, or with that of a run of this stage.",
         )
     finished = read_summary(workdir) is not None
-    differences = [
+    changes = [
         (key, old, new)
         for key, old, new in config_lib.changed(former, config, defaults=defaults)
         if not (config.stage in STORES and key == "views.num_views" and new > old)
     ]
-    if differences and (finished or not allowed):
+    if changes and (finished or not allowed):
         raise UserError(
             f"{workdir} holds {'a finished' if finished else 'an interrupted'} run of another config "
-            f"({_listed(differences[:5])}).",
+            f"({_listed(changes[:5])}).",
             "Did you change a setting and keep the workdir?",
             "Write --workdir=DIR with a folder that does not exist yet, or the former values"
             + ("." if finished else "; or add --allow_config_change to resume that run with the new ones."),
         )
-    if differences:
-        logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(differences))
-    if harmless := config_lib.changed(former, config, harmless=True, defaults=defaults):
-        logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    return changes, config_lib.changed(former, config, harmless=True, defaults=defaults)
+
+
+def check_start(task, config: ConfigDict) -> None:
+    """Check, before anything is written, that config, data, devices and processes fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    if isinstance(task, Task):
+        config_lib.validate(config, task.num_train_examples)
+        loop.check(task, config)
+        return
+    config_lib.validate(config, len(task.sources[0]))
+    rows = config.run.batch_size
+    if config.stage == "probe":  # its processes share every batch; those that fill a target cache share nothing
+        rows = BatchRows(rows, jax.process_index(), jax.process_count()).share
+    sharding.check_rows(rows, sharding.make_mesh(**config.mesh, devices=jax.local_devices()))
 
 
 def holds_results(workdir: str) -> bool:
@@ -209,8 +242,8 @@ def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
     return None if defaults is None else defaults.stages.get(name)
 
 
-def _listed(differences: list[tuple[str, Any, Any]]) -> str:
-    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
+def _listed(changes: Changes) -> str:
+    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:

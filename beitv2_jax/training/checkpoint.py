@@ -117,8 +117,8 @@ class Checkpointer:
             UserError: the checkpoint holds another structure.
         """
         step = self.latest_step()
+        self.check_structure(abstract)
         wanted = _items(abstract)
-        self._check(step, wanted)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         restored = abstract.replace(
@@ -128,6 +128,25 @@ class Checkpointer:
             **found["train"],
         )
         return restored, found["data"]
+
+    def check_structure(self, abstract: TrainState) -> None:
+        """Compare names, shapes and dtypes of the newest checkpoint with those of `abstract`.
+
+        Raises:
+            UserError: they differ; the first array that does is named.
+        """
+        step, wanted = self.latest_step(), _items(abstract)
+        metadata = self._manager.item_metadata(step)
+        trees = {name: metadata[name].tree for name in ITEMS if metadata.get(name) is not None}
+        stored, expected = _leaves(trees), _leaves(wanted)
+        for path in [*expected, *stored]:
+            if stored.get(path) != expected.get(path):
+                raise UserError(
+                    f"The checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
+                    f"this run has {_say(expected, path)}.",
+                    "The model or the optimizer may have changed since this workdir was started.",
+                    "Use a new --workdir, or the settings in the config.json of the workdir.",
+                )
 
     def reached_preemption(self, step: int) -> bool:
         """Tell whether the processes of a run, one of which is to end, agreed to save after `step`."""
@@ -230,19 +249,6 @@ class Checkpointer:
         if jax.process_index() == 0:
             (unfinished,) = self._directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
             write_checksums(unfinished)
-
-    def _check(self, step: int, wanted: dict[str, PyTree]) -> None:
-        metadata = self._manager.item_metadata(step)
-        trees = {name: metadata[name].tree for name in ITEMS if metadata.get(name) is not None}
-        stored, expected = _leaves(trees), _leaves(wanted)
-        for path in [*expected, *stored]:
-            if stored.get(path) != expected.get(path):
-                raise UserError(
-                    f"The checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
-                    f"this run has {_say(expected, path)}.",
-                    "The model or the optimizer may have changed since this workdir was started.",
-                    "Use a new --workdir, or the settings in the config.json of the workdir.",
-                )
 
 
 def _wait_for_stragglers() -> None:

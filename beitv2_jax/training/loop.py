@@ -59,6 +59,32 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         return _run(task, config, plan, Path(workdir), checkpointer, watch)
 
 
+def check(task: Task, config: ConfigDict) -> None:
+    """Check what `train` would find out before its first step: that batch, data, devices and processes fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    Plan.from_config(config, task.num_train_examples)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_rows(config.run.batch_size, mesh)
+    sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
+    task.train_batches(*sharding.row_share(mesh)).close()
+
+
+def check_checkpoint(task: Task, config: ConfigDict, workdir: str | Path) -> None:
+    """Check that the newest checkpoint of `workdir`, if any, has the structure of this task's state.
+
+    Raises:
+        UserError: it has another one, or no checkpoint is whole.
+    """
+    plan = Plan.from_config(config, task.num_train_examples)
+    with contextlib.closing(Checkpointer(Path(workdir) / "checkpoints")) as checkpointer:
+        if checkpointer.latest_step() is not None:
+            _, abstract, _ = _make_step(task, config, plan, sharding.make_mesh(**config.mesh))
+            checkpointer.check_structure(abstract)
+
+
 def _run(
     task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer, watch: watchdog.Watch
 ) -> dict[str, float]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -38,6 +39,7 @@ def started(tmp_path, monkeypatch):
         raise Interrupted
 
     monkeypatch.setitem(stages.RUNNERS, "finetune", run)
+    monkeypatch.setattr(stages.loop, "check_checkpoint", lambda task, config, workdir: None)  # it is an empty folder
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(tmp_path))
     return tmp_path, config, seen
@@ -160,6 +162,50 @@ def test_a_pipeline_hands_the_permission_on(started):
     assert seen[-1].optim.peak_lr == 0.123
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run.batch_size", 100_000, r"run.batch_size=100000 is not valid: the training split has \d+ examples"),
+        ("run.batch_size", 9, r"A batch of 9 rows cannot be divided over 2 devices"),
+        ("mesh.tensor", 5, r"does not fit 2 device"),
+        ("efficiency.accumulation_steps", 8, r"rows that each device has of a batch of 8 cannot be divided"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch, key, value, message):
+    monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]] * 2)
+    config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
+    section, _, name = key.partition(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        stages.run_stage(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_checks_the_batches_of_all_stages_before_the_first_begins(tmp_path):
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
+    pipeline.stages.probe.probe.update(duration="2 epochs", batch_size=100_000)
+    with pytest.raises(UserError, match=r"stages\.probe\.probe\.batch_size=100000 is not valid") as caught:
+        stages.run_stage(pipeline, str(tmp_path / "p"))
+    assert re.search(r"--config\.stages\.probe\.probe\.batch_size=\d+\.$", caught.value.instead)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_former_config_stays(tmp_path):
+    """After one whole run of two steps, the interrupted run of which is continued with a wider model."""
+    config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
+    config.model.update(depth=1, width=16, num_heads=2, mlp_dim=16)
+    config.views.image_size = 32
+    config.run.update(duration="2 steps", eval_every="0 steps")
+    config.optim.warmup = "1 step"
+    stages.run_stage(config, str(tmp_path))
+    (tmp_path / "summary.json").unlink()
+    former = stored(tmp_path)
+    config.model.mlp_dim = 32
+    with pytest.raises(UserError, match=r"The checkpoint .*/2 has .*, this run has .*32"):
+        stages.run_stage(config, str(tmp_path), allow_config_change=True)
+    assert stored(tmp_path) == former
+
+
 def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
     workdir, config, seen = started
     before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
@@ -174,7 +220,7 @@ def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
 def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
     class Anything:
         def build(self, config):
-            return None
+            return SimpleNamespace(sources=(range(64), range(8)))
 
     config = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").stages.extract
     monkeypatch.setattr(stages.importlib, "import_module", lambda name: Anything())
