@@ -108,7 +108,7 @@ class Checkpointer:
             self._settle()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
-        """Return the newest state, laid out as `abstract` says, and the position saved with it.
+        """Return the newest state, laid out as `abstract` says, and the `position` saved with it.
 
         Args:
             abstract: shapes, dtypes and shardings of the state of this run.
@@ -128,6 +128,10 @@ class Checkpointer:
             **found["train"],
         )
         return restored, found["data"]
+
+    def position(self) -> dict[str, int]:
+        """Return what was saved with the newest state: the position in the data, and the schedule it belongs to."""
+        return self._manager.restore(self.latest_step(), args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def check_structure(self, abstract: TrainState) -> None:
         """Compare names, shapes and dtypes of the newest checkpoint with those of `abstract`.
