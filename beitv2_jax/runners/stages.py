@@ -22,7 +22,7 @@ from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
-from beitv2_jax.runners import probe, segment, targets, verify
+from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.tasks.api import Task
@@ -75,24 +75,32 @@ def run_stage(
         logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(changes))
     if harmless:
         logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    resolved = _resolved(config, workdir)
     if finished is not None and not _is_to_grow(config, finished):
+        refuse_other_inputs(workdir, {"networks": provenance.describe_networks(resolved, there=True)})
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
     check_writable(workdir)
     started = time.monotonic()
     startup_times.begin()
     with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_signalled:
-        task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+        networks = provenance.describe_networks(resolved)
+        task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
         if stop_if_signalled:
             stop_if_signalled()
-    check_start(task, config)
+    check_start(task, resolved)
+    inputs = {**provenance.describe_data(task.sources), "networks": networks}
+    changes += refuse_other_inputs(workdir, inputs, allowed=allow_config_change)
+    if config.stage not in STORES:
+        provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
     os.makedirs(workdir, exist_ok=True)
     with contextlib.nullcontext() if config.stage in STORES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
-            loop.check_checkpoint(task, config, workdir)
+            loop.check_checkpoint(task, resolved, workdir)
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-        figures = RUNNERS[config.stage](task, config, workdir)
+        provenance.write_inputs(workdir, inputs)
+        figures = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
         write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
@@ -110,8 +118,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
-        chosen = {name: stage for name, stage in stages.items() if stage.stage in STORES}
+        chosen = {name: stage for name, stage in config.stages.items() if stage.stage in STORES}
         return {
             name: verify_stage(stage, os.path.join(workdir, name), defaults=_of_stage(defaults, name))
             for name, stage in chosen.items()
@@ -123,8 +130,9 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
             f"Write the --config and --workdir of a stage of {', '.join(STORES)}, or of a pipeline.",
         )
     refuse_other_config(config, workdir, defaults=defaults)
-    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
-    return verify.verify(task, config, workdir)
+    resolved = _resolved(config, workdir)
+    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
+    return verify.verify(task, resolved, workdir)
 
 
 def run_pipeline(
@@ -135,7 +143,7 @@ def run_pipeline(
     The workdirs of all stages are compared with their configs before the first stage begins.
     """
     refuse_other_config(config, workdir)
-    stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
+    stages = config.stages
     arguments = {
         name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
     }
@@ -146,7 +154,8 @@ def run_pipeline(
             stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
         )
         if read_summary(os.path.join(workdir, name)) is None:
-            split = (stage.data.source, stage.data.train_split, stage.data.data_dir)
+            data = _resolved(stage, os.path.join(workdir, name)).data
+            split = (data.source, data.train_split, data.data_dir)
             if split not in num_examples:
                 num_examples[split] = len(open_source(*split))
             config_lib.validate(stage, num_examples[split], prefix=f"stages.{name}.")
@@ -155,7 +164,8 @@ def run_pipeline(
         logging.info("stage %d of %d: %s", number, len(stages), name)
         summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
     if jax.process_index() == 0:
-        print(write_pipeline_report(stages, summaries, workdir))
+        resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
+        print(write_pipeline_report(resolved, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
 
 
@@ -207,6 +217,31 @@ def refuse_other_config(
     return changes, config_lib.changed(former, config, harmless=True, defaults=defaults)
 
 
+def refuse_other_inputs(workdir: str, inputs: dict[str, Any], *, allowed: bool = False) -> Changes:
+    """Raise UserError if the results in `workdir` were made from other data or networks; log it if `allowed`.
+
+    Returns:
+        The changes that are allowed.
+    """
+    changes = provenance.changed_inputs(workdir, inputs) if holds_results(workdir) else []
+    if not changes:
+        return []
+    if allowed:
+        logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
+        return changes
+    raise UserError(
+        f"What the run in {workdir} is made from has changed since it was started ({_listed(changes[:5])}).",
+        "Did you add or rename images, prepare the data again, or train a network of an earlier stage further?",
+        "Write --workdir=DIR with a folder that does not exist yet, bring the former inputs back, or delete "
+        f"{workdir} and what later stages made from it"
+        + (
+            "."
+            if read_summary(workdir) is not None
+            else "; or add --allow_config_change to resume that run with the new ones."
+        ),
+    )
+
+
 def check_start(task, config: ConfigDict) -> None:
     """Check, before anything is written, that config, data, devices and processes fit each other.
 
@@ -235,6 +270,14 @@ def holds_results(workdir: str) -> bool:
     for part in PARTS:
         left += [root / part / MANIFEST_FILE, *(root / part).glob(".writing/*.done")]
     return any(path.exists() for path in left)
+
+
+def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return the config of a stage in which '{workdir}' is the folder of its pipeline, in which its own workdir lies.
+
+    The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
+    """
+    return config_lib.resolve(config, os.path.dirname(os.path.abspath(workdir)))
 
 
 def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:

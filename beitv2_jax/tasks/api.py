@@ -15,6 +15,7 @@ from beitv2_jax.typing import PyTree, Scalar
 
 if TYPE_CHECKING:  # named here, used elsewhere: whoever compiles a step needs nothing that reads data
     from beitv2_jax.data.pipeline import TrainIterator
+    from beitv2_jax.data.sources import Source
     from beitv2_jax.data.target_cache.encoding import Encoding
 
 Batch = dict[str, Any]
@@ -56,6 +57,7 @@ class Task:
         name: the stage, as it stands in logs.
         num_train_examples: images in one epoch.
         splits: names of the train and the eval split, for the list of unreadable records.
+        sources: the train and the eval split themselves, by which a run recognises its data.
         init: `(key) -> {"params", "model_state"}`, values at step 0.
         loss: `(params, model_state, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what
             is to be minimised in the mean, and its `LossParts`.
@@ -84,6 +86,7 @@ class Task:
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
     splits: tuple[str, str] = ("train", "validation")
+    sources: tuple[Source, ...] = ()
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
     eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None

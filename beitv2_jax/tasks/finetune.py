@@ -118,6 +118,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             erasing=config.augment.erasing,
         ),
         frozen={},
+        sources=opened.sources,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),

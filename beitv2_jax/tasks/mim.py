@@ -192,6 +192,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             code_ids=code_ids,
         ),
         frozen=opened.frozen,
+        sources=opened.sources,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),

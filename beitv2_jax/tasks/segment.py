@@ -119,6 +119,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             count_unlabelled=config.loss.count_unlabelled,
         ),
         finish=segment_finish,
+        sources=opened.sources,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
         train_batches=_train_batches(config, source),

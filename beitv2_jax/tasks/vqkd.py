@@ -135,6 +135,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         loss=vqkd_loss(model, targets),
         finish=vqkd_finish(model.ema_decay, window),
         frozen=opened.frozen,
+        sources=opened.sources,
         num_train_examples=len(source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),

@@ -218,12 +218,19 @@ def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
 
 
 def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
+    class Source:
+        name, split = "images", "train"
+
+        def __len__(self):
+            return 64
+
     class Anything:
         def build(self, config):
-            return SimpleNamespace(sources=(range(64), range(8)))
+            return SimpleNamespace(sources=(Source(), Source()))
 
     config = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").stages.extract
     monkeypatch.setattr(stages.importlib, "import_module", lambda name: Anything())
+    monkeypatch.setattr(stages.provenance, "describe_networks", lambda config: {})
     monkeypatch.setitem(stages.RUNNERS, "extract", lambda task, config, workdir: {"views_per_example": 1})
     with held(tmp_path):
         assert stages.run_stage(config, str(tmp_path))["figures"] == {"views_per_example": 1}
