@@ -62,7 +62,7 @@ def _network(path: str) -> str:
 def _cache(path: str) -> str:
     # a finished cache may be extended, which leaves the views that are there as they are
     manifests = [{**read_manifest(os.path.join(path, part)), "num_views": None} for part in PARTS]
-    return f"targets {_digest(manifests)}"
+    return f"targets {digest(manifests)}"
 
 
 def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
@@ -112,7 +112,7 @@ def refuse_disagreement(inputs: dict[str, Any]) -> None:
     """Raise UserError, in every process, unless all processes of the run found the same inputs."""
     if jax.process_count() == 1:
         return
-    own = np.frombuffer(bytes.fromhex(_digest(inputs)), np.uint8)
+    own = np.frombuffer(bytes.fromhex(digest(inputs)), np.uint8)
     everyones = np.asarray(multihost_utils.process_allgather(own))
     if (others := np.flatnonzero((everyones != everyones[0]).any(axis=1))).size:
         raise UserError(
@@ -122,5 +122,6 @@ def refuse_disagreement(inputs: dict[str, Any]) -> None:
         )
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return twelve hex digits that stand for a tree of lists, mappings and plain values."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
