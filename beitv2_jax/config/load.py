@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -109,12 +110,28 @@ def _freeze(value: Any, *, workdir: str | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(inner, workdir=workdir) for inner in value)
     if isinstance(value, str) and workdir is not None:
-        return value.replace("{workdir}", workdir)
+        return expand_home(value.replace("{workdir}", workdir))
     return value
 
 
+def expand_home(path: str) -> str:
+    """Return a path in which a leading '~' is the home directory.
+
+    Raises:
+        UserError: there is no such home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"The home directory that {path} names is unknown.",
+            "The variable HOME may not be set, as in some containers, or there may be no such user.",
+            "Set HOME, or write the path without '~'.",
+        )
+    return expanded
+
+
 def resolve(config: ConfigDict, workdir: str) -> ConfigDict:
-    """Return a locked copy in which every '{workdir}' inside a string is replaced and no reference is left."""
+    """Return a locked copy without references, in which '{workdir}' in a string and '~' before one are replaced."""
     return _freeze(config, workdir=str(workdir)).lock()
 
 

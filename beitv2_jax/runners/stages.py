@@ -25,6 +25,7 @@ from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop, sharding
@@ -295,7 +296,8 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 
 
 def check_writable(workdir: str) -> None:
-    """Raise UserError unless files can be created in `workdir` (or in the nearest parent that exists)."""
+    """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
+    refuse_pattern(workdir)
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -252,7 +252,18 @@ class Checkpointer:
         # Orbax calls this when all files of all processes are written, before the rename that makes them valid
         if jax.process_index() == 0:
             (unfinished,) = self._directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
+            _read_back(unfinished)
             write_checksums(unfinished)
+
+
+def _read_back(folder: Path) -> None:
+    """Open every array of a checkpoint that was just written; raise an error if one is not there."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        for item in filter(os.path.isdir, (folder / name for name in ITEMS)):
+            try:
+                handler.metadata(item)
+            except Exception as error:
+                raise RuntimeError(f"{item.name} cannot be read back: {error}") from error
 
 
 def _wait_for_stragglers() -> None:

@@ -1,6 +1,7 @@
 """Durations, presets, files, text form, differences and checks of configs, against values worked out by hand."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -159,6 +160,20 @@ def test_resolve_fills_in_the_workdir_in_a_copy():
     assert resolved.seed == resolved.stages.mim.seed == 3
     with pytest.raises(AttributeError):
         resolved.stages.mim.seeed = 1
+
+
+def test_a_home_directory_is_filled_in_where_a_value_begins_with_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = ConfigDict({"run": "~/vqkd", "data": {"data_dir": "~", "source": "folder:~/images", "glob": "a~b"}})
+    resolved = config_lib.resolve(config, "/runs/1")
+    assert resolved.to_dict() == {
+        "run": "/home/me/vqkd",
+        "data": {"data_dir": "/home/me", "source": "folder:~/images", "glob": "a~b"},  # sources expand their own
+    }
+    for path in ("~nobody-has-this-name/x", "~"):
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        with pytest.raises(UserError, match=f"The home directory that {path} names is unknown"):
+            config_lib.expand_home(path)
 
 
 def test_json_is_stable_and_keeps_the_order_of_stages():

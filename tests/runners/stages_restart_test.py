@@ -181,6 +181,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["run[1]", "a]b/run", "run*", "wh?t"])
+@pytest.mark.parametrize("spec", ["teacher.py:smoke", "quickstart.py:smoke"])
+def test_a_workdir_that_orbax_takes_for_a_pattern_is_refused(tmp_path, spec, name):
+    with pytest.raises(UserError, match="path has the character"):
+        stages.run_stage(config_lib.load(f"{ROOT}/configs/{spec}"), str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pipeline_checks_the_batches_of_all_stages_before_the_first_begins(tmp_path):
     pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
     pipeline.stages.probe.probe.update(duration="2 epochs", batch_size=100_000)
