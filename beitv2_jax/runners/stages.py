@@ -47,6 +47,8 @@ STORES = ("extract", "tokenize")
 LOOPLESS = (*STORES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
+_ALLOWING = "; or add --allow_config_change to resume that run with the new ones."
+
 Changes = list[tuple[str, Any, Any]]
 """(key, former value, new value) of settings."""
 
@@ -78,7 +80,8 @@ def run_stage(
         logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
     resolved = _resolved(config, workdir)
     if finished is not None and not _is_to_grow(config, finished):
-        refuse_other_inputs(workdir, {"networks": provenance.describe_networks(resolved, there=True)})
+        networks = provenance.describe_networks(resolved, there=True)
+        refuse_other_inputs(config.stage, workdir, {"networks": networks})
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
     check_writable(workdir)
@@ -91,7 +94,7 @@ def run_stage(
             stop_if_signalled()
     check_start(task, resolved)
     inputs = {**provenance.describe_data(task.sources), "networks": networks}
-    changes += refuse_other_inputs(workdir, inputs, allowed=allow_config_change)
+    changes += refuse_other_inputs(config.stage, workdir, inputs, allowed=allow_config_change)
     if config.stage not in STORES:
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
@@ -213,12 +216,12 @@ def refuse_other_config(
             f"({_listed(changes[:5])}).",
             "Did you change a setting and keep the workdir?",
             "Write --workdir=DIR with a folder that does not exist yet, or the former values"
-            + ("." if finished else "; or add --allow_config_change to resume that run with the new ones."),
+            + ("." if finished or not _can_resume(config.stage, changes) else _ALLOWING),
         )
     return changes, config_lib.changed(former, config, harmless=True, defaults=defaults)
 
 
-def refuse_other_inputs(workdir: str, inputs: dict[str, Any], *, allowed: bool = False) -> Changes:
+def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, allowed: bool = False) -> Changes:
     """Raise UserError if the results in `workdir` were made from other data or networks; log it if `allowed`.
 
     Returns:
@@ -230,17 +233,23 @@ def refuse_other_inputs(workdir: str, inputs: dict[str, Any], *, allowed: bool =
     if allowed:
         logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
         return changes
+    # a target cache is of one data set, and another number of examples moves a schedule that is counted in epochs
+    fixed = stage in STORES or any(key == "train.examples" for key, _, _ in changes)
+    resumable = read_summary(workdir) is None and not fixed
     raise UserError(
         f"What the run in {workdir} is made from has changed since it was started ({_listed(changes[:5])}).",
         "Did you add or rename images, prepare the data again, or train a network of an earlier stage further?",
         "Write --workdir=DIR with a folder that does not exist yet, bring the former inputs back, or delete "
-        f"{workdir} and what later stages made from it"
-        + (
-            "."
-            if read_summary(workdir) is not None
-            else "; or add --allow_config_change to resume that run with the new ones."
-        ),
+        f"{workdir} and what later stages made from it" + (_ALLOWING if resumable else "."),
     )
+
+
+def _can_resume(stage: str, changes: Changes) -> bool:
+    """Tell whether a run can go on from its results with other values of these keys, if that is allowed."""
+    keys = [key for key, _, _ in changes]
+    if stage in STORES:
+        return keys == ["run.batch_size"]
+    return not any(key.startswith(("model.", "run.batch_size", "run.duration", "optim.warmup")) for key in keys)
 
 
 def check_start(task, config: ConfigDict) -> None:
@@ -263,13 +272,15 @@ def check_start(task, config: ConfigDict) -> None:
 def holds_results(workdir: str) -> bool:
     """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
 
-    That is a checkpoint (a damaged one too), shards of a target cache, or cached features of a probe.
+    That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
+    that a process is writing.
     """
     root = Path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
     left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
     for part in PARTS:
-        left += [root / part / MANIFEST_FILE, *(root / part).glob(".writing/*.done")]
+        written = (root / part / ".writing").glob("*")
+        left += [root / part / MANIFEST_FILE, *(path for path in written if path.name != "plan.json")]
     return any(path.exists() for path in left)
 
 

@@ -82,6 +82,14 @@ def test_changes_of_the_result_pass_only_when_allowed(started, caplog):
     assert len(seen) == 2 and stored(workdir)["optim"]["peak_lr"] == 0.123
 
 
+def test_a_change_that_no_checkpoint_bears_is_not_advised(started):
+    workdir, config, _ = started
+    config.run.batch_size *= 2
+    with pytest.raises(UserError, match=r"run\.batch_size: ") as caught:
+        stages.run_stage(config, str(workdir))
+    assert caught.value.instead.endswith("or the former values.")
+
+
 def test_a_key_that_an_older_config_lacks_has_its_default(started, caplog):
     workdir, config, seen = started
     former = stored(workdir)
@@ -108,6 +116,27 @@ def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(workdir))
     assert len(seen) == 2 and stored(workdir)["seed"] == config.seed
+
+
+@pytest.mark.parametrize(
+    ("path", "result"),
+    [
+        ("config.json", False),
+        ("metrics.jsonl", False),
+        ("checkpoints/12.orbax-checkpoint-tmp/params/x", False),
+        ("views/.writing/plan.json", False),
+        ("features/pretrained_train.0.tmp", False),
+        ("summary.json", True),
+        ("checkpoints/12/params/x", True),
+        ("views/.writing/00000.done", True),
+        ("centre/manifest.json", True),
+        ("features/pretrained_train.0.npz", True),
+    ],
+)
+def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    assert stages.holds_results(str(tmp_path)) == result
 
 
 @pytest.mark.parametrize("allowed", [False, True])
