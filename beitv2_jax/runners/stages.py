@@ -1,7 +1,7 @@
 """Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary.
 
-A workdir holds `config.json` (resolved), the stage's own outputs, and `summary.json` once it is finished. A pipeline is
-a list of stages in sub-folders of one workdir, each finding what the former wrote.
+A workdir holds `config.json`, `inputs.json` (see `provenance`), the stage's own outputs, and `summary.json` once it is
+finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what the former wrote.
 """
 
 import contextlib
