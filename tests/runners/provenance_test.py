@@ -12,6 +12,7 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
+from beitv2_jax.data import embedded
 from beitv2_jax.errors import UserError
 from beitv2_jax.runners import provenance, stages
 
@@ -144,3 +145,27 @@ def test_processes_that_found_different_inputs_refuse(monkeypatch, odd):
         return
     with pytest.raises(UserError, match="that process 2 finds differ from those of process 0"):
         provenance.refuse_disagreement({"networks": {}})
+
+
+def test_a_tfds_set_of_the_same_name_and_length_but_other_files_is_noticed(tmp_path):
+    """As where data.data_dir names another copy, prepared from other images."""
+    found = []
+    for name, size in (("a", None), ("b", None), ("c", "12345")):
+        config = {"source": "embedded/tiny", "train_split": "train", "eval_split": "validation"}
+        if not found:
+            directory = embedded.prepare(str(tmp_path / "a"), "tiny")
+        else:
+            shutil.copytree(tmp_path / "a", tmp_path / name)
+        info = tmp_path / name / directory.relative_to(tmp_path / "a") / "dataset_info.json"
+        if size:
+            text = json.loads(info.read_text())
+            for split in text["splits"]:
+                split["numBytes"] = size
+            info.write_text(json.dumps(text))
+        data = config_lib.from_json({"data": {**config, "data_dir": str(tmp_path / name)}})
+        found.append(provenance.describe_data(_sources(data)))
+    assert found[0] == found[1]
+    assert {key: value for key, value in found[2]["train"].items() if key != "digest"} == {
+        key: value for key, value in found[0]["train"].items() if key != "digest"
+    }
+    assert found[2]["train"]["digest"] != found[0]["train"]["digest"] != ""
