@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
@@ -23,9 +24,9 @@ def run(argv: Sequence[str]) -> None:
     if values.plan:
         from beitv2_jax.planning.command import run_plan
 
-        workdir = os.path.abspath(values.workdir) if values.workdir else ""
+        workdir = _absolute(values.workdir) if values.workdir else ""
         run_plan(
-            values.config,
+            config_lib.resolve(values.config, workdir),
             values.plan,
             workdir,
             num_examples=values.plan_examples,
@@ -35,17 +36,23 @@ def run(argv: Sequence[str]) -> None:
         return
     startup_times.begin(startup_times.process_start())
     config_lib.validate(values.config)
+    workdir = _absolute(values.workdir)
     startup_times.ended("flags")
     launch.start_jax(values.distributed, values.compilation_cache)
     # imported here: jax must be started first, and a wrong flag is reported before jax is loaded
     from beitv2_jax.runners import stages
 
     startup_times.ended("imports")
-    workdir = os.path.abspath(values.workdir)
+    config_file, _, _ = config_flags.get_config_filename(values["config"]).partition(":")
+    defaults = config_lib.load(config_file)
     if values.task == "verify":
-        stages.verify_stage(values.config, workdir)
+        stages.verify_stage(values.config, workdir, defaults=defaults)
     else:
-        stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change)
+        stages.run_stage(values.config, workdir, allow_config_change=values.allow_config_change, defaults=defaults)
+
+
+def _absolute(workdir: str) -> str:
+    return os.path.abspath(config_lib.expand_home(workdir))
 
 
 def main() -> None:

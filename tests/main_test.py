@@ -155,11 +155,12 @@ def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["run", "verify"])
-def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
+def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     code = (
         "import sys, types\n"
         "stages = types.ModuleType('beitv2_jax.runners.stages')\n"
-        f"def {task}_stage(config, workdir, allow_config_change=False):\n"
+        f"def {task}_stage(config, workdir, defaults, allow_config_change=False):\n"
         "    import jax\n"
         "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir, end=' ')\n"
         "    print(allow_config_change)\n"
@@ -171,11 +172,11 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     )
     result = _run(
         "--config=configs/vqkd.py:smoke",
-        "--workdir=relative",
+        "--workdir=~/relative",
         "--allow_config_change" if task == "run" else f"--task={task}",
         "--config.teacher.weights=x",
         f"--compilation_cache={tmp_path}/cache",
         code=code,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["vqkd", "x", str(ROOT / "relative"), f"{tmp_path}/cache", str(task == "run")]
+    assert result.stdout.split() == ["vqkd", "x", f"{tmp_path}/relative", f"{tmp_path}/cache", str(task == "run")]

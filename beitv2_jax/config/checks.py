@@ -39,12 +39,14 @@ _CHOICES = {
 }
 
 
-def validate(config: ConfigDict, num_examples: int | None = None) -> None:
+def validate(config: ConfigDict, num_examples: int | None = None, *, prefix: str = "") -> None:
     """Check what can be checked before any computation: choices, durations, sizes that must fit each other.
 
     Args:
         config: one stage, or a pipeline, whose stages are then checked one by one.
-        num_examples: examples of the training split where known; needed to compare durations of different units.
+        num_examples: examples of the training split where known; needed to compare durations of different units, and
+            the batch size with the data.
+        prefix: what stands before the stage's keys on the command line, such as 'stages.mim.'.
 
     Raises:
         UserError: the first fault found, naming the keys at fault.
@@ -53,7 +55,7 @@ def validate(config: ConfigDict, num_examples: int | None = None) -> None:
         for name, stage in config.stages.items():
             _validate_stage(stage, f"stages.{name}.", num_examples)
     else:
-        _validate_stage(config, "", num_examples)
+        _validate_stage(config, prefix, num_examples)
 
 
 def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -> None:
@@ -70,12 +72,29 @@ def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -
     for key in (key for key in flat if key.endswith("batch_size")):
         if flat[key] < 1:
             refuse(key, "a step needs at least one example", "Did you mean the global batch size?", 512)
+    if num_examples is not None:
+        _check_batches(flat, refuse, num_examples)
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
     _check_reading(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
+
+
+def _check_batches(flat: dict[str, Any], refuse: Callable, num_examples: int) -> None:
+    for section in ("run", "probe"):
+        batch_size, duration = flat.get(f"{section}.batch_size"), flat.get(f"{section}.duration")
+        # the probe takes smaller batches by itself where there are fewer examples, but can count no epochs of them
+        if duration is None or (section == "probe" and parse_duration(duration)[1] != "epochs"):
+            continue
+        if batch_size > num_examples:
+            refuse(
+                f"{section}.batch_size",
+                f"the training split has {num_examples} examples",
+                "Did you choose the batch size for a larger data set?",
+                num_examples,
+            )
 
 
 def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int | None) -> None:

@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean(
         "allow_config_change",
         False,
-        "Resume the run in --workdir although a config key that changes its result has a new value.",
+        "Resume the unfinished run in --workdir although its data or settings, and with them its result, changed.",
         values,
     )
     flags.DEFINE_string(

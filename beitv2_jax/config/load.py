@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -109,12 +110,28 @@ def _freeze(value: Any, *, workdir: str | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(inner, workdir=workdir) for inner in value)
     if isinstance(value, str) and workdir is not None:
-        return value.replace("{workdir}", workdir)
+        return expand_home(value.replace("{workdir}", workdir))
     return value
 
 
+def expand_home(path: str) -> str:
+    """Return a path in which a leading '~' is the home directory.
+
+    Raises:
+        UserError: there is no such home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"The home directory that {path} names is unknown.",
+            "The variable HOME may not be set, as in some containers, or there may be no such user.",
+            "Set HOME, or write the path without '~'.",
+        )
+    return expanded
+
+
 def resolve(config: ConfigDict, workdir: str) -> ConfigDict:
-    """Return a locked copy in which every '{workdir}' inside a string is replaced and no reference is left."""
+    """Return a locked copy without references, in which '{workdir}' in a string and '~' before one are replaced."""
     return _freeze(config, workdir=str(workdir)).lock()
 
 
@@ -135,13 +152,17 @@ def from_json(text: str | Mapping[str, Any]) -> ConfigDict:
     return _freeze(json.loads(text) if isinstance(text, str) else text).lock()
 
 
-def changed(old: ConfigDict, new: ConfigDict, *, harmless: bool = False) -> list[tuple[str, Any, Any]]:
+def changed(
+    old: ConfigDict, new: ConfigDict, *, harmless: bool = False, defaults: ConfigDict | None = None
+) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) of every setting that differs and would change results.
 
-    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that one side lacks has None
-    there; tuples are compared as lists.
+    `HARMLESS` keys are left out; with `harmless` it is they alone that are returned. A key that `old` lacks, because it
+    was written before the key existed, has its value in `defaults`. A key that one side lacks otherwise has None there;
+    tuples are compared as lists.
     """
-    before, after = flatten(_plain(old)), flatten(_plain(new))
+    before, after = ({} if config is None else flatten(_plain(config)) for config in (defaults, new))
+    before = {key: value for key, value in before.items() if key in after} | flatten(_plain(old))
     keys = [key for key in sorted(before | after) if _harmless(key) == harmless]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 

@@ -28,6 +28,7 @@ from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import is_run, read_run, write_run
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
 
@@ -255,6 +256,7 @@ def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str
 
 
 def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
+    refuse_pattern(target)
     config = run_config(weights)
     variables = {"params": weights.variables["params"], "model_state": weights.model_state}
     return lambda path: write_run(str(path), config, variables), {}

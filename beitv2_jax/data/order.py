@@ -39,9 +39,13 @@ class BatchRows:
 
     def __call__(self, step: int) -> range:
         """Return the numbers, in the global stream of rows, of this process's rows of batch `step`."""
-        share = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * share
-        return range(first, first + share)
+        first = step * self.batch_size + self.process_index * self.share
+        return range(first, first + self.share)
+
+    @property
+    def share(self) -> int:
+        """Number of rows that each process has of a batch."""
+        return self.batch_size // self.process_count
 
 
 class EpochOrder:

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.runs import weights_hash
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
+from beitv2_jax.runners.provenance import describe_data, digest
 from beitv2_jax.runtime import preemption, watchdog
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe
@@ -24,7 +26,8 @@ POLL_SECONDS = 0.5
 def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     """Probe every feature set and return its accuracies as {'pretrained/cls/linear': ..., ...}.
 
-    Features are cached as `features/<set>_<split>.npz` under `workdir`; a cached file is not computed again.
+    Features are cached as `features/<set>_<split>.<hash>.npz` under `workdir`, the hash of what they were made from; a
+    cached file is not computed again.
 
     Raises:
         Preempted: this process was asked to stop; cached features stay.
@@ -58,7 +61,7 @@ def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -
 def cached_features(
     feature_set: FeatureSet, source, config, workdir: str, on_move: Callable[[str], None] = lambda phase: None
 ) -> dict[str, np.ndarray]:
-    """Return the features and labels of a whole split, computed once and kept in the workdir.
+    """Return the features and labels of a whole split, computed once for its data and network and kept in the workdir.
 
     Of several processes each computes its share of the rows, on its own devices; process 0 joins what all have
     written, and the others wait for that.
@@ -66,7 +69,14 @@ def cached_features(
     Raises:
         UserError: more images than `data.max_bad_fraction` allows were unreadable.
     """
-    path = Path(workdir, "features", f"{feature_set.name}_{source.split.replace('/', '_')}.npz")
+    made_from = [
+        weights_hash(feature_set.frozen),
+        describe_data((source,)),
+        config.views.image_size,
+        config.probe.layers,
+    ]
+    name = f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}.npz"
+    path = Path(workdir, "features", name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         index, count = jax.process_index(), jax.process_count()

@@ -1,7 +1,7 @@
 """Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary.
 
-A workdir holds `config.json` (resolved), the stage's own outputs, and `summary.json` once it is finished. A pipeline is
-a list of stages in sub-folders of one workdir, each finding what the former wrote.
+A workdir holds `config.json`, `inputs.json` (see `provenance`), the stage's own outputs, and `summary.json` once it is
+finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what the former wrote.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +18,18 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.bad_records import BadRecords
+from beitv2_jax.data.order import BatchRows
+from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
-from beitv2_jax.runners import probe, segment, targets, verify
+from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.tasks.api import Task
-from beitv2_jax.training import loop
+from beitv2_jax.tasks.targets import PARTS
+from beitv2_jax.training import loop, sharding
 
 RUNNERS = {
     "finetune": loop.train,
@@ -42,14 +48,22 @@ STORES = ("extract", "tokenize")
 LOOPLESS = (*STORES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
+_ALLOWING = "; or add --allow_config_change to resume that run with the new ones."
 
-def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
+Changes = list[tuple[str, Any, Any]]
+"""(key, former value, new value) of settings."""
+
+
+def run_stage(
+    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache
     is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
     other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
-    config; a finished stage stays as it is.
+    config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
+    their values there.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
@@ -58,72 +72,109 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        return run_pipeline(config, workdir, allow_config_change=allow_config_change)
+        return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
-    refuse_other_config(config, workdir, allowed=allow_config_change)
+    changes, harmless = refuse_other_config(config, workdir, allowed=allow_config_change, defaults=defaults)
+    if changes:
+        logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(changes))
+    if harmless:
+        logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    resolved = _resolved(config, workdir)
     if finished is not None and not _is_to_grow(config, finished):
+        networks = provenance.describe_networks(resolved, there=True)
+        refuse_other_inputs(config.stage, workdir, {"networks": networks})
         logging.info("%s: finished before (%s), nothing to do.", config.stage, workdir)
         return finished
     check_writable(workdir)
     started = time.monotonic()
     startup_times.begin()
     with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_signalled:
-        task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
+        networks = provenance.describe_networks(resolved)
+        task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
         if stop_if_signalled:
             stop_if_signalled()
-    if isinstance(task, Task):
-        config_lib.validate(config, task.num_train_examples)
+    check_start(task, resolved)
+    inputs = {**provenance.describe_data(task.sources), "networks": networks}
+    changes += refuse_other_inputs(config.stage, workdir, inputs, allowed=allow_config_change)
+    if config.stage not in STORES:
+        provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
     os.makedirs(workdir, exist_ok=True)
     with contextlib.nullcontext() if config.stage in STORES else workdir_lock.held(workdir):
+        if changes and isinstance(task, Task):
+            loop.check_checkpoint(task, resolved, workdir)
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+        provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
             records = BadRecords(workdir)
             for source in task.sources:
                 records.note_left_out(source)
-        figures = RUNNERS[config.stage](task, config, workdir)
+        figures = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
         write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def verify_stage(config: ConfigDict, workdir: str) -> dict:
+def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
     """Compare what a finished target cache in `workdir` holds with its network's live answer; return {part: figures}.
 
-    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}.
+    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}. `defaults` is that of
+    `run_stage`.
 
     Raises:
         UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
-        chosen = {name: stage for name, stage in stages.items() if stage.stage in STORES}
-        return {name: verify_stage(stage, os.path.join(workdir, name)) for name, stage in chosen.items()}
+        chosen = {name: stage for name, stage in config.stages.items() if stage.stage in STORES}
+        return {
+            name: verify_stage(stage, os.path.join(workdir, name), defaults=_of_stage(defaults, name))
+            for name, stage in chosen.items()
+        }
     if config.stage not in STORES:
         raise UserError(
             f"A run of the stage '{config.stage}' cannot be verified.",
             "Did you mean the stage that wrote the target cache?",
             f"Write the --config and --workdir of a stage of {', '.join(STORES)}, or of a pipeline.",
         )
+    refuse_other_config(config, workdir, defaults=defaults)
+    resolved = _resolved(config, workdir)
+    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
+    return verify.verify(task, resolved, workdir)
+
+
+def run_pipeline(
+    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+) -> dict:
+    """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
+
+    The workdirs of all stages are compared with their configs before the first stage begins.
+    """
     refuse_other_config(config, workdir)
-    task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(config)
-    return verify.verify(task, config, workdir)
-
-
-def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool = False) -> dict:
-    """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole."""
-    stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
-    for stage in stages.values():
-        config_lib.validate(stage)
+    stages = config.stages
+    arguments = {
+        name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
+    }
     check_writable(workdir)
+    num_examples = {}
+    for name, stage in stages.items():
+        refuse_other_config(
+            stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
+        )
+        if read_summary(os.path.join(workdir, name)) is None:
+            data = _resolved(stage, os.path.join(workdir, name)).data
+            split = (data.source, data.train_split, data.data_dir, data.train_split)
+            if split not in num_examples:
+                num_examples[split] = len(open_source(*split))
+            config_lib.validate(stage, num_examples[split], prefix=f"stages.{name}.")
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
-        summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
+        summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
     if jax.process_index() == 0:
-        print(write_pipeline_report(stages, summaries, workdir))
+        resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
+        print(write_pipeline_report(resolved, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
 
 
@@ -136,35 +187,123 @@ def read_summary(workdir: str) -> dict | None:
         return json.load(file)
 
 
-def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
-    """Raise UserError if `workdir` holds a run whose config differs in a key that changes the result.
+def refuse_other_config(
+    config: ConfigDict, workdir: str, *, allowed: bool = False, defaults: ConfigDict | None = None
+) -> tuple[Changes, Changes]:
+    """Raise UserError if `workdir` holds results of another stage, or of a config that differs in what changes them.
 
-    Changes that are harmless, or `allowed`, are logged.
+    A run that has left no results is no obstacle. A finished run has no use for other settings, so they are refused
+    there even if they are `allowed`.
+
+    Returns:
+        The changes that change the result and are allowed, and those that are harmless.
     """
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        return
+    if not os.path.exists(path) or not holds_results(workdir):
+        return [], []
     with open(path) as file:
         former = config_lib.from_json(file.read())
-    differences = [
+    if former.stage != config.stage:
+        raise UserError(
+            f"{workdir} holds a run of the stage '{former.stage}', and this config is of the stage '{config.stage}'.",
+            "Did you mean the --workdir of another run?",
+            "Write --workdir=DIR with a folder that does not exist yet, or with that of a run of this stage.",
+        )
+    finished = read_summary(workdir) is not None
+    changes = [
         (key, old, new)
-        for key, old, new in config_lib.changed(former, config)
+        for key, old, new in config_lib.changed(former, config, defaults=defaults)
         if not (config.stage in STORES and key == "views.num_views" and new > old)
     ]
-    if differences and not allowed:
+    if changes and (finished or not allowed):
         raise UserError(
-            f"{workdir} holds a run of another config ({_listed(differences[:5])}).",
+            f"{workdir} holds {'a finished' if finished else 'an interrupted'} run of another config "
+            f"({_listed(changes[:5])}).",
             "Did you change a setting and keep the workdir?",
-            "Use another --workdir, the former values, or --allow_config_change to resume that run with the new ones.",
+            "Write --workdir=DIR with a folder that does not exist yet, or the former values"
+            + ("." if finished or not _can_resume(config.stage, changes) else _ALLOWING),
         )
-    if differences:
-        logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(differences))
-    if harmless := config_lib.changed(former, config, harmless=True):
-        logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    return changes, config_lib.changed(former, config, harmless=True, defaults=defaults)
 
 
-def _listed(differences: list[tuple[str, Any, Any]]) -> str:
-    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
+def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, allowed: bool = False) -> Changes:
+    """Raise UserError if the results in `workdir` were made from other data or networks; log it if `allowed`.
+
+    Returns:
+        The changes that are allowed.
+    """
+    changes = provenance.changed_inputs(workdir, inputs) if holds_results(workdir) else []
+    if not changes:
+        return []
+    if allowed:
+        logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
+        return changes
+    # a target cache is of one data set, and another number of examples moves a schedule that is counted in epochs
+    fixed = stage in STORES or any(key == "train.examples" for key, _, _ in changes)
+    resumable = read_summary(workdir) is None and not fixed
+    raise UserError(
+        f"What the run in {workdir} is made from has changed since it was started ({_listed(changes[:5])}).",
+        "Did you add or rename images, prepare the data again, or train a network of an earlier stage further?",
+        "Write --workdir=DIR with a folder that does not exist yet, bring the former inputs back, or delete "
+        f"{workdir} and what later stages made from it" + (_ALLOWING if resumable else "."),
+    )
+
+
+def _can_resume(stage: str, changes: Changes) -> bool:
+    """Tell whether a run can go on from its results with other values of these keys, if that is allowed."""
+    keys = [key for key, _, _ in changes]
+    if stage in STORES:
+        return keys == ["run.batch_size"]
+    return not any(key.startswith(("model.", "run.batch_size", "run.duration", "optim.warmup")) for key in keys)
+
+
+def check_start(task, config: ConfigDict) -> None:
+    """Check, before anything is written, that config, data, devices and processes fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    if isinstance(task, Task):
+        config_lib.validate(config, task.num_train_examples)
+        loop.check(task, config)
+        return
+    config_lib.validate(config, len(task.sources[0]))
+    rows = config.run.batch_size
+    if config.stage == "probe":  # its processes share every batch; those that fill a target cache share nothing
+        rows = BatchRows(rows, jax.process_index(), jax.process_count()).share
+    sharding.check_rows(rows, sharding.make_mesh(**config.mesh, devices=jax.local_devices()))
+
+
+def holds_results(workdir: str) -> bool:
+    """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
+
+    That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
+    that a process is writing.
+    """
+    root = Path(workdir)
+    left = [root / "summary.json", *(root / "features").glob("*.npz")]
+    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
+    for part in PARTS:
+        written = (root / part / ".writing").glob("*")
+        left += [root / part / MANIFEST_FILE, *(path for path in written if path.name != "plan.json")]
+    return any(path.exists() for path in left)
+
+
+def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return the config of a stage in which '{workdir}' is the folder of its pipeline, in which its own workdir lies.
+
+    The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
+    """
+    return config_lib.resolve(config, os.path.dirname(os.path.abspath(workdir)))
+
+
+def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
+    """Return the part of a pipeline's defaults that belongs to one of its stages."""
+    return None if defaults is None else defaults.stages.get(name)
+
+
+def _listed(changes: Changes) -> str:
+    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
@@ -173,7 +312,8 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 
 
 def check_writable(workdir: str) -> None:
-    """Raise UserError unless files can be created in `workdir` (or in the nearest parent that exists)."""
+    """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
+    refuse_pattern(workdir)
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

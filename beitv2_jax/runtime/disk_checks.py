@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from beitv2_jax.errors import UserError
 from beitv2_jax.typing import PyTree
 
 _LENGTH = 200
@@ -29,6 +30,16 @@ def cause_of(error: BaseException) -> str:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return os.strerror(number) if number else f"{type(error).__name__}: {str(error)[:_LENGTH]}"
+
+
+def refuse_pattern(folder: str | Path) -> None:
+    """Raise UserError if the path of a folder for checkpoints has a character that Orbax takes for a pattern."""
+    if found := re.search(r"[\[\]*?]", os.path.abspath(folder)):
+        raise UserError(
+            f"Checkpoints cannot be written to {folder}, because the path has the character {found[0]!r}.",
+            "Orbax takes such a path for a pattern and would not find the files that it wrote.",
+            "Choose a path without [, ], * and ?, or rename the folder that has it in its name.",
+        )
 
 
 def free_space(folder: Path) -> str:

@@ -68,8 +68,11 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
-    if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+    compilation_cache = os.path.expanduser(compilation_cache)
+    if compilation_cache.startswith("~"):
+        logging.warning("no compilation cache, as the home directory in %s is unknown", compilation_cache)
+    elif compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache)
     if in_cluster(os.environ) if distributed is None else distributed:
         jax.distributed.initialize(**process_place(os.environ), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         logging.info(

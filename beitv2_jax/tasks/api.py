@@ -56,7 +56,7 @@ class Task:
     Attributes:
         name: the stage, as shown in logs.
         num_train_examples: images in one epoch.
-        sources: the train and the eval split; whoever runs the task reports what they leave out.
+        sources: the train and the eval split; a run recognises its data by them and lists what they leave out.
         splits: their names, for the list of unreadable records.
         init: `(key) -> {"params", "model_state"}`, values at step 0.
         loss: `(params, model_state, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what

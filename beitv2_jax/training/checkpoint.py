@@ -108,7 +108,7 @@ class Checkpointer:
             self._settle()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
-        """Return the newest state, laid out as `abstract` says, and the position saved with it.
+        """Return the newest state, laid out as `abstract` says, and the `position` saved with it.
 
         Args:
             abstract: shapes, dtypes and shardings of the state of this run.
@@ -117,8 +117,8 @@ class Checkpointer:
             UserError: the checkpoint holds another structure.
         """
         step = self.latest_step()
+        self.check_structure(abstract)
         wanted = _items(abstract)
-        self._check(step, wanted)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         restored = abstract.replace(
@@ -128,6 +128,29 @@ class Checkpointer:
             **found["train"],
         )
         return restored, found["data"]
+
+    def position(self) -> dict[str, int]:
+        """Return what was saved with the newest state: the position in the data, and the schedule it belongs to."""
+        return self._manager.restore(self.latest_step(), args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+    def check_structure(self, abstract: TrainState) -> None:
+        """Compare names, shapes and dtypes of the newest checkpoint with those of `abstract`.
+
+        Raises:
+            UserError: they differ; the first array that does is named.
+        """
+        step, wanted = self.latest_step(), _items(abstract)
+        metadata = self._manager.item_metadata(step)
+        trees = {name: metadata[name].tree for name in ITEMS if metadata.get(name) is not None}
+        stored, expected = _leaves(trees), _leaves(wanted)
+        for path in [*expected, *stored]:
+            if stored.get(path) != expected.get(path):
+                raise UserError(
+                    f"The checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
+                    f"this run has {_say(expected, path)}.",
+                    "The model or the optimizer may have changed since this workdir was started.",
+                    "Use a new --workdir, or the settings in the config.json of the workdir.",
+                )
 
     def reached_preemption(self, step: int) -> bool:
         """Tell whether the processes of a run, one of which is to end, agreed to save after `step`."""
@@ -229,20 +252,18 @@ class Checkpointer:
         # Orbax calls this when all files of all processes are written, before the rename that makes them valid
         if jax.process_index() == 0:
             (unfinished,) = self._directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
+            _read_back(unfinished)
             write_checksums(unfinished)
 
-    def _check(self, step: int, wanted: dict[str, PyTree]) -> None:
-        metadata = self._manager.item_metadata(step)
-        trees = {name: metadata[name].tree for name in ITEMS if metadata.get(name) is not None}
-        stored, expected = _leaves(trees), _leaves(wanted)
-        for path in [*expected, *stored]:
-            if stored.get(path) != expected.get(path):
-                raise UserError(
-                    f"The checkpoint {self._directory / str(step)} has {_say(stored, path)}, "
-                    f"this run has {_say(expected, path)}.",
-                    "The model or the optimizer may have changed since this workdir was started.",
-                    "Use a new --workdir, or the settings in the config.json of the workdir.",
-                )
+
+def _read_back(folder: Path) -> None:
+    """Open every array of a checkpoint that was just written; raise an error if one is not there."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        for item in filter(os.path.isdir, (folder / name for name in ITEMS)):
+            try:
+                handler.metadata(item)
+            except Exception as error:
+                raise RuntimeError(f"{item.name} cannot be read back: {error}") from error
 
 
 def _wait_for_stragglers() -> None:

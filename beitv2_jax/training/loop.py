@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords
-from beitv2_jax.errors import Preempted
+from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import inference, optim, sharding
@@ -39,9 +39,9 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         checkpoint stands at the end already, nothing runs and the figures are those in the workdir.
 
     Raises:
-        UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration, or too many steps
-            in a row changed nothing, more records than `data.max_bad_fraction` allows were unreadable, or the last
-            checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
+        UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration or another schedule,
+            or too many steps in a row changed nothing, more records than `data.max_bad_fraction` allows were
+            unreadable, or the last checkpoint could not be written, or any other where `run.on_failed_save` is 'stop'.
         Preempted: the run was asked to stop; it is saved and can be resumed.
     """
     startup_times.begin()
@@ -53,10 +53,60 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         checkpointer = Checkpointer(folder, keep_every=plan.keep_every, stop_on_failure=stop)
         stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
-        if start is not None and start >= plan.num_steps:
+        _check_schedule(plan, checkpointer, workdir)
+        if start == plan.num_steps:
             logging.info("%s: the checkpoint stands at step %d of %d", task.name, start, plan.num_steps)
             return _final_figures(read_metrics(workdir), start, seconds=0.0)
         return _run(task, config, plan, Path(workdir), checkpointer, watch)
+
+
+def check(task: Task, config: ConfigDict) -> None:
+    """Check what `train` would find out before its first step: that batch, data, devices and processes fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    Plan.from_config(config, task.num_train_examples)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_rows(config.run.batch_size, mesh)
+    sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
+    task.train_batches(*sharding.row_share(mesh)).close()
+
+
+def check_checkpoint(task: Task, config: ConfigDict, workdir: str | Path) -> None:
+    """Check that the newest checkpoint of `workdir`, if any, has this run's schedule and the structure of its state.
+
+    Raises:
+        UserError: it has not, or no checkpoint is whole.
+    """
+    plan = Plan.from_config(config, task.num_train_examples)
+    with contextlib.closing(Checkpointer(Path(workdir) / "checkpoints")) as checkpointer:
+        _check_schedule(plan, checkpointer, workdir)
+        if checkpointer.latest_step() is not None:
+            _, abstract, _ = _make_step(task, config, plan, sharding.make_mesh(**config.mesh))
+            checkpointer.check_structure(abstract)
+
+
+def _check_schedule(plan: Plan, checkpointer: Checkpointer, workdir: str | Path) -> None:
+    step, schedule = checkpointer.latest_step(), plan.schedule()
+    if step is None:
+        return
+    position = checkpointer.position()
+    saved = {name: position.get(name, value) for name, value in schedule.items()}
+    if saved == schedule:
+        return
+    described = [
+        "{num_steps} steps of {batch_size} examples with {warmup_steps} steps of warm-up".format(**numbers)
+        for numbers in (saved, schedule)
+    ]
+    raise UserError(
+        f"The checkpoint of step {step} in {workdir} belongs to a run of {described[0]}, and this run has "
+        f"{described[1]}.",
+        "A run keeps its batch size and its length, because its position in the data and in the schedule is counted in "
+        "steps.",
+        "Write the former run.batch_size, run.duration and optim.warmup, or begin another run from its weights with "
+        f"another --workdir and --config.init_from={workdir}.",
+    )
 
 
 def _run(
@@ -123,7 +173,7 @@ def _run(
                 if plan.saves(step) or ends:
                     watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
-                    position = {**iterator.get_state(), "unreadable": ledger.unreadable}
+                    position = {**iterator.get_state(), "unreadable": ledger.unreadable, **plan.schedule()}
                     checkpointer.save(step, state, position, last=ends or step == plan.num_steps, trouble=trouble)
                 if ends:
                     logging.warning("%s: preempted, saving after step %d", task.name, step)

@@ -56,6 +56,10 @@ class Plan:
             **every,
         )
 
+    def schedule(self) -> dict[str, int]:
+        """Return what a step means to learning rate and data: a checkpoint can go on only under the same."""
+        return {name: getattr(self, name) for name in ("batch_size", "num_steps", "warmup_steps")}
+
     def logs(self, step: int) -> bool:
         """Tell whether the figures of the step are written; so they are wherever else something happens."""
         return self._due(step, self.log_every) or self.evaluates(step)

@@ -178,6 +178,21 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Check that a global batch of so many rows can be divided over a mesh.
+
+    Raises:
+        UserError: it cannot.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise UserError(
+            f"A batch of {rows} rows cannot be divided over {parts} devices (data x fsdp).",
+            "Did you choose the batch size for another number of devices?",
+            f"Choose a batch size that is a multiple of {parts}, or a smaller --config.mesh.data.",
+        )
+
+
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Put this process's host rows, its `row_share`, on the devices as one global batch; `faults`, words, stay behind.
 
@@ -185,16 +200,10 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         UserError: the rows cannot be divided evenly over the devices that share them.
     """
     sharding = batch_sharding(mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = {name: rows for name, rows in batch.items() if name != "faults"}
     _, shares = row_share(mesh)
     for rows in {leaf.shape[0] * shares for leaf in jax.tree.leaves(batch)}:
-        if rows % parts:
-            raise UserError(
-                f"A batch of {rows} rows cannot be divided over {parts} devices (data x fsdp).",
-                "Did you choose the batch size for another number of devices?",
-                f"Choose a batch size that is a multiple of {parts}, or a smaller --config.mesh.data.",
-            )
+        check_rows(rows, mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 

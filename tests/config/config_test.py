@@ -1,6 +1,7 @@
 """Durations, presets, files, text form, differences and checks of configs, against values worked out by hand."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -161,6 +162,20 @@ def test_resolve_fills_in_the_workdir_in_a_copy():
         resolved.stages.mim.seeed = 1
 
 
+def test_a_home_directory_is_filled_in_where_a_value_begins_with_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = ConfigDict({"run": "~/vqkd", "data": {"data_dir": "~", "source": "folder:~/images", "glob": "a~b"}})
+    resolved = config_lib.resolve(config, "/runs/1")
+    assert resolved.to_dict() == {
+        "run": "/home/me/vqkd",
+        "data": {"data_dir": "/home/me", "source": "folder:~/images", "glob": "a~b"},  # sources expand their own
+    }
+    for path in ("~nobody-has-this-name/x", "~"):
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        with pytest.raises(UserError, match=f"The home directory that {path} names is unknown"):
+            config_lib.expand_home(path)
+
+
 def test_json_is_stable_and_keeps_the_order_of_stages():
     config = _pipeline()
     text = config_lib.to_json(config)
@@ -211,6 +226,11 @@ def test_changed_lists_what_changes_results():
         "run.log_every",
     ]
     assert harmless[-1] == ("run.log_every", "1 step", "2 steps")
+    defaults = ConfigDict({"meshes": 1, "elsewhere": 2, "optim": {"betas": (0.9, 0.999)}})
+    with_defaults = config_lib.changed(ConfigDict(old), ConfigDict(new), defaults=defaults)
+    assert with_defaults == [change for change in expected if change[0] != "meshes"]
+    defaults.meshes = 0
+    assert ("meshes", 0, 1) in config_lib.changed(ConfigDict(old), ConfigDict(new), defaults=defaults)
     nested = [(f"stages.mim.{key}", before, after) for key, before, after in expected]
     assert config_lib.changed(ConfigDict({"stages": {"mim": old}}), ConfigDict({"stages": {"mim": new}})) == nested
     assert config_lib.changed(ConfigDict(old), config_lib.from_json(config_lib.to_json(ConfigDict(old)))) == []

@@ -145,6 +145,9 @@ def test_a_model_without_positions_needs_its_image_size(tmp_path):
 
 def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     weights = drawn_weights("classifier")
+    with pytest.raises(UserError, match=r"run\[1\], because the path has the character '\['"):
+        write(weights, str(tmp_path / "run[1]"), "run")
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"there already exists"):
         write(weights, str(tmp_path / "there"), "run")

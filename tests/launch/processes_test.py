@@ -120,7 +120,7 @@ STAGES = """
 import os
 import runpy
 
-def run_stage(config, workdir, allow_config_change):
+def run_stage(config, workdir, allow_config_change, defaults):
     import jax
     from jax.experimental import multihost_utils
 

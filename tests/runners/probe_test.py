@@ -6,11 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from paths import ROOT
+from PIL import Image
 
+from beitv2_jax import config as config_lib
+from beitv2_jax.data.sources import open_source
 from beitv2_jax.evaluation.knn import knn_predict
 from beitv2_jax.evaluation.linear import fit_linear, standardize
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
-from beitv2_jax.tasks.probe import raw_pixels
+from beitv2_jax.runners import probe
+from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
 
 SETTINGS = ProbeSettings(
     num_steps=200,
@@ -141,3 +146,29 @@ def test_optax_is_what_it_is_compared_with():
         updates, state = optimizer.update((jnp.asarray(x.T @ error), jnp.asarray(error.sum(0))), state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(kernels[0], params[0], atol=2e-5)
+
+
+def test_cached_features_are_those_of_the_network_that_is_asked_for(tmp_path):
+    """A backbone that trained on between two starts, or other data under the same split, gives other features."""
+    for count in (3, 4):
+        for name in ("a", "b"):
+            folder = tmp_path / f"images{count}" / "train" / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (40, 40), (10 * index, 0, 0)).save(folder / f"{index}.png")
+    config = config_lib.load(f"{ROOT / 'configs/probe.py'}:smoke").unlock()
+    config.views.image_size, config.run.batch_size = 32, 8
+    computed = []
+
+    def features(factor, count):
+        apply = lambda frozen, batch: {"red": frozen["factor"] * batch["images"][:, 0, 0, :1].astype(np.float32)}  # noqa: E731
+        feature_set = FeatureSet("pretrained", apply, {"factor": np.float32(factor)})
+        source = open_source(f"folder:{tmp_path / f'images{count}'}", "train")
+        return probe.cached_features(feature_set, source, config, str(tmp_path), computed.append)["red"][:, 0].tolist()
+
+    assert features(1, 3) == [0, 10, 20] * 2
+    assert features(2, 3) == [0, 20, 40] * 2
+    assert features(1, 4) == [0, 10, 20, 30] * 2
+    assert len(computed) == 3
+    assert features(2, 3) == [0, 20, 40] * 2 and len(computed) == 3
+    assert len(list((tmp_path / "features").iterdir())) == 3

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,15 +29,17 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """A workdir in which a run was interrupted, its config, and the list of configs that runs are started with."""
+    """A workdir in which a run was interrupted after a checkpoint, its config, and the configs that runs got."""
     config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
     seen = []
 
     def run(task, config, workdir):
         seen.append(config)
+        os.makedirs(os.path.join(workdir, "checkpoints", "2"), exist_ok=True)
         raise Interrupted
 
     monkeypatch.setitem(stages.RUNNERS, "finetune", run)
+    monkeypatch.setattr(stages.loop, "check_checkpoint", lambda task, config, workdir: None)  # it is an empty folder
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(tmp_path))
     return tmp_path, config, seen
@@ -79,11 +82,106 @@ def test_changes_of_the_result_pass_only_when_allowed(started, caplog):
     assert len(seen) == 2 and stored(workdir)["optim"]["peak_lr"] == 0.123
 
 
+def test_a_change_that_no_checkpoint_bears_is_not_advised(started):
+    workdir, config, _ = started
+    config.run.batch_size *= 2
+    with pytest.raises(UserError, match=r"run\.batch_size: ") as caught:
+        stages.run_stage(config, str(workdir))
+    assert caught.value.instead.endswith("or the former values.")
+
+
+def test_a_key_that_an_older_config_lacks_has_its_default(started, caplog):
+    workdir, config, seen = started
+    former = stored(workdir)
+    del former["optim"]["spike_factor"], former["data"]["num_workers"]
+    (workdir / "config.json").write_text(json.dumps(former))
+    defaults = config_lib.load(str(ROOT / "configs/teacher.py"))
+    with pytest.raises(Interrupted):
+        stages.run_stage(config, str(workdir), defaults=defaults)
+    assert "config changed" not in caplog.text and stored(workdir)["optim"]["spike_factor"] == 0.0
+    (workdir / "config.json").write_text(json.dumps(former))
+    config.optim.spike_factor = 10.0
+    with pytest.raises(UserError, match=r"another config \(optim.spike_factor: 0.0 -> 10.0\)"):
+        stages.run_stage(config, str(workdir), defaults=defaults)
+    (workdir / "summary.json").write_text(json.dumps({"stage": "finetune", "figures": {"accuracy": 0.5}}))
+    config.optim.spike_factor = 0.0
+    assert stages.run_stage(config, str(workdir), defaults=defaults)["figures"] == {"accuracy": 0.5}
+    assert len(seen) == 2
+
+
+def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started):
+    workdir, config, seen = started
+    (workdir / "checkpoints" / "2").rename(workdir / "checkpoints" / "2.orbax-checkpoint-tmp")
+    (workdir / "config.json").write_text(json.dumps({**stored(workdir), "stage": "mim", "seed": 7}))
+    with pytest.raises(Interrupted):
+        stages.run_stage(config, str(workdir))
+    assert len(seen) == 2 and stored(workdir)["seed"] == config.seed
+
+
+@pytest.mark.parametrize(
+    ("path", "result"),
+    [
+        ("config.json", False),
+        ("metrics.jsonl", False),
+        ("checkpoints/12.orbax-checkpoint-tmp/params/x", False),
+        ("views/.writing/plan.json", False),
+        ("features/pretrained_train.0.tmp", False),
+        ("summary.json", True),
+        ("checkpoints/12/params/x", True),
+        ("views/.writing/00000.done", True),
+        ("centre/manifest.json", True),
+        ("features/pretrained_train.0.npz", True),
+    ],
+)
+def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    assert stages.holds_results(str(tmp_path)) == result
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_workdir_of_another_stage_is_refused_by_its_stage(started, allowed):
+    workdir, config, seen = started
+    (workdir / "config.json").write_text(json.dumps({**stored(workdir), "stage": "mim"}))
+    (workdir / "summary.json").write_text(json.dumps({"stage": "mim", "figures": {}}))
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke")
+    for other, name in ((config, "finetune"), (pipeline, "pipeline")):
+        with pytest.raises(UserError, match=f"run of the stage 'mim', and this config is of the stage '{name}'"):
+            stages.run_stage(other, str(workdir), allow_config_change=allowed)
+    assert len(seen) == 1
+
+
+def test_a_finished_run_takes_no_other_settings(started, caplog):
+    workdir, config, seen = started
+    caplog.set_level(logging.INFO, logger="absl")
+    summary = {"stage": "finetune", "figures": {"accuracy": 0.5}}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    config.data.num_threads = 3
+    assert stages.run_stage(config, str(workdir), allow_config_change=True) == summary
+    assert "nothing to do" in caplog.text
+    config.optim.peak_lr = 0.123
+    with pytest.raises(UserError, match=r"a finished run of another config \(optim.peak_lr") as caught:
+        stages.run_stage(config, str(workdir), allow_config_change=True)
+    assert "--allow_config_change" not in caught.value.instead and "and with it the result" not in caplog.text
+    assert len(seen) == 1 and stored(workdir)["optim"]["peak_lr"] != 0.123
+
+
+def test_a_pipeline_compares_all_its_stages_before_the_first_begins(started):
+    workdir, _, seen = started
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
+    os.makedirs(workdir / "p" / "mim" / "checkpoints" / "4")
+    (workdir / "p" / "mim" / "config.json").write_text(config_lib.to_json(pipeline.stages.mim))
+    pipeline.stages.mim.optim.peak_lr = 0.123
+    with pytest.raises(UserError, match=r"optim\.peak_lr"):
+        stages.run_stage(pipeline, str(workdir / "p"))
+    assert len(seen) == 1 and not (workdir / "p" / "teacher").exists()
+
+
 def test_a_pipeline_hands_the_permission_on(started):
     workdir, _, seen = started
     pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
     stage = pipeline.stages.teacher
-    os.makedirs(workdir / "p" / "teacher")
+    os.makedirs(workdir / "p" / "teacher" / "checkpoints" / "2")
     (workdir / "p" / "teacher" / "config.json").write_text(config_lib.to_json(stage))
     stage.optim.peak_lr = 0.123
     with pytest.raises(UserError, match=r"optim\.peak_lr"):
@@ -93,24 +191,83 @@ def test_a_pipeline_hands_the_permission_on(started):
     assert seen[-1].optim.peak_lr == 0.123
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run.batch_size", 100_000, r"run.batch_size=100000 is not valid: the training split has \d+ examples"),
+        ("run.batch_size", 9, r"A batch of 9 rows cannot be divided over 2 devices"),
+        ("mesh.tensor", 5, r"does not fit 2 device"),
+        ("efficiency.accumulation_steps", 8, r"rows that each device has of a batch of 8 cannot be divided"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch, key, value, message):
+    monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]] * 2)
+    config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
+    section, _, name = key.partition(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        stages.run_stage(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a]b/run", "run*", "wh?t"])
+@pytest.mark.parametrize("spec", ["teacher.py:smoke", "quickstart.py:smoke"])
+def test_a_workdir_that_orbax_takes_for_a_pattern_is_refused(tmp_path, spec, name):
+    with pytest.raises(UserError, match="path has the character"):
+        stages.run_stage(config_lib.load(f"{ROOT}/configs/{spec}"), str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_checks_the_batches_of_all_stages_before_the_first_begins(tmp_path):
+    pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()
+    pipeline.stages.probe.probe.update(duration="2 epochs", batch_size=100_000)
+    with pytest.raises(UserError, match=r"stages\.probe\.probe\.batch_size=100000 is not valid") as caught:
+        stages.run_stage(pipeline, str(tmp_path / "p"))
+    assert re.search(r"--config\.stages\.probe\.probe\.batch_size=\d+\.$", caught.value.instead)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_former_config_stays(tmp_path):
+    """After one whole run of two steps, the interrupted run of which is continued with a wider model."""
+    config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
+    config.model.update(depth=1, width=16, num_heads=2, mlp_dim=16)
+    config.views.image_size = 32
+    config.run.update(duration="2 steps", eval_every="0 steps")
+    config.optim.warmup = "1 step"
+    stages.run_stage(config, str(tmp_path))
+    (tmp_path / "summary.json").unlink()
+    former = stored(tmp_path)
+    config.model.mlp_dim = 32
+    with pytest.raises(UserError, match=r"The checkpoint .*/2 has .*, this run has .*32"):
+        stages.run_stage(config, str(tmp_path), allow_config_change=True)
+    assert stored(tmp_path) == former
+
+
 def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
     workdir, config, seen = started
-    before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
     with held(workdir), pytest.raises(UserError, match=f"in use by another run: process {os.getpid()} on "):
         stages.run_stage(config, str(workdir))
     assert len(seen) == 1
-    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(workdir))
 
 
 def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
+    class Source:
+        name, split = "images", "train"
+
+        def __len__(self):
+            return 64
+
     class Anything:
         def build(self, config):
-            return None
+            return SimpleNamespace(sources=(Source(), Source()))
 
     config = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").stages.extract
     monkeypatch.setattr(stages.importlib, "import_module", lambda name: Anything())
+    monkeypatch.setattr(stages.provenance, "describe_networks", lambda config: {})
     monkeypatch.setitem(stages.RUNNERS, "extract", lambda task, config, workdir: {"views_per_example": 1})
     with held(tmp_path):
         assert stages.run_stage(config, str(tmp_path))["figures"] == {"views_per_example": 1}

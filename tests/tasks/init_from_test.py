@@ -1,5 +1,6 @@
 """`init_from`: training starts at the given weights, drawn ones fill the rest, a checkpoint of the run goes first."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -129,18 +130,19 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_the_run_s_own_checkpoint_goes_before_init_from(tmp_path, caplog):
     fresh = toy.make_task()
     kernel = np.full_like(started(fresh).params["fc1"]["kernel"], 0.25)
-    task = dataclasses.replace(fresh, initial={"params": {"fc1": {"kernel": kernel}}})
+    initial = {"params": {"fc1": {"kernel": kernel}}}
     caplog.set_level("INFO", logger="absl")
-    for steps, chosen in (
-        ("2 steps", "starting at step 0 from init_from"),
-        ("4 steps", "continuing from the checkpoint"),
+    for stop_at, ends, chosen in (
+        (3, pytest.raises(KeyboardInterrupt), "starting at step 0 from init_from"),
+        (-1, contextlib.nullcontext(), "continuing from the checkpoint"),
     ):
         config = toy.config()
-        config.run.duration = steps
+        config.run.duration = "4 steps"
         config.run.checkpoint_every = "2 steps"
         config.optim.warmup = "1 step"
         caplog.clear()
-        loop.train(task, config, tmp_path)
+        with ends:
+            loop.train(dataclasses.replace(toy.make_task(stop_at=stop_at), initial=initial), config, tmp_path)
         assert [line for line in caplog.messages if chosen in line], caplog.messages
     caplog.clear()
     config = toy.config()

@@ -128,6 +128,16 @@ def test_a_save_that_failed_leaves_nothing_though_others_of_its_items_are_still_
     checkpointer.close()
 
 
+def test_a_save_that_cannot_be_read_back_does_not_count(tmp_path):
+    """In such a folder Orbax loses the arrays that it wrote, and says nothing."""
+    folder = tmp_path / "run[1]" / "checkpoints"
+    checkpointer, current = Checkpointer(folder), make(sharding.make_mesh(1, 1, 1))
+    with pytest.raises(UserError, match=r"step 1 could not be written .*cannot be read back"):
+        checkpointer.save(1, current, {"next_batch": 1}, last=True)
+    assert checkpointer.latest_step() is None and list(folder.iterdir()) == []
+    checkpointer.close()
+
+
 def test_state_without_codebook_and_averages(tmp_path):
     mesh = sharding.make_mesh()
     checkpointer = Checkpointer(tmp_path / "checkpoints")

@@ -134,6 +134,33 @@ def test_finished_run_returns_its_figures_without_training(unbroken):
     assert_same_outcome(outcome(workdir), before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "described"),
+    [
+        ({"run.batch_size": 4}, "19 steps of 4 examples with 3"),
+        ({"run.duration": "7 steps"}, "7 steps of 8 examples with 3"),
+        ({"run.duration": "5 steps"}, "5 steps of 8 examples with 3"),
+        ({"run.duration": "190 steps"}, "190 steps of 8 examples with 3"),
+        ({"optim.warmup": "2 steps"}, "19 steps of 8 examples with 2"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_its_own_schedule_only(unbroken, changes, described):
+    """Also where the checkpoint stands at the end of the shorter schedule: the run has not got there."""
+    workdir, _, _ = unbroken
+    before = outcome(workdir)
+    with pytest.raises(UserError, match=rf"19 steps of 8 examples with 3 .*, and this run has {described} steps of"):
+        loop.train(toy.make_task(stop_at=0), toy.config(**changes), workdir)
+    with pytest.raises(UserError, match="counted in steps"):
+        loop.check_checkpoint(toy.make_task(), toy.config(**changes), workdir)
+    assert_same_outcome(outcome(workdir), before)
+
+
+def test_a_schedule_in_another_unit_is_the_same_schedule(unbroken):
+    workdir, returned, _ = unbroken
+    again = loop.train(toy.make_task(stop_at=0), toy.config(**{"run.duration": "152 examples"}), workdir)
+    assert again["steps"] == returned["steps"] == 19
+
+
 def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loop.train(toy.make_task(stop_at=13), toy.config(), tmp_path)

@@ -127,6 +127,12 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
         )
     builder = Beitv2Scenes(data_dir=os.fspath(data_dir) or None, config=config, file_format="array_record")
     directory = pathlib.Path(builder.data_path)
+    if directory.parts[0] == "~":
+        raise UserError(
+            f"The embedded data set cannot be drawn into {directory}, because the home directory is unknown.",
+            "The variable HOME may not be set, as in some containers.",
+            "Set HOME, or write --config.data.data_dir=PATH.",
+        )
     if os.path.exists(directory):
         return directory
     logging.info("drawing the embedded data set '%s' into %s (once) ...", config, directory)

@@ -1,5 +1,6 @@
 """Prepared TFDS sets in ArrayRecord form, found by name and read without TensorFlow: a source of `data.sources`."""
 
+import hashlib
 import os
 import pathlib
 import re
@@ -13,7 +14,8 @@ from beitv2_jax.errors import UserError
 class TfdsSource:
     """A prepared TFDS directory in a random-access format, read without TensorFlow.
 
-    Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded.
+    Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded. `digest` stands
+    for the sizes of the split's files, because data sets of one name and version may differ.
     """
 
     left_out = empty_classes = ()
@@ -26,6 +28,7 @@ class TfdsSource:
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
+        self.digest = _digest(builder.info.splits[self.split.partition("[")[0]])
         self._features = ImageFeatures(builder.info.features, where, directory)
         try:
             self._records = builder.as_data_source(self.split, decoders=self._features.decoders)
@@ -60,6 +63,11 @@ class TfdsSource:
 
     def __reduce__(self):
         return TfdsSource, (self._directory, self._asked)
+
+
+def _digest(split_info) -> str:
+    sizes = f"{split_info.num_bytes} {list(split_info.shard_lengths)}"
+    return hashlib.blake2b(sizes.encode(), digest_size=6).hexdigest()
 
 
 def _preparation(name: str, data_dir: str = "") -> str:

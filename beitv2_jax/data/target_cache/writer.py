@@ -98,7 +98,8 @@ class TargetCache:
     def _join_plan(self, plan: dict[str, Any]) -> None:
         path = self.work / "plan.json"
         self.work.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        # a plan of which no shard is done or leased binds nobody
+        if not path.exists() or all(other == path for other in self.work.iterdir()):
             _write_json(path, plan)
         try:
             begun = json.loads(path.read_text())

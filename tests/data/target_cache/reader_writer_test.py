@@ -310,3 +310,15 @@ def test_caches_of_any_size_hold_what_was_written(
     for view in range(num_views):
         for example_id in range(num_examples):
             np.testing.assert_array_equal(reader[example_id, view], drawn(example_id, view))
+
+
+def test_a_plan_binds_once_a_shard_is_done_or_leased(tmp_path):
+    arguments = {"name": "codes", "shard_examples": 7}
+    other = {**CODE_MANIFEST, "tokenizer_hash": "another"}
+    TargetCache(tmp_path / "views", manifest=other, **arguments)
+    cache = TargetCache(tmp_path / "views", manifest=CODE_MANIFEST, **arguments)
+    for name in (cache.done_path(0).name, "0.lease"):
+        (cache.work / name).touch()
+        with pytest.raises(UserError, match=r"made with tokenizer_hash = .*, this run has 'another'"):
+            TargetCache(tmp_path / "views", manifest=other, **arguments)
+        (cache.work / name).unlink()
