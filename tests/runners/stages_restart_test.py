@@ -256,7 +256,7 @@ def test_a_workdir_in_use_is_refused_and_let_go_afterwards(started):
 
 def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
     class Source:
-        name, split = "images", "train"
+        name, split, left_out, empty_classes = "images", "train", (), ()
 
         def __len__(self):
             return 64
