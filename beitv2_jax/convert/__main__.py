@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_heads=options.num_heads,
             normalization=options.normalization,
             average=options.weights == "average",
+            state_dict=options.state_dict,
         )
         not_written = weights_lib.write(weights, options.dest, options.layout)
     except UserError as error:
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "--normalization",
         choices=NORMALIZATIONS,
         help="input normalisation that the weights were trained with (tokenizers have a fixed one)",
+    )
+    parser.add_argument(
+        "--state_dict",
+        default="",
+        metavar="NAME",
+        help="of a file with several state dicts: the one to read, such as model_ema, teacher or model.teacher",
     )
     parser.add_argument(
         "--weights",

@@ -85,6 +85,7 @@ def read(
     num_heads: int | None = None,
     normalization: str | None = None,
     average: bool = False,
+    state_dict: str = "",
 ) -> Weights:
     """Read weights of any layout.
 
@@ -95,6 +96,7 @@ def read(
         normalization: name of the input normalisation, if it is known to differ from the stored or usual one; ignored
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
+        state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -102,7 +104,11 @@ def read(
     if is_run(path):
         weights = _from_run(path, normalization, average)
     else:
-        weights = _from_state(read_weights(path), read_config(path) or {}, num_heads, normalization)
+        found = read_weights(path, state_dict)
+        weights = _from_state(found.arrays, read_config(path) or {}, num_heads, normalization)
+        weights = dataclasses.replace(
+            weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
+        )
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
             f"The image size of {path} is unknown: the model has no position embeddings or tables.",

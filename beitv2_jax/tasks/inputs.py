@@ -49,6 +49,8 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     variables = {name: tree for name, tree in found.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("initialised %s parameters from %s (layout: %s)", f"{given:,}", config.init_from, weights.layout)
+    for text in weights.assumptions:
+        logging.info("assumed of %s: %s", config.init_from, text)
     for text in group_by_reason(weights.dropped):
         logging.info("not used from %s: %s", config.init_from, text)
     return variables

@@ -27,7 +27,7 @@ def teacher_arguments(config, patch_size: int) -> dict:
 
     `patch_size` is the tokenizer's: the teacher is to give one feature for each of its patches.
     """
-    teacher = {key: config.teacher[key] for key in ("weights", *TEACHER_CHOICES)}
+    teacher = {key: config.teacher[key] for key in ("weights", "state_dict", *TEACHER_CHOICES)}
     grid = (config.views.image_size // patch_size,) * 2
     return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
 

@@ -23,6 +23,7 @@ def load_teacher(
     weights: str,
     *,
     image_size: int,
+    state_dict: str = "",
     grid: tuple[int, int] | None = None,
     num_heads: int = 0,
     normalization: str = "",
@@ -37,6 +38,7 @@ def load_teacher(
     Args:
         weights: the working directory of a run of stage 'finetune' or 'mim', a Hugging Face folder, or a file of a
             published network, which is recognised from the names in it.
+        state_dict: which of several state dicts in a file to read ('teacher', 'model_ema'); '' takes the usual one.
         grid: rows and columns of the features; None uses the patch size of the teacher.
         num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
         normalization: name of the input normalisation; '' uses the one of the network. A run keeps its own.
@@ -67,10 +69,14 @@ def load_teacher(
         name, network = _from_run(weights, output)
     else:
         name = Path(weights).stem
-        arrays, config = read_weights(weights), read_config(weights)
-        network = from_state(arrays, config, output=output, activation=activation, num_heads=num_heads)
+        found = read_weights(weights, state_dict)
+        network = from_state(
+            found.arrays, read_config(weights), output=output, activation=activation, num_heads=num_heads
+        )
         network = network._replace(normalization=normalization or network.normalization)
-        for text in group_by_reason(network.dropped):
+        for text in found.assumptions:
+            logging.info("teacher %s: %s", name, text)
+        for text in group_by_reason(found.dropped | network.dropped):
             logging.info("teacher %s: not used: %s", name, text)
     if not network.normalization:
         raise UserError(

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import HEAD_WIDTH
 from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
+from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.preprocess import NORMALIZATIONS
@@ -138,9 +139,12 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
             if all(map(found, family.has)) and not any(map(found, family.lacks)):
                 return family, prefix
     some = ", ".join(sorted(arrays)[:3])
+    happened = f"The weights belong to no known family of teachers; their first entries are {some}."
+    if prefix := wrapping_prefix(arrays):
+        raise wrapped(happened, prefix)
     raise UserError(
-        f"The weights belong to no known family of teachers; their first entries are {some}.",
-        "They may not be a vision transformer, or a state dict inside another dict.",
+        happened,
+        "They may not be a vision transformer.",
         f"Pass weights of one of these families: {'; '.join(family.title for family in FAMILIES)}.",
     )
 

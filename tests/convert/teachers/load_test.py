@@ -14,6 +14,7 @@ from testing import drawn_variables, quick_jit
 
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
@@ -97,6 +98,25 @@ def test_a_timm_file_gives_the_features_of_timm(timm_file):
     np.testing.assert_allclose(features, tokens[:, 1:], atol=1e-5 * np.abs(tokens).max())
     other, params = load_teacher(str(timm_file), image_size=32, num_heads=4, normalization="half")
     assert np.abs(features - quick_jit(other.features)(params, images)).max() > 0.01
+
+
+def test_the_teacher_of_a_training_checkpoint_is_taken_unless_another_is_chosen(timm_file, tmp_path, caplog):
+    with np.load(timm_file) as arrays:
+        state = {name: arrays[name] for name in arrays.files if not name.startswith("head.")}
+    head = {"head.last_layer.weight_g": np.ones((3, 1), np.float32)}
+    student = {f"module.backbone.{name}": array for name, array in state.items()}
+    student["module.backbone.norm.bias"] = state["norm.bias"] + 1
+    teacher = {f"backbone.{name}": array for name, array in state.items()} | head
+    path = tmp_path / "checkpoint.pth.tar"
+    writer.save(path, {"student": student, "teacher": teacher, "epoch": 100})
+    caplog.set_level("INFO", logger="absl")
+    options = {"image_size": 32, "num_heads": 3, "normalization": "half"}
+    _, params = load_teacher(str(path), **options)
+    np.testing.assert_array_equal(params["norm"]["bias"], state["norm.bias"])
+    assert "state_dict=teacher.backbone: the file also has student" in caplog.text
+    assert "not used: head.last_layer.weight_g" in caplog.text
+    _, params = load_teacher(str(path), state_dict="student", **options)
+    np.testing.assert_array_equal(params["norm"]["bias"], state["norm.bias"] + 1)
 
 
 def test_clip_features_without_the_projection(tmp_path):
