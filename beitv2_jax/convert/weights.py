@@ -25,7 +25,8 @@ from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
 from beitv2_jax.convert.files import read_config, read_weights
 from beitv2_jax.convert.positions import resize_positions
-from beitv2_jax.convert.runs import is_run, read_run, write_run
+from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
+from beitv2_jax.convert.teachers.weights import refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
 from beitv2_jax.sizes import MASKED_FRACTION
@@ -105,6 +106,7 @@ def read(
         weights = _from_run(path, normalization, average)
     else:
         found = read_weights(path, state_dict)
+        refuse_plain_vit(path, found.arrays)
         weights = _from_state(found.arrays, read_config(path) or {}, num_heads, normalization)
         weights = dataclasses.replace(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
@@ -181,14 +183,9 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
-    run = read_run(path, average=average)
     kinds = {stage: kind for kind, stage in STAGES.items()}
-    if run.config["stage"] not in kinds:
-        raise UserError(
-            f"{path} holds a run of stage {run.config['stage']!r}, which trains no model.",
-            "The path may be that of another stage.",
-            f"Pass the directory of a run of one of the stages {', '.join(kinds)}.",
-        )
+    check_stage(path, kinds, "")
+    run = read_run(path, average=average)
     kind = kinds[run.config["stage"]]
     arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
     if kind == "vqkd":

@@ -65,12 +65,14 @@ class Opened:
         stored: readers of their stored targets, where those are stored.
         network: the teacher or tokenizer that makes the targets in the step, where they are not.
         frozen: its weights, by its name.
+        initial: trained weights that the model starts from, as `initial_variables` returns them.
     """
 
     sources: tuple[Source, Source]
     stored: tuple[TargetReader | None, TargetReader | None] = (None, None)
     network: Any = None
     frozen: PyTree = dataclasses.field(default_factory=dict)
+    initial: PyTree = dataclasses.field(default_factory=dict)
 
 
 def open_sources(config) -> tuple[Source, Source]:

@@ -88,9 +88,10 @@ def build(config) -> Task:
     """Build the segmentation task.
 
     Raises:
-        UserError: the data set is missing or has no label maps, or the classes do not fit its numbers.
+        UserError: the initial weights or the data set are missing, there are no label maps, or the classes do not fit.
     """
-    return make_task(config, inputs.Opened(open_sources(config)))
+    initial = inputs.initial_variables(config, "segmenter", make_model(config, Compute()))
+    return make_task(config, inputs.Opened(open_sources(config), initial=initial))
 
 
 def open_sources(config):
@@ -111,7 +112,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     return Task(
         name="segment",
         init=functools.partial(init_segmenter, model),
-        initial=inputs.initial_variables(config, "segmenter", model),
+        initial=opened.initial,
         loss=segment_loss(
             model,
             normalization=config.normalization,

@@ -12,6 +12,7 @@ import numpy as np
 
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.target_cache.manifest import check_manifest, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
@@ -109,6 +110,17 @@ class CentreRow:
 
     def __call__(self, example_id: int) -> list[Example]:
         return [self.transform(self.source[example_id])]
+
+
+def manifest_of(directory: str, target: str) -> dict:
+    """Return the manifest of the train split in a target cache, which can be read before the data are open.
+
+    Raises:
+        UserError: there is no finished target cache, or it holds something else than `target`.
+    """
+    manifest = read_manifest(os.path.join(directory, PARTS[0]))
+    check_manifest(manifest, {"target": target}, directory)
+    return manifest
 
 
 def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetReader, TargetReader]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import teacher_cases
 from convert_states import KINDS, SIZES, arguments_of, assert_same, drawn_state, drawn_weights, published
 from flax import traverse_util
 from hypothesis import given, settings
+from paths import GOLDEN
 
 from beitv2_jax.convert import weights as weights_lib
 from beitv2_jax.convert.adapt import adapt_weights
@@ -173,7 +175,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
     write(drawn_weights("mim"), str(tmp_path / "mim"), "run")
     config = json.loads((tmp_path / "mim" / "config.json").read_text())
     (tmp_path / "mim" / "config.json").write_text(json.dumps(config | {"stage": "probe"}))
-    with pytest.raises(UserError, match="stage 'probe', which trains no model"):
+    with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'mim'"):
         read(str(tmp_path / "mim"))
 
 
@@ -282,6 +284,20 @@ def test_another_network_is_refused_by_name(changes, named):
         started(source, "classifier", **({"position": "relative", "pooling": "mean"} | changes))
 
 
+def test_a_tokenizer_that_does_not_fit_is_named_as_one():
+    with pytest.raises(UserError, match=r"those of a tokenizer, do not fit a classifier") as raised:
+        started(drawn_weights("vqkd"), "classifier", position="relative", pooling="mean")
+    assert "a run of stage 'mim'" in raised.value.instead
+
+
+@pytest.mark.parametrize("name, title", [("timm_deit", "ViT in timm's names"), ("hf_clip", "Hugging Face CLIP")])
+def test_weights_of_a_transformer_that_is_no_beit_are_named(name, title, tmp_path):
+    path = teacher_cases.read(GOLDEN / "teachers.npz")[name].store(tmp_path)
+    with pytest.raises(UserError, match=rf"not a BEiT \({title}\)") as raised:
+        read(path)
+    assert f"--config.teacher.weights={path} " in raised.value.instead
+
+
 def test_only_a_tokenizer_initialises_a_tokenizer():
-    with pytest.raises(UserError, match="kind 'mim' cannot initialise a tokenizer"):
+    with pytest.raises(UserError, match="those of a masked image model, which cannot initialise a tokenizer"):
         started(drawn_weights("mim"), "vqkd")

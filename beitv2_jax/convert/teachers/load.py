@@ -9,7 +9,7 @@ from flax import traverse_util
 from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
 from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
 from beitv2_jax.convert.positions import resize_positions
-from beitv2_jax.convert.runs import is_run, read_run, weights_hash
+from beitv2_jax.convert.runs import check_stage, is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
 from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
@@ -127,20 +127,15 @@ def load_teacher(
 
 
 def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
-    run = read_run(workdir)
-    config = run.config
-    if config["stage"] not in ("finetune", "mim"):
-        raise UserError(
-            f"{workdir} holds a run of stage {config['stage']!r}, which cannot be a teacher.",
-            "The path may be that of another stage.",
-            "Write --config.teacher.weights=PATH with the directory of a run of stage 'finetune' or 'mim'.",
-        )
+    check_stage(workdir, ("finetune", "mim"), "config.teacher.weights")
     if output == "projected":
         raise UserError(
             f"{workdir} holds a run of this package, which has no projection.",
             "Did you mean the normalised tokens of its last block?",
             "Write --config.teacher.output=tokens.",
         )
+    run = read_run(workdir)
+    config = run.config
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
     if config["stage"] == "mim":

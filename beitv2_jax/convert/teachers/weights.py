@@ -24,6 +24,7 @@ from beitv2_jax.typing import PyTree
 
 _CONFIG_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BEIT = r"(attn\.q_bias|relative_position_bias_table)$"
+_KEY_BIAS = r"\.(attn\.qkv\.bias|attention\.key\.bias|self_attn\.k_proj\.bias|attn\.in_proj_bias)$"
 _DISTILLATION = "backbone/distillation_token"
 
 
@@ -123,6 +124,12 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
     Raises:
         UserError: no family matches, or the weights are those of a BEiT model.
     """
+    if any(name.startswith("quantize.") for name in arrays):
+        raise UserError(
+            "The weights are those of a tokenizer, which cannot be a teacher.",
+            "Did you mean the network that it was trained with, such as CLIP?",
+            "Write --config.teacher.weights=PATH with the weights of a vision transformer.",
+        )
     if any(re.search(_BEIT, name) for name in arrays):
         raise UserError(
             "The weights are those of a BEiT model, which must be converted before it can be a teacher.",
@@ -146,6 +153,22 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
         happened,
         "They may not be a vision transformer.",
         f"Pass weights of one of these families: {'; '.join(family.title for family in FAMILIES)}.",
+    )
+
+
+def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT: its keys have a bias."""
+    if not any(re.search(_KEY_BIAS, name) for name in arrays):
+        return
+    try:
+        title = f" ({recognise(arrays)[0].title})"
+    except UserError:
+        title = ""
+    raise UserError(
+        f"{path} holds the weights of a vision transformer that is not a BEiT{title}.",
+        "Did you mean to use it as the teacher of a tokenizer?",
+        f"Write --config.teacher.weights={path} for a vqkd or extract stage; conversion and --config.init_from need "
+        "the weights of a BEiT v1 or v2 model.",
     )
 
 
