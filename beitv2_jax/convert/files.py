@@ -47,14 +47,14 @@ def read_weights(path: str, state_dict: str = "") -> StateDict:
     return found._replace(arrays={name: _writable(array) for name, array in found.arrays.items()})
 
 
-def read_config(path: str) -> dict | None:
-    """Return the config.json in the folder `path`, or beside the file `path`; None if there is none.
+def read_config(path: str, name: str = "config.json") -> dict | None:
+    """Return the JSON file `name` in the folder `path`, or beside the file `path`; None if there is none.
 
     Raises:
         UserError: the file is not a JSON object.
     """
     directory = Path(path) if Path(path).is_dir() else Path(path).parent
-    return _read_json(directory / "config.json") if (directory / "config.json").is_file() else None
+    return _read_json(directory / name) if (directory / name).is_file() else None
 
 
 def group_by_reason(entries: dict[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ from absl import logging
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
+from beitv2_jax.convert.weights import Weights
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -44,16 +45,32 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = adapt_weights(read_weights(config.init_from), kind, flat_arguments(model))
+    weights = read_weights(config.init_from)
+    _compare_normalization(config, weights)
+    for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):
+        logging.info("%s: %s", config.init_from, text)
+    weights = adapt_weights(weights, kind, flat_arguments(model))
     found = {"params": weights.variables["params"], "model_state": weights.model_state}
     variables = {name: tree for name, tree in found.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
     logging.info("initialised %s parameters from %s (layout: %s)", f"{given:,}", config.init_from, weights.layout)
-    for text in weights.assumptions:
-        logging.info("assumed of %s: %s", config.init_from, text)
     for text in group_by_reason(weights.dropped):
         logging.info("not used from %s: %s", config.init_from, text)
     return variables
+
+
+def _compare_normalization(config, weights: Weights) -> None:
+    """Log a warning if the run normalises its images otherwise than its initial weights were trained with."""
+    trained = "half" if weights.kind == "vqkd" else weights.normalization  # both map images to [-1, 1]
+    used = config.get("normalization", trained)
+    if weights.normalization_known and used != trained:
+        logging.warning(
+            "normalization=%s, but the weights of %s were trained with %s; write --config.normalization=%s to keep it",
+            used,
+            config.init_from,
+            trained,
+            trained,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,17 @@ def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
 
 
+@pytest.mark.parametrize("layout, kept", [("run", True), ("huggingface", True), ("official", False), ("timm", False)])
+def test_the_normalization_is_kept_or_said_to_be_lost(layout, kept, tmp_path):
+    weights = dataclasses.replace(drawn_weights("classifier", position="relative"), normalization="half")
+    path = str(tmp_path / "weights.npz") if layout in ("official", "timm") else str(tmp_path / "weights")
+    lost = write(weights, path, layout)
+    again = read(path)
+    assert (again.normalization, again.normalization_known) == (("half", True) if kept else ("imagenet", False))
+    assert ("normalization" in lost) != kept
+    assert read(path, normalization="half").normalization == "half"
+
+
 def test_a_run_of_another_stage_is_refused(tmp_path):
     (tmp_path / "probe").mkdir()
     write(drawn_weights("mim"), str(tmp_path / "mim"), "run")

@@ -13,6 +13,7 @@ from paths import ROOT
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import write
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.tasks import finetune, inputs, mim, segment, tokenize, vqkd
 from beitv2_jax.training import loop, optim, sharding, state
 
@@ -145,6 +146,19 @@ def test_paths_of_weights_are_checked_before_the_data_are_opened(stage, key, tmp
     (config[section] if section else config)[name] = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere"):
         importlib.import_module(f"beitv2_jax.tasks.{stage}").build(config)
+
+
+@pytest.mark.parametrize("used, trained, warned", [("imagenet", "half", 1), ("half", "half", 0)])
+def test_another_normalization_than_that_of_the_weights_is_logged(used, trained, warned, tmp_path, caplog):
+    config = smoke("teacher")
+    config.model.update(small_vit(config, position="relative", num_classes=10))
+    config.normalization, config.init_from = used, str(tmp_path / "mim")
+    source = dataclasses.replace(drawn_weights("mim", position="relative"), normalization=trained)
+    write(source, config.init_from, "run")
+    inputs.initial_variables(config, "classifier", finetune.make_model(config, Compute()))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == warned
+    assert all(f"write --config.normalization={trained}" in line for line in lines)
 
 
 def test_a_file_given_as_a_run_is_to_be_converted(tmp_path):

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
 from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
+from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
@@ -41,7 +42,8 @@ def load_teacher(
         state_dict: which of several state dicts in a file to read ('teacher', 'model_ema'); '' takes the usual one.
         grid: rows and columns of the features; None uses the patch size of the teacher.
         num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
-        normalization: name of the input normalisation; '' uses the one of the network. A run keeps its own.
+        normalization: name of the input normalisation; '' uses the one that stands beside the weights or in the run, or
+            else that of the family of networks.
         output: 'projected' or 'tokens' (normalised tokens of the last block); '' uses the published choice: projected
             for CLIP, tokens for all others.
         activation: '' uses the one of the network; needed where the file does not determine it.
@@ -66,14 +68,17 @@ def load_teacher(
     _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
     _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if is_run(weights):
-        name, network = _from_run(weights, output)
+        name, network = _from_run(weights, output, normalization)
     else:
         name = Path(weights).stem
         found = read_weights(weights, state_dict)
         network = from_state(
             found.arrays, read_config(weights), output=output, activation=activation, num_heads=num_heads
         )
-        network = network._replace(normalization=normalization or network.normalization)
+        normalization = normalization_of(
+            weights, given=normalization, usual=network.normalization, option="--config.teacher.normalization"
+        )
+        network = network._replace(normalization=normalization)
         for text in found.assumptions:
             logging.info("teacher %s: %s", name, text)
         for text in group_by_reason(found.dropped | network.dropped):
@@ -126,7 +131,7 @@ def load_teacher(
     return teacher, params
 
 
-def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
+def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, TeacherWeights]:
     check_stage(workdir, ("finetune", "mim"), "config.teacher.weights")
     if output == "projected":
         raise UserError(
@@ -136,6 +141,13 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
         )
     run = read_run(workdir)
     config = run.config
+    if normalization not in ("", config["normalization"]):
+        raise UserError(
+            f"{workdir} was trained with the input normalisation {config['normalization']!r}, the config has "
+            f"teacher.normalization={normalization!r}.",
+            "Did you mean the normalisation of another teacher?",
+            f"Write --config.teacher.normalization={config['normalization']}.",
+        )
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
     if config["stage"] == "mim":

@@ -18,7 +18,6 @@ from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEAD
 from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
-from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.typing import PyTree
 
@@ -32,7 +31,7 @@ class TeacherWeights(NamedTuple):
     """A teacher's network at the image size it was trained with.
 
     `arguments` and `projection_dim` (0: none) are those of `NormalisedViT`; `dropped` maps each unused entry to the
-    reason; `normalization` is '' if it is unknown.
+    reason; `normalization` is that of the family, '' if its networks differ in it.
     """
 
     arguments: dict
@@ -113,7 +112,7 @@ def from_state(
         projection_dim=projection_dim,
         params=params,
         dropped=_dropped(state, used),
-        normalization=_normalization(config) or family.normalization,
+        normalization=family.normalization,
         position_resize=family.position_resize,
     )
 
@@ -175,15 +174,6 @@ def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 def _vision_config(config: dict | None) -> dict | None:
     """Return the part of a Hugging Face config.json that describes the image network."""
     return None if config is None else config.get("vision_config", config)
-
-
-def _normalization(config: dict | None) -> str:
-    """Return the input normalisation in the config.json of a timm repository, '' if there is none."""
-    stated = (config or {}).get("pretrained_cfg", {})
-    for name, statistics in NORMALIZATIONS.items():
-        if "mean" in stated and np.allclose((stated["mean"], stated["std"]), statistics, atol=1e-4):
-            return name
-    return ""
 
 
 def _activation(family: Family, vision_config: dict | None) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,13 @@ def test_the_teacher_of_a_training_checkpoint_is_taken_unless_another_is_chosen(
     np.testing.assert_array_equal(params["norm"]["bias"], state["norm.bias"] + 1)
 
 
+def test_the_normalization_beside_the_weights_is_used(timm_file, tmp_path):
+    shutil.copy(timm_file, tmp_path / "vit.npz")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    teacher, _ = load_teacher(str(tmp_path / "vit.npz"), image_size=32, num_heads=3)
+    assert teacher.normalization == teacher.choices["normalization"] == "half"
+
+
 def test_clip_features_without_the_projection(tmp_path):
     case = CASES["openai_clip"]
     projected, params = case.load(tmp_path)
@@ -201,7 +209,9 @@ def test_the_hash_depends_on_the_weights(timm_file, tmp_path):
 
 def test_a_finetune_run_is_a_teacher_with_its_own_normalization(finetune_run):
     workdir, params = finetune_run
-    teacher, loaded = load_teacher(str(workdir), image_size=6, normalization="clip")
+    teacher, loaded = load_teacher(str(workdir), image_size=6)
+    with pytest.raises(UserError, match=r"normalization='clip'.*\n.*\n.*teacher\.normalization=imagenet"):
+        load_teacher(str(workdir), image_size=6, normalization="clip")
     assert (teacher.name, teacher.grid, teacher.normalization) == ("teacher@17", (3, 3), "imagenet")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
     images = normalize(pixels, *NORMALIZATIONS["imagenet"])
