@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from beitv2_jax.convert.torch_files.reader import read_torch
 from beitv2_jax.convert.wrappers import Selection, StateDict, select, unwrap
@@ -55,6 +55,14 @@ def read_config(path: str, name: str = "config.json") -> dict | None:
     """
     directory = Path(path) if Path(path).is_dir() else Path(path).parent
     return _read_json(directory / name) if (directory / name).is_file() else None
+
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write contiguous arrays to a .safetensors file with the usual permissions, as the umask has them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library leaves the file to its owner alone
 
 
 def group_by_reason(entries: dict[str, str]) -> list[str]:

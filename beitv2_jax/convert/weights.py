@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from beitv2_jax.convert.arguments import (
     HEAD_WIDTH,
@@ -23,7 +22,7 @@ from beitv2_jax.convert.arguments import (
 )
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
-from beitv2_jax.convert.files import read_config, read_weights
+from beitv2_jax.convert.files import read_config, read_weights, write_safetensors
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
@@ -339,7 +338,7 @@ def _not_stored(weights: Weights, read_as: str) -> dict[str, str]:
 
 def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:
     savers = {
-        ".safetensors": lambda path: save_file(_contiguous(state), path, metadata={"format": "pt"}),
+        ".safetensors": lambda path: write_safetensors(path, _contiguous(state)),
         ".npz": lambda path: np.savez(path, **state),
         ".pth": lambda path: writer.save(path, {"model": _contiguous(state)}),
     }

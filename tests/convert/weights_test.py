@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -161,13 +162,25 @@ def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
         Path(path).write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights_lib, "save_file", lambda state, path, **_: fails(path))
+    monkeypatch.setattr(weights_lib, "write_safetensors", lambda path, state: fails(path))
     with pytest.raises(UserError, match="disk full"):
         write(weights, str(tmp_path / "weights.safetensors"), "official")
     monkeypatch.setattr(weights_lib, "write_run", lambda path, *_: (Path(path).mkdir(), fails(Path(path) / "x")))
     with pytest.raises(UserError, match="disk full"):
         write(weights, str(tmp_path / "run"), "run")
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    weights = drawn_weights("classifier", position="relative")
+    before = os.umask(0o027)
+    try:
+        write(weights, str(tmp_path / "w.safetensors"), "official")
+        write(weights, str(tmp_path / "hub"), "huggingface")
+    finally:
+        os.umask(before)
+    for name in ("w.safetensors", "hub/model.safetensors", "hub/config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
 
 
 @pytest.mark.parametrize("layout, kept", [("run", True), ("huggingface", True), ("official", False), ("timm", False)])

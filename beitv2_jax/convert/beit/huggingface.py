@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
+from beitv2_jax.convert.files import write_safetensors
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
@@ -278,6 +278,6 @@ def make_preprocessor(normalization: str, image_size: int) -> dict:
 def save(directory: Path, state: dict[str, np.ndarray], config: dict, preprocessor: dict) -> None:
     """Write model.safetensors (from contiguous arrays), config.json and preprocessor_config.json to a new folder."""
     directory.mkdir()
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(directory / "model.safetensors", state)
     for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
