@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(f"Error: {error}")
         return 2
-    print(summary(weights, options.dest, options.layout, not_written))
+    try:
+        print(summary(weights, options.dest, options.layout, not_written), flush=True)
+    except BrokenPipeError:
+        # the reader, such as `head`, has closed the pipe; the weights are written, and the exit flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

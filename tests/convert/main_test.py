@@ -1,5 +1,6 @@
 """The command line of the converter: its output, its errors, and run directories that later stages can read."""
 
+import os
 import subprocess
 import sys
 
@@ -83,6 +84,17 @@ def test_errors_have_three_sentences_and_leave_no_files(tmp_path):
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 3
     assert "'extra'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.npz"]
+
+
+def test_a_reader_that_closes_the_pipe_does_no_harm(tmp_path):
+    write(drawn_weights("classifier", position="relative"), str(tmp_path / "w.npz"), "official")
+    command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "w.npz"), str(tmp_path / "run")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(str(tmp_path / "run")).kind == "classifier"
 
 
 @pytest.mark.parametrize(
