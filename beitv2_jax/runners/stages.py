@@ -21,6 +21,7 @@ from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop
 
@@ -112,6 +113,7 @@ def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool 
     stages = {name: config_lib.resolve(stage, workdir) for name, stage in config.stages.items()}
     for stage in stages.values():
         config_lib.validate(stage)
+        inputs.check_implementations(stage)
     check_writable(workdir)
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):

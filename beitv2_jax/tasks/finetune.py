@@ -78,6 +78,7 @@ def build(config) -> Task:
     Raises:
         UserError: the initial weights or the data set are missing, or do not fit the model.
     """
+    inputs.check_implementations(config)
     initial = inputs.initial_variables(config, "classifier", make_model(config, Compute()))
     sources = inputs.open_sources(config)
     source = sources[0]

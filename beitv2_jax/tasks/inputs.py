@@ -20,6 +20,7 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
+from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
@@ -35,6 +36,31 @@ def compute(config) -> Compute:
     described = [f"{name} {chosen[name]}" for name in implementations.AUTO if name in chosen]
     logging.info("implementations on %s: %s", platform, ", ".join(described))
     return Compute(**chosen)
+
+
+def check_implementations(config) -> None:
+    """Check that what `config.efficiency` of a trained stage names can run on this platform; a plan does not call it.
+
+    Raises:
+        UserError: an implementation cannot run here, or not with the sizes of the model.
+    """
+    if "attention" not in config.efficiency:
+        return
+    parts = [config.model] if "width" in config.model else [config.model.encoder, config.model.decoder]
+    situation = {
+        "platform": jax.default_backend(),
+        "dtype": config.efficiency.dtype,
+        "head_widths": [part.width // part.num_heads for part in parts],
+    }
+    for name, valid in implementations.NAMES.items():
+        chosen = config.efficiency.get(name, "auto")
+        if problem := implementations.obstacle(chosen, **situation):
+            others = [other for other in valid if not implementations.obstacle(other, **situation)]
+            raise UserError(
+                f"efficiency.{name}={chosen!r} cannot run here: {problem}.",
+                "Did you mean the implementation that is the default here?",
+                f"Write --config.efficiency.{name}=auto, or one of those that run here: {', '.join(others)}.",
+            )
 
 
 def initial_variables(config, kind: str, model) -> dict[str, PyTree]:

@@ -116,6 +116,7 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, code cache or tokenizer is missing, or the tokenizer does not fit the model.
     """
+    inputs.check_implementations(config)
     return make_task(config, open_inputs(config))
 
 

@@ -90,6 +90,7 @@ def build(config) -> Task:
     Raises:
         UserError: the initial weights or the data set are missing, there are no label maps, or the classes do not fit.
     """
+    inputs.check_implementations(config)
     initial = inputs.initial_variables(config, "segmenter", make_model(config, Compute()))
     return make_task(config, inputs.Opened(open_sources(config), initial=initial))
 

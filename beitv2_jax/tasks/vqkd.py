@@ -80,6 +80,7 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, cache or teacher is missing, or the cache was made otherwise than this config says.
     """
+    inputs.check_implementations(config)
     return make_task(config, open_inputs(config))
 
 
