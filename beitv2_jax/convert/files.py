@@ -40,7 +40,7 @@ def read_weights(path: str, state_dict: str = "") -> StateDict:
         raise UserError(
             f"There is no weights file at {path}.",
             f"The path may be mistyped{folder_lacks}.",
-            "Pass an existing weights file or the folder of a Hugging Face model.",
+            "Pass an existing weights file, the folder of a Hugging Face model, or the directory of a run.",
         )
     selection = Selection(_shards(file), prefix=state_dict) if file.suffix == ".json" else _read_file(file, state_dict)
     found = unwrap(selection, str(file))

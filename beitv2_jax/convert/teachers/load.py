@@ -1,6 +1,7 @@
 """Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
@@ -57,56 +58,27 @@ def load_teacher(
         UserError: no readable weights, an option that does not exist or does not fit them, or an option that must be
             given because the weights do not determine it.
     """
+    _check_choice("output", output, ("", *TEACHER_OUTPUTS))
+    _check_choice("grid_match", grid_match, GRID_MATCHES)
+    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
+    _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if not Path(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
             "The path may be mistyped, or the stage that trains the teacher has not run yet.",
             "Write --config.teacher.weights=PATH with the directory of a run or the weights of a published network.",
         )
-    _check_choice("output", output, ("", *TEACHER_OUTPUTS))
-    _check_choice("grid_match", grid_match, GRID_MATCHES)
-    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
-    _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if is_run(weights):
         name, network = _from_run(weights, output, normalization)
     else:
         name = Path(weights).stem
-        found = read_weights(weights, state_dict)
-        network = from_state(
-            found.arrays, read_config(weights), output=output, activation=activation, num_heads=num_heads
-        )
-        normalization = normalization_of(
-            weights, given=normalization, usual=network.normalization, option="--config.teacher.normalization"
-        )
-        network = network._replace(normalization=normalization)
-        for text in found.assumptions:
-            logging.info("teacher %s: %s", name, text)
-        for text in group_by_reason(found.dropped | network.dropped):
-            logging.info("teacher %s: not used: %s", name, text)
-    if not network.normalization:
-        raise UserError(
-            f"The weights of {name} do not say how their input images are normalised.",
-            "Networks with these names were trained with different normalisations.",
-            "Write --config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
-        )
-    trained_size, patch_size = network.arguments["image_size"], network.arguments["patch_size"]
+        network = _published(name, weights, state_dict, normalization, output, activation, num_heads)
+    patch_size = network.arguments["patch_size"]
     grid = tuple(grid or _grid_of_views(image_size, patch_size))
-    input_size = grid[0] * patch_size if grid_match == "resize_input" else trained_size
-    network_grid = (input_size // patch_size,) * 2
-    position_resize = position_resize or network.position_resize
-    params = dict(network.params)
-    if input_size != trained_size:
-        flat = traverse_util.flatten_dict(params["backbone"], sep="/")
-        num_prefix = network.arguments.get("class_token", True)
-        flat = resize_positions(flat, network_grid, num_prefix=num_prefix, method=position_resize)
-        params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
-    arguments, compute = {**network.arguments, "image_size": input_size}, Compute(dtype=dtype)
-    if "num_classes" in arguments:
-        model = Classifier.from_arguments(arguments, compute)
-        tokens = classifier_tokens(model)
-    else:
-        model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
-        tokens = vit_tokens(model)
+    input_size = grid[0] * patch_size if grid_match == "resize_input" else network.arguments["image_size"]
+    network = network._replace(position_resize=position_resize or network.position_resize)
+    params = _resized_params(network, input_size)
+    model, tokens = _model(network, input_size, Compute(dtype=dtype))
     teacher = Teacher(
         name=name,
         weights_hash=weights_hash(params),
@@ -116,19 +88,41 @@ def load_teacher(
             "activation": model.backbone.activation,
             "num_heads": model.backbone.num_heads,
             "grid_match": grid_match,
-            "position_resize": position_resize,
+            "position_resize": network.position_resize,
             "input_size": input_size,
         },
         normalization=network.normalization,
         image_size=image_size,
         input_size=input_size,
-        network_grid=network_grid,
+        network_grid=(input_size // patch_size,) * 2,
         grid=grid,
         width=network.projection_dim or model.backbone.width,
         num_prefix_tokens=model.backbone.num_prefix_tokens,
         tokens=tokens,
     )
     return teacher, params
+
+
+def _published(
+    name: str, weights: str, state_dict: str, normalization: str, output: str, activation: str, num_heads: int
+) -> TeacherWeights:
+    """Return the network in a published file or folder; what of it is not used is logged."""
+    found = read_weights(weights, state_dict)
+    network = from_state(found.arrays, read_config(weights), output=output, activation=activation, num_heads=num_heads)
+    for text in found.assumptions:
+        logging.info("teacher %s: %s", name, text)
+    for text in group_by_reason(found.dropped | network.dropped):
+        logging.info("teacher %s: not used: %s", name, text)
+    normalization = normalization_of(
+        weights, given=normalization, usual=network.normalization, option="--config.teacher.normalization"
+    )
+    if not normalization:
+        raise UserError(
+            f"The weights of {name} do not say how their input images are normalised.",
+            "Networks with these names were trained with different normalisations.",
+            "Write --config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
+        )
+    return network._replace(normalization=normalization)
 
 
 def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, TeacherWeights]:
@@ -161,6 +155,28 @@ def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, Teach
         normalization=config["normalization"],
         position_resize="bicubic",
     )
+
+
+def _resized_params(network: TeacherWeights, input_size: int) -> PyTree:
+    """Return the params with positions for images of `input_size` pixels."""
+    params = dict(network.params)
+    if input_size != network.arguments["image_size"]:
+        flat = traverse_util.flatten_dict(params["backbone"], sep="/")
+        grid = (input_size // network.arguments["patch_size"],) * 2
+        num_prefix = network.arguments.get("class_token", True)
+        flat = resize_positions(flat, grid, num_prefix=num_prefix, method=network.position_resize)
+        params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
+    return params
+
+
+def _model(network: TeacherWeights, input_size: int, compute: Compute) -> tuple[Classifier | NormalisedViT, Callable]:
+    """Return the model for images of `input_size` pixels, and the function (params, images) -> tokens."""
+    arguments = {**network.arguments, "image_size": input_size}
+    if "num_classes" in arguments:
+        model = Classifier.from_arguments(arguments, compute)
+        return model, classifier_tokens(model)
+    model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
+    return model, vit_tokens(model)
 
 
 def _grid_of_views(image_size: int, patch_size: int) -> tuple[int, int]:
