@@ -4,8 +4,11 @@ The suite compares the files chosen for `tests/golden`; `--golden-dir=DIR` compa
 `--parity-table=FILE` also writes down how close every quantity came.
 """
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden_files import Golden
 from golden_masks import check_masks
@@ -76,6 +79,27 @@ def test_golden(name, golden_dir, comparisons):
     golden = Golden(golden_dir, name)
     comparisons[name] = golden.comparisons
     CHECKS[name](golden)
+    golden.check_nothing_left()
+
+
+def test_another_set_is_compared_by_its_own_sizes(tmp_path):
+    """Parameter groups of the stored file with the classes and the decay of another, and a warm-up in steps."""
+    with np.load(GOLDEN / "schedules.npz") as stored:
+        released = json.loads(str(stored["out/groups/finetune_base"]))
+        settings = json.loads(str(stored["config"]))["groups"]["finetune_base"]
+    settings["model_args"]["num_classes"], settings["weight_decay"] = 7, 0.03
+    released["shapes"] |= {"head.weight": [7, 768], "head.bias": [7]}
+    for entry in released["params"].values():
+        entry["weight_decay"] *= 0.03 / 0.05
+    warmup = {"warmup_epochs": 1, "warmup_steps": 3, "start_warmup_value": 0}
+    schedules = {"steps": {"base_value": 0.2, "final_value": 0.1, "epochs": 2, "niter_per_ep": 4} | warmup}
+    decline = [0.15 + 0.05 * math.cos(math.pi * step / 5) for step in range(5)]
+    arrays = {"out/schedule/steps": np.array([0.0, 0.1, 0.2, *decline])}
+    arrays["out/groups/finetune_base"] = json.dumps(released)
+    config = {"schedules": schedules, "groups": {"finetune_base": settings}}
+    np.savez(tmp_path / "schedules.npz", config=json.dumps(config), **arrays)
+    golden = Golden(tmp_path, "schedules")
+    check_schedules(golden)
     golden.check_nothing_left()
 
 

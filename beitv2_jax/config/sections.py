@@ -35,6 +35,7 @@ def teacher(**changes: Any) -> dict[str, Any]:
     """Return which network gives the features, and how it is used."""
     return {
         "weights": "",  # weights of a published network, or a run directory
+        "state_dict": "",  # of a file with several: 'teacher', 'model_ema'; '' takes the usual one
         "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
         "normalization": "",  # of its input: 'half', 'imagenet' or 'clip'
         "output": "",  # 'projected' or 'tokens'

@@ -42,12 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_heads=options.num_heads,
             normalization=options.normalization,
             average=options.weights == "average",
+            state_dict=options.state_dict,
         )
         not_written = weights_lib.write(weights, options.dest, options.layout)
     except UserError as error:
         print_error(f"Error: {error}")
         return 2
-    print(summary(weights, options.dest, options.layout, not_written))
+    try:
+        print(summary(weights, options.dest, options.layout, not_written), flush=True)
+    except BrokenPipeError:
+        # the reader, such as `head`, has closed the pipe; the weights are written, and the exit flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -97,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         "--normalization",
         choices=NORMALIZATIONS,
         help="input normalisation that the weights were trained with (tokenizers have a fixed one)",
+    )
+    parser.add_argument(
+        "--state_dict",
+        default="",
+        metavar="NAME",
+        help="of a file with several state dicts: the one to read, such as model_ema, teacher or model.teacher",
     )
     parser.add_argument(
         "--weights",

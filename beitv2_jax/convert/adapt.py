@@ -15,6 +15,12 @@ from beitv2_jax.convert.beit.official import USAGE_COUNTERS
 from beitv2_jax.convert.weights import Weights, resized
 from beitv2_jax.errors import UserError
 
+_TITLES = {
+    "vqkd": "a tokenizer",
+    "mim": "a masked image model",
+    "classifier": "a classifier",
+    "segmenter": "a segmentation model",
+}
 _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
 
 _NEWLY_INITIALISED = {
@@ -65,9 +71,9 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     """
     if kind == "vqkd" and weights.kind != "vqkd":
         raise UserError(
-            f"Weights of kind {weights.kind!r} cannot initialise a tokenizer.",
+            f"The weights of init_from are those of {_TITLES[weights.kind]}, which cannot initialise a tokenizer.",
             "The path may be that of other weights.",
-            "Write --config.init_from=PATH with the path of a tokenizer.",
+            "Write --config.init_from=PATH with the path of a tokenizer, a run of stage 'vqkd'.",
         )
     if weights.arguments["image_size"] not in (None, arguments["image_size"]):
         weights = resized(weights, arguments["image_size"])
@@ -94,13 +100,13 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
         elif path in expected and _begins(path, _REPLACEABLE[kind]):
             dropped[path] = f"has the shape {array.shape}, but the model {expected[path]}"
         elif path in expected:
-            raise _mismatch(kind, f"{path} of shape {array.shape}, but the model has {expected[path]}")
+            raise _mismatch(weights, kind, f"{path} of shape {array.shape}, but the model has {expected[path]}")
         elif reason := next(
             (why for start, why in _DROPPABLE if _begins(path, (start,)) and not has(expected, start)), None
         ):
             dropped[path] = reason
         else:
-            raise _mismatch(kind, f"{path}, which the model lacks")
+            raise _mismatch(weights, kind, f"{path}, which the model lacks")
     for linear in {path.rpartition("/")[0] for path in dropped}:
         # a kernel and its bias are newly initialised together
         for path in [path for path in kept if path.startswith(f"{linear}/") and _begins(path, _REPLACEABLE[kind])]:
@@ -108,7 +114,7 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
             del kept[path]
     for path in expected.keys() - kept.keys() - dropped.keys():
         if not any(_begins(path, (start,)) and not has(flat, start) for start in _NEWLY_INITIALISED[kind]):
-            raise _mismatch(kind, f"no {path}, which the model needs")
+            raise _mismatch(weights, kind, f"no {path}, which the model needs")
     return dataclasses.replace(
         weights, kind=kind, arguments=arguments, variables=traverse_util.unflatten_dict(kept, sep="/"), dropped=dropped
     )
@@ -132,9 +138,20 @@ def _begins(path: str, starts: tuple[str, ...]) -> bool:
     return path.partition("/")[2].startswith(starts)
 
 
-def _mismatch(kind: str, problem: str) -> UserError:
+def _mismatch(weights: Weights, kind: str, problem: str) -> UserError:
+    happened = (
+        f"The weights of init_from, those of {_TITLES[weights.kind]}, do not fit {_TITLES[kind]} with the sizes of the "
+        f"config: they have {problem}."
+    )
+    if kind != weights.kind == "vqkd":
+        return UserError(
+            happened,
+            "Did you mean the pre-trained model and not its tokenizer?",
+            "Write --config.init_from=PATH with a run of stage 'mim'; the encoder of a tokenizer fits only a model of "
+            "its own sizes with --config.model.position=absolute and --config.model.layer_scale_init=0.",
+        )
     return UserError(
-        f"The weights of init_from do not fit the model of kind {kind!r}: they have {problem}.",
+        happened,
         "The position, layer_scale_init, depth, width, patch_size or code_dim of the config may differ from theirs.",
         "Write --config.model.KEY=VALUE with the values that `python -m beitv2_jax.convert SOURCE DEST` prints.",
     )

@@ -8,31 +8,29 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from beitv2_jax.convert.torch_files.reader import read_torch
+from beitv2_jax.convert.wrappers import Selection, StateDict, select, unwrap
 from beitv2_jax.errors import UserError
 
-WRAPPERS = ("model", "module", "state_dict")
-"""Keys under which training scripts store the state dict, in the order in which they are tried."""
 _FILES_IN_FOLDER = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_PARALLEL = "module."
 
 
-def read_weights(path: str) -> dict[str, np.ndarray]:
-    """Return the state dict in a file (.npz, .safetensors, .pth, .pt, .bin, .ckpt) or a Hugging Face folder.
+def read_weights(path: str, state_dict: str = "") -> StateDict:
+    """Return the state dict in a file (.npz, .safetensors, .pth, .pth.tar, .pt, .bin, .ckpt) or a Hugging Face folder.
 
-    A state dict under the key 'model', 'module' or 'state_dict' is unwrapped, and the prefix 'module.' is removed if
-    all names have it. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
+    What training scripts put around it is removed (`convert.wrappers`); of several state dicts `state_dict` names the
+    one to read. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
 
     Raises:
-        UserError: the file does not exist, is damaged or of another format, needs code to be run, or holds something
-            other than named tensors.
+        UserError: the file does not exist, is damaged or of another format, needs code to be run, holds something
+            other than named tensors, or has no such state dict.
     """
     file = Path(path)
     if file.is_dir():
@@ -42,22 +40,29 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"There is no weights file at {path}.",
             f"The path may be mistyped{folder_lacks}.",
-            "Pass an existing weights file or the folder of a Hugging Face model.",
+            "Pass an existing weights file, the folder of a Hugging Face model, or the directory of a run.",
         )
-    state = _shards(file) if file.suffix == ".json" else _read_file(file)
-    if state and all(name.startswith(_PARALLEL) for name in state):
-        state = {name.removeprefix(_PARALLEL): array for name, array in state.items()}
-    return {name: _writable(array) for name, array in state.items()}
+    selection = Selection(_shards(file), prefix=state_dict) if file.suffix == ".json" else _read_file(file, state_dict)
+    found = unwrap(selection, str(file))
+    return found._replace(arrays={name: _writable(array) for name, array in found.arrays.items()})
 
 
-def read_config(path: str) -> dict | None:
-    """Return the config.json in the folder `path`, or beside the file `path`; None if there is none.
+def read_config(path: str, name: str = "config.json") -> dict | None:
+    """Return the JSON file `name` in the folder `path`, or beside the file `path`; None if there is none.
 
     Raises:
         UserError: the file is not a JSON object.
     """
     directory = Path(path) if Path(path).is_dir() else Path(path).parent
-    return _read_json(directory / "config.json") if (directory / "config.json").is_file() else None
+    return _read_json(directory / name) if (directory / name).is_file() else None
+
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write contiguous arrays to a .safetensors file with the usual permissions, as the umask has them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library leaves the file to its owner alone
 
 
 def group_by_reason(entries: dict[str, str]) -> list[str]:
@@ -77,7 +82,7 @@ def _writable(array: np.ndarray) -> np.ndarray:
     return np.require(array, np.float32 if floating else None, "W")
 
 
-def _read_file(file: Path) -> dict[str, np.ndarray]:
+def _read_file(file: Path, state_dict: str = "") -> Selection:
     if file.suffix not in _READERS:
         raise UserError(
             f"Cannot read {file}: its name ends in none of {', '.join(_READERS)}.",
@@ -85,7 +90,10 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
             "Pass a file of one of these formats or the folder of a Hugging Face model.",
         )
     try:
-        state = _READERS[file.suffix](file)
+        tree = _READERS[file.suffix](file)
+        if not isinstance(tree, dict):
+            raise _not_a_state_dict(file, f"a {type(tree).__name__}")
+        selection = select(tree, state_dict, str(file))
     except UserError:
         raise
     # for a damaged file the libraries raise many types of exceptions
@@ -95,10 +103,10 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
             "The file may not have been copied or downloaded completely.",
             "Copy or download it again.",
         ) from error
-    for name, array in state.items():
+    for name, array in selection.state.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind in "OSUMm":
             raise _not_a_state_dict(file, f"{name!r}, which is not a tensor")
-    return state
+    return selection
 
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
@@ -106,15 +114,8 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _read_state_dict(file: Path) -> dict:
-    tree = read_torch(str(file))
-    if not isinstance(tree, dict):
-        raise _not_a_state_dict(file, f"a {type(tree).__name__}")
-    return next((tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)), tree)
-
-
 _READERS = {".npz": _read_npz, ".safetensors": load_file}
-_READERS |= dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_state_dict)
+_READERS |= dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".tar"), lambda file: read_torch(str(file)))
 
 
 def _shards(index: Path) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
                 "The folder may not have been downloaded completely, or the index points outside it.",
                 "Download the folder with all its files.",
             )
-        shard = _read_file(index.parent / shard_name)
+        shard = _read_file(index.parent / shard_name).state
         for name in [name for name in weight_map if weight_map[name] == shard_name]:
             if name not in shard:
                 raise _not_a_state_dict(index, f"{name!r} as a tensor of {shard_name}, which does not have it")
@@ -159,6 +160,6 @@ def _read_json(file: Path) -> dict:
 def _not_a_state_dict(file: Path, found: str) -> UserError:
     return UserError(
         f"{file} holds {found}.",
-        f"It may hold more than a state dict, or have it under a key other than {', '.join(map(repr, WRAPPERS))}.",
+        "It may hold more than a state dict, or be no weights file.",
         "Save the state dict alone, as a map from names to tensors, and pass that file.",
     )

@@ -8,7 +8,7 @@ of that run. Converted weights are written in the same format.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -47,6 +47,26 @@ def is_run(path: str) -> bool:
     return Path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
+def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
+    """Check that `workdir` is the directory of a run of one of `stages`, before its checkpoint is read.
+
+    `key` is how the user gives the path: 'config.init_from', or '' on the command line of the converter.
+
+    Raises:
+        UserError: `workdir` is a file or does not exist, has no config.json, or is of another stage.
+    """
+    if not is_run(workdir):
+        raise _not_a_run(workdir)
+    stage = read_config(workdir)["stage"]
+    if stage not in stages:
+        listed = " or ".join(map(repr, stages))
+        raise UserError(
+            f"{workdir} holds a run of stage {stage!r}, but a run of stage {listed} is needed.",
+            "The path may be that of another stage.",
+            f"{f'Write --{key}=PATH with' if key else 'Pass'} the directory of a run of stage {listed}.",
+        )
+
+
 def read_run(workdir: str, *, average: bool = False) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
@@ -60,14 +80,18 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
     directory = Path(workdir).absolute()
     config_file = directory / "config.json"
     if not config_file.is_file():
-        raise _not_a_run(workdir, "has no config.json" if directory.is_dir() else "does not exist")
+        raise _not_a_run(workdir)
     checkpoints = directory / "checkpoints"
     steps = ocp.path.step.standard_name_format()
     newest = (
         max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
     )
     if newest is None:
-        raise _not_a_run(workdir, "has no complete checkpoint")
+        raise UserError(
+            f"{workdir} has no complete checkpoint.",
+            "The run may not have saved one yet.",
+            "Pass the directory (--workdir) of a run that has saved a checkpoint.",
+        )
     if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
             f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
@@ -133,9 +157,16 @@ def _as_dicts(tree: PyTree) -> PyTree:
     return {key: _as_dicts(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _not_a_run(workdir: str, problem: str) -> UserError:
+def _not_a_run(workdir: str) -> UserError:
+    path = Path(workdir)
+    if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return UserError(
+            f"{workdir} is not the directory of a run; it is a weights file or a folder with one.",
+            "Did you mean the run that it can be converted to?",
+            f"Run python -m beitv2_jax.convert {workdir} RUN, then pass RUN.",
+        )
     return UserError(
-        f"{workdir} {problem}.",
+        f"{workdir} {'has no config.json of a run' if path.is_dir() else 'does not exist'}.",
         "The stage that this one builds on may not have run yet, or the path may be mistyped.",
         "Pass the directory (--workdir) of a run that has saved a checkpoint.",
     )

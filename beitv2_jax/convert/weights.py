@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from beitv2_jax.convert.arguments import (
     HEAD_WIDTH,
@@ -23,9 +22,11 @@ from beitv2_jax.convert.arguments import (
 )
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
-from beitv2_jax.convert.files import read_config, read_weights
+from beitv2_jax.convert.files import read_config, read_weights, write_safetensors
+from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
-from beitv2_jax.convert.runs import is_run, read_run, write_run
+from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
+from beitv2_jax.convert.teachers.weights import refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.disk_checks import refuse_pattern
@@ -37,6 +38,7 @@ STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "
 _MODEL_STATE = {"segmenter": "batch_stats"}
 """Kind of weights -> the collection that its runs store as 'model_state'."""
 
+_OPTION = "python -m beitv2_jax.convert with --normalization"
 RELEASED_EPSILON = 1e-6
 """Layer norm epsilon of every released model."""
 
@@ -53,6 +55,7 @@ class Weights:
         dropped: {name: reason} of the entries that were not used.
         assumptions: sentences on what the source does not say and was therefore assumed.
         normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1].
+        normalization_known: False if the source does not say which one it is, and the usual one was assumed.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class Weights:
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
     normalization: str = ""
+    normalization_known: bool = True
 
     @property
     def model_state(self) -> PyTree:
@@ -86,6 +90,7 @@ def read(
     num_heads: int | None = None,
     normalization: str | None = None,
     average: bool = False,
+    state_dict: str = "",
 ) -> Weights:
     """Read weights of any layout.
 
@@ -96,6 +101,7 @@ def read(
         normalization: name of the input normalisation, if it is known to differ from the stored or usual one; ignored
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
+        state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -103,7 +109,12 @@ def read(
     if is_run(path):
         weights = _from_run(path, normalization, average)
     else:
-        weights = _from_state(read_weights(path), read_config(path) or {}, num_heads, normalization)
+        found = read_weights(path, state_dict)
+        refuse_plain_vit(path, found.arrays)
+        weights = _from_state(path, found.arrays, num_heads, normalization)
+        weights = dataclasses.replace(
+            weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
+        )
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
             f"The image size of {path} is unknown: the model has no position embeddings or tables.",
@@ -176,14 +187,9 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
-    run = read_run(path, average=average)
     kinds = {stage: kind for kind, stage in STAGES.items()}
-    if run.config["stage"] not in kinds:
-        raise UserError(
-            f"{path} holds a run of stage {run.config['stage']!r}, which trains no model.",
-            "The path may be that of another stage.",
-            f"Pass the directory of a run of one of the stages {', '.join(kinds)}.",
-        )
+    check_stage(path, kinds, "")
+    run = read_run(path, average=average)
     kind = kinds[run.config["stage"]]
     arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
     if kind == "vqkd":
@@ -199,14 +205,12 @@ def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
     )
 
 
-def _from_state(
-    state: dict[str, np.ndarray], config: dict, num_heads: int | None, normalization: str | None
-) -> Weights:
+def _from_state(path: str, state: dict[str, np.ndarray], num_heads: int | None, normalization: str | None) -> Weights:
     layout, name_in_file, known, assumptions = "official", str, {}, ()
     if huggingface.is_huggingface(state):
         layout = "huggingface"
         state, name_in_file = huggingface.to_released_names(state)
-        known, assumptions = huggingface.read_settings(config)
+        known, assumptions = huggingface.read_settings(read_config(path) or {})
         num_heads = known.pop("num_heads", None) or num_heads
     kind = recognise(state)
     variables = from_official(kind, state, name_in_file)
@@ -218,9 +222,12 @@ def _from_state(
     arguments, assumed = fill_unknown(inferred, num_heads)
     assumptions += assumed
     if kind == "vqkd":
-        normalization = ""
-    elif not normalization:
-        normalization = "half" if kind == "mim" and not arguments["patch_aggregation"] else "imagenet"
+        normalization, known = "", True
+    else:
+        normalization = normalization_of(path, given=normalization or "", usual="", option=_OPTION)
+        known = bool(normalization)
+    if not known:
+        normalization = _usual_normalization(kind, arguments)
         assumptions += (f"normalization={normalization}: BEiT v2 uses imagenet, most of BEiT v1 half",)
     return Weights(
         kind=kind,
@@ -230,7 +237,12 @@ def _from_state(
         dropped={name_in_file(name): reason for name, reason in dropped_entries(kind, state).items()},
         assumptions=assumptions,
         normalization=normalization,
+        normalization_known=known,
     )
+
+
+def _usual_normalization(kind: str, arguments: dict) -> str:
+    return "half" if kind == "mim" and not arguments.get("patch_aggregation") else "imagenet"
 
 
 _Save = Callable[[Path], None]
@@ -239,20 +251,21 @@ _Save = Callable[[Path], None]
 def _official_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     state = to_official(weights.kind, weights.variables)
     counters = {path: "a counter of the training run" for path in USAGE_COUNTERS if weights.kind == "vqkd"}
-    return _state_saver(state, target), counters | _not_stored(weights)
+    return _state_saver(state, target), counters | _not_stored(weights, weights.kind)
 
 
 def _timm_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     state, not_written = timm.to_timm(weights.kind, to_official(weights.kind, weights.variables))
-    return _state_saver(state, target), not_written | _not_stored(weights)
+    return _state_saver(state, target), not_written | _not_stored(weights, "classifier")
 
 
 def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
     official = to_official(weights.kind, weights.variables)
     state, not_written = huggingface.to_huggingface(weights.kind, official)
     config = huggingface.make_config(weights.kind, with_defaults(weights.kind, weights.arguments))
+    preprocessor = huggingface.make_preprocessor(weights.normalization, weights.arguments["image_size"])
     state = _contiguous(state)
-    return lambda path: huggingface.save(path, state, config), not_written
+    return lambda path: huggingface.save(path, state, config, preprocessor), not_written
 
 
 def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
@@ -294,16 +307,22 @@ def run_config(weights: Weights) -> dict:
     return config | {"model": model}
 
 
-def _not_stored(weights: Weights) -> dict[str, str]:
+def _not_stored(weights: Weights, read_as: str) -> dict[str, str]:
     """Return {argument: reason} of what files without a config cannot store and readers will therefore assume wrongly.
 
-    Readers assume the published values, so only arguments that differ from these are listed.
+    Readers assume the published values, so only arguments that differ from these are listed. `read_as` is the kind that
+    a reader sees.
     """
     arguments = with_defaults(weights.kind, weights.arguments)
     epsilon = arguments.get("norm_eps", RELEASED_EPSILON)
     not_stored = {}
     if epsilon != RELEASED_EPSILON:
         not_stored["norm_eps"] = f"the layout cannot store {epsilon:g}; it will be read as {RELEASED_EPSILON:g}"
+    usual = _usual_normalization(read_as, arguments)
+    if weights.normalization not in ("", usual):
+        not_stored["normalization"] = (
+            f"the layout cannot store {weights.normalization}; read the file with --normalization"
+        )
     for part in (arguments, arguments.get("encoder") or {}, arguments.get("decoder") or {}):
         has_table = part.get("position", "absolute").startswith("relative")
         if part.get("width", 0) != HEAD_WIDTH * part.get("num_heads", 0) and not has_table:
@@ -321,7 +340,7 @@ def _not_stored(weights: Weights) -> dict[str, str]:
 
 def _state_saver(state: dict[str, np.ndarray], target: Path) -> _Save:
     savers = {
-        ".safetensors": lambda path: save_file(_contiguous(state), path, metadata={"format": "pt"}),
+        ".safetensors": lambda path: write_safetensors(path, _contiguous(state)),
         ".npz": lambda path: np.savez(path, **state),
         ".pth": lambda path: writer.save(path, {"model": _contiguous(state)}),
     }

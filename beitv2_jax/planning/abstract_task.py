@@ -20,6 +20,7 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding
@@ -187,6 +188,7 @@ def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> i
         }
         model = VQKD.from_arguments(arguments, Compute(dtype=dtype))
     else:
+        check_stage(config.tokenizer.run, ("vqkd",), "config.tokenizer.run")
         trained = config_lib.from_json(read_config(config.tokenizer.run))
         model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=TEACHER_WIDTH)
     images = jnp.zeros((1, image_size, image_size, 3))

@@ -27,6 +27,7 @@ from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.runtime.disk_checks import refuse_pattern
+from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop, sharding
@@ -159,6 +160,7 @@ def run_pipeline(
     check_writable(workdir)
     num_examples = {}
     for name, stage in stages.items():
+        tasks_inputs.check_implementations(stage)
         refuse_other_config(
             stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
         )

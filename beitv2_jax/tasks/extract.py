@@ -12,8 +12,8 @@ def build(config) -> TargetCacheTask:
     Raises:
         UserError: the data set or the teacher's weights are missing, or leave a choice open that they do not settle.
     """
-    sources = inputs.open_sources(config)
     teacher, params = load_teacher(**targets.teacher_arguments(config, config.teacher.tokenizer_patch_size))
+    sources = inputs.open_sources(config)
     encoding = FeatureEncoding(config.output.dtype, teacher.grid[0] * teacher.grid[1], teacher.width)
     return TargetCacheTask(
         name="extract",

@@ -76,8 +76,10 @@ def build(config) -> Task:
     """Build the classification task.
 
     Raises:
-        UserError: the data set is missing or has no labels, or its class count differs from the model's.
+        UserError: the initial weights or the data set are missing, or do not fit the model.
     """
+    inputs.check_implementations(config)
+    initial = inputs.initial_variables(config, "classifier", make_model(config, Compute()))
     sources = inputs.open_sources(config)
     source = sources[0]
     inputs.refuse_fewer_than_two_classes(source)
@@ -87,7 +89,7 @@ def build(config) -> Task:
             "Did you set num_classes for another data set?",
             f"Write --config.model.num_classes={source.num_classes}.",
         )
-    return make_task(config, inputs.Opened(sources))
+    return make_task(config, inputs.Opened(sources, initial=initial))
 
 
 def make_task(config, opened: inputs.Opened) -> Task:
@@ -106,7 +108,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     return Task(
         name="finetune",
         init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
-        initial=inputs.initial_variables(config, "classifier", model),
+        initial=opened.initial,
         loss=finetune_loss(
             model,
             num_classes=config.model.num_classes,

@@ -11,6 +11,7 @@ from absl import logging
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
+from beitv2_jax.convert.weights import Weights
 from beitv2_jax.convert.weights import read as read_weights
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -37,6 +38,31 @@ def compute(config) -> Compute:
     return Compute(**chosen)
 
 
+def check_implementations(config) -> None:
+    """Check that what `config.efficiency` of a trained stage names can run on this platform; a plan does not call it.
+
+    Raises:
+        UserError: an implementation cannot run here, or not with the sizes of the model.
+    """
+    if "attention" not in config.efficiency:
+        return
+    parts = [config.model] if "width" in config.model else [config.model.encoder, config.model.decoder]
+    situation = {
+        "platform": jax.default_backend(),
+        "dtype": config.efficiency.dtype,
+        "head_widths": [part.width // part.num_heads for part in parts],
+    }
+    for name, valid in implementations.NAMES.items():
+        chosen = config.efficiency.get(name, "auto")
+        if problem := implementations.obstacle(chosen, **situation):
+            others = [other for other in valid if not implementations.obstacle(other, **situation)]
+            raise UserError(
+                f"efficiency.{name}={chosen!r} cannot run here: {problem}.",
+                "Did you mean the implementation that is the default here?",
+                f"Write --config.efficiency.{name}=auto, or one of those that run here: {', '.join(others)}.",
+            )
+
+
 def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """Return what `config.init_from` gives a fresh model of `kind`, as the `initial` of a task; {} without it.
 
@@ -45,7 +71,11 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = adapt_weights(read_weights(config.init_from), kind, flat_arguments(model))
+    weights = read_weights(config.init_from)
+    _compare_normalization(config, weights)
+    for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):
+        logging.info("%s: %s", config.init_from, text)
+    weights = adapt_weights(weights, kind, flat_arguments(model))
     found = {"params": weights.variables["params"], "model_state": weights.model_state}
     variables = {name: tree for name, tree in found.items() if tree}
     given = sum(array.size for array in jax.tree.leaves(variables))
@@ -53,6 +83,20 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     for text in group_by_reason(weights.dropped):
         logging.info("not used from %s: %s", config.init_from, text)
     return variables
+
+
+def _compare_normalization(config, weights: Weights) -> None:
+    """Log a warning if the run normalises its images otherwise than its initial weights were trained with."""
+    trained = "half" if weights.kind == "vqkd" else weights.normalization  # both map images to [-1, 1]
+    used = config.get("normalization", trained)
+    if weights.normalization_known and used != trained:
+        logging.warning(
+            "normalization=%s, but the weights of %s were trained with %s; write --config.normalization=%s to keep it",
+            used,
+            config.init_from,
+            trained,
+            trained,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +108,14 @@ class Opened:
         stored: readers of their stored targets, where those are stored.
         network: the teacher or tokenizer that makes the targets in the step, where they are not.
         frozen: its weights, by its name.
+        initial: trained weights that the model starts from, as `initial_variables` returns them.
     """
 
     sources: tuple[Source, Source]
     stored: tuple[TargetReader | None, TargetReader | None] = (None, None)
     network: Any = None
     frozen: PyTree = dataclasses.field(default_factory=dict)
+    initial: PyTree = dataclasses.field(default_factory=dict)
 
 
 def open_sources(config) -> tuple[Source, Source]:

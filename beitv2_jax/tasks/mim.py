@@ -116,17 +116,17 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, code cache or tokenizer is missing, or the tokenizer does not fit the model.
     """
+    inputs.check_implementations(config)
     return make_task(config, open_inputs(config))
 
 
 def open_inputs(config) -> inputs.Opened:
-    """Open the data, and the code cache or the tokenizer; raises as `build` does."""
-    sources = inputs.open_sources(config)
+    """Open the initial weights, the code cache or the tokenizer, and the data; raises as `build` does."""
+    initial = inputs.initial_variables(config, "mim", make_model(config, Compute()))
     grid = _grid(config)
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
-        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, grid)
-        codebook_size = stored[0].manifest["codebook_size"]
+        codebook_size = targets_lib.manifest_of(config.tokenizer.codes, CODE_IDS)["codebook_size"]
     else:
         tokenizer_size = inputs.tokenizer_view(config).image_size
         tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)
@@ -138,7 +138,10 @@ def open_inputs(config) -> inputs.Opened:
             "Did you mean the codebook_size that the tokenizer was trained with?",
             f"Write --config.model.codebook_size={codebook_size}.",
         )
-    return inputs.Opened(sources, stored, tokenizer, frozen)
+    sources = inputs.open_sources(config)
+    if config.tokenizer.codes:
+        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, grid)
+    return inputs.Opened(sources, stored, tokenizer, frozen, initial)
 
 
 def make_task(config, opened: inputs.Opened) -> Task:
@@ -184,7 +187,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         init=lambda key: init_variables(
             model, key, jnp.zeros(image_shape), first_mask, num_masked=config.masking.num_masked, train=False
         ),
-        initial=inputs.initial_variables(config, "mim", model),
+        initial=opened.initial,
         loss=mim_loss(
             model,
             num_masked=config.masking.num_masked,

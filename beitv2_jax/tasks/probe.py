@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.runs import read_run
+from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
@@ -48,17 +48,18 @@ def build(config) -> Probe:
     Raises:
         UserError: the data set has no labels, or the run is missing, of another stage or of another image size.
     """
-    sources = inputs.open_sources(config)
-    inputs.refuse_fewer_than_two_classes(sources[0])
+    check_stage(config.backbone.run, ("mim",), "config.backbone.run")
     run = read_run(config.backbone.run)
     trained = config_lib.from_json(run.config)
-    if trained.stage != "mim" or trained.views.image_size != config.views.image_size:
+    if trained.views.image_size != config.views.image_size:
         raise UserError(
-            f"{config.backbone.run} holds a '{trained.stage}' run at {trained.views.image_size} pixels; the probe "
-            f"needs a 'mim' run at {config.views.image_size}.",
-            "Did you mean another run, or its image size?",
-            "Write --config.backbone.run=DIR of a mim run, and --config.views.image_size=N of that run.",
+            f"{config.backbone.run} was trained at {trained.views.image_size} pixels, the probe uses "
+            f"{config.views.image_size}.",
+            "Did you mean the same image size for both?",
+            f"Write --config.views.image_size={trained.views.image_size}.",
         )
+    sources = inputs.open_sources(config)
+    inputs.refuse_fewer_than_two_classes(sources[0])
     model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
     apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))
     image = jnp.zeros((1, config.views.image_size, config.views.image_size, 3))

@@ -89,13 +89,16 @@ def build(config) -> Task:
     """Build the segmentation task.
 
     Raises:
-        UserError: the data set is missing or has no label maps, or their numbers are not those of the classes.
+        UserError: the initial weights or the data set are missing, there are no label maps, or their numbers are not
+            those of the classes.
     """
+    inputs.check_implementations(config)
+    initial = inputs.initial_variables(config, "segmenter", make_model(config, Compute()))
     sources = open_sources(config)
     for source, is_training in zip(sources, (True, False), strict=True):
         max_bad = config.data.max_bad_fraction
         check_numbers(source, label_ids(config), max_bad_fraction=max_bad, is_training=is_training)
-    return make_task(config, inputs.Opened(sources))
+    return make_task(config, inputs.Opened(sources, initial=initial))
 
 
 def open_sources(config):
@@ -116,7 +119,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     return Task(
         name="segment",
         init=functools.partial(init_segmenter, model),
-        initial=inputs.initial_variables(config, "segmenter", model),
+        initial=opened.initial,
         loss=segment_loss(
             model,
             normalization=config.normalization,

@@ -12,6 +12,7 @@ import numpy as np
 
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.target_cache.manifest import check_manifest, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
@@ -27,7 +28,7 @@ def teacher_arguments(config, patch_size: int) -> dict:
 
     `patch_size` is the tokenizer's: the teacher is to give one feature for each of its patches.
     """
-    teacher = {key: config.teacher[key] for key in ("weights", *TEACHER_CHOICES)}
+    teacher = {key: config.teacher[key] for key in ("weights", "state_dict", *TEACHER_CHOICES)}
     grid = (config.views.image_size // patch_size,) * 2
     return {**teacher, "image_size": config.views.image_size, "grid": grid, "dtype": config.efficiency.dtype}
 
@@ -109,6 +110,17 @@ class CentreRow:
 
     def __call__(self, example_id: int) -> list[Example]:
         return [self.transform(self.source[example_id])]
+
+
+def manifest_of(directory: str, target: str) -> dict:
+    """Return the manifest of the train split in a target cache, which can be read before the data are open.
+
+    Raises:
+        UserError: there is no finished target cache, or it holds something else than `target`.
+    """
+    manifest = read_manifest(os.path.join(directory, PARTS[0]))
+    check_manifest(manifest, {"target": target}, directory)
+    return manifest
 
 
 def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetReader, TargetReader]:

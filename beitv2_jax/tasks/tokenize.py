@@ -8,7 +8,7 @@ import dataclasses
 import jax
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.runs import read_run
+from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.data.target_cache.encoding import CodeEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
@@ -43,14 +43,9 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
     Raises:
         UserError: there is no finished vqkd run, or it was trained at another image size.
     """
+    check_stage(run_dir, ("vqkd",), "config.tokenizer.run")
     run = read_run(run_dir)
     trained = config_lib.from_json(run.config)
-    if trained.stage != "vqkd":
-        raise UserError(
-            f"{run_dir} holds a run of stage '{trained.stage}', not a tokenizer.",
-            "Did you mean the run of another stage?",
-            "Write --config.tokenizer.run=DIR of a vqkd run.",
-        )
     if trained.views.image_size != image_size:
         raise UserError(
             f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
@@ -71,8 +66,8 @@ def build(config) -> TargetCacheTask:
     Raises:
         UserError: the data set or the tokenizer run is missing.
     """
-    sources = inputs.open_sources(config)
     tokenizer, variables = load_tokenizer(config.tokenizer.run, config.views.image_size, config.efficiency.dtype)
+    sources = inputs.open_sources(config)
 
     def apply(frozen, batch):
         return tokenizer.encode(frozen, view_pixels(batch))

@@ -87,20 +87,26 @@ def build(config) -> Task:
     Raises:
         UserError: the data set, cache or teacher is missing, or the cache was made otherwise than this config says.
     """
+    inputs.check_implementations(config)
     return make_task(config, open_inputs(config))
 
 
 def open_inputs(config) -> inputs.Opened:
-    """Open the data, and the feature cache or the teacher; raises as `build` does."""
-    sources = inputs.open_sources(config)
+    """Open the feature cache or the teacher, the initial weights, and the data; raises as `build` does."""
     patch_size = config.model.encoder.patch_size
+    teacher, frozen, stored = None, {}, (None, None)
+    if config.teacher.features:
+        teacher_width = targets_lib.manifest_of(config.teacher.features, FEATURES)["teacher_width"]
+    else:
+        teacher, frozen["teacher"] = load_teacher(**targets_lib.teacher_arguments(config, patch_size))
+        teacher_width = teacher.width
+    initial = inputs.initial_variables(config, "vqkd", make_model(config, Compute(), teacher_width=teacher_width))
+    sources = inputs.open_sources(config)
     if config.teacher.features:
         grid = (config.views.image_size // patch_size,) * 2
         made_with = targets_lib.stated_choices(config)
         stored = targets_lib.open_cache(config.teacher.features, config, sources, FEATURES, grid, made_with)
-        return inputs.Opened(sources, stored)
-    teacher, weights = load_teacher(**targets_lib.teacher_arguments(config, patch_size))
-    return inputs.Opened(sources, network=teacher, frozen={"teacher": weights})
+    return inputs.Opened(sources, stored, teacher, frozen, initial)
 
 
 def make_task(config, opened: inputs.Opened) -> Task:
@@ -138,7 +144,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     return Task(
         name="vqkd",
         init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
-        initial=inputs.initial_variables(config, "vqkd", model),
+        initial=opened.initial,
         loss=vqkd_loss(model, targets),
         finish=vqkd_finish(model.quantizer, window),
         frozen=opened.frozen,

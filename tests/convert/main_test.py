@@ -1,5 +1,6 @@
 """The command line of the converter: its output, its errors, and run directories that later stages can read."""
 
+import os
 import subprocess
 import sys
 
@@ -7,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beit_peers import peer
-from convert_states import assert_same, drawn_weights
+from convert_states import assert_same, drawn_state, drawn_weights
 from paths import ROOT
 from safetensors.numpy import load_file
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.__main__ import _parser, main, summary
 from beitv2_jax.convert.runs import read_run
+from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import to_unit_range
@@ -55,6 +57,25 @@ def test_options_reach_the_weights(tmp_path, capsys):
     assert run.params["backbone"]["pos_embed"].shape == (1, 17, 10)
 
 
+def test_one_of_several_state_dicts_can_be_chosen(tmp_path, capsys):
+    trained, average = (drawn_state("classifier", position="relative", seed=seed) for seed in (1, 2))
+    wrapped = {f"_orig_mod.model.{name}": array for name, array in trained.items()}
+    writer.save(tmp_path / "w.pth", {"model": wrapped, "model_ema": average})
+    for options, expected, said in (
+        ([], trained, ["assumed: state_dict=model: the file also has model_ema"]),
+        (["--state_dict=model_ema"], average, []),
+    ):
+        dest = tmp_path / f"run{len(options)}"
+        assert main([str(tmp_path / "w.pth"), str(dest), *options]) == 0
+        assert [line for line in capsys.readouterr().out.splitlines() if "state_dict=" in line] == said
+        np.testing.assert_array_equal(read_run(str(dest)).params["head"]["kernel"], expected["head.weight"].T)
+    strange = {f"learner.net.{name}": array for name, array in trained.items()}
+    np.savez(tmp_path / "strange.npz", **strange)
+    assert main([str(tmp_path / "strange.npz"), str(tmp_path / "run")]) == 2
+    assert "Write --state_dict=learner.net " in capsys.readouterr().err
+    assert main([str(tmp_path / "strange.npz"), str(tmp_path / "run"), "--state_dict=learner.net"]) == 0
+
+
 def test_errors_have_three_sentences_and_leave_no_files(tmp_path):
     np.savez(tmp_path / "wrong.npz", extra=np.ones(3))
     command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "wrong.npz"), str(tmp_path / "run")]
@@ -63,6 +84,17 @@ def test_errors_have_three_sentences_and_leave_no_files(tmp_path):
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 3
     assert "'extra'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.npz"]
+
+
+def test_a_reader_that_closes_the_pipe_does_no_harm(tmp_path):
+    write(drawn_weights("classifier", position="relative"), str(tmp_path / "w.npz"), "official")
+    command = [sys.executable, "-m", "beitv2_jax.convert", str(tmp_path / "w.npz"), str(tmp_path / "run")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(str(tmp_path / "run")).kind == "classifier"
 
 
 @pytest.mark.parametrize(

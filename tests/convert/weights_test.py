@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import teacher_cases
 from convert_states import KINDS, SIZES, arguments_of, assert_same, drawn_state, drawn_weights, published
 from flax import traverse_util
 from hypothesis import given, settings
+from paths import GOLDEN
 
 from beitv2_jax.convert import weights as weights_lib
 from beitv2_jax.convert.adapt import adapt_weights
@@ -162,7 +165,7 @@ def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
         Path(path).write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights_lib, "save_file", lambda state, path, **_: fails(path))
+    monkeypatch.setattr(weights_lib, "write_safetensors", lambda path, state: fails(path))
     with pytest.raises(UserError, match="disk full"):
         write(weights, str(tmp_path / "weights.safetensors"), "official")
     monkeypatch.setattr(weights_lib, "write_run", lambda path, *_: (Path(path).mkdir(), fails(Path(path) / "x")))
@@ -171,12 +174,35 @@ def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
 
 
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    weights = drawn_weights("classifier", position="relative")
+    before = os.umask(0o027)
+    try:
+        write(weights, str(tmp_path / "w.safetensors"), "official")
+        write(weights, str(tmp_path / "hub"), "huggingface")
+    finally:
+        os.umask(before)
+    for name in ("w.safetensors", "hub/model.safetensors", "hub/config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
+
+
+@pytest.mark.parametrize("layout, kept", [("run", True), ("huggingface", True), ("official", False), ("timm", False)])
+def test_the_normalization_is_kept_or_said_to_be_lost(layout, kept, tmp_path):
+    weights = dataclasses.replace(drawn_weights("classifier", position="relative"), normalization="half")
+    path = str(tmp_path / "weights.npz") if layout in ("official", "timm") else str(tmp_path / "weights")
+    lost = write(weights, path, layout)
+    again = read(path)
+    assert (again.normalization, again.normalization_known) == (("half", True) if kept else ("imagenet", False))
+    assert ("normalization" in lost) != kept
+    assert read(path, normalization="half").normalization == "half"
+
+
 def test_a_run_of_another_stage_is_refused(tmp_path):
     (tmp_path / "probe").mkdir()
     write(drawn_weights("mim"), str(tmp_path / "mim"), "run")
     config = json.loads((tmp_path / "mim" / "config.json").read_text())
     (tmp_path / "mim" / "config.json").write_text(json.dumps(config | {"stage": "probe"}))
-    with pytest.raises(UserError, match="stage 'probe', which trains no model"):
+    with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'mim'"):
         read(str(tmp_path / "mim"))
 
 
@@ -285,6 +311,20 @@ def test_another_network_is_refused_by_name(changes, named):
         started(source, "classifier", **({"position": "relative", "pooling": "mean"} | changes))
 
 
+def test_a_tokenizer_that_does_not_fit_is_named_as_one():
+    with pytest.raises(UserError, match=r"those of a tokenizer, do not fit a classifier") as raised:
+        started(drawn_weights("vqkd"), "classifier", position="relative", pooling="mean")
+    assert "a run of stage 'mim'" in raised.value.instead
+
+
+@pytest.mark.parametrize("name, title", [("timm_deit", "ViT in timm's names"), ("hf_clip", "Hugging Face CLIP")])
+def test_weights_of_a_transformer_that_is_no_beit_are_named(name, title, tmp_path):
+    path = teacher_cases.read(GOLDEN / "teachers.npz")[name].store(tmp_path)
+    with pytest.raises(UserError, match=rf"not a BEiT \({title}\)") as raised:
+        read(path)
+    assert f"--config.teacher.weights={path} " in raised.value.instead
+
+
 def test_only_a_tokenizer_initialises_a_tokenizer():
-    with pytest.raises(UserError, match="kind 'mim' cannot initialise a tokenizer"):
+    with pytest.raises(UserError, match="those of a masked image model, which cannot initialise a tokenizer"):
         started(drawn_weights("mim"), "vqkd")

@@ -14,14 +14,17 @@ from beitv2_jax.models.mim import MaskedImageModel, gather_masked
 from beitv2_jax.tasks.losses import accuracy, masked_cross_entropy, smoothed_cross_entropy
 
 
+def position_of(config):
+    """Return our name of the positions that the official arguments ask for; what is not there is off."""
+    if config.get("use_shared_rel_pos_bias"):
+        return "relative_shared"
+    if config.get("use_rel_pos_bias"):
+        return "relative"
+    return "absolute" if config.get("use_abs_pos_emb") else "none"
+
+
 def transformer_arguments(config):
     """Return our names and values of what the official models are constructed from."""
-    if config["use_shared_rel_pos_bias"]:
-        position = "relative_shared"
-    elif config["use_rel_pos_bias"]:
-        position = "relative"
-    else:
-        position = "absolute" if config["use_abs_pos_emb"] else "none"
     return dict(
         image_size=config["img_size"],
         patch_size=config["patch_size"],
@@ -29,7 +32,7 @@ def transformer_arguments(config):
         depth=config["depth"],
         num_heads=config["num_heads"],
         mlp_dim=int(config["embed_dim"] * config["mlp_ratio"]),
-        position=position,
+        position=position_of(config),
         layer_scale_init=config["init_values"],
     )
 

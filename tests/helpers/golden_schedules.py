@@ -6,34 +6,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden_files import Golden
+from golden_models import position_of
 from paths import CONFIGS
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.beit.official import official_name, to_official
+from beitv2_jax.sizes import SIZES
 from beitv2_jax.tasks import finetune, mim, vqkd
 from beitv2_jax.training import optim
 from beitv2_jax.training.sharding import path_name
 
 SCHEDULE_TOLERANCE = 1e-12  # relative to the largest value of the schedule
 MOVE_TOLERANCE = 1e-5  # relative: what 1 - 0.999 in Adam's correction loses in float32
-BASE = {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072, "layer_scale_init": 0.1}
-LARGE = {"width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096, "layer_scale_init": 1e-5}
-CLASSIFIER = {"patch_size": 16, "num_classes": 1000, "position": "relative"}
 
 
 def check_schedules(golden: Golden):
     for case, settings in golden.config["schedules"].items():
-        golden.check(f"schedule/{case}", schedule(**settings), SCHEDULE_TOLERANCE)
+        golden.check(f"schedule/{case}", schedule(settings), SCHEDULE_TOLERANCE)
     for group in golden.config["groups"]:
         check_group(golden, group)
 
 
-def schedule(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, warmup_steps=-1):
+def num_warmup_steps(settings):
+    """Return the length of the warm-up in released arguments: steps replace epochs where they are positive."""
+    steps = settings.get("warmup_steps", -1)
+    return steps if steps > 0 else settings.get("warmup_epochs", 0) * settings["niter_per_ep"]
+
+
+def schedule(settings):
     """Return the values of a released schedule from ours; a weight decay is one without warm-up."""
-    num_steps = epochs * niter_per_ep
-    # as released: steps replace epochs only where they are positive
-    warmup_steps = warmup_steps if warmup_steps > 0 else warmup_epochs * niter_per_ep
+    assert settings.get("start_warmup_value", 0) == 0, "our warm-up starts at 0, as every published one"
+    num_steps, warmup_steps = settings["epochs"] * settings["niter_per_ep"], num_warmup_steps(settings)
+    base_value, final_value = settings["base_value"], settings["final_value"]
     steps = np.arange(num_steps)
     if not warmup_steps:
         return optim.cosine(steps, start=base_value, end=final_value, num_steps=num_steps)
@@ -42,21 +47,28 @@ def schedule(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, war
     )
 
 
-def build(group):
-    """Return the kind of a group's model, and task and config of the stage that trains it."""
-    with no_data(teacher_width=512):
-        if group.startswith("finetune"):
-            config = config_lib.load(f"{CONFIGS / 'teacher'}.py")
-            config.views.image_size = 224
-            config.model.update(**CLASSIFIER, **(LARGE if group == "finetune_large" else BASE))
-            return "classifier", finetune.build(config), config
-        if group == "pretrain_base_cls":
-            config = config_lib.load(f"{CONFIGS / 'mim'}.py:base")
+def build(settings, shapes):
+    """Return the kind of a group's model, and task and config of the stage that trains it, with the group's sizes."""
+    arguments, name = settings["model_args"], settings["model"]
+    size = "large" if "large" in name else "base"
+    width = shapes["decode_task_layer.2.weight"][0] if name == "vqkd" else 0
+    with no_data(teacher_width=width):
+        if name == "vqkd":
+            config = config_lib.load(f"{CONFIGS / 'vqkd'}.py")
+            config.model.decoder.depth = arguments["dec_depth"]
+            config.teacher.features = "somewhere"
+            return "vqkd", vqkd.build(config), config
+        common = dict(position=position_of(arguments), layer_scale_init=arguments["init_values"])
+        if "cls_pt" in name:
+            config = config_lib.load(f"{CONFIGS / 'mim'}.py:{size}")
+            config.model.update(early_layer=arguments["early_layers"], head_depth=arguments["head_layers"], **common)
+            config.model.update(shared_head=arguments["shared_lm_head"], codebook_size=shapes["lm_head.weight"][0])
             config.tokenizer.codes = "somewhere"
             return "mim", mim.build(config), config
-        config = config_lib.load(f"{CONFIGS / 'vqkd'}.py:decoder1")
-        config.teacher.features = "somewhere"
-        return "vqkd", vqkd.build(config), config
+        config = config_lib.load(f"{CONFIGS / 'teacher'}.py")
+        config.views.image_size = 224
+        config.model.update(SIZES[size], num_classes=arguments["num_classes"], **common)
+        return "classifier", finetune.build(config), config
 
 
 def by_path(tree):
@@ -71,9 +83,8 @@ def check_group(golden, group):
     settings = golden.config["groups"][group]
     released = json.loads(str(golden.take(f"groups/{group}")))
     entries = released["params"]
-    kind, task, config = build(group)
-    config.optim.layer_decay = settings["layer_decay"] or 1.0
-    assert config.optim.weight_decay == settings["weight_decay"]
+    kind, task, config = build(settings, released["shapes"])
+    config.optim.update(layer_decay=settings["layer_decay"] or 1.0, weight_decay=settings["weight_decay"])
     made = jax.eval_shape(task.init, jax.random.key(0))
     variables = {"params": made["params"], "codebook": made["model_state"]}
     names = {path: official_name(kind, f"params/{path}") for path in by_path(variables["params"])}

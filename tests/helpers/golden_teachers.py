@@ -1,4 +1,4 @@
-"""The two published teachers against the released code: pixels in, regression targets out, at two image sizes."""
+"""The two published teachers against the released code: pixels in, regression targets out, at several image sizes."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_rang
 
 def check_clip_teacher(golden: Golden):
     heads = golden.config["visual"]["heads"]
-    teacher, params = check_teacher(golden, 64, num_heads=heads, activation="quick_gelu", position_resize="offset")
+    teacher, params = check_teacher(golden, num_heads=heads, activation="quick_gelu", position_resize="offset")
     pixels = 255.0 * golden.images
     tokens = quick_jit(teacher.tokens)(params, normalize(pixels, *NORMALIZATIONS["clip"]))
     golden.check("pooled", tokens[:, 0])
@@ -23,16 +23,18 @@ def check_clip_teacher(golden: Golden):
 
 def check_dino_teacher(golden: Golden):
     heads = golden.config["model"]["num_heads"]
-    teacher, params = check_teacher(golden, 48, num_heads=heads, normalization="imagenet")
+    teacher, params = check_teacher(golden, num_heads=heads, normalization="imagenet")
     normalised = normalize(255.0 * golden.images, *NORMALIZATIONS["imagenet"])
     golden.check("all_tokens", quick_jit(teacher.tokens)(params, normalised))
 
 
-def check_teacher(golden: Golden, other_size: int, **options):
-    """Check the targets at the trained and at another image size; return the teacher of the former and its params."""
-    large = 255.0 * channels_last(golden.arrays[f"in/image_{other_size}"])
-    teacher, params = load(golden, large, **options)
-    golden.check(f"target_{other_size}", quick_jit(teacher.features)(params, large))
+def check_teacher(golden: Golden, **options):
+    """Check the targets at the trained and at other image sizes; return the teacher of the former and its params."""
+    assert golden.config["resized"]
+    for size in golden.config["resized"]:
+        resized = 255.0 * channels_last(golden.arrays[f"in/image_{size}"])
+        teacher, params = load(golden, resized, **options)
+        golden.check(f"target_{size}", quick_jit(teacher.features)(params, resized))
     pixels = 255.0 * golden.images
     teacher, params = load(golden, pixels, **options)
     golden.check("target", quick_jit(teacher.features)(params, pixels))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_files import Golden, channels_last
 from golden_models import classifier_arguments, mim_arguments
+from golden_schedules import num_warmup_steps
 from golden_vqkd import vqkd_arguments
 from paths import CONFIGS
 from testing import quick_jit
@@ -133,7 +134,7 @@ class Run:
     def __init__(self, kind, golden, task, config, variables):
         self.kind, self.golden, self.task, self.config = kind, golden, task, config
         train = golden.config["train"]
-        self.warmup_steps, self.num_steps = train["warmup_steps"], train["epochs"] * train["niter_per_ep"]
+        self.warmup_steps, self.num_steps = num_warmup_steps(train), train["epochs"] * train["niter_per_ep"]
         self.optimizer, self.schedule = optim.for_task(task, config.optim, self.warmup_steps, self.num_steps)
         variables = jax.tree.map(jnp.asarray, variables)
         self.state = TrainState(

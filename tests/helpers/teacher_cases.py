@@ -58,16 +58,19 @@ class Case:
     pixels: np.ndarray
     features: np.ndarray
 
-    def load(self, folder: Path, **options):
-        """Store what a user would have in `folder` and load the teacher from there."""
+    def store(self, folder: Path) -> str:
+        """Store what a user would have in `folder`; return the path of the weights."""
         state = {name: np.ascontiguousarray(array) for name, array in self.state.items()}
         save_file(state, folder / "model.safetensors")
         if self.config is not None:
             (folder / "config.json").write_text(json.dumps(self.config))
-        path = str(folder if self.config is not None else folder / "model.safetensors")
+        return str(folder if self.config is not None else folder / "model.safetensors")
+
+    def load(self, folder: Path, **options):
+        """Store the weights in `folder` and load the teacher from there."""
         side = round(self.features.shape[1] ** 0.5)
         given = {"image_size": self.pixels.shape[1], "grid": (side, side), **self.options, **options}
-        return load_teacher(path, **given)
+        return load_teacher(self.store(folder), **given)
 
     def error(self, folder: Path, **options) -> float:
         """Return how far our features are from the stored ones, relative to the largest."""

@@ -23,6 +23,9 @@ class FakeSource:
 def no_data(teacher_width):
     """Let tasks be built without a data set: sources and caches of any name exist, and hold nothing."""
 
+    def manifest_of(directory, target):
+        return {"teacher_width": teacher_width, "codebook_size": mock.ANY}
+
     def open_cache(directory, config, *_):
         manifest = {"teacher_width": teacher_width, "codebook_size": config.model.codebook_size}
         return (types.SimpleNamespace(manifest=manifest, num_views=config.views.num_views),) * 2
@@ -31,6 +34,7 @@ def no_data(teacher_width):
         return (FakeSource(config.model.get("num_classes", 1000)),) * 2
 
     with (
+        mock.patch.object(targets, "manifest_of", manifest_of),
         mock.patch.object(targets, "open_cache", open_cache),
         mock.patch.object(inputs, "open_sources", open_sources),
         mock.patch.object(inputs, "train_batches", lambda *args, **kwargs: None),

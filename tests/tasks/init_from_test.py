@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from paths import ROOT
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import write
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import finetune, inputs, mim, vqkd
+from beitv2_jax.models.backbone import Compute
+from beitv2_jax.tasks import finetune, inputs, mim, segment, tokenize, vqkd
 from beitv2_jax.training import loop, optim, sharding, state
 
 CONFIGS = ROOT / "configs"
@@ -113,6 +115,60 @@ def test_a_tokenizer_keeps_its_codebook(tmp_path):
     np.testing.assert_array_equal(
         begun.params["encode_task"]["fc2"]["kernel"], source.variables["params"]["encode_task"]["fc2"]["kernel"]
     )
+
+
+@pytest.mark.parametrize(
+    "stage, key",
+    [
+        ("extract", "teacher.weights"),
+        ("vqkd", "teacher.weights"),
+        ("vqkd", "teacher.features"),
+        ("vqkd", "init_from"),
+        ("tokenize", "tokenizer.run"),
+        ("mim", "tokenizer.run"),
+        ("mim", "tokenizer.codes"),
+        ("mim", "init_from"),
+        ("finetune", "init_from"),
+        ("segment", "init_from"),
+        ("probe", "backbone.run"),
+    ],
+)
+def test_paths_of_weights_are_checked_before_the_data_are_opened(stage, key, tmp_path, monkeypatch):
+    def opened(*_):
+        raise AssertionError("the data were opened")
+
+    monkeypatch.setattr(inputs, "open_source", opened)
+    monkeypatch.setattr(segment, "open_label_maps", opened)
+    config = config_lib.load(f"{CONFIGS / stage}.py:smoke").unlock()
+    if (stage, key) == ("vqkd", "init_from"):
+        write(drawn_weights("classifier", head_width=64), str(tmp_path / "teacher"), "run")
+        config.teacher.weights = str(tmp_path / "teacher")
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        importlib.import_module(f"beitv2_jax.tasks.{stage}").build(config)
+
+
+@pytest.mark.parametrize("used, trained, warned", [("imagenet", "half", 1), ("half", "half", 0)])
+def test_another_normalization_than_that_of_the_weights_is_logged(used, trained, warned, tmp_path, caplog):
+    config = smoke("teacher")
+    config.model.update(small_vit(config, position="relative", num_classes=10))
+    config.normalization, config.init_from = used, str(tmp_path / "mim")
+    source = dataclasses.replace(drawn_weights("mim", position="relative"), normalization=trained)
+    write(source, config.init_from, "run")
+    inputs.initial_variables(config, "classifier", finetune.make_model(config, Compute()))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == warned
+    assert all(f"write --config.normalization={trained}" in line for line in lines)
+
+
+def test_a_file_given_as_a_run_is_to_be_converted(tmp_path):
+    write(drawn_weights("vqkd"), str(tmp_path / "vqkd.pth"), "official")
+    config = config_lib.load(f"{CONFIGS / 'tokenize'}.py:smoke").unlock()
+    config.tokenizer.run = str(tmp_path / "vqkd.pth")
+    with pytest.raises(UserError, match=r"vqkd\.pth is not the directory of a run") as raised:
+        tokenize.build(config)
+    assert f"convert {tmp_path / 'vqkd.pth'} RUN" in raised.value.instead
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

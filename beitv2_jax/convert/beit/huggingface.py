@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
+from beitv2_jax.convert.files import write_safetensors
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.preprocess import NORMALIZATIONS
 
 DEFAULT_EPSILON = 1e-12
 """Layer norm epsilon if config.json has none; the released code uses 1e-6."""
@@ -257,8 +258,26 @@ def make_config(kind: str, arguments: dict) -> dict:
     return config
 
 
-def save(directory: Path, state: dict[str, np.ndarray], config: dict) -> None:
-    """Write model.safetensors (from contiguous arrays) and config.json to the new folder `directory`."""
+def make_preprocessor(normalization: str, image_size: int) -> dict:
+    """Return the preprocessor_config.json of a model: how its input images are resized and normalised."""
+    mean, std = NORMALIZATIONS[normalization]
+    return {
+        "image_processor_type": "BeitImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
+def save(directory: Path, state: dict[str, np.ndarray], config: dict, preprocessor: dict) -> None:
+    """Write model.safetensors (from contiguous arrays), config.json and preprocessor_config.json to a new folder."""
     directory.mkdir()
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(directory / "model.safetensors", state)
+    for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -13,6 +13,7 @@ from flax import traverse_util
 from beitv2_jax.convert.arguments import ShapeMismatch, infer_arguments, shapes
 from beitv2_jax.convert.beit.names import CODEBOOK, INDEX, NAMES, TABLE, official_name, our_path, transposed
 from beitv2_jax.convert.positions import grid_of_table
+from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 from beitv2_jax.typing import PyTree
@@ -54,9 +55,12 @@ def recognise(state: State) -> str:
         if any(name.startswith(prefixes) for name in state):
             return kind
     shown = ", ".join(map(repr, sorted(state)[:3])) or "none"
+    happened = f"The {len(state)} names in the state dict ({shown}) belong to no model of this project."
+    if prefix := wrapping_prefix(state):
+        raise wrapped(happened, prefix)
     raise UserError(
-        f"The {len(state)} names in the state dict ({shown}) belong to no model of this project.",
-        "The file may hold another architecture, or a state dict inside another dict.",
+        happened,
+        "The file may hold another architecture.",
         "Pass weights of a tokenizer, masked image model, classifier or UPerNet of BEiT v1 or v2.",
     )
 

@@ -1,6 +1,7 @@
 """Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
@@ -8,8 +9,9 @@ from flax import traverse_util
 
 from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
 from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
+from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
-from beitv2_jax.convert.runs import is_run, read_run, weights_hash
+from beitv2_jax.convert.runs import check_stage, is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
 from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
@@ -23,6 +25,7 @@ def load_teacher(
     weights: str,
     *,
     image_size: int,
+    state_dict: str = "",
     grid: tuple[int, int] | None = None,
     num_heads: int = 0,
     normalization: str = "",
@@ -37,9 +40,11 @@ def load_teacher(
     Args:
         weights: the working directory of a run of stage 'finetune' or 'mim', a Hugging Face folder, or a file of a
             published network, which is recognised from the names in it.
+        state_dict: which of several state dicts in a file to read ('teacher', 'model_ema'); '' takes the usual one.
         grid: rows and columns of the features; None uses the patch size of the teacher.
         num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
-        normalization: name of the input normalisation; '' uses the one of the network. A run keeps its own.
+        normalization: name of the input normalisation; '' uses the one that stands beside the weights or in the run, or
+            else that of the family of networks.
         output: 'projected' or 'tokens' (normalised tokens of the last block); '' uses the published choice: projected
             for CLIP, tokens for all others.
         activation: '' uses the one of the network; needed where the file does not determine it.
@@ -53,49 +58,27 @@ def load_teacher(
         UserError: no readable weights, an option that does not exist or does not fit them, or an option that must be
             given because the weights do not determine it.
     """
+    _check_choice("output", output, ("", *TEACHER_OUTPUTS))
+    _check_choice("grid_match", grid_match, GRID_MATCHES)
+    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
+    _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if not Path(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
             "The path may be mistyped, or the stage that trains the teacher has not run yet.",
             "Write --config.teacher.weights=PATH with the directory of a run or the weights of a published network.",
         )
-    _check_choice("output", output, ("", *TEACHER_OUTPUTS))
-    _check_choice("grid_match", grid_match, GRID_MATCHES)
-    _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
-    _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
     if is_run(weights):
-        name, network = _from_run(weights, output)
+        name, network = _from_run(weights, output, normalization)
     else:
         name = Path(weights).stem
-        arrays, config = read_weights(weights), read_config(weights)
-        network = from_state(arrays, config, output=output, activation=activation, num_heads=num_heads)
-        network = network._replace(normalization=normalization or network.normalization)
-        for text in group_by_reason(network.dropped):
-            logging.info("teacher %s: not used: %s", name, text)
-    if not network.normalization:
-        raise UserError(
-            f"The weights of {name} do not say how their input images are normalised.",
-            "Networks with these names were trained with different normalisations.",
-            "Write --config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
-        )
-    trained_size, patch_size = network.arguments["image_size"], network.arguments["patch_size"]
+        network = _published(name, weights, state_dict, normalization, output, activation, num_heads)
+    patch_size = network.arguments["patch_size"]
     grid = tuple(grid or _grid_of_views(image_size, patch_size))
-    input_size = grid[0] * patch_size if grid_match == "resize_input" else trained_size
-    network_grid = (input_size // patch_size,) * 2
-    position_resize = position_resize or network.position_resize
-    params = dict(network.params)
-    if input_size != trained_size:
-        flat = traverse_util.flatten_dict(params["backbone"], sep="/")
-        num_prefix = network.arguments.get("class_token", True)
-        flat = resize_positions(flat, network_grid, num_prefix=num_prefix, method=position_resize)
-        params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
-    arguments, compute = {**network.arguments, "image_size": input_size}, Compute(dtype=dtype)
-    if "num_classes" in arguments:
-        model = Classifier.from_arguments(arguments, compute)
-        tokens = classifier_tokens(model)
-    else:
-        model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
-        tokens = vit_tokens(model)
+    input_size = grid[0] * patch_size if grid_match == "resize_input" else network.arguments["image_size"]
+    network = network._replace(position_resize=position_resize or network.position_resize)
+    params = _resized_params(network, input_size)
+    model, tokens = _model(network, input_size, Compute(dtype=dtype))
     teacher = Teacher(
         name=name,
         weights_hash=weights_hash(params),
@@ -105,13 +88,13 @@ def load_teacher(
             "activation": model.backbone.activation,
             "num_heads": model.backbone.num_heads,
             "grid_match": grid_match,
-            "position_resize": position_resize,
+            "position_resize": network.position_resize,
             "input_size": input_size,
         },
         normalization=network.normalization,
         image_size=image_size,
         input_size=input_size,
-        network_grid=network_grid,
+        network_grid=(input_size // patch_size,) * 2,
         grid=grid,
         width=network.projection_dim or model.backbone.width,
         num_prefix_tokens=model.backbone.num_prefix_tokens,
@@ -120,20 +103,44 @@ def load_teacher(
     return teacher, params
 
 
-def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
-    run = read_run(workdir)
-    config = run.config
-    if config["stage"] not in ("finetune", "mim"):
+def _published(
+    name: str, weights: str, state_dict: str, normalization: str, output: str, activation: str, num_heads: int
+) -> TeacherWeights:
+    """Return the network in a published file or folder; what of it is not used is logged."""
+    found = read_weights(weights, state_dict)
+    network = from_state(found.arrays, read_config(weights), output=output, activation=activation, num_heads=num_heads)
+    for text in found.assumptions:
+        logging.info("teacher %s: %s", name, text)
+    for text in group_by_reason(found.dropped | network.dropped):
+        logging.info("teacher %s: not used: %s", name, text)
+    normalization = normalization_of(
+        weights, given=normalization, usual=network.normalization, option="--config.teacher.normalization"
+    )
+    if not normalization:
         raise UserError(
-            f"{workdir} holds a run of stage {config['stage']!r}, which cannot be a teacher.",
-            "The path may be that of another stage.",
-            "Write --config.teacher.weights=PATH with the directory of a run of stage 'finetune' or 'mim'.",
+            f"The weights of {name} do not say how their input images are normalised.",
+            "Networks with these names were trained with different normalisations.",
+            "Write --config.teacher.normalization=imagenet (DINO, DeiT), half (AugReg) or clip.",
         )
+    return network._replace(normalization=normalization)
+
+
+def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, TeacherWeights]:
+    check_stage(workdir, ("finetune", "mim"), "config.teacher.weights")
     if output == "projected":
         raise UserError(
             f"{workdir} holds a run of this package, which has no projection.",
             "Did you mean the normalised tokens of its last block?",
             "Write --config.teacher.output=tokens.",
+        )
+    run = read_run(workdir)
+    config = run.config
+    if normalization not in ("", config["normalization"]):
+        raise UserError(
+            f"{workdir} was trained with the input normalisation {config['normalization']!r}, the config has "
+            f"teacher.normalization={normalization!r}.",
+            "Did you mean the normalisation of another teacher?",
+            f"Write --config.teacher.normalization={config['normalization']}.",
         )
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
@@ -148,6 +155,28 @@ def _from_run(workdir: str, output: str) -> tuple[str, TeacherWeights]:
         normalization=config["normalization"],
         position_resize="bicubic",
     )
+
+
+def _resized_params(network: TeacherWeights, input_size: int) -> PyTree:
+    """Return the params with positions for images of `input_size` pixels."""
+    params = dict(network.params)
+    if input_size != network.arguments["image_size"]:
+        flat = traverse_util.flatten_dict(params["backbone"], sep="/")
+        grid = (input_size // network.arguments["patch_size"],) * 2
+        num_prefix = network.arguments.get("class_token", True)
+        flat = resize_positions(flat, grid, num_prefix=num_prefix, method=network.position_resize)
+        params["backbone"] = traverse_util.unflatten_dict(flat, sep="/")
+    return params
+
+
+def _model(network: TeacherWeights, input_size: int, compute: Compute) -> tuple[Classifier | NormalisedViT, Callable]:
+    """Return the model for images of `input_size` pixels, and the function (params, images) -> tokens."""
+    arguments = {**network.arguments, "image_size": input_size}
+    if "num_classes" in arguments:
+        model = Classifier.from_arguments(arguments, compute)
+        return model, classifier_tokens(model)
+    model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
+    return model, vit_tokens(model)
 
 
 def _grid_of_views(image_size: int, patch_size: int) -> tuple[int, int]:

@@ -15,14 +15,15 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import HEAD_WIDTH
 from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
+from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
-from beitv2_jax.models.preprocess import NORMALIZATIONS
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.typing import PyTree
 
 _CONFIG_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BEIT = r"(attn\.q_bias|relative_position_bias_table)$"
+_KEY_BIAS = r"\.(attn\.qkv\.bias|attention\.key\.bias|self_attn\.k_proj\.bias|attn\.in_proj_bias)$"
 _DISTILLATION = "backbone/distillation_token"
 
 
@@ -30,7 +31,7 @@ class TeacherWeights(NamedTuple):
     """A teacher's network at the image size it was trained with.
 
     `arguments` and `projection_dim` (0: none) are those of `NormalisedViT`; `dropped` maps each unused entry to the
-    reason; `normalization` is '' if it is unknown.
+    reason; `normalization` is that of the family, '' if its networks differ in it.
     """
 
     arguments: dict
@@ -111,7 +112,7 @@ def from_state(
         projection_dim=projection_dim,
         params=params,
         dropped=_dropped(state, used),
-        normalization=_normalization(config) or family.normalization,
+        normalization=family.normalization,
         position_resize=family.position_resize,
     )
 
@@ -122,6 +123,12 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
     Raises:
         UserError: no family matches, or the weights are those of a BEiT model.
     """
+    if any(name.startswith("quantize.") for name in arrays):
+        raise UserError(
+            "The weights are those of a tokenizer, which cannot be a teacher.",
+            "Did you mean the network that it was trained with, such as CLIP?",
+            "Write --config.teacher.weights=PATH with the weights of a vision transformer.",
+        )
     if any(re.search(_BEIT, name) for name in arrays):
         raise UserError(
             "The weights are those of a BEiT model, which must be converted before it can be a teacher.",
@@ -138,25 +145,35 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
             if all(map(found, family.has)) and not any(map(found, family.lacks)):
                 return family, prefix
     some = ", ".join(sorted(arrays)[:3])
+    happened = f"The weights belong to no known family of teachers; their first entries are {some}."
+    if prefix := wrapping_prefix(arrays):
+        raise wrapped(happened, prefix)
     raise UserError(
-        f"The weights belong to no known family of teachers; their first entries are {some}.",
-        "They may not be a vision transformer, or a state dict inside another dict.",
+        happened,
+        "They may not be a vision transformer.",
         f"Pass weights of one of these families: {'; '.join(family.title for family in FAMILIES)}.",
+    )
+
+
+def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT: its keys have a bias."""
+    if not any(re.search(_KEY_BIAS, name) for name in arrays):
+        return
+    try:
+        title = f" ({recognise(arrays)[0].title})"
+    except UserError:
+        title = ""
+    raise UserError(
+        f"{path} holds the weights of a vision transformer that is not a BEiT{title}.",
+        "Did you mean to use it as the teacher of a tokenizer?",
+        f"Write --config.teacher.weights={path} for a vqkd or extract stage; conversion and --config.init_from need "
+        "the weights of a BEiT v1 or v2 model.",
     )
 
 
 def _vision_config(config: dict | None) -> dict | None:
     """Return the part of a Hugging Face config.json that describes the image network."""
     return None if config is None else config.get("vision_config", config)
-
-
-def _normalization(config: dict | None) -> str:
-    """Return the input normalisation in the config.json of a timm repository, '' if there is none."""
-    stated = (config or {}).get("pretrained_cfg", {})
-    for name, statistics in NORMALIZATIONS.items():
-        if "mean" in stated and np.allclose((stated["mean"], stated["std"]), statistics, atol=1e-4):
-            return name
-    return ""
 
 
 def _activation(family: Family, vision_config: dict | None) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from testing import drawn_variables, quick_jit
 
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
@@ -99,6 +101,32 @@ def test_a_timm_file_gives_the_features_of_timm(timm_file):
     assert np.abs(features - quick_jit(other.features)(params, images)).max() > 0.01
 
 
+def test_the_teacher_of_a_training_checkpoint_is_taken_unless_another_is_chosen(timm_file, tmp_path, caplog):
+    with np.load(timm_file) as arrays:
+        state = {name: arrays[name] for name in arrays.files if not name.startswith("head.")}
+    head = {"head.last_layer.weight_g": np.ones((3, 1), np.float32)}
+    student = {f"module.backbone.{name}": array for name, array in state.items()}
+    student["module.backbone.norm.bias"] = state["norm.bias"] + 1
+    teacher = {f"backbone.{name}": array for name, array in state.items()} | head
+    path = tmp_path / "checkpoint.pth.tar"
+    writer.save(path, {"student": student, "teacher": teacher, "epoch": 100})
+    caplog.set_level("INFO", logger="absl")
+    options = {"image_size": 32, "num_heads": 3, "normalization": "half"}
+    _, params = load_teacher(str(path), **options)
+    np.testing.assert_array_equal(params["norm"]["bias"], state["norm.bias"])
+    assert "state_dict=teacher.backbone: the file also has student" in caplog.text
+    assert "not used: head.last_layer.weight_g" in caplog.text
+    _, params = load_teacher(str(path), state_dict="student", **options)
+    np.testing.assert_array_equal(params["norm"]["bias"], state["norm.bias"] + 1)
+
+
+def test_the_normalization_beside_the_weights_is_used(timm_file, tmp_path):
+    shutil.copy(timm_file, tmp_path / "vit.npz")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    teacher, _ = load_teacher(str(tmp_path / "vit.npz"), image_size=32, num_heads=3)
+    assert teacher.normalization == teacher.choices["normalization"] == "half"
+
+
 def test_clip_features_without_the_projection(tmp_path):
     case = CASES["openai_clip"]
     projected, params = case.load(tmp_path)
@@ -181,7 +209,9 @@ def test_the_hash_depends_on_the_weights(timm_file, tmp_path):
 
 def test_a_finetune_run_is_a_teacher_with_its_own_normalization(finetune_run):
     workdir, params = finetune_run
-    teacher, loaded = load_teacher(str(workdir), image_size=6, normalization="clip")
+    teacher, loaded = load_teacher(str(workdir), image_size=6)
+    with pytest.raises(UserError, match=r"normalization='clip'.*\n.*\n.*teacher\.normalization=imagenet"):
+        load_teacher(str(workdir), image_size=6, normalization="clip")
     assert (teacher.name, teacher.grid, teacher.normalization) == ("teacher@17", (3, 3), "imagenet")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
     images = normalize(pixels, *NORMALIZATIONS["imagenet"])

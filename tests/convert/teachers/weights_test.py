@@ -212,15 +212,6 @@ def test_a_hugging_face_config_sets_heads_activation_and_epsilon():
         from_state(case.state, {"vision_config": {"num_attention_heads": 4, "hidden_act": "relu"}})
 
 
-def test_a_timm_config_sets_the_normalization():
-    for mean, name in ((0.5, "half"), (0.485, "imagenet")):
-        stated = {"mean": [0.5] * 3, "std": [0.5] * 3}
-        if name == "imagenet":
-            stated = {"mean": [mean, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-        assert from_state(make_state(), {"pretrained_cfg": stated}, num_heads=2).normalization == name
-    assert from_state(make_state(), {"pretrained_cfg": {}}, num_heads=2).normalization == ""
-
-
 def test_an_unknown_activation_is_an_error():
     for name in ("open_clip", "timm_clip"):
         with pytest.raises(UserError, match=r"teacher\.activation=quick_gelu"):

@@ -1,0 +1,71 @@
+"""The input normalisation that stands beside weights: which file has it, what goes before it, and odd contents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from beitv2_jax.convert.input_statistics import normalization_of
+from beitv2_jax.errors import UserError
+
+HALF = [0.5, 0.5, 0.5]
+IMAGENET = [0.48500001430511475, 0.4560000002384186, 0.4059999883174896], [0.229, 0.224, 0.225]
+CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def beside(folder, content, name="preprocessor_config.json"):
+    """Write a JSON file and a weights file beside it; return the path of the latter."""
+    (folder / name).write_text(json.dumps(content))
+    np.savez(folder / "w.npz", a=np.zeros(1))
+    return str(folder / "w.npz")
+
+
+def found(path, *, given="", usual=""):
+    return normalization_of(path, given=given, usual=usual, option="--option")
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("preprocessor_config.json", {"image_mean": HALF, "image_std": HALF, "size": 224}, "half"),
+        ("preprocessor_config.json", {"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}, "imagenet"),
+        ("config.json", {"architecture": "vit", "pretrained_cfg": {"mean": CLIP[0], "std": CLIP[1]}}, "clip"),
+        ("config.json", {"architecture": "vit", "mean": HALF, "std": HALF}, "half"),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": CLIP[0], "std": CLIP[1]}}, "clip"),
+        ("config.json", {"model_type": "vit"}, ""),
+        ("config.json", {"pretrained_cfg": {}}, ""),
+        ("preprocessor_config.json", {"image_mean": None, "image_std": None}, ""),
+    ],
+)
+def test_every_library_s_file_is_read(name, content, expected, tmp_path):
+    path = beside(tmp_path, content, name)
+    assert found(path) == found(str(tmp_path)) == expected
+    assert found(path, usual="other") == (expected or "other")
+
+
+def test_what_is_given_goes_before_what_is_stated_and_that_before_the_usual(tmp_path, caplog):
+    path = beside(tmp_path, {"image_mean": HALF, "image_std": HALF})
+    assert found(path, usual="clip") == "half" and found(path, given="half") == "half"
+    assert not caplog.records
+    assert found(path, given="imagenet") == "imagenet"
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert found(path, given="imagenet") == "imagenet"
+    assert len(caplog.records) == 1
+    assert "normalisation half (preprocessor_config.json), but imagenet is used" in caplog.text
+    assert found(path, given="imagenet", usual="clip") == "imagenet"
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("content", [{"image_mean": HALF, "image_std": [0.3] * 3}, {"do_normalize": False}])
+def test_numbers_without_a_name_are_refused_unless_one_is_given(content, tmp_path):
+    path = beside(tmp_path, {"image_mean": HALF, "image_std": HALF} | content)
+    with pytest.raises(UserError, match=r"mean \[.*preprocessor_config\.json") as raised:
+        found(path, usual="clip")
+    assert raised.value.instead.startswith("Write --option=NAME with one of imagenet, clip, half")
+    assert found(path, given="half") == "half"
+
+
+@pytest.mark.parametrize("mean", [0.5, [0.5], ["a", "b", "c"], [[0.5], 0.5, 0.5]])
+def test_anything_but_three_numbers_is_named(mean, tmp_path):
+    with pytest.raises(UserError, match="not three numbers each"):
+        found(beside(tmp_path, {"image_mean": mean, "image_std": HALF}))
