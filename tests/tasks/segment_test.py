@@ -15,6 +15,7 @@ from beitv2_jax.convert.positions import resize_relative_table
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
 from beitv2_jax.report.segmentation import class_colors
 from beitv2_jax.runners import stages
 from beitv2_jax.tasks import inputs, segment
@@ -33,7 +34,8 @@ def small(**model):
 
 
 def made(config):
-    return segment.make_task(config, inputs.Opened((FakeSource(0),) * 2))
+    initial = inputs.initial_variables(config, "segmenter", segment.make_model(config, Compute()))
+    return segment.make_task(config, inputs.Opened((FakeSource(0),) * 2, initial=initial))
 
 
 def batch(seed=0):
