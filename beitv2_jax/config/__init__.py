@@ -17,6 +17,7 @@ from beitv2_jax.config.load import (
     resolve,
     to_json,
 )
+from beitv2_jax.config.pipelines import stage_errors
 
 __all__ = [
     "HARMLESS",
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "parse_duration",
     "resolve",
+    "stage_errors",
     "steps",
     "to_json",
     "validate",

@@ -1,6 +1,7 @@
 """Checks of a config before any computation: choices, durations, and sizes that must fit each other."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
+from beitv2_jax.config.pipelines import stage_errors
 from beitv2_jax.errors import UserError, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
@@ -38,6 +40,23 @@ _CHOICES = {
     "output.dtype": choices.FEATURE_DTYPES,
 }
 
+_AT_LEAST_ONE = {
+    "batch_size": 512,
+    "image_size": 224,
+    "patch_size": 16,
+    "width": 768,
+    "depth": 12,
+    "mlp_dim": 3072,
+    "codebook_size": 8192,
+    "code_dim": 32,
+    "head_depth": 2,
+    "channels": 768,
+    "aux_channels": 256,
+    "knn_neighbors": 20,
+    "shard_examples": 8192,
+}
+"""Numbers that must be positive, by the last part of their key, with a published value."""
+
 
 def validate(config: ConfigDict, num_examples: int | None = None) -> None:
     """Check what can be checked before any computation: choices, durations, sizes that must fit each other.
@@ -51,27 +70,30 @@ def validate(config: ConfigDict, num_examples: int | None = None) -> None:
     """
     if config.get("stage") == "pipeline":
         for name, stage in config.stages.items():
-            _validate_stage(stage, f"stages.{name}.", num_examples)
+            with stage_errors(config, name):
+                _validate_stage(stage, num_examples)
+        _check_stages_fit(config)
     else:
-        _validate_stage(config, "", num_examples)
+        _validate_stage(config, num_examples)
 
 
-def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -> None:
+def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     flat = flatten(config)
 
     def refuse(key: str, problem: str, meant: str, *values) -> None:
-        instead = " or ".join(f"--config.{prefix}{key}={value}" for value in values)
-        raise UserError(f"{prefix}{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}.")
+        instead = " or ".join(f"--config.{key}={value}" for value in values)
+        raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}.")
 
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
             guess = nearest(str(flat[key]), valid)
             refuse(key, f"it must be one of {', '.join(filter(None, valid))}", f"Did you mean {guess!r}?", guess)
-    for key in (key for key in flat if key.endswith("batch_size")):
-        if flat[key] < 1:
-            refuse(key, "a step needs at least one example", "Did you mean the global batch size?", 512)
+    for key, usual in ((key, _AT_LEAST_ONE.get(key.split(".")[-1])) for key in flat):
+        if usual is not None and flat[key] < 1:
+            refuse(key, "it must be at least 1", "Did you mean the published value?", usual)
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
+    _check_layers(flat, refuse)
     _check_reading(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
@@ -140,13 +162,65 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 "Did you mean the published fraction, 75 of 196?",
                 round(num_patches * MASKED_FRACTION),
             )
-    if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= flat["model.depth"]:
-        depth = flat["model.depth"]
+    for section in ("model.", "model.encoder."):
+        if flat.get(f"{section}stem") == "conv" and patch_size & (patch_size - 1):
+            problem = (
+                f"small convolutions cannot make patches of {patch_key}={patch_size} pixels, which is no power of two"
+            )
+            refuse(f"{section}stem", problem, "Did you mean the published stem?", "linear")
+
+
+def _check_layers(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check keys that name blocks of the backbone, counted from 1."""
+    depth = flat.get("model.depth")
+    if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= depth:
         refuse(
             "model.early_layer",
             f"the backbone has model.depth={depth} blocks, counted from 1",
             "Did you mean three quarters of the depth, as published (9 of 12)?",
             max(1, round(0.75 * depth)),
+        )
+    out_layers = flat.get("model.out_layers")
+    if out_layers is not None and (len(out_layers) != 4 or not all(1 <= layer <= depth for layer in out_layers)):
+        refuse(
+            "model.out_layers",
+            f"it must name four of the model.depth={depth} blocks, counted from 1",
+            "Did you mean the last block of every quarter?",
+            f"'{tuple(math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4))}'",
+        )
+
+
+def _check_stages_fit(pipeline: ConfigDict) -> None:
+    """Check what one stage of a pipeline needs of another, which would otherwise be noticed when that has run."""
+    stages = pipeline.stages
+    if "mim" not in stages:
+        return
+    model = stages.mim.model
+    if "probe" in stages:
+        with stage_errors(pipeline, "probe"):
+            check_probed_layers(stages.probe.probe.layers, model.depth)
+    if "vqkd" in stages:
+        with stage_errors(pipeline, "mim"):
+            check_codebook_size(model.codebook_size, stages.vqkd.model.codebook_size)
+
+
+def check_codebook_size(predicted: int, codebook_size: int) -> None:
+    """Raise UserError unless as many codes are predicted as the tokenizer has."""
+    if codebook_size != predicted:
+        raise UserError(
+            f"The tokenizer has {codebook_size} codes, the model predicts {predicted}.",
+            "Did you mean the codebook_size that the tokenizer was trained with?",
+            f"Write --config.model.codebook_size={codebook_size}.",
+        )
+
+
+def check_probed_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise UserError unless the blocks that the probe is to read are among the `depth` of its backbone."""
+    if not layers or not all(1 <= layer <= depth for layer in layers):
+        raise UserError(
+            f"probe.layers={tuple(layers)} is not valid: the backbone of the probe has {depth} blocks, counted from 1.",
+            "Did you mean three quarters of the depth and the last block, as published (9 and 12 of 12)?",
+            f"Write --config.probe.layers='({max(1, round(0.75 * depth))}, {depth})'.",
         )
 
 

@@ -116,7 +116,8 @@ def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool 
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
-        summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
+        with config_lib.stage_errors(config, name):
+            summaries[name] = run_stage(stage, os.path.join(workdir, name), allow_config_change=allow_config_change)
     if jax.process_index() == 0:
         print(write_pipeline_report(stages, summaries, workdir))
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}

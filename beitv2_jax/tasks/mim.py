@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from beitv2_jax.config.checks import check_codebook_size
 from beitv2_jax.data.target_cache.encoding import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
@@ -132,12 +133,7 @@ def open_inputs(config) -> inputs.Opened:
         tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)
         _check_grid(tokenizer, grid, config)
         codebook_size = tokenizer.model.codebook_size
-    if codebook_size != config.model.codebook_size:
-        raise UserError(
-            f"The tokenizer has {codebook_size} codes, the model predicts {config.model.codebook_size}.",
-            "Did you mean the codebook_size that the tokenizer was trained with?",
-            f"Write --config.model.codebook_size={codebook_size}.",
-        )
+    check_codebook_size(config.model.codebook_size, codebook_size)
     return inputs.Opened(sources, stored, tokenizer, frozen)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.config.checks import check_probed_layers
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
@@ -46,7 +47,8 @@ def build(config) -> Probe:
     """Build the probe of the mim run `config.backbone.run` against random weights and raw pixels.
 
     Raises:
-        UserError: the data set has no labels, or the run is missing, of another stage or of another image size.
+        UserError: the data set has no labels, or the run is missing, of another stage or of another image size, or its
+            backbone lacks a block that is to be probed.
     """
     sources = inputs.open_sources(config)
     if sources[0].num_classes < 2:
@@ -64,6 +66,7 @@ def build(config) -> Probe:
             "Did you mean another run, or its image size?",
             "Write --config.backbone.run=DIR of a mim run, and --config.views.image_size=N of that run.",
         )
+    check_probed_layers(config.probe.layers, trained.model.depth)
     model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
     apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))
     image = jnp.zeros((1, config.views.image_size, config.views.image_size, 3))
