@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     launch.start_logging(values["verbosity"].present)
     if values.plan:
+        launch.check_jax_settings()
         from beitv2_jax.planning.command import run_plan
 
         workdir = os.path.abspath(values.workdir) if values.workdir else ""

@@ -10,7 +10,7 @@ from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
 from beitv2_jax.config.pipelines import stage_errors
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
 _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
@@ -86,8 +86,14 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
 
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
-            guess = nearest(str(flat[key]), valid)
-            refuse(key, f"it must be one of {', '.join(filter(None, valid))}", f"Did you mean {guess!r}?", guess)
+            names = tuple(filter(None, valid))
+            guess = nearest(str(flat[key]), names)
+            refuse(
+                key,
+                f"it must be one of {', '.join(names)}",
+                did_you_mean(str(flat[key]), names),
+                *([guess] if guess else names),
+            )
     for key, usual in ((key, _AT_LEAST_ONE.get(key.split(".")[-1])) for key in flat):
         if usual is not None and flat[key] < 1:
             refuse(key, "it must be at least 1", "Did you mean the published value?", usual)

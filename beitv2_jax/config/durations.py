@@ -3,7 +3,7 @@
 import math
 import re
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 
 UNITS = ("epochs", "steps", "examples")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s+([A-Za-z]+)\s*")
@@ -28,8 +28,8 @@ def parse_duration(duration: str) -> tuple[float, str]:
         guess = nearest(plural, UNITS)
         raise UserError(
             f"{duration!r} has the unknown unit '{match[2]}'.",
-            f"Did you mean '{guess}'?",
-            f"Write '{match[1]} {guess}'.",
+            did_you_mean(plural, UNITS),
+            f"Write {' or '.join(repr(f'{match[1]} {known}') for known in ([guess] if guess else UNITS))}.",
         )
     return amount, plural
 

@@ -152,21 +152,46 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
             f"Write --config=configs/{Path(name).stem}.py{colon}{presets}.",
         )
     defaults = flatten(load(spec))
-    for key in filter(None, map(_overridden, argv)):
-        if key not in defaults:
-            raise _unknown_key(key, defaults)
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        key = _overridden(arg)
+        if key and key not in defaults:
+            raise _unknown_key(key, _given_value(arg, following), defaults)
     return defaults
 
 
-def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
+def _given_value(arg: str, following: str) -> str:
+    """Return the value that `arg` gives a config key, or the argument `following` it."""
+    _, equals, value = arg.partition("=")
+    if equals:
+        return value
+    return following if following and not following.startswith("-") else str(not re.match("--?no", arg))
+
+
+def _likely_key(key: str, names: Sequence[str]) -> str | None:
+    """Return the key among `names` whose last part is close to that of `key`: a section in common is no likeness."""
+    last_parts = {name.split(".")[-1] for name in names}
+    last = nearest(key.split(".")[-1], last_parts)
+    return nearest(key, [name for name in names if name.split(".")[-1] == last], least=0)
+
+
+def _unknown_key(key: str, value: str, defaults: Mapping[str, object]) -> UserError:
     """Return the error for an unknown config key; a section's own keys and keys of the same last name come first."""
+    section, _, last = key.rpartition(".")
     inside = [name for name in defaults if name.startswith(key + ".")]
-    namesakes = [name for name in defaults if name.split(".")[-1] == key.split(".")[-1]]
-    guess = nearest(key, inside or namesakes or defaults)
+    namesakes = [name for name in defaults if name.split(".")[-1] == last]
+    siblings = [name for name in defaults if section and name.startswith(section + ".")]
+    guess = nearest(key, inside or namesakes, least=0) or _likely_key(key, siblings) or _likely_key(key, [*defaults])
+    happened = f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'."
+    if guess:
+        value = shlex.quote(str(defaults[guess]) if inside else value)
+        return UserError(
+            happened, f"Did you mean '{guess}', whose value is {defaults[guess]!r}?", f"Write --config.{guess}={value}."
+        )
+    parts = sorted({name.removeprefix(f"{section}.").partition(".")[0] for name in siblings or defaults})
     return UserError(
-        f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
-        f"Did you mean '{guess}', whose value is {defaults[guess]!r}?",
-        f"Write --config.{guess}={shlex.quote(str(defaults[guess]))}.",
+        happened,
+        "Did you mean a key of the config of another stage?",
+        f"Write a key of {f'the section {section}' if siblings else 'the config'}, which has {', '.join(parts)}.",
     )
 
 
@@ -176,8 +201,8 @@ def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, objec
         guess = nearest(error.flagname, FLAG_NAMES)
         return UserError(
             f"There is no flag --{error.flagname}.",
-            f"Did you mean --{guess}?",
-            f"Write --{guess}=VALUE, or see --help.",
+            f"Did you mean --{guess}?" if guess else "Did you mean a key of the config, --config.KEY=VALUE?",
+            f"Write --{guess}=VALUE, or see --help." if guess else f"Write one of --{', --'.join(FLAG_NAMES)}.",
         )
     for key in filter(None, map(_overridden, argv)):
         if f"config.{key}" in str(error):

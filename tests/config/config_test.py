@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
-from paths import CONFIGS
+from paths import CONFIGS, ROOT
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError, nearest
@@ -70,7 +70,9 @@ def test_epochs_are_whole_batches(epochs, batch_size, extra):
 def test_nearest():
     assert nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
     assert nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
-    assert nearest("x", ("b", "a")) == "a"
+    assert nearest("x", ("b", "a")) is None
+    assert nearest("x", ("b", "a"), least=0) == "a"
+    assert nearest("x", ()) is None
 
 
 def _presets(calls):
@@ -117,10 +119,26 @@ def test_load_finds_siblings_of_the_caller(config_dir, monkeypatch, tmp_path_fac
     assert config_lib.load(f"{config_dir}/parent.py").arg == ""
 
 
+def test_load_works_where_the_caller_is_no_file(config_dir, monkeypatch):
+    """As in `python -c` and in notebooks: a bare name is looked for in the current folder."""
+    monkeypatch.chdir(config_dir)
+    source = "from beitv2_jax import config; loaded = config.load(spec)"
+    found, missing = {"spec": "child:a"}, {"spec": "chidl:a"}
+    exec(source, found)
+    assert found["loaded"].arg == "a"
+    with pytest.raises(UserError, match="no config file chidl.py") as caught:
+        exec(source, missing)
+    assert caught.value.meant == "Did you mean 'child.py'?"
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        exec(source, {"spec": "finetune:smoke"})
+    assert caught.value.meant == "Did you mean 'configs/finetune.py'?"
+
+
 def test_load_of_a_missing_file_names_the_nearest(config_dir):
     with pytest.raises(UserError, match="no config file") as caught:
         config_lib.load(f"{config_dir}/chidl.py:large")
-    assert "'child.py'" in caught.value.meant
+    assert caught.value.meant == f"Did you mean '{config_dir}/child.py'?"
     assert "child.py" in caught.value.instead and "parent.py" in caught.value.instead
 
 
