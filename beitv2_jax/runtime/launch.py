@@ -1,5 +1,6 @@
 """Start of the process: logging, jax, the other processes of the run; and its exit."""
 
+import errno
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ HEARTBEAT_SECONDS = 100
 hangs still sends heartbeats; `runtime.watchdog` notices it."""
 SHUTDOWN_SECONDS = 10.0
 MAX_ERROR_LENGTH = 200
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 JAX_SETTINGS = {
     "jax_enable_x64": False,
     "jax_disable_jit": False,
@@ -161,6 +163,17 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
             "Unset JAX_PLATFORMS to let jax choose, or set JAX_PLATFORMS=cpu to compute on the CPU.",
         ) from error
     startup_times.ended("devices")
+
+
+def failed_write(error: Exception) -> UserError | None:
+    """Return the message for an error of the system that concerns the disk or permissions; None for another error."""
+    if not isinstance(error, OSError) or error.errno not in CANNOT_WRITE:
+        return None
+    return UserError(
+        f"{error.filename or 'A file of this run'} cannot be opened or written: {os.strerror(error.errno)}.",
+        "Is the disk of the workdir or of the temporary files full, or do the files there belong to another user?",
+        "Free space there or change the permissions and give the same command again, or use another --workdir.",
+    )
 
 
 def leave(code: int) -> None:

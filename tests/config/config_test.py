@@ -126,7 +126,7 @@ def test_load_works_where_the_caller_is_no_file(config_dir, monkeypatch):
     found, missing = {"spec": "child:a"}, {"spec": "chidl:a"}
     exec(source, found)
     assert found["loaded"].arg == "a"
-    with pytest.raises(UserError, match="no config file chidl.py") as caught:
+    with pytest.raises(UserError, match=r"no config file chidl\.py") as caught:
         exec(source, missing)
     assert caught.value.meant == "Did you mean 'child.py'?"
     monkeypatch.chdir(ROOT)

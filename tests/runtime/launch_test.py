@@ -1,8 +1,11 @@
 """The start of a process: what it takes from the environment, and what it refuses there."""
 
+import errno
+
 import jax
 import pytest
 
+from beitv2_jax import main
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.launch import in_cluster, process_place
@@ -83,3 +86,25 @@ def test_a_missing_device_is_told_in_a_message(error, monkeypatch):
     with pytest.raises(UserError, match="no device it can use") as caught:
         launch.start_jax(False, "")
     assert str(error) in caught.value.happened and "JAX_PLATFORMS=cpu" in caught.value.instead
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (OSError(errno.ENOSPC, "full"), "A file of this run cannot be opened or written: No space left on device."),
+        (PermissionError(errno.EACCES, "no", "/w/metrics.jsonl"), "/w/metrics.jsonl cannot be opened or written"),
+        (FileNotFoundError(errno.ENOENT, "gone", "/w/a"), None),
+        (ValueError("something else"), None),
+    ],
+)
+def test_a_full_disk_and_files_of_others_are_told_without_a_traceback(error, expected, monkeypatch, capsys):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(main.app, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == (2 if expected else 1)
+    assert ("Traceback" in told) == (expected is None)
+    assert told.startswith(f"Error: {expected}" if expected else "Traceback")
