@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from paths import ROOT
 
-from beitv2_jax.config.flags import parse_flags
+from beitv2_jax.config.flags import FLAG_NAMES, parse_flags
 from beitv2_jax.errors import UserError
 
 GOOD = ["--config=configs/vqkd.py:dino", "--workdir=w"]
@@ -61,6 +61,24 @@ def test_flags_have_defaults():
     assert values.compilation_cache == os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/beitv2_jax/xla")
 
 
+def test_flags_can_come_from_a_file(tmp_path):
+    """In the place of --flagfile, with comments; an override in it is known to the config like one on the line."""
+    (tmp_path / "flags").write_text("# a run\n--config=configs/vqkd.py:dino\n\n--config.optim.betas=(.8, .7)\n")
+    values, _ = parse(f"--flagfile={tmp_path}/flags", "--workdir=w", "--config.seed=7")
+    assert (values.config.optim.betas, values.config.seed, values.workdir) == ((0.8, 0.7), 7, "w")
+    values, _ = parse("--flagfile", f"{tmp_path}/flags", "--workdir=w")
+    assert values.config.teacher.normalization == "imagenet"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "-h"])
+def test_help_lists_the_flags_and_exits_with_0(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--config=configs/vqkd.py", flag)
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"{name}:" in told for name in FLAG_NAMES)
+
+
 @pytest.mark.parametrize(
     "arguments, happened, instead",
     [
@@ -85,6 +103,8 @@ def test_flags_have_defaults():
         ([*GOOD, "--wrkdir=w"], "no flag --wrkdir", "--workdir=VALUE"),
         ([*GOOD, "--foo=w"], "no flag --foo", "--config, --workdir, --task"),
         (["--config=beitv2_jax/sizes.py", "--workdir=w"], "no function get_config", "--config=configs/"),
+        (["--flagfile=nowhere", *GOOD], "nowhere", "--flagfile=PATH"),
+        ([*GOOD, "--flagfile"], "--flagfile with no argument", "--flagfile=PATH"),
         ([*GOOD, "stray"], "argument 'stray' is not expected", "--stray="),
         (["--config.seed=1", *GOOD], "--config.seed=1 comes before --config", "--config=FILE --config.seed=1"),
     ],
@@ -135,6 +155,13 @@ def test_an_environment_that_cannot_be_used_is_told_before_the_run(tmp_path, env
     assert result.returncode == 2
     assert happened in lines[0] and instead in lines[2]
     assert not (tmp_path / "w").exists()
+
+
+def test_a_file_of_the_package_started_as_a_script_says_what_to_write():
+    result = subprocess.run([sys.executable, "beitv2_jax/main.py", *GOOD], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 3
+    assert "python -m beitv2_jax.main" in result.stderr
 
 
 def test_a_message_is_one_write_so_that_processes_may_share_a_stream(tmp_path):

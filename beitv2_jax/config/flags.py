@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,11 @@ FLAG_NAMES = (
     "distributed",
     "compilation_cache",
 )
+USAGE = """\
+python -m beitv2_jax.main --config=FILE[:PRESET,PRESET...] --workdir=DIR [--config.KEY=VALUE ...] [FLAGS]
+
+The files in configs/ are the stages; each lists its presets and keys. --flagfile=FILE reads flags from a file.
+"""
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -88,14 +94,23 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Define and parse the flags in `argv` and return what is left of it.
+    """Define and parse the flags in `argv` and return what is left of it; with --help, print them and exit with 0.
 
     Raises:
         UserError: config file, preset or key unknown, value of a wrong type, or a flag missing or unknown.
     """
+    try:
+        argv = [argv[0], *values.read_flags_from_files(argv[1:])]  # --flagfile
+    except flags.Error as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}.",
+            "Did you mistype the path of the file?",
+            "Write --flagfile=PATH of a text file with one flag in each line.",
+        ) from error
     define_flags(values, argv)
-    if any(re.fullmatch(r"--?help\w*", arg) for arg in argv):
-        return values(list(argv))
+    if any(re.fullmatch(r"-h|--?help\w*", arg) for arg in argv):
+        print(USAGE + values.module_help(__name__))
+        sys.exit(0)
     defaults = _check_config(argv)
     try:
         rest = values(list(argv))
