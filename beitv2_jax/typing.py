@@ -6,9 +6,8 @@ width, `t` teacher width, `m` masked patches, `gh gw` grid, `H W` pixels.
 
 import sys
 
-if (
-    __name__ == "typing"
-):  # `python beitv2_jax/main.py` puts this folder first, where this file hides Python's own module
+# `python beitv2_jax/main.py` puts this folder first on the path, where this file hides Python's own module
+if __name__ == "typing":
     sys.stderr.write(
         "Error: A file of the package beitv2_jax was started as a script.\n"
         "  Did you mean a module of the package?\n"

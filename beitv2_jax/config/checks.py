@@ -80,9 +80,9 @@ def validate(config: ConfigDict, num_examples: int | None = None) -> None:
 def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     flat = flatten(config)
 
-    def refuse(key: str, problem: str, meant: str, *values) -> None:
+    def refuse(key: str, problem: str, meant: str, *values, other: str = "") -> None:
         instead = " or ".join(f"--config.{key}={value}" for value in values)
-        raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}.")
+        raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}{other}.")
 
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
@@ -99,6 +99,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
             refuse(key, "it must be at least 1", "Did you mean the published value?", usual)
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
+    _check_kmeans_start(flat, refuse)
     _check_layers(flat, refuse)
     _check_reading(flat, refuse)
     _check_efficiency(flat, refuse)
@@ -174,6 +175,23 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 f"small convolutions cannot make patches of {patch_key}={patch_size} pixels, which is no power of two"
             )
             refuse(f"{section}stem", problem, "Did you mean the published stem?", "linear")
+
+
+def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check that the first batch has a patch for each code: k-means cannot start more codes than it has samples."""
+    if not flat.get("kmeans_start") or flat["init_from"]:
+        return
+    batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]
+    patches = batch_size * (flat["views.image_size"] // flat["model.encoder.patch_size"]) ** 2
+    if patches < codes:
+        refuse(
+            "run.batch_size",
+            f"the {patches} patches of the first batch start the model.codebook_size={codes} codes (kmeans_start), and "
+            "the codes beyond them would never be used",
+            "Did you make the batch or the images smaller but not the codebook?",
+            batch_size * math.ceil(codes / patches),
+            other=" or --config.kmeans_start=False",
+        )
 
 
 def _check_layers(flat: dict[str, Any], refuse: Callable) -> None:

@@ -259,8 +259,15 @@ VQKD = {
     "data": {"source": "embedded"},
     "views": {"image_size": 96, "num_views": 2},
     "teacher": {"features": "DIR", "weights": "", "normalization": "clip"},
-    "model": {"encoder": {"patch_size": 16, "width": 30, "num_heads": 5}, "decoder": {"width": 30, "num_heads": 3}},
+    "model": {
+        "encoder": {"patch_size": 16, "width": 30, "num_heads": 5},
+        "decoder": {"width": 30, "num_heads": 3},
+        "codebook_size": 288,
+    },
     "usage_window": "1 epoch",
+    "kmeans_start": True,
+    "init_from": "",
+    "run": {"batch_size": 8, "duration": "10 steps"},
 }
 
 
@@ -340,6 +347,13 @@ def test_validate_accepts(good):
         (VQKD, "views.image_size", 100, ["views.image_size", "model.encoder.patch_size=16"]),
         (VQKD, "model.encoder.num_heads", 4, ["model.encoder.width", "model.encoder.num_heads=4"]),
         (VQKD, "model.decoder.num_heads", 4, ["model.decoder.width", "model.decoder.num_heads=4"]),
+        (
+            VQKD,
+            "run.batch_size",
+            7,
+            ["run.batch_size", "252 patches", "model.codebook_size=288", "=14 or --config."],
+        ),
+        (VQKD, "model.codebook_size", 1000, ["run.batch_size", "288 patches", "model.codebook_size=1000", "=32 or"]),
         (VQKD, "usage_window", "1", ["usage_window", "not a duration"]),
     ],
 )
@@ -415,6 +429,14 @@ def test_errors_of_a_stage_name_the_key_that_the_pipeline_has_for_it(stage, key,
     assert caught.value.happened == f"Stage {stage} of the pipeline: It happened."
     assert caught.value.meant == f"Did you mean --config.{expected}=1?"
     assert caught.value.instead == f"Write --config.{expected}=2, or wait."
+
+
+@pytest.mark.parametrize("key, value", [("kmeans_start", False), ("init_from", "DIR")])
+def test_validate_ignores_the_size_of_the_first_batch_without_k_means(key, value):
+    config = ConfigDict(VQKD)
+    config.model.codebook_size = 1000
+    config[key] = value
+    config_lib.validate(config)
 
 
 def test_validate_ignores_the_early_layer_without_aggregation():
