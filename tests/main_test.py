@@ -47,6 +47,22 @@ def test_overrides_reach_the_locked_config():
     assert config.is_locked
 
 
+def test_the_last_override_of_a_key_counts():
+    values, _ = parse(
+        *GOOD,
+        "--config.optim.betas=(.8, .7)",
+        "--config.run.batch_size",
+        "24",
+        "--config.optim.betas",
+        "(.6, .5)",
+        "--config.run.batch_size=32",
+        "--noconfig.kmeans_start",
+        "--config.kmeans_start=true",
+    )
+    config = values.config
+    assert (config.optim.betas, config.run.batch_size, config.kmeans_start) == ((0.6, 0.5), 32, True)
+
+
 def test_overrides_reach_stages_of_a_pipeline():
     values, _ = parse(
         "--config=configs/quickstart.py", "--workdir=w", "--config.seed=5", "--config.stages.mim.run.duration=7 steps"
@@ -105,7 +121,7 @@ def test_help_lists_the_flags_and_exits_with_0(flag, capsys):
         (["--config=beitv2_jax/sizes.py", "--workdir=w"], "no function get_config", "--config=configs/"),
         (["--flagfile=nowhere", *GOOD], "nowhere", "--flagfile=PATH"),
         ([*GOOD, "--flagfile"], "--flagfile with no argument", "--flagfile=PATH"),
-        ([*GOOD, "stray"], "argument 'stray' is not expected", "--stray="),
+        ([*GOOD, "stray"], "argument 'stray' is not expected", "in quotes"),
         (["--config.seed=1", *GOOD], "--config.seed=1 comes before --config", "--config=FILE --config.seed=1"),
     ],
 )

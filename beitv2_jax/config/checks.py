@@ -40,10 +40,28 @@ _CHOICES = {
     "output.dtype": choices.FEATURE_DTYPES,
 }
 
+_POSITIVE_DURATIONS = ("run.duration", "probe.duration", "usage_window")
+_FRACTIONS = (
+    "max_bad_fraction",
+    "validation_fraction",
+    "min_scale",
+    "label_smoothing",
+    "drop_path_rate",
+    "dropout_rate",
+    "weight_average",
+    "ema_decay",
+    "erasing",
+    "mix_probability",
+    "switch_probability",
+)
+"""Numbers from 0 to 1, by the last part of their key."""
 _AT_LEAST_ONE = {
     "batch_size": 512,
     "image_size": 224,
     "patch_size": 16,
+    "tokenizer_patch_size": 16,
+    "min_patches": 16,
+    "long_side": 2048,
     "width": 768,
     "depth": 12,
     "mlp_dim": 3072,
@@ -97,50 +115,66 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     for key, usual in ((key, _AT_LEAST_ONE.get(key.split(".")[-1])) for key in flat):
         if usual is not None and flat[key] < 1:
             refuse(key, "it must be at least 1", "Did you mean the published value?", usual)
+    for key in (key for key in flat if key.split(".")[-1] in _FRACTIONS):
+        if not 0 <= flat[key] <= 1:
+            fitting = min(abs(flat[key]) / 100, 1)
+            refuse(key, "a fraction lies between 0 and 1", "Did you mean per cent?", f"{fitting:g}")
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
     _check_kmeans_start(flat, refuse)
     _check_layers(flat, refuse)
     _check_reading(flat, refuse)
+    _check_probe(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
 
 
 def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int | None) -> None:
+    amounts = {}
     for key in (key for key in flat if key.split(".")[-1] in _DURATION_KEYS):
         try:
-            parse_duration(flat[key])
+            amounts[key], _ = parse_duration(flat[key])
         except UserError as error:
             refuse(key, error.happened.rstrip("."), error.meant, "'100 epochs'", "'1000 steps'")
+        if num_examples is not None:
+            batch_key = "probe.batch_size" if key.startswith("probe.") else "run.batch_size"
+            amounts[key] = steps(flat[key], batch_size=flat[batch_key], num_examples=num_examples, batch_key=batch_key)
+        if key in _POSITIVE_DURATIONS and not amounts[key]:
+            refuse(key, "it must be at least one step", "Did you mean a short one, to try something?", "'100 steps'")
     if "optim.warmup" not in flat:
         return
     warmup, duration = flat["optim.warmup"], flat["run.duration"]
-    (warmup_amount, warmup_unit), (amount, unit) = parse_duration(warmup), parse_duration(duration)
-    if num_examples is not None:
-        sizes = {"batch_size": flat["run.batch_size"], "num_examples": num_examples}
-        warmup_amount, amount = steps(warmup, **sizes), steps(duration, **sizes)
-    elif warmup_unit != unit:
+    if num_examples is None and parse_duration(warmup)[1] != parse_duration(duration)[1]:
         return
-    if warmup_amount >= amount:
-        shorter = f"'{amount / 10:g} {unit}'"
+    if amounts["optim.warmup"] >= amounts["run.duration"]:
+        amount, unit = parse_duration(duration)
+        num_steps = amounts["run.duration"] if num_examples is not None or unit == "steps" else math.inf
         refuse(
             "optim.warmup",
             f"it must be shorter than run.duration={duration!r}",
             "Did you shorten the run but not its warm-up?",
-            shorter,
+            f"'{amount / 10:g} {unit}'" if num_steps >= 10 else "'0 steps'",
         )
 
 
 def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
     for section in ("model.", "model.encoder.", "model.decoder."):
         width, heads = flat.get(f"{section}width"), flat.get(f"{section}num_heads")
-        if width is not None and (heads < 1 or width % heads):
+        if width is None:
+            continue
+        if heads < 1:
+            fitting = max(1, width // 64)
+            while width % fitting:
+                fitting -= 1
+            meant = "Did you mean heads of width 64, as in the published models?"
+            refuse(f"{section}num_heads", "it must be at least 1", meant, fitting)
+        if width % heads:
             refuse(
                 f"{section}width",
                 f"it must be divisible by {section}num_heads={heads}",
-                "Did you mean heads of width 64, as in the published models?",
-                64 * max(1, round(width / 64)),
+                "Did you mean a whole number of channels per head?",
+                heads * max(1, round(width / heads)),
             )
     patch_keys = ("model.encoder.patch_size", "teacher.tokenizer_patch_size")
     patch_key = next((key for key in patch_keys if key in flat), "model.patch_size")
@@ -167,7 +201,7 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 "masking.num_masked",
                 f"views.image_size={image_size} and {patch_key}={patch_size} give {num_patches} patches",
                 "Did you mean the published fraction, 75 of 196?",
-                round(num_patches * MASKED_FRACTION),
+                max(1, round(num_patches * MASKED_FRACTION)),
             )
     for section in ("model.", "model.encoder."):
         if flat.get(f"{section}stem") == "conv" and patch_size & (patch_size - 1):
@@ -262,11 +296,20 @@ def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
         )
     if flat.get("run.hang_timeout", 0) < 0:
         refuse("run.hang_timeout", "a time in seconds cannot be negative", "Did you mean no watchdog?", 0)
-    fraction = flat.get("data.max_bad_fraction", 0.0)
-    if not 0 <= fraction <= 1:
-        refuse(
-            "data.max_bad_fraction", "a fraction lies between 0 and 1", "Did you mean per cent?", abs(fraction) / 100
-        )
+
+
+def _check_probe(flat: dict[str, Any], refuse: Callable) -> None:
+    if "probe.learning_rates" not in flat:
+        return
+    rates = flat["probe.learning_rates"]
+    if not rates or min(rates) <= 0:
+        problem = "it must hold at least one rate, and rates are positive"
+        refuse("probe.learning_rates", problem, "Did you mean the published rate?", "'(0.004,)'")
+    if not 0 < flat["probe.validation_fraction"] < 1:
+        problem = "some images must choose among the probes, and some must train them"
+        refuse("probe.validation_fraction", problem, "Did you mean a tenth of the images?", 0.1)
+    if flat["probe.knn_temperature"] <= 0:
+        refuse("probe.knn_temperature", "it must be positive", "Did you mean that of DINO?", 0.07)
 
 
 def _check_efficiency(flat: dict[str, Any], refuse: Callable) -> None:
@@ -300,14 +343,12 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
             )
     if not flat["evaluation.scales"] or min(flat["evaluation.scales"]) <= 0:
         refuse("evaluation.scales", "scales must be positive", "Did you mean the unscaled image only?", "'(1.0,)'")
-    if not 0 < flat["views.min_ratio"] <= flat["views.max_ratio"]:
-        largest = flat["views.max_ratio"]
-        refuse(
-            "views.min_ratio",
-            f"it must lie between 0 and views.max_ratio={largest}",
-            "Did you mean a smaller one?",
-            0.5,
-        )
+    largest = flat["views.max_ratio"]
+    if largest <= 0:
+        refuse("views.max_ratio", "a ratio must be positive", "Did you mean the published value?", 2.0)
+    if not 0 < flat["views.min_ratio"] <= largest:
+        problem = f"it must lie between 0 and views.max_ratio={largest}"
+        refuse("views.min_ratio", problem, "Did you mean a smaller one?", min(0.5, largest))
     if not 0 < flat["views.max_class_fraction"] <= 1:
         refuse("views.max_class_fraction", "a fraction lies between 0 and 1", "Did you mean the published value?", 0.75)
 
@@ -315,21 +356,23 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
     """Check that the config says where the inputs of its stage are, and that stored inputs have numbered views."""
     needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
-    required = needed.get(stage, "data.source")
-    if not flat[required]:
-        refuse(required, "this stage cannot run without it", "Did you forget to set it?", "PATH")
+    for required in ("data.source", *filter(None, [needed.get(stage)])):
+        if not flat.get(required, required):
+            place = "folder:PATH" if required == "data.source" else "PATH"
+            refuse(required, "this stage cannot run without it", "Did you forget to set it?", place)
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)
-    if either is None:
-        stored = stage in ("extract", "tokenize")
-    else:
+    stored = stage in ("extract", "tokenize")
+    if either is not None:
         stored_key, live_key = either
         stored = bool(flat[stored_key])
         if stored == bool(flat[live_key]):
+            value = "''" if stored else "DIR"
             refuse(
                 stored_key,
                 f"exactly one of {stored_key} and {live_key}={flat[live_key]!r} must be set",
                 f"Targets come either from a target cache ({stored_key}) or from the live network ({live_key}).",
-                "DIR",
+                value,
+                other=f" or --config.{live_key}={value if stored else 'PATH'}",
             )
     if stored and flat["views.num_views"] < 1:
         refuse(

@@ -34,7 +34,7 @@ def parse_duration(duration: str) -> tuple[float, str]:
     return amount, plural
 
 
-def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
+def steps(duration: str, *, batch_size: int, num_examples: int, batch_key: str = "run.batch_size") -> int:
     """Return the number of steps in a duration.
 
     An epoch has floor(num_examples / batch_size) steps (source: the released loaders drop the last, partial batch), so
@@ -45,6 +45,7 @@ def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
         duration: '300 epochs', '1000 steps' or '5000 examples'.
         batch_size: global examples per step.
         num_examples: examples of the training split.
+        batch_key: config key of `batch_size`, for the error.
 
     Raises:
         UserError: the text is no duration, or an epoch holds no whole batch.
@@ -55,7 +56,7 @@ def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
             raise UserError(
                 f"An epoch of {num_examples} examples holds no batch of {batch_size}.",
                 "Did you choose the batch size for a larger data set?",
-                f"Write --config.run.batch_size={max(num_examples, 1)} or less.",
+                f"Write --config.{batch_key}={2 ** int(math.log2(max(num_examples, 1)))} or less.",
             )
         count = math.floor(amount * (num_examples // batch_size) + 1e-9)
     else:

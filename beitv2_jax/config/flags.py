@@ -107,6 +107,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             "Did you mistype the path of the file?",
             "Write --flagfile=PATH of a text file with one flag in each line.",
         ) from error
+    argv = _last_overrides(argv)
     define_flags(values, argv)
     if any(re.fullmatch(r"-h|--?help\w*", arg) for arg in argv):
         print(USAGE + values.module_help(__name__))
@@ -119,8 +120,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
     if len(rest) > 1:
         raise UserError(
             f"The argument '{rest[1]}' is not expected.",
-            f"Did you mean the flag --{rest[1]}?",
-            f"Write --{rest[1]}=VALUE, or leave it out.",
+            "Did you forget the quotes around a value with spaces, as in --config.run.duration='300 epochs'?",
+            "Write every argument as --NAME=VALUE, with the value in quotes if it has spaces.",
         )
     if not values.workdir and not values.plan:
         raise UserError(
@@ -137,6 +138,18 @@ def _overridden(arg: str) -> str | None:
     return match[1] if match else None
 
 
+def _last_overrides(argv: Sequence[str]) -> list[str]:
+    """Return `argv` without overrides of config keys that are overridden again, since tuples would be joined."""
+    overrides: list[tuple[str | None, list[str]]] = []
+    for arg in argv:
+        if overrides and overrides[-1][0] and "=" not in overrides[-1][1][0] and not arg.startswith("-"):
+            overrides[-1][1].append(arg)  # the value of the key before it
+        else:
+            overrides.append((_overridden(arg), [arg]))
+    last = {key: number for number, (key, _) in enumerate(overrides)}
+    return [arg for number, (key, args) in enumerate(overrides) if key is None or last[key] == number for arg in args]
+
+
 def _check_config(argv: Sequence[str]) -> dict[str, object]:
     """Return {key: default} of the config in `argv`, after checking what the config flags report late or not at all.
 
@@ -151,7 +164,7 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
             raise UserError(
                 f"The flag {arg} comes before --config.",
                 "Config keys can be set only after the file that defines them.",
-                f"Write --config=FILE {arg}.",
+                f"Write --config=FILE {shlex.quote(arg)}.",
             )
     if not spec:
         raise UserError(
@@ -161,10 +174,12 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
         )
     name, colon, presets = spec.partition(":")
     if Path(name).suffix != ".py":
+        file = f"configs/{Path(name).stem}.py"
+        load(file)  # if it is not there, what is there is listed
         raise UserError(
             f"--config={spec} is not a Python file.",
-            f"Did you mean the file configs/{Path(name).stem}.py?",
-            f"Write --config=configs/{Path(name).stem}.py{colon}{presets}.",
+            f"Did you mean the file {file}?",
+            f"Write --config={file}{colon}{presets}.",
         )
     defaults = flatten(load(spec))
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):

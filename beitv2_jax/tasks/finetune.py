@@ -80,6 +80,7 @@ def build(config) -> Task:
     """
     sources = inputs.open_sources(config)
     source = sources[0]
+    inputs.check_labelled(source)
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",

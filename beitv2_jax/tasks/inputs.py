@@ -19,6 +19,7 @@ from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
+from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops import implementations
 from beitv2_jax.rng import host_rng
@@ -75,6 +76,16 @@ def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
     return tuple(open_source(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+
+
+def check_labelled(source: Source) -> None:
+    """Raise UserError unless the images of `source` are of several classes."""
+    if source.num_classes < 2:
+        raise UserError(
+            f"{source.name} has {source.num_classes} classes, which leaves nothing to tell apart.",
+            "Did you mean a data set with labels?",
+            "Write --config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
+        )
 
 
 def train_batches(

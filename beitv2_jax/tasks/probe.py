@@ -37,10 +37,11 @@ class FeatureSet:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What the probe stage compares, on which splits."""
+    """What the probe stage compares, on which splits, by linear classifiers of `num_steps` steps."""
 
     sources: tuple[Source, Source]
     feature_sets: tuple[FeatureSet, ...]
+    num_steps: int
 
 
 def build(config) -> Probe:
@@ -51,20 +52,27 @@ def build(config) -> Probe:
             backbone lacks a block that is to be probed.
     """
     sources = inputs.open_sources(config)
-    if sources[0].num_classes < 2:
-        raise UserError(
-            f"{sources[0].name} has {sources[0].num_classes} classes: there is nothing to probe.",
-            "Did you mean a data set with labels?",
-            "Write --config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
-        )
+    inputs.check_labelled(sources[0])
+    num_steps = config_lib.steps(
+        config.probe.duration,
+        batch_size=config.probe.batch_size,
+        num_examples=len(sources[0]),
+        batch_key="probe.batch_size",
+    )
     run = read_run(config.backbone.run)
     trained = config_lib.from_json(run.config)
-    if trained.stage != "mim" or trained.views.image_size != config.views.image_size:
+    if trained.stage != "mim":
         raise UserError(
-            f"{config.backbone.run} holds a '{trained.stage}' run at {trained.views.image_size} pixels; the probe "
-            f"needs a 'mim' run at {config.views.image_size}.",
-            "Did you mean another run, or its image size?",
-            "Write --config.backbone.run=DIR of a mim run, and --config.views.image_size=N of that run.",
+            f"{config.backbone.run} holds a run of stage '{trained.stage}', the probe needs one of stage 'mim'.",
+            "Did you mean the run of another stage?",
+            "Write --config.backbone.run=DIR of a mim run.",
+        )
+    if trained.views.image_size != config.views.image_size:
+        raise UserError(
+            f"The run {config.backbone.run} was trained at {trained.views.image_size} pixels, the probe would show it "
+            f"images of {config.views.image_size}.",
+            "Did you mean the image size of that run?",
+            f"Write --config.views.image_size={trained.views.image_size}.",
         )
     check_probed_layers(config.probe.layers, trained.model.depth)
     model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
@@ -83,6 +91,7 @@ def build(config) -> Probe:
             FeatureSet("random", apply, jax.tree.map(np.asarray, random)),
             FeatureSet("pixels", raw_pixels, {}),
         ),
+        num_steps=num_steps,
     )
 
 
