@@ -39,6 +39,7 @@ FLAGS = {
     "vqkd": "--config=configs/vqkd.py:smoke --config.teacher.weights=FILE",
 }
 CONFIGS = [
+    ("finetune", "--config.data.source=folder:gs://bucket/images"),
     ("mim", "--config.efficiency.dtype=bf16"),
     ("mim", "--config.efficiency.dtype=x"),
     ("segment", "--config.evaluation.batch_size=0"),
@@ -89,6 +90,7 @@ CONFIGS = [
     ("mim", "--config.views.num_views=0"),
     # the keys of a pipeline: shared ones where stages share them
     ("pipeline", "--config.teacher.weights=''"),
+    ("pipeline", "--config.teacher.weights=https://hub/clip.pt"),
     ("pipeline", "--config.tokenizer_views.image_size=100"),
     ("quickstart", "--config.efficiency.dtype=bf16"),
     ("quickstart", "--config.stages.mim.run.batch_size=0"),
@@ -118,6 +120,7 @@ COMMANDS = [
     (MIM, "--config.optim.betas='(.9, x'", "'(0.9, 0.999)'", "--config.optim.betas='(0.9, 0.999)'"),
     (MIM, "--plan_examples=many", "--help", "--plan_examples=1"),
     ("--config=configs/mim.py", "--wrkdir=w", "--workdir=VALUE", "--workdir=w"),
+    ("--config=configs/mim.py", "--workdir=gs://b/w", "--workdir=/mnt/b/w", "--workdir=/mnt/b/w"),
     (MIM, "--foo=w", "--plan", "--plan=v5e:4"),
     (MIM, "--config.run.duration=4 steps", "in quotes", "--config.run.duration='4 steps'"),
     (MIM, "--flagfile=nowhere", "--flagfile=PATH", "--flagfile=/dev/null"),

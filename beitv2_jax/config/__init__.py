@@ -17,6 +17,7 @@ from beitv2_jax.config.load import (
     resolve,
     to_json,
 )
+from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "link",
     "load",
     "parse_duration",
+    "refuse_remote",
     "resolve",
     "stage_errors",
     "steps",

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from beitv2_jax.config.load import flatten, load
+from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.errors import UserError, nearest
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
@@ -123,6 +124,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             "Did you forget the quotes around a value with spaces, as in --config.run.duration='300 epochs'?",
             "Write every argument as --NAME=VALUE, with the value in quotes if it has spaces.",
         )
+    for name in ("workdir", "compilation_cache"):
+        refuse_remote(f"--{name}", values[name].value or "")
     if not values.workdir and not values.plan:
         raise UserError(
             "The flag --workdir is missing.",
@@ -172,6 +175,7 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
             "It names the config file of the stage to run.",
             "Write --config=configs/quickstart.py, for example.",
         )
+    refuse_remote("--config", spec)
     name, colon, presets = spec.partition(":")
     if Path(name).suffix != ".py":
         file = f"configs/{Path(name).stem}.py"

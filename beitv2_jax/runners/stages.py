@@ -170,6 +170,7 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 
 def check_writable(workdir: str) -> None:
     """Raise UserError unless files can be created in `workdir` (or in the nearest parent that exists)."""
+    config_lib.refuse_remote("--workdir", workdir)
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
