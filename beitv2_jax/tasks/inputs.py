@@ -82,7 +82,8 @@ def check_labelled(source: Source) -> None:
     """Raise UserError unless the images of `source` are of several classes."""
     if source.num_classes < 2:
         raise UserError(
-            f"{source.name} has {source.num_classes} classes, which leaves nothing to tell apart.",
+            f"{source.name} has {source.num_classes or 'no'} class{'' if source.num_classes else 'es'}, which leaves "
+            "nothing to tell apart.",
             "Did you mean a data set with labels?",
             "Write --config.data.source=folder:PATH with one folder per class, or a labelled tfds: data set.",
         )
