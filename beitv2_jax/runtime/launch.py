@@ -154,6 +154,8 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
+        if jax.distributed.is_initialized():
+            raise  # a machine may be lost, and after a UserError launchers would not start again
         platforms = jax.config.jax_platforms
         raise UserError(
             f"jax finds no device it can use: {str(error).partition(chr(10))[0] or 'none'}.",

@@ -86,6 +86,9 @@ def test_a_missing_device_is_told_in_a_message(error, monkeypatch):
     with pytest.raises(UserError, match="no device it can use") as caught:
         launch.start_jax(False, "")
     assert str(error) in caught.value.happened and "JAX_PLATFORMS=cpu" in caught.value.instead
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)  # a lost machine is no mistake of the user
+    with pytest.raises(type(error)):
+        launch.start_jax(False, "")
 
 
 @pytest.mark.parametrize(
