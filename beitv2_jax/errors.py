@@ -5,9 +5,23 @@ import sys
 from collections.abc import Iterable
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return the entry of `valid` that is spelled most like `name` (ties: alphabetical order)."""
-    return max(sorted(valid), key=lambda candidate: difflib.SequenceMatcher(None, name, candidate).ratio())
+def nearest(name: str, valid: Iterable[str], *, least: float = 0.6) -> str | None:
+    """Return the entry of `valid` that is spelled most like `name` (ties: alphabetical order); None if none is close.
+
+    Close is a likeness of at least `least`, where 1 is equal and 0 has no letter in common.
+    """
+
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, name, candidate).ratio()
+
+    best = max(sorted(valid), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= least else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return the question for the entry of `valid` that is close to `name`, or the sentence that none is."""
+    guess = nearest(name, valid)
+    return f"Did you mean '{guess}'?" if guess else "None of the valid names is spelled like it."
 
 
 class UserError(Exception):

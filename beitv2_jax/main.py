@@ -22,6 +22,7 @@ def run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     launch.start_logging(values["verbosity"].present)
     if values.plan:
+        launch.check_jax_settings()
         from beitv2_jax.planning.command import run_plan
 
         workdir = _absolute(values.workdir) if values.workdir else ""
@@ -56,7 +57,7 @@ def _absolute(workdir: str) -> str:
 
 
 def main() -> None:
-    """Run the program; UserError and Preempted are printed without a traceback, the exit codes are 2 and 75."""
+    """Run the program; what the user can correct and `Preempted` are printed without a traceback (exit codes 2, 75)."""
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
@@ -65,7 +66,10 @@ def main() -> None:
     except Preempted as preempted:
         print_error(preempted)
         launch.leave(Preempted.EXIT_CODE)
-    except Exception:
+    except Exception as error:
+        if failed_write := launch.failed_write(error):
+            print_error(f"Error: {failed_write}")
+            launch.leave(2)
         traceback.print_exc()
         launch.leave(1)
 

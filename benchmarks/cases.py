@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean
 
 INPUT_LIBRARIES = ("ml_collections", "grain", "PIL", "orbax")
 TORCH_LIBRARIES = ("torch", "transformers")
@@ -136,9 +136,7 @@ def step_of(name: str, options: Mapping[str, Any]) -> Any:
     """
     steps = {key: case for key, case in CASES.items() if isinstance(case, StepCase)}
     if name not in steps:
-        raise UserError(
-            f"There is no step '{name}'.", f"'{nearest(name, steps)}' was meant.", "one of " + ", ".join(steps)
-        )
+        raise UserError(f"There is no step '{name}'.", did_you_mean(name, steps), f"Write one of {', '.join(steps)}.")
     return steps[name].make(options)
 
 

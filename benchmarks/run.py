@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.errors import UserError, nearest, print_error
+from beitv2_jax.errors import UserError, did_you_mean, nearest, print_error
 from beitv2_jax.runtime.atomic_files import write_text
 
 TIMEOUT = 900
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in cases.CASES:
             raise UserError(
                 f"There is no benchmark '{name}'.",
-                f"'{nearest(name, cases.CASES)}' was meant.",
+                did_you_mean(name, cases.CASES),
                 "--list shows all of them.",
             )
     check_changes(arguments)
@@ -90,8 +90,8 @@ def check_changes(arguments: argparse.Namespace) -> None:
         if key not in known_keys():
             raise UserError(
                 f"No config has the key '{key}'.",
-                f"Did you mean '{nearest(key, known_keys())}'?",
-                f"Write --set {nearest(key, known_keys())}=VALUE.",
+                did_you_mean(key, known_keys()),
+                f"Write --set KEY=VALUE, such as --set {nearest(key, known_keys()) or 'run.batch_size'}=VALUE.",
             )
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from subprocess import Popen
 
-GRACE = float(os.environ.get("GRACE", 60))  # seconds from SIGTERM to SIGKILL: time to save
+GRACE = float(os.environ.get("GRACE") or 60)  # seconds from SIGTERM to SIGKILL: time to save
 stop_requests: list[int] = []
 
 

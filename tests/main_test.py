@@ -9,9 +9,8 @@ import pytest
 from absl import flags
 from paths import ROOT
 
-from beitv2_jax.config.flags import parse_flags
+from beitv2_jax.config.flags import FLAG_NAMES, parse_flags
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime.launch import in_cluster
 
 GOOD = ["--config=configs/vqkd.py:dino", "--workdir=w"]
 
@@ -48,6 +47,22 @@ def test_overrides_reach_the_locked_config():
     assert config.is_locked
 
 
+def test_the_last_override_of_a_key_counts():
+    values, _ = parse(
+        *GOOD,
+        "--config.optim.betas=(.8, .7)",
+        "--config.run.batch_size",
+        "24",
+        "--config.optim.betas",
+        "(.6, .5)",
+        "--config.run.batch_size=32",
+        "--noconfig.kmeans_start",
+        "--config.kmeans_start=true",
+    )
+    config = values.config
+    assert (config.optim.betas, config.run.batch_size, config.kmeans_start) == ((0.6, 0.5), 32, True)
+
+
 def test_overrides_reach_stages_of_a_pipeline():
     values, _ = parse(
         "--config=configs/quickstart.py", "--workdir=w", "--config.seed=5", "--config.stages.mim.run.duration=7 steps"
@@ -62,6 +77,24 @@ def test_flags_have_defaults():
     assert values.compilation_cache == os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/beitv2_jax/xla")
 
 
+def test_flags_can_come_from_a_file(tmp_path):
+    """In the place of --flagfile, with comments; an override in it is known to the config like one on the line."""
+    (tmp_path / "flags").write_text("# a run\n--config=configs/vqkd.py:dino\n\n--config.optim.betas=(.8, .7)\n")
+    values, _ = parse(f"--flagfile={tmp_path}/flags", "--workdir=w", "--config.seed=7")
+    assert (values.config.optim.betas, values.config.seed, values.workdir) == ((0.8, 0.7), 7, "w")
+    values, _ = parse("--flagfile", f"{tmp_path}/flags", "--workdir=w")
+    assert values.config.teacher.normalization == "imagenet"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "-h"])
+def test_help_lists_the_flags_and_exits_with_0(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--config=configs/vqkd.py", flag)
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"{name}:" in told for name in FLAG_NAMES)
+
+
 @pytest.mark.parametrize(
     "arguments, happened, instead",
     [
@@ -71,10 +104,12 @@ def test_flags_have_defaults():
         (["--config=configs/mmi.py", "--workdir=w"], "no config file configs/mmi.py", "configs/mim.py"),
         (["--config", "configs/mmi.py", "--workdir=w"], "no config file configs/mmi.py", "configs/mim.py"),
         (["--config=configs/mim.py:lrge", "--workdir=w"], "no preset 'lrge'", "large"),
-        ([*GOOD, "--config.optim.peek_lr=1"], "no key 'optim.peek_lr'", "--config.optim.peak_lr=0.0002"),
-        ([*GOOD, "--config.batch_size", "3"], "no key 'batch_size'", "--config.run.batch_size=512"),
-        ([*GOOD, "--config.model.batch_size=3"], "no key 'model.batch_size'", "--config.run.batch_size=512"),
-        ([*GOOD, "--noconfig.kmeans"], "no key 'kmeans'", "--config.kmeans_start=True"),
+        ([*GOOD, "--config.optim.peek_lr=1"], "no key 'optim.peek_lr'", "--config.optim.peak_lr=1."),
+        ([*GOOD, "--config.batch_size", "3"], "no key 'batch_size'", "--config.run.batch_size=3."),
+        ([*GOOD, "--config.model.batch_size=3"], "no key 'model.batch_size'", "--config.run.batch_size=3."),
+        ([*GOOD, "--noconfig.kmeans"], "no key 'kmeans'", "--config.kmeans_start=False."),
+        ([*GOOD, "--config.optim.foo=3"], "no key 'optim.foo'", "the section optim, which has betas, clip_norm, eps"),
+        ([*GOOD, "--config.foo=3"], "no key 'foo'", "a key of the config, which has data, efficiency,"),
         ([*GOOD, "--config.run=3"], "section 'run' has no value", "--config.run."),
         ([*GOOD, "--config.run.batch_size=many"], "batch_size=many", "--config.run.batch_size=512"),
         ([*GOOD, "--config.run.batch_size=1.5"], "batch_size=1.5", "--config.run.batch_size=512"),
@@ -82,7 +117,11 @@ def test_flags_have_defaults():
         ([*GOOD, "--config.optim.betas=(.9, x"], "betas=", "--config.optim.betas='(0.9, 0.99)'"),
         ([*GOOD, "--config.seed"], "config.seed", "--config.seed=0"),
         ([*GOOD, "--wrkdir=w"], "no flag --wrkdir", "--workdir=VALUE"),
-        ([*GOOD, "stray"], "argument 'stray' is not expected", "--stray="),
+        ([*GOOD, "--foo=w"], "no flag --foo", "--config, --workdir, --task"),
+        (["--config=beitv2_jax/sizes.py", "--workdir=w"], "no function get_config", "--config=configs/"),
+        (["--flagfile=nowhere", *GOOD], "nowhere", "--flagfile=PATH"),
+        ([*GOOD, "--flagfile"], "--flagfile with no argument", "--flagfile=PATH"),
+        ([*GOOD, "stray"], "argument 'stray' is not expected", "in quotes"),
         (["--config.seed=1", *GOOD], "--config.seed=1 comes before --config", "--config=FILE --config.seed=1"),
     ],
 )
@@ -94,29 +133,12 @@ def test_mistakes_are_explained(arguments, happened, instead):
     assert caught.value.meant.endswith(("?", ".")) and caught.value.instead.endswith(".")
 
 
-@pytest.mark.parametrize(
-    "environment, expected",
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # inside sbatch, but not started by srun
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
-        ({"JAX_NUM_PROCESSES": "1"}, False),
-        ({"JAX_NUM_PROCESSES": "3"}, True),
-    ],
-)
-def test_in_cluster(environment, expected):
-    assert in_cluster(environment) is expected
-
-
-def _run(*arguments, code=None):
+def _run(*arguments, code=None, **environment):
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "beitv2_jax.main"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_mistake_is_printed_without_traceback_and_exits_2(tmp_path):
@@ -126,16 +148,43 @@ def test_a_mistake_is_printed_without_traceback_and_exits_2(tmp_path):
     assert result.stderr.splitlines() == [
         "Error: The config has no key 'teacher.weigths'.",
         "  Did you mean 'teacher.weights', whose value is ''?",
-        "  Write --config.teacher.weights=''.",
+        "  Write --config.teacher.weights=x.",
     ]
     assert not (tmp_path / "w").exists()
+
+
+SECOND = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment, happened, instead",
+    [
+        ({"JAX_ENABLE_X64": "1"}, "jax is set to jax_enable_x64=True", "Unset JAX_ENABLE_X64"),
+        ({"JAX_DISABLE_JIT": "maybe"}, "jax cannot be imported", "Unset"),
+        (SECOND | {"JAX_COORDINATOR_ADDRESS": ""}, "cannot be connected", "JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+        (SECOND | {"JAX_COORDINATOR_ADDRESS": "nowhere"}, "cannot be connected", "JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_told_before_the_run(tmp_path, environment, happened, instead):
+    result = _run("--config=configs/finetune.py:smoke", f"--workdir={tmp_path}/w", **environment)
+    lines = result.stderr.splitlines()[-3:]
+    assert result.returncode == 2
+    assert happened in lines[0] and instead in lines[2]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_file_of_the_package_started_as_a_script_says_what_to_write():
+    result = subprocess.run([sys.executable, "beitv2_jax/main.py", *GOOD], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 3
+    assert "python -m beitv2_jax.main" in result.stderr
 
 
 def test_a_message_is_one_write_so_that_processes_may_share_a_stream(tmp_path):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     command = [sys.executable, "-m", "beitv2_jax.main", "--config=configs/vqkd.py", f"--workdir={tmp_path}/w"]
     subprocess.run([*command, "--config.teacher.weigths=x"], cwd=ROOT, stderr=theirs, timeout=120)
-    assert ours.recv(10_000).endswith(b"--config.teacher.weights=''.\n")
+    assert ours.recv(10_000).endswith(b"--config.teacher.weights=x.\n")
 
 
 def test_a_contradiction_is_printed_before_jax_is_loaded(tmp_path):

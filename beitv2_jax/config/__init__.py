@@ -18,6 +18,8 @@ from beitv2_jax.config.load import (
     resolve,
     to_json,
 )
+from beitv2_jax.config.paths import refuse_remote
+from beitv2_jax.config.pipelines import stage_errors
 
 __all__ = [
     "HARMLESS",
@@ -30,7 +32,9 @@ __all__ = [
     "link",
     "load",
     "parse_duration",
+    "refuse_remote",
     "resolve",
+    "stage_errors",
     "steps",
     "to_json",
     "validate",

@@ -1,6 +1,7 @@
 """Checks of a config before any computation: choices, durations, and sizes that must fit each other."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,7 +9,9 @@ from ml_collections import ConfigDict
 from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.config.paths import PATH_KEYS, refuse_remote
+from beitv2_jax.config.pipelines import stage_errors
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
 _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
@@ -38,99 +41,151 @@ _CHOICES = {
     "output.dtype": choices.FEATURE_DTYPES,
 }
 
+_POSITIVE_DURATIONS = ("run.duration", "probe.duration", "usage_window")
+_FRACTIONS = (
+    "max_bad_fraction",
+    "validation_fraction",
+    "min_scale",
+    "label_smoothing",
+    "drop_path_rate",
+    "dropout_rate",
+    "weight_average",
+    "ema_decay",
+    "erasing",
+    "mix_probability",
+    "switch_probability",
+)
+"""Numbers from 0 to 1, by the last part of their key."""
+_AT_LEAST_ONE = {
+    "batch_size": 512,
+    "image_size": 224,
+    "patch_size": 16,
+    "tokenizer_patch_size": 16,
+    "min_patches": 16,
+    "long_side": 2048,
+    "width": 768,
+    "depth": 12,
+    "mlp_dim": 3072,
+    "codebook_size": 8192,
+    "code_dim": 32,
+    "head_depth": 2,
+    "channels": 768,
+    "aux_channels": 256,
+    "knn_neighbors": 20,
+    "shard_examples": 8192,
+}
+"""Numbers that must be positive, by the last part of their key, with a published value."""
 
-def validate(config: ConfigDict, num_examples: int | None = None, *, prefix: str = "") -> None:
+
+def validate(config: ConfigDict, num_examples: int | None = None) -> None:
     """Check what can be checked before any computation: choices, durations, sizes that must fit each other.
 
     Args:
         config: one stage, or a pipeline, whose stages are then checked one by one.
         num_examples: examples of the training split where known; needed to compare durations of different units, and
             the batch size with the data.
-        prefix: what stands before the stage's keys on the command line, such as 'stages.mim.'.
 
     Raises:
         UserError: the first fault found, naming the keys at fault.
     """
     if config.get("stage") == "pipeline":
         for name, stage in config.stages.items():
-            _validate_stage(stage, f"stages.{name}.", num_examples)
+            with stage_errors(config, name):
+                _validate_stage(stage, num_examples)
+        _check_stages_fit(config)
     else:
-        _validate_stage(config, prefix, num_examples)
+        _validate_stage(config, num_examples)
 
 
-def _validate_stage(config: ConfigDict, prefix: str, num_examples: int | None) -> None:
+def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     flat = flatten(config)
 
-    def refuse(key: str, problem: str, meant: str, *values) -> None:
-        instead = " or ".join(f"--config.{prefix}{key}={value}" for value in values)
-        raise UserError(f"{prefix}{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}.")
+    def refuse(key: str, problem: str, meant: str, *values, other: str = "") -> None:
+        instead = " or ".join(f"--config.{key}={value}" for value in values)
+        raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}{other}.")
 
+    for key in PATH_KEYS:
+        refuse_remote(f"--config.{key}", flat.get(key, ""))
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
-            guess = nearest(str(flat[key]), valid)
-            refuse(key, f"it must be one of {', '.join(filter(None, valid))}", f"Did you mean {guess!r}?", guess)
-    for key in (key for key in flat if key.endswith("batch_size")):
-        if flat[key] < 1:
-            refuse(key, "a step needs at least one example", "Did you mean the global batch size?", 512)
-    if num_examples is not None:
-        _check_batches(flat, refuse, num_examples)
+            names = tuple(filter(None, valid))
+            guess = nearest(str(flat[key]), names)
+            refuse(
+                key,
+                f"it must be one of {', '.join(names)}",
+                did_you_mean(str(flat[key]), names),
+                *([guess] if guess else names),
+            )
+    for key, usual in ((key, _AT_LEAST_ONE.get(key.split(".")[-1])) for key in flat):
+        if usual is not None and flat[key] < 1:
+            refuse(key, "it must be at least 1", "Did you mean the published value?", usual)
+    for key in (key for key in flat if key.split(".")[-1] in _FRACTIONS):
+        if not 0 <= flat[key] <= 1:
+            fitting = min(abs(flat[key]) / 100, 1)
+            refuse(key, "a fraction lies between 0 and 1", "Did you mean per cent?", f"{fitting:g}")
+    if num_examples is not None and "run.duration" in flat and flat["run.batch_size"] > num_examples:
+        refuse(
+            "run.batch_size",
+            f"the training split has {num_examples} examples",
+            "Did you choose the batch size for a larger data set?",
+            num_examples,
+        )
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
+    _check_kmeans_start(flat, refuse)
+    _check_layers(flat, refuse)
     _check_reading(flat, refuse)
+    _check_probe(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
 
 
-def _check_batches(flat: dict[str, Any], refuse: Callable, num_examples: int) -> None:
-    for section in ("run", "probe"):
-        batch_size, duration = flat.get(f"{section}.batch_size"), flat.get(f"{section}.duration")
-        # the probe takes smaller batches by itself where there are fewer examples, but can count no epochs of them
-        if duration is None or (section == "probe" and parse_duration(duration)[1] != "epochs"):
-            continue
-        if batch_size > num_examples:
-            refuse(
-                f"{section}.batch_size",
-                f"the training split has {num_examples} examples",
-                "Did you choose the batch size for a larger data set?",
-                num_examples,
-            )
-
-
 def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int | None) -> None:
+    amounts = {}
     for key in (key for key in flat if key.split(".")[-1] in _DURATION_KEYS):
         try:
-            parse_duration(flat[key])
+            amounts[key], _ = parse_duration(flat[key])
         except UserError as error:
             refuse(key, error.happened.rstrip("."), error.meant, "'100 epochs'", "'1000 steps'")
+        if num_examples is not None:
+            batch_key = "probe.batch_size" if key.startswith("probe.") else "run.batch_size"
+            amounts[key] = steps(flat[key], batch_size=flat[batch_key], num_examples=num_examples, batch_key=batch_key)
+        if key in _POSITIVE_DURATIONS and not amounts[key]:
+            refuse(key, "it must be at least one step", "Did you mean a short one, to try something?", "'100 steps'")
     if "optim.warmup" not in flat:
         return
     warmup, duration = flat["optim.warmup"], flat["run.duration"]
-    (warmup_amount, warmup_unit), (amount, unit) = parse_duration(warmup), parse_duration(duration)
-    if num_examples is not None:
-        sizes = {"batch_size": flat["run.batch_size"], "num_examples": num_examples}
-        warmup_amount, amount = steps(warmup, **sizes), steps(duration, **sizes)
-    elif warmup_unit != unit:
+    if num_examples is None and parse_duration(warmup)[1] != parse_duration(duration)[1]:
         return
-    if warmup_amount >= amount:
-        shorter = f"'{amount / 10:g} {unit}'"
+    if amounts["optim.warmup"] >= amounts["run.duration"]:
+        amount, unit = parse_duration(duration)
+        num_steps = amounts["run.duration"] if num_examples is not None or unit == "steps" else math.inf
         refuse(
             "optim.warmup",
             f"it must be shorter than run.duration={duration!r}",
             "Did you shorten the run but not its warm-up?",
-            shorter,
+            f"'{amount / 10:g} {unit}'" if num_steps >= 10 else "'0 steps'",
         )
 
 
 def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
     for section in ("model.", "model.encoder.", "model.decoder."):
         width, heads = flat.get(f"{section}width"), flat.get(f"{section}num_heads")
-        if width is not None and (heads < 1 or width % heads):
+        if width is None:
+            continue
+        if heads < 1:
+            fitting = max(1, width // 64)
+            while width % fitting:
+                fitting -= 1
+            meant = "Did you mean heads of width 64, as in the published models?"
+            refuse(f"{section}num_heads", "it must be at least 1", meant, fitting)
+        if width % heads:
             refuse(
                 f"{section}width",
                 f"it must be divisible by {section}num_heads={heads}",
-                "Did you mean heads of width 64, as in the published models?",
-                64 * max(1, round(width / 64)),
+                "Did you mean a whole number of channels per head?",
+                heads * max(1, round(width / heads)),
             )
     patch_keys = ("model.encoder.patch_size", "teacher.tokenizer_patch_size")
     patch_key = next((key for key in patch_keys if key in flat), "model.patch_size")
@@ -157,15 +212,84 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 "masking.num_masked",
                 f"views.image_size={image_size} and {patch_key}={patch_size} give {num_patches} patches",
                 "Did you mean the published fraction, 75 of 196?",
-                round(num_patches * MASKED_FRACTION),
+                max(1, round(num_patches * MASKED_FRACTION)),
             )
-    if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= flat["model.depth"]:
-        depth = flat["model.depth"]
+    for section in ("model.", "model.encoder."):
+        if flat.get(f"{section}stem") == "conv" and patch_size & (patch_size - 1):
+            problem = (
+                f"small convolutions cannot make patches of {patch_key}={patch_size} pixels, which is no power of two"
+            )
+            refuse(f"{section}stem", problem, "Did you mean the published stem?", "linear")
+
+
+def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check that the first batch has a patch for each code: k-means cannot start more codes than it has samples."""
+    if not flat.get("kmeans_start") or flat["init_from"]:
+        return
+    batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]
+    patches = batch_size * (flat["views.image_size"] // flat["model.encoder.patch_size"]) ** 2
+    if patches < codes:
+        refuse(
+            "run.batch_size",
+            f"the {patches} patches of the first batch start the model.codebook_size={codes} codes (kmeans_start), and "
+            "the codes beyond them would never be used",
+            "Did you make the batch or the images smaller but not the codebook?",
+            batch_size * math.ceil(codes / patches),
+            other=" or --config.kmeans_start=False",
+        )
+
+
+def _check_layers(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check keys that name blocks of the backbone, counted from 1."""
+    depth = flat.get("model.depth")
+    if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= depth:
         refuse(
             "model.early_layer",
             f"the backbone has model.depth={depth} blocks, counted from 1",
             "Did you mean three quarters of the depth, as published (9 of 12)?",
             max(1, round(0.75 * depth)),
+        )
+    out_layers = flat.get("model.out_layers")
+    if out_layers is not None and (len(out_layers) != 4 or not all(1 <= layer <= depth for layer in out_layers)):
+        refuse(
+            "model.out_layers",
+            f"it must name four of the model.depth={depth} blocks, counted from 1",
+            "Did you mean the last block of every quarter?",
+            f"'{tuple(math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4))}'",
+        )
+
+
+def _check_stages_fit(pipeline: ConfigDict) -> None:
+    """Check what one stage of a pipeline needs of another, which would otherwise be noticed when that has run."""
+    stages = pipeline.stages
+    if "mim" not in stages:
+        return
+    model = stages.mim.model
+    if "probe" in stages:
+        with stage_errors(pipeline, "probe"):
+            check_probed_layers(stages.probe.probe.layers, model.depth)
+    if "vqkd" in stages:
+        with stage_errors(pipeline, "mim"):
+            check_codebook_size(model.codebook_size, stages.vqkd.model.codebook_size)
+
+
+def check_codebook_size(predicted: int, codebook_size: int) -> None:
+    """Raise UserError unless as many codes are predicted as the tokenizer has."""
+    if codebook_size != predicted:
+        raise UserError(
+            f"The tokenizer has {codebook_size} codes, the model predicts {predicted}.",
+            "Did you mean the codebook_size that the tokenizer was trained with?",
+            f"Write --config.model.codebook_size={codebook_size}.",
+        )
+
+
+def check_probed_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise UserError unless the blocks that the probe is to read are among the `depth` of its backbone."""
+    if not layers or not all(1 <= layer <= depth for layer in layers):
+        raise UserError(
+            f"probe.layers={tuple(layers)} is not valid: the backbone of the probe has {depth} blocks, counted from 1.",
+            "Did you mean three quarters of the depth and the last block, as published (9 and 12 of 12)?",
+            f"Write --config.probe.layers='({max(1, round(0.75 * depth))}, {depth})'.",
         )
 
 
@@ -183,11 +307,20 @@ def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
         )
     if flat.get("run.hang_timeout", 0) < 0:
         refuse("run.hang_timeout", "a time in seconds cannot be negative", "Did you mean no watchdog?", 0)
-    fraction = flat.get("data.max_bad_fraction", 0.0)
-    if not 0 <= fraction <= 1:
-        refuse(
-            "data.max_bad_fraction", "a fraction lies between 0 and 1", "Did you mean per cent?", abs(fraction) / 100
-        )
+
+
+def _check_probe(flat: dict[str, Any], refuse: Callable) -> None:
+    if "probe.learning_rates" not in flat:
+        return
+    rates = flat["probe.learning_rates"]
+    if not rates or min(rates) <= 0:
+        problem = "it must hold at least one rate, and rates are positive"
+        refuse("probe.learning_rates", problem, "Did you mean the published rate?", "'(0.004,)'")
+    if not 0 < flat["probe.validation_fraction"] < 1:
+        problem = "some images must choose among the probes, and some must train them"
+        refuse("probe.validation_fraction", problem, "Did you mean a tenth of the images?", 0.1)
+    if flat["probe.knn_temperature"] <= 0:
+        refuse("probe.knn_temperature", "it must be positive", "Did you mean that of DINO?", 0.07)
 
 
 def _check_efficiency(flat: dict[str, Any], refuse: Callable) -> None:
@@ -221,14 +354,12 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
             )
     if not flat["evaluation.scales"] or min(flat["evaluation.scales"]) <= 0:
         refuse("evaluation.scales", "scales must be positive", "Did you mean the unscaled image only?", "'(1.0,)'")
-    if not 0 < flat["views.min_ratio"] <= flat["views.max_ratio"]:
-        largest = flat["views.max_ratio"]
-        refuse(
-            "views.min_ratio",
-            f"it must lie between 0 and views.max_ratio={largest}",
-            "Did you mean a smaller one?",
-            0.5,
-        )
+    largest = flat["views.max_ratio"]
+    if largest <= 0:
+        refuse("views.max_ratio", "a ratio must be positive", "Did you mean the published value?", 2.0)
+    if not 0 < flat["views.min_ratio"] <= largest:
+        problem = f"it must lie between 0 and views.max_ratio={largest}"
+        refuse("views.min_ratio", problem, "Did you mean a smaller one?", min(0.5, largest))
     if not 0 < flat["views.max_class_fraction"] <= 1:
         refuse("views.max_class_fraction", "a fraction lies between 0 and 1", "Did you mean the published value?", 0.75)
 
@@ -236,21 +367,23 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
     """Check that the config says where the inputs of its stage are, and that stored inputs have numbered views."""
     needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
-    required = needed.get(stage, "data.source")
-    if not flat[required]:
-        refuse(required, "this stage cannot run without it", "Did you forget to set it?", "PATH")
+    for required in ("data.source", *filter(None, [needed.get(stage)])):
+        if not flat.get(required, required):
+            place = "folder:PATH" if required == "data.source" else "PATH"
+            refuse(required, "this stage cannot run without it", "Did you forget to set it?", place)
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)
-    if either is None:
-        stored = stage in ("extract", "tokenize")
-    else:
+    stored = stage in ("extract", "tokenize")
+    if either is not None:
         stored_key, live_key = either
         stored = bool(flat[stored_key])
         if stored == bool(flat[live_key]):
+            value = "''" if stored else "DIR"
             refuse(
                 stored_key,
                 f"exactly one of {stored_key} and {live_key}={flat[live_key]!r} must be set",
                 f"Targets come either from a target cache ({stored_key}) or from the live network ({live_key}).",
-                "DIR",
+                value,
+                other=f" or --config.{live_key}={value if stored else 'PATH'}",
             )
     if stored and flat["views.num_views"] < 1:
         refuse(

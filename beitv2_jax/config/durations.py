@@ -3,7 +3,7 @@
 import math
 import re
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 
 UNITS = ("epochs", "steps", "examples")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s+([A-Za-z]+)\s*")
@@ -28,13 +28,13 @@ def parse_duration(duration: str) -> tuple[float, str]:
         guess = nearest(plural, UNITS)
         raise UserError(
             f"{duration!r} has the unknown unit '{match[2]}'.",
-            f"Did you mean '{guess}'?",
-            f"Write '{match[1]} {guess}'.",
+            did_you_mean(plural, UNITS),
+            f"Write {' or '.join(repr(f'{match[1]} {known}') for known in ([guess] if guess else UNITS))}.",
         )
     return amount, plural
 
 
-def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
+def steps(duration: str, *, batch_size: int, num_examples: int, batch_key: str = "run.batch_size") -> int:
     """Return the number of steps in a duration.
 
     An epoch has floor(num_examples / batch_size) steps (source: the released loaders drop the last, partial batch), so
@@ -45,6 +45,7 @@ def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
         duration: '300 epochs', '1000 steps' or '5000 examples'.
         batch_size: global examples per step.
         num_examples: examples of the training split.
+        batch_key: config key of `batch_size`, for the error.
 
     Raises:
         UserError: the text is no duration, or an epoch holds no whole batch.
@@ -55,7 +56,7 @@ def steps(duration: str, *, batch_size: int, num_examples: int) -> int:
             raise UserError(
                 f"An epoch of {num_examples} examples holds no batch of {batch_size}.",
                 "Did you choose the batch size for a larger data set?",
-                f"Write --config.run.batch_size={max(num_examples, 1)} or less.",
+                f"Write --config.{batch_key}={2 ** int(math.log2(max(num_examples, 1)))} or less.",
             )
         count = math.floor(amount * (num_examples // batch_size) + 1e-9)
     else:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from beitv2_jax.config.load import flatten, load
+from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.errors import UserError, nearest
 
 DEFAULT_CACHE = "~/.cache/beitv2_jax/xla"
@@ -25,6 +27,11 @@ FLAG_NAMES = (
     "distributed",
     "compilation_cache",
 )
+USAGE = """\
+python -m beitv2_jax.main --config=FILE[:PRESET,PRESET...] --workdir=DIR [--config.KEY=VALUE ...] [FLAGS]
+
+The files in configs/ are the stages; each lists its presets and keys. --flagfile=FILE reads flags from a file.
+"""
 TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -88,14 +95,24 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Define and parse the flags in `argv` and return what is left of it.
+    """Define and parse the flags in `argv` and return what is left of it; with --help, print them and exit with 0.
 
     Raises:
         UserError: config file, preset or key unknown, value of a wrong type, or a flag missing or unknown.
     """
+    try:
+        argv = [argv[0], *values.read_flags_from_files(argv[1:])]  # --flagfile
+    except flags.Error as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}.",
+            "Did you mistype the path of the file?",
+            "Write --flagfile=PATH of a text file with one flag in each line.",
+        ) from error
+    argv = _last_overrides(argv)
     define_flags(values, argv)
-    if any(re.fullmatch(r"--?help\w*", arg) for arg in argv):
-        return values(list(argv))
+    if any(re.fullmatch(r"-h|--?help\w*", arg) for arg in argv):
+        print(USAGE + values.module_help(__name__))
+        sys.exit(0)
     defaults = _check_config(argv)
     try:
         rest = values(list(argv))
@@ -104,9 +121,11 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
     if len(rest) > 1:
         raise UserError(
             f"The argument '{rest[1]}' is not expected.",
-            f"Did you mean the flag --{rest[1]}?",
-            f"Write --{rest[1]}=VALUE, or leave it out.",
+            "Did you forget the quotes around a value with spaces, as in --config.run.duration='300 epochs'?",
+            "Write every argument as --NAME=VALUE, with the value in quotes if it has spaces.",
         )
+    for name in ("workdir", "compilation_cache"):
+        refuse_remote(f"--{name}", values[name].value or "")
     if not values.workdir and not values.plan:
         raise UserError(
             "The flag --workdir is missing.",
@@ -120,6 +139,18 @@ def _overridden(arg: str) -> str | None:
     """Return the config key that an argument overrides ('--config.seed=1' -> 'seed'), None for other arguments."""
     match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
     return match[1] if match else None
+
+
+def _last_overrides(argv: Sequence[str]) -> list[str]:
+    """Return `argv` without overrides of config keys that are overridden again, since tuples would be joined."""
+    overrides: list[tuple[str | None, list[str]]] = []
+    for arg in argv:
+        if overrides and overrides[-1][0] and "=" not in overrides[-1][1][0] and not arg.startswith("-"):
+            overrides[-1][1].append(arg)  # the value of the key before it
+        else:
+            overrides.append((_overridden(arg), [arg]))
+    last = {key: number for number, (key, _) in enumerate(overrides)}
+    return [arg for number, (key, args) in enumerate(overrides) if key is None or last[key] == number for arg in args]
 
 
 def _check_config(argv: Sequence[str]) -> dict[str, object]:
@@ -136,7 +167,7 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
             raise UserError(
                 f"The flag {arg} comes before --config.",
                 "Config keys can be set only after the file that defines them.",
-                f"Write --config=FILE {arg}.",
+                f"Write --config=FILE {shlex.quote(arg)}.",
             )
     if not spec:
         raise UserError(
@@ -144,29 +175,57 @@ def _check_config(argv: Sequence[str]) -> dict[str, object]:
             "It names the config file of the stage to run.",
             "Write --config=configs/quickstart.py, for example.",
         )
+    refuse_remote("--config", spec)
     name, colon, presets = spec.partition(":")
     if Path(name).suffix != ".py":
+        file = f"configs/{Path(name).stem}.py"
+        load(file)  # if it is not there, what is there is listed
         raise UserError(
             f"--config={spec} is not a Python file.",
-            f"Did you mean the file configs/{Path(name).stem}.py?",
-            f"Write --config=configs/{Path(name).stem}.py{colon}{presets}.",
+            f"Did you mean the file {file}?",
+            f"Write --config={file}{colon}{presets}.",
         )
     defaults = flatten(load(spec))
-    for key in filter(None, map(_overridden, argv)):
-        if key not in defaults:
-            raise _unknown_key(key, defaults)
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        key = _overridden(arg)
+        if key and key not in defaults:
+            raise _unknown_key(key, _given_value(arg, following), defaults)
     return defaults
 
 
-def _unknown_key(key: str, defaults: Mapping[str, object]) -> UserError:
+def _given_value(arg: str, following: str) -> str:
+    """Return the value that `arg` gives a config key, or the argument `following` it."""
+    _, equals, value = arg.partition("=")
+    if equals:
+        return value
+    return following if following and not following.startswith("-") else str(not re.match("--?no", arg))
+
+
+def _likely_key(key: str, names: Sequence[str]) -> str | None:
+    """Return the key among `names` whose last part is close to that of `key`: a section in common is no likeness."""
+    last_parts = {name.split(".")[-1] for name in names}
+    last = nearest(key.split(".")[-1], last_parts)
+    return nearest(key, [name for name in names if name.split(".")[-1] == last], least=0)
+
+
+def _unknown_key(key: str, value: str, defaults: Mapping[str, object]) -> UserError:
     """Return the error for an unknown config key; a section's own keys and keys of the same last name come first."""
+    section, _, last = key.rpartition(".")
     inside = [name for name in defaults if name.startswith(key + ".")]
-    namesakes = [name for name in defaults if name.split(".")[-1] == key.split(".")[-1]]
-    guess = nearest(key, inside or namesakes or defaults)
+    namesakes = [name for name in defaults if name.split(".")[-1] == last]
+    siblings = [name for name in defaults if section and name.startswith(section + ".")]
+    guess = nearest(key, inside or namesakes, least=0) or _likely_key(key, siblings) or _likely_key(key, [*defaults])
+    happened = f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'."
+    if guess:
+        value = shlex.quote(str(defaults[guess]) if inside else value)
+        return UserError(
+            happened, f"Did you mean '{guess}', whose value is {defaults[guess]!r}?", f"Write --config.{guess}={value}."
+        )
+    parts = sorted({name.removeprefix(f"{section}.").partition(".")[0] for name in siblings or defaults})
     return UserError(
-        f"The config section '{key}' has no value of its own." if inside else f"The config has no key '{key}'.",
-        f"Did you mean '{guess}', whose value is {defaults[guess]!r}?",
-        f"Write --config.{guess}={shlex.quote(str(defaults[guess]))}.",
+        happened,
+        "Did you mean a key of the config of another stage?",
+        f"Write a key of {f'the section {section}' if siblings else 'the config'}, which has {', '.join(parts)}.",
     )
 
 
@@ -176,8 +235,8 @@ def _explain(error: Exception, argv: Sequence[str], defaults: Mapping[str, objec
         guess = nearest(error.flagname, FLAG_NAMES)
         return UserError(
             f"There is no flag --{error.flagname}.",
-            f"Did you mean --{guess}?",
-            f"Write --{guess}=VALUE, or see --help.",
+            f"Did you mean --{guess}?" if guess else "Did you mean a key of the config, --config.KEY=VALUE?",
+            f"Write --{guess}=VALUE, or see --help." if guess else f"Write one of --{', --'.join(FLAG_NAMES)}.",
         )
     for key in filter(None, map(_overridden, argv)):
         if f"config.{key}" in str(error):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean
 
 HARMLESS = (
     "efficiency",
@@ -46,7 +46,7 @@ def apply_presets(
         if name not in presets:
             raise UserError(
                 f"This config has no preset '{name}'.",
-                f"Did you mean '{nearest(name, presets)}'?" if presets else "Did you mean a preset of another config?",
+                did_you_mean(name, presets) if presets else "Did you mean a preset of another config?",
                 f"Write one or more of {', '.join(sorted(presets)) or '(none)'}, separated by commas.",
             )
         presets[name](config)
@@ -56,7 +56,8 @@ def apply_presets(
 def load(spec: str) -> ConfigDict:
     """Build the config that `spec` names: 'vqkd', 'vqkd:large' or 'path/to/vqkd.py:large'.
 
-    A bare name is a sibling of the calling file, which is how one config file builds on another.
+    A bare name is a sibling of the calling file, which is how one config file builds on another, or, where there is
+    no such file (`python -c`, a notebook), in the current folder.
 
     Raises:
         UserError: there is no such file, or no such preset in it.
@@ -64,22 +65,29 @@ def load(spec: str) -> ConfigDict:
     name, _, arg = spec.partition(":")
     path = Path(name)
     if path.suffix != ".py":
-        path = Path(sys._getframe(1).f_globals["__file__"]).parent / f"{name}.py"
+        path = Path(sys._getframe(1).f_globals.get("__file__", name)).parent / f"{name}.py"
     if not path.is_file():
-        others = sorted(other.stem for other in path.parent.glob("*.py"))
+        folders = dict.fromkeys((path.parent, Path("configs")))
+        others = [str(other) for folder in folders for other in _config_files(folder)]
         raise UserError(
             f"There is no config file {path}.",
-            f"Did you mean '{nearest(path.stem, others)}.py'?"
-            if others
-            else f"Did you mean another folder than {path.parent}?",
-            f"Write one of {', '.join(f'{path.parent / other}.py' for other in others)}."
-            if others
-            else "Write --config=configs/NAME.py.",
+            did_you_mean(str(path), others) if others else f"Did you mean another folder than {path.parent}?",
+            f"Write one of {', '.join(others) or 'the files of the folder configs'}.",
         )
     module_spec = importlib.util.spec_from_file_location(f"beitv2_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(
+            f"{path} is not a config file: it has no function get_config.",
+            "Did you mean a file of the folder configs?",
+            "Write --config=configs/NAME.py.",
+        )
     return module.get_config(arg)
+
+
+def _config_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.py")) if "def get_config(" in path.read_text(errors="replace")]
 
 
 def link(target: ConfigDict, source: ConfigDict) -> None:

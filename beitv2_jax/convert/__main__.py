@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from beitv2_jax.choices import NORMALIZATIONS
+from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.convert.files import group_by_reason
 from beitv2_jax.errors import UserError, print_error
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the conversion that `argv` describes; return 0, or 2 after printing a UserError."""
     try:
         options = _parser().parse_args(argv)
+        for name, path in (("SOURCE", options.source), ("DEST", options.dest)):
+            refuse_remote(name, path)
         # converting needs no accelerator, so none is initialised
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from beitv2_jax.convert import weights as weights_lib

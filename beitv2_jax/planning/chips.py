@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.planning.collectives import Collective
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
@@ -119,8 +119,8 @@ def find_chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(
             f"There is no chip '{name}' in the table.",
-            f"Did you mean '{nearest(name, CHIPS)}'?",
-            f"Pass one of {', '.join(CHIPS)}, as in --plan={nearest(name, CHIPS)}:8.",
+            did_you_mean(name, CHIPS),
+            f"Pass one of {', '.join(CHIPS)}, as in --plan={nearest(name, CHIPS) or next(iter(CHIPS))}:8.",
         )
     return CHIPS[name]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import weights_hash
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.errors import UserError
@@ -41,11 +40,8 @@ def run(probe: Probe, config, workdir: str) -> dict[str, float]:
 
 def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
     settings = dict(config.probe)
-    settings.pop("layers")
-    num_steps = config_lib.steps(
-        settings.pop("duration"), batch_size=config.probe.batch_size, num_examples=len(probe.sources[0])
-    )
-    settings = ProbeSettings(num_steps=num_steps, seed=config.seed, **settings)
+    del settings["layers"], settings["duration"]
+    settings = ProbeSettings(num_steps=probe.num_steps, seed=config.seed, **settings)
     figures = {}
     for feature_set in probe.feature_sets:
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)

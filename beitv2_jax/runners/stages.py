@@ -160,20 +160,22 @@ def run_pipeline(
     check_writable(workdir)
     num_examples = {}
     for name, stage in stages.items():
-        tasks_inputs.check_implementations(stage)
-        refuse_other_config(
-            stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
-        )
-        if read_summary(os.path.join(workdir, name)) is None:
-            data = _resolved(stage, os.path.join(workdir, name)).data
-            split = (data.source, data.train_split, data.data_dir, data.train_split)
-            if split not in num_examples:
-                num_examples[split] = len(open_source(*split))
-            config_lib.validate(stage, num_examples[split], prefix=f"stages.{name}.")
+        with config_lib.stage_errors(config, name):
+            tasks_inputs.check_implementations(stage)
+            refuse_other_config(
+                stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
+            )
+            if read_summary(os.path.join(workdir, name)) is None:
+                data = _resolved(stage, os.path.join(workdir, name)).data
+                split = (data.source, data.train_split, data.data_dir, data.train_split)
+                if split not in num_examples:
+                    num_examples[split] = len(open_source(*split))
+                config_lib.validate(stage, num_examples[split])
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
-        summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
+        with config_lib.stage_errors(config, name):
+            summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
     if jax.process_index() == 0:
         resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
         print(write_pipeline_report(resolved, summaries, workdir))
@@ -315,6 +317,7 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 
 def check_writable(workdir: str) -> None:
     """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
+    config_lib.refuse_remote("--workdir", workdir)
     refuse_pattern(workdir)
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):

@@ -1,5 +1,6 @@
 """Start of the process: logging, jax, the other processes of the run; and its exit."""
 
+import errno
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
+from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import startup_times
 
 HEARTBEAT_SECONDS = 100
@@ -17,14 +19,31 @@ HEARTBEAT_SECONDS = 100
 hangs still sends heartbeats; `runtime.watchdog` notices it."""
 SHUTDOWN_SECONDS = 10.0
 MAX_ERROR_LENGTH = 200
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+JAX_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
+"""Settings of jax that must have their default: with another, the first four stop a run with an error inside jax, and
+the others silently change every random draw."""
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Return whether this is one of several processes of one run: SLURM, Open MPI, a TPU slice or JAX_NUM_PROCESSES."""
+    """Return whether this is one of several processes of one run: SLURM, Open MPI, a TPU slice or JAX_NUM_PROCESSES.
+
+    Raises:
+        UserError: a variable that holds the number of processes holds something else.
+    """
     return (
-        int(environment.get("JAX_NUM_PROCESSES", 1)) > 1
-        or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        any(
+            (_number(environment, name) or 1) > 1
+            for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+        )
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
     )
@@ -34,9 +53,47 @@ def process_place(environment: Mapping[str, str]) -> dict[str, int]:
     """Return number and index of the processes as a launcher gives them; {} lets jax detect the cluster.
 
     JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here; JAX_COORDINATOR_ADDRESS, which goes with them, jax reads itself.
+
+    Raises:
+        UserError: one of them is not a number.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    return {argument: int(environment[name]) for argument, name in names.items() if name in environment}
+    found = {argument: _number(environment, name) for argument, name in names.items()}
+    return {argument: number for argument, number in found.items() if number is not None}
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """Return the whole number that a variable of the environment holds; None if it is not set, or empty."""
+    value = environment.get(name, "").strip()
+    if not value:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"The environment variable {name} is {value!r}, which is not a whole number.",
+            "Did a launcher or a script leave something unfinished in it?",
+            f"Set {name} to a number, or unset it for a run of one process.",
+        ) from None
+
+
+def check_jax_settings() -> None:
+    """Import jax, and raise UserError if the environment gives it a setting with which this program cannot compute."""
+    try:
+        import jax
+    except ValueError as error:  # what jax raises where a variable of its own has a value that it does not know
+        raise UserError(
+            f"jax cannot be imported: {error}.",
+            "Did you set one of its environment variables (JAX_...) to a value that it does not know?",
+            "Unset that variable.",
+        ) from error
+    for name, needed in JAX_SETTINGS.items():
+        if (value := getattr(jax.config, name)) != needed:
+            raise UserError(
+                f"jax is set to {name}={value}, by the environment variable {name.upper()} or by a program.",
+                "Did you set it for another program?",
+                f"Unset {name.upper()}: this program needs the default, {needed}.",
+            )
 
 
 def _shorten_orbax_errors(record: LogRecord) -> bool:
@@ -64,8 +121,12 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     Args:
         distributed: whether to connect; None decides by the environment.
         compilation_cache: directory, '' for none.
+
+    Raises:
+        UserError: the environment gives jax a setting, a number of processes or a platform that cannot be used.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    check_jax_settings()
     import jax
 
     compilation_cache = os.path.expanduser(compilation_cache)
@@ -74,7 +135,17 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     elif compilation_cache:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
     if in_cluster(os.environ) if distributed is None else distributed:
-        jax.distributed.initialize(**process_place(os.environ), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        if not os.environ.get("JAX_COORDINATOR_ADDRESS", "").strip():
+            os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax takes an empty one for an address
+        try:
+            jax.distributed.initialize(**process_place(os.environ), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        except (ValueError, IndexError) as error:  # the latter for an address without a port
+            raise UserError(
+                f"The processes of this run cannot be connected: {str(error).rstrip('.')}.",
+                "Did the launcher set only a part of what every process has to know?",
+                "Set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process, or "
+                "write --nodistributed for a run of one process.",
+            ) from error
         logging.info(
             "process %d of %d, on %s; what jax calls the leader task or the coordination service is process 0",
             jax.process_index(),
@@ -83,8 +154,31 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
         )
     startup_times.watch_compiler()
     startup_times.ended("jax")
-    jax.devices()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if jax.distributed.is_initialized():
+            raise  # a machine may be lost, and after a UserError launchers would not start again
+        platforms = jax.config.jax_platforms
+        raise UserError(
+            f"jax finds no device it can use: {str(error).partition(chr(10))[0] or 'none'}.",
+            f"Does this machine lack what JAX_PLATFORMS={platforms} names, or is its driver or plugin not installed?"
+            if platforms
+            else "Is the accelerator in use by another process?",
+            "Unset JAX_PLATFORMS to let jax choose, or set JAX_PLATFORMS=cpu to compute on the CPU.",
+        ) from error
     startup_times.ended("devices")
+
+
+def failed_write(error: Exception) -> UserError | None:
+    """Return the message for an error of the system that concerns the disk or permissions; None for another error."""
+    if not isinstance(error, OSError) or error.errno not in CANNOT_WRITE:
+        return None
+    return UserError(
+        f"{error.filename or 'A file of this run'} cannot be opened or written: {os.strerror(error.errno)}.",
+        "Is the disk of the workdir or of the temporary files full, or do the files there belong to another user?",
+        "Free space there or change the permissions and give the same command again, or use another --workdir.",
+    )
 
 
 def leave(code: int) -> None:

@@ -6,6 +6,8 @@ Around everything that a stage writes to its workdir.
 import contextlib
 import fcntl
 import os
+import pwd
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -27,12 +29,12 @@ def held(workdir: str | Path) -> Iterator[None]:
     """Hold `workdir` for the run of this process, or of all processes if this is process 0 of several.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or its lock file belongs to another user.
     """
     if jax.process_index() != 0:
         yield
         return
-    with open(Path(workdir) / LOCK_FILE, "a+") as file:
+    with _opened(Path(workdir) / LOCK_FILE) as file:
         try:
             _lock(file, workdir)
         except OSError as error:
@@ -41,6 +43,22 @@ def held(workdir: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return open(path, "a+")
+    except PermissionError as error:
+        number = path.stat().st_uid
+        try:
+            owner = f"user {pwd.getpwuid(number).pw_name}"
+        except KeyError:
+            owner = f"the user of number {number}"
+        raise UserError(
+            f"The run in {path.parent} belongs to {owner}: this user may not write to its lock file.",
+            "Did another user start this run, or did you start it in a container as another user?",
+            f"Use another --workdir, or let that user run chmod -R a+rwX {shlex.quote(str(path.parent))}.",
+        ) from error
 
 
 def _lock(file: IO[str], workdir: str | Path) -> None:

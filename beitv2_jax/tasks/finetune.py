@@ -82,7 +82,7 @@ def build(config) -> Task:
     initial = inputs.initial_variables(config, "classifier", make_model(config, Compute()))
     sources = inputs.open_sources(config)
     source = sources[0]
-    inputs.refuse_fewer_than_two_classes(source)
+    inputs.check_labelled(source)
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",

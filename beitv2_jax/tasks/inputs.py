@@ -125,7 +125,7 @@ def open_sources(config) -> tuple[Source, Source]:
     return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
 
 
-def refuse_fewer_than_two_classes(source: Source) -> None:
+def check_labelled(source: Source) -> None:
     """Raise UserError unless the images of at least two classes are there to learn from."""
     num_classes = source.num_classes - len(source.empty_classes)
     if num_classes < 2:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from beitv2_jax.config.checks import check_codebook_size
 from beitv2_jax.data.target_cache.encoding import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
@@ -129,15 +130,15 @@ def open_inputs(config) -> inputs.Opened:
         codebook_size = targets_lib.manifest_of(config.tokenizer.codes, CODE_IDS)["codebook_size"]
     else:
         tokenizer_size = inputs.tokenizer_view(config).image_size
-        tokenizer, frozen["tokenizer"] = load_tokenizer(config.tokenizer.run, tokenizer_size, config.efficiency.dtype)
+        tokenizer, frozen["tokenizer"] = load_tokenizer(
+            config.tokenizer.run,
+            tokenizer_size,
+            config.efficiency.dtype,
+            size_key="views.tokenizer_image_size" if config.views.tokenizer_image_size else "views.image_size",
+        )
         _check_grid(tokenizer, grid, config)
         codebook_size = tokenizer.model.quantizer.codebook_size
-    if codebook_size != config.model.codebook_size:
-        raise UserError(
-            f"The tokenizer has {codebook_size} codes, the model predicts {config.model.codebook_size}.",
-            "Did you mean the codebook_size that the tokenizer was trained with?",
-            f"Write --config.model.codebook_size={codebook_size}.",
-        )
+    check_codebook_size(config.model.codebook_size, codebook_size)
     sources = inputs.open_sources(config)
     if config.tokenizer.codes:
         stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, grid)
@@ -216,11 +217,16 @@ def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
     """Raise UserError unless the tokenizer gives one code per patch of the model's `grid`."""
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
+        image_size, patch_size = config.views.image_size, config.model.patch_size
+        own_size = tokenizer.model.encoder.image_size
+        fitting = f"--config.views.image_size={rows * patch_size} --config.views.tokenizer_image_size={own_size}"
+        if image_size % rows == 0:
+            fitting = f"--config.model.patch_size={image_size // rows} or {fitting}"
         raise UserError(
-            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {tokenizer.model.encoder.image_size} "
-            f"pixels, the model has {grid[0]}x{grid[1]} patches.",
-            "Did you mean the same patch size for both?",
-            f"Write --config.model.patch_size={config.views.image_size // rows}, or use another tokenizer.",
+            f"The tokenizer {tokenizer.name} gives {rows}x{columns} codes at {own_size} pixels, the model has "
+            f"{grid[0]}x{grid[1]} patches.",
+            "Did you mean one code for each patch?",
+            f"Write {fitting}, or use another tokenizer.",
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.config.checks import check_probed_layers
 from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
@@ -36,17 +37,19 @@ class FeatureSet:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What the probe stage compares, on which splits."""
+    """What the probe stage compares, on which splits, by linear classifiers of `num_steps` steps."""
 
     sources: tuple[Source, Source]
     feature_sets: tuple[FeatureSet, ...]
+    num_steps: int
 
 
 def build(config) -> Probe:
     """Build the probe of the mim run `config.backbone.run` against random weights and raw pixels.
 
     Raises:
-        UserError: the data set has no labels, or the run is missing, of another stage or of another image size.
+        UserError: the data set has no labels, or the run is missing, of another stage or of another image size, or its
+            backbone lacks a block that is to be probed.
     """
     check_stage(config.backbone.run, ("mim",), "config.backbone.run")
     run = read_run(config.backbone.run)
@@ -58,8 +61,15 @@ def build(config) -> Probe:
             "Did you mean the same image size for both?",
             f"Write --config.views.image_size={trained.views.image_size}.",
         )
+    check_probed_layers(config.probe.layers, trained.model.depth)
     sources = inputs.open_sources(config)
-    inputs.refuse_fewer_than_two_classes(sources[0])
+    inputs.check_labelled(sources[0])
+    num_steps = config_lib.steps(
+        config.probe.duration,
+        batch_size=config.probe.batch_size,
+        num_examples=len(sources[0]),
+        batch_key="probe.batch_size",
+    )
     model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
     apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))
     image = jnp.zeros((1, config.views.image_size, config.views.image_size, 3))
@@ -76,6 +86,7 @@ def build(config) -> Probe:
             FeatureSet("random", apply, jax.tree.map(np.asarray, random)),
             FeatureSet("pixels", raw_pixels, {}),
         ),
+        num_steps=num_steps,
     )
 
 

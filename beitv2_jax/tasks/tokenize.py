@@ -35,10 +35,13 @@ class Tokenizer:
         return jax.lax.stop_gradient(ids)
 
 
-def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer, PyTree]:
+def load_tokenizer(
+    run_dir: str, image_size: int, dtype: str, size_key: str = "views.image_size"
+) -> tuple[Tokenizer, PyTree]:
     """Load the tokenizer that a vqkd run left in `run_dir`, with its variables {"params", "codebook"}.
 
-    `dtype` is that of its matrix products here; codes are decided in float32 whatever it is.
+    `dtype` is that of its matrix products here; codes are decided in float32 whatever it is. `size_key` is the config
+    key of `image_size`.
 
     Raises:
         UserError: there is no finished vqkd run, or it was trained at another image size.
@@ -50,8 +53,7 @@ def load_tokenizer(run_dir: str, image_size: int, dtype: str) -> tuple[Tokenizer
         raise UserError(
             f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
             "Did you mean the same image size for both?",
-            f"Write --config.views.image_size={trained.views.image_size}, or, for the tokenizer's view of a mim stage "
-            f"only, --config.views.tokenizer_image_size={trained.views.image_size}.",
+            f"Write --config.{size_key}={trained.views.image_size}.",
         )
     teacher_width = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
     model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=teacher_width)

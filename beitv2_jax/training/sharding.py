@@ -19,6 +19,8 @@ from beitv2_jax.typing import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+ALL_DEVICES = "--config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1"
+"""Flags of the mesh that fits any number of devices, for errors."""
 
 # Matched against the end of a leaf's path, so that the optimizer's moments follow their parameters. First match wins.
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
@@ -84,13 +86,13 @@ def mesh_sizes(have: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dic
         raise UserError(
             f"The mesh {wanted} is not valid.",
             "Sizes must be at least 1, and at most one of them may be -1.",
-            "Write --config.mesh.data=-1 and positive sizes for the other axes.",
+            f"Write {ALL_DEVICES} for data parallelism over all devices.",
         )
     if known > have or (open_axes and have % known):
         raise UserError(
             f"The mesh {wanted} does not fit {have} device(s).",
             "Did you write this config for another machine?",
-            f"Choose sizes whose product divides {have}, such as --config.mesh.fsdp=1 --config.mesh.tensor=1.",
+            f"Choose sizes whose product divides {have}, such as {ALL_DEVICES}.",
         )
     for axis in open_axes:
         sizes[axis] = have // known
@@ -172,7 +174,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
         raise UserError(
             f"The mesh of {mesh.size} devices has none of process {jax.process_index()}.",
             "Did you write this config for fewer machines?",
-            f"Choose mesh sizes whose product is {jax.device_count()}, such as --config.mesh.data=-1.",
+            f"Choose mesh sizes whose product is {jax.device_count()}, such as {ALL_DEVICES}.",
         )
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

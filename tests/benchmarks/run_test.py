@@ -37,7 +37,7 @@ def test_all_are_run_but_what_must_be_named(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_or_key_is_told():
-    with pytest.raises(UserError, match="'mim_base_live' was meant"):
+    with pytest.raises(UserError, match="Did you mean 'mim_base_live'"):
         run.main(["--out=x", "--only=mim_base_life"])
     with pytest.raises(UserError, match=r"efficiency\.remat"):
         run.main(["--out=x", "--only=jitter", "--set=efficiency.remap=full"])

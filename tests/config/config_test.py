@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from paths import CONFIGS, ROOT
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError, nearest
@@ -70,7 +71,9 @@ def test_epochs_are_whole_batches(epochs, batch_size, extra):
 def test_nearest():
     assert nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
     assert nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
-    assert nearest("x", ("b", "a")) == "a"
+    assert nearest("x", ("b", "a")) is None
+    assert nearest("x", ("b", "a"), least=0) == "a"
+    assert nearest("x", ()) is None
 
 
 def _presets(calls):
@@ -117,10 +120,26 @@ def test_load_finds_siblings_of_the_caller(config_dir, monkeypatch, tmp_path_fac
     assert config_lib.load(f"{config_dir}/parent.py").arg == ""
 
 
+def test_load_works_where_the_caller_is_no_file(config_dir, monkeypatch):
+    """As in `python -c` and in notebooks: a bare name is looked for in the current folder."""
+    monkeypatch.chdir(config_dir)
+    source = "from beitv2_jax import config; loaded = config.load(spec)"
+    found, missing = {"spec": "child:a"}, {"spec": "chidl:a"}
+    exec(source, found)
+    assert found["loaded"].arg == "a"
+    with pytest.raises(UserError, match=r"no config file chidl\.py") as caught:
+        exec(source, missing)
+    assert caught.value.meant == "Did you mean 'child.py'?"
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        exec(source, {"spec": "finetune:smoke"})
+    assert caught.value.meant == "Did you mean 'configs/finetune.py'?"
+
+
 def test_load_of_a_missing_file_names_the_nearest(config_dir):
     with pytest.raises(UserError, match="no config file") as caught:
         config_lib.load(f"{config_dir}/chidl.py:large")
-    assert "'child.py'" in caught.value.meant
+    assert caught.value.meant == f"Did you mean '{config_dir}/child.py'?"
     assert "child.py" in caught.value.instead and "parent.py" in caught.value.instead
 
 
@@ -260,8 +279,15 @@ VQKD = {
     "data": {"source": "embedded"},
     "views": {"image_size": 96, "num_views": 2},
     "teacher": {"features": "DIR", "weights": "", "normalization": "clip"},
-    "model": {"encoder": {"patch_size": 16, "width": 30, "num_heads": 5}, "decoder": {"width": 30, "num_heads": 3}},
+    "model": {
+        "encoder": {"patch_size": 16, "width": 30, "num_heads": 5},
+        "decoder": {"width": 30, "num_heads": 3},
+        "codebook_size": 288,
+    },
     "usage_window": "1 epoch",
+    "kmeans_start": True,
+    "init_from": "",
+    "run": {"batch_size": 8, "duration": "10 steps"},
 }
 
 
@@ -277,7 +303,7 @@ SEGMENT = {
         "max_class_fraction": 0.75,
     },
     "evaluation": {"long_side": 90, "short_side": 60, "stride": 32, "scales": (1.0,), "batch_size": 2},
-    "model": {"patch_size": 16, "width": 64, "num_heads": 1, "depth": 4},
+    "model": {"patch_size": 16, "width": 64, "num_heads": 1, "depth": 4, "out_layers": (1, 1, 2, 4)},
 }
 
 
@@ -298,6 +324,11 @@ def test_validate_accepts(good):
         (MIM, "masking.num_masked", 0, ["masking.num_masked"]),
         (MIM, "model.early_layer", 5, ["model.early_layer", "model.depth=4", "=3"]),
         (MIM, "model.early_layer", 0, ["model.early_layer"]),
+        (SEGMENT, "model.out_layers", (1, 2, 3, 5), ["model.out_layers", "model.depth=4", "='(1, 2, 3, 4)'"]),
+        (SEGMENT, "model.out_layers", (1, 2, 4), ["model.out_layers", "four"]),
+        (MIM, "model.patch_size", 0, ["model.patch_size", "at least 1", "=16"]),
+        (MIM, "model.depth", 0, ["model.depth", "at least 1"]),
+        (VQKD, "model.encoder.stem", "conv", ["model.encoder.stem", "model.encoder.patch_size=24", "=linear"]),
         (MIM, "model.num_heads", 4, ["model.width", "model.num_heads=4"]),
         (MIM, "model.position", "relative_shard", ["model.position", "=relative_shared"]),
         (MIM, "tokenizer.run", "", ["tokenizer.codes", "tokenizer.run"]),
@@ -336,11 +367,20 @@ def test_validate_accepts(good):
         (VQKD, "views.image_size", 100, ["views.image_size", "model.encoder.patch_size=16"]),
         (VQKD, "model.encoder.num_heads", 4, ["model.encoder.width", "model.encoder.num_heads=4"]),
         (VQKD, "model.decoder.num_heads", 4, ["model.decoder.width", "model.decoder.num_heads=4"]),
+        (
+            VQKD,
+            "run.batch_size",
+            7,
+            ["run.batch_size", "252 patches", "model.codebook_size=288", "=14 or --config."],
+        ),
+        (VQKD, "model.codebook_size", 1000, ["run.batch_size", "288 patches", "model.codebook_size=1000", "=32 or"]),
         (VQKD, "usage_window", "1", ["usage_window", "not a duration"]),
     ],
 )
 def test_validate_refuses(base, key, value, named):
     config = ConfigDict(base).copy_and_resolve_references()
+    if key == "model.encoder.stem":
+        config.model.encoder.update(patch_size=24, stem="linear")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError) as caught:
         config_lib.validate(config)
@@ -363,6 +403,59 @@ def test_validate_asks_for_a_stage_s_input(stage, missing):
         config_lib.validate(config)
     assert f"--config.{missing}=" in caught.value.instead
     config[section][key] = "DIR"
+    config_lib.validate(config)
+
+
+QUICKSTART = f"{CONFIGS / 'quickstart.py'}:smoke"
+
+
+@pytest.mark.parametrize("layers", [(2, 4), (0, 3), ()])
+def test_a_pipeline_probes_layers_of_its_own_backbone(layers):
+    config = config_lib.load(QUICKSTART)
+    config.stages.probe.probe.layers = layers
+    with pytest.raises(UserError, match=r"Stage probe of the pipeline: probe.layers.*3 blocks") as caught:
+        config_lib.validate(config)
+    assert caught.value.instead == "Write --config.stages.probe.probe.layers='(2, 3)'."
+    config.stages.probe.probe.layers = (2, 3)
+    config_lib.validate(config)
+
+
+def test_a_pipeline_predicts_the_codes_of_its_own_tokenizer():
+    config = config_lib.load(QUICKSTART)
+    config.stages.vqkd.model.codebook_size = 12
+    with pytest.raises(UserError, match="tokenizer has 12 codes, the model predicts 16") as caught:
+        config_lib.validate(config)
+    assert caught.value.instead == "Write --config.stages.mim.model.codebook_size=12."
+
+
+@pytest.mark.parametrize(
+    "stage, key, expected",
+    [
+        ("extract", "data.source", "data.source"),
+        ("mim", "views.image_size", "mim_views.image_size"),
+        ("probe", "views.image_size", "mim_views.image_size"),
+        ("teacher", "views.min_scale", "teacher_views.min_scale"),
+        ("vqkd", "seed", "seed"),
+        ("mim", "efficiency.dtype", "efficiency.dtype"),
+        ("mim", "run.batch_size", "stages.mim.run.batch_size"),
+        ("vqkd", "data.source", "stages.vqkd.data.source"),  # set for itself below
+    ],
+)
+def test_errors_of_a_stage_name_the_key_that_the_pipeline_has_for_it(stage, key, expected):
+    config = config_lib.load(QUICKSTART)
+    config.stages.vqkd.data.source = "folder:own"
+    with pytest.raises(UserError) as caught, config_lib.stage_errors(config, stage):
+        raise UserError("It happened.", f"Did you mean --config.{key}=1?", f"Write --config.{key}=2, or wait.")
+    assert caught.value.happened == f"Stage {stage} of the pipeline: It happened."
+    assert caught.value.meant == f"Did you mean --config.{expected}=1?"
+    assert caught.value.instead == f"Write --config.{expected}=2, or wait."
+
+
+@pytest.mark.parametrize("key, value", [("kmeans_start", False), ("init_from", "DIR")])
+def test_validate_ignores_the_size_of_the_first_batch_without_k_means(key, value):
+    config = ConfigDict(VQKD)
+    config.model.codebook_size = 1000
+    config[key] = value
     config_lib.validate(config)
 
 

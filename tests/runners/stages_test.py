@@ -113,6 +113,14 @@ def test_another_config_is_refused(pipeline, image_folder):
         stages.run_stage(config, os.path.join(workdir, "mim"))
 
 
+@pytest.mark.parametrize("layers", [(2, 4), (0, 3)])
+def test_the_probe_refuses_layers_that_the_backbone_does_not_have(pipeline, image_folder, tmp_path, layers):
+    workdir, _ = pipeline
+    config = stage_config(image_folder, workdir, "probe")
+    config.probe.layers = layers
+    refused(config, str(tmp_path / "probe"), r"probe.layers=.* has 3 blocks.*\n.*\n.*--config.probe.layers='\(2, 3\)'")
+
+
 def test_vqkd_from_stored_features_equals_vqkd_with_the_live_teacher(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "vqkd")

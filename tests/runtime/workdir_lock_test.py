@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -76,3 +77,16 @@ def test_only_process_0_holds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir_lock.jax, "process_index", lambda: 3)
     with workdir_lock.held(tmp_path), workdir_lock.held(tmp_path):
         assert not (tmp_path / "lock").exists()
+
+
+def test_the_lock_file_of_another_user_is_told(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    owner = pwd.getpwuid(os.getuid()).pw_name
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(workdir_lock, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=f"belongs to user {owner}") as caught, workdir_lock.held(tmp_path):
+        pass
+    assert f"chmod -R a+rwX {tmp_path}" in caught.value.instead

@@ -1,6 +1,7 @@
 """The mesh, the partition table and the activation rules; `equality_meshes_test.py` has whole runs on many meshes."""
 
 import ast
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ def test_mesh_takes_what_is_left():
     ("sizes", "text"), [((16, 1, 1), "8 device"), ((-1, 3, 1), "8 device"), ((-1, -1, 1), "is not valid")]
 )
 def test_impossible_mesh_is_refused(sizes, text):
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(UserError, match=text) as caught:
         sharding.make_mesh(*sizes)
+    advised = {axis: int(size) for axis, size in re.findall(r"--config.mesh.(\w+)=(-?\d+)", caught.value.instead)}
+    assert sharding.make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)) | advised).size == 8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
@@ -193,9 +193,8 @@ def _grid_of_views(image_size: int, patch_size: int) -> tuple[int, int]:
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         named = [choice for choice in choices if choice]
-        guess = nearest(value, named)
         raise UserError(
             f"The teacher has no {key} {value!r}; the choices are {', '.join(named)}.",
-            f"Did you mean {guess!r}?",
-            f"Write --config.teacher.{key}={guess}.",
+            did_you_mean(value, named),
+            f"Write --config.teacher.{key}={nearest(value, named) or named[0]}, or another of them.",
         )

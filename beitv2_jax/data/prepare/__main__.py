@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.errors import UserError, print_error
 
 
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from beitv2_jax.data.prepare import imagenet
 
     try:
+        for name in ("archives", "data_dir"):
+            refuse_remote(f"--{name}", vars(options)[name])
         directory = imagenet.prepare(options.archives, options.data_dir)
     except UserError as error:
         print_error(f"Error: {error}")

@@ -1,0 +1,285 @@
+"""Every error about a config: provoked through the command line, its advice followed, and then it is gone.
+
+A case names the flags of a run that is refused. What the error says to write is added to them, each alternative by
+itself, and the run must then be accepted. The list of cases is held against the source: an error without a case fails.
+"""
+
+import ast
+import contextlib
+import re
+import shlex
+import sys
+import traceback
+import types
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from paths import ROOT
+from without_data import FakeSource
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.config.flags import parse_flags
+from beitv2_jax.errors import UserError
+from beitv2_jax.tasks import finetune, inputs, mim, probe, tokenize
+
+PACKAGE = ROOT / "beitv2_jax"
+MIM = "--config=configs/mim.py --workdir=w"
+FLAGS = {
+    "extract": "--config=configs/extract.py:smoke --config.teacher.weights=FILE",
+    "finetune": "--config=configs/finetune.py:smoke",
+    "live": "--config=configs/mim.py:smoke --config.tokenizer.run=vqkd",
+    "mim": "--config=configs/mim.py:smoke --config.tokenizer.codes=DIR --config.views.num_views=1",
+    "pipeline": "--config=configs/pipeline.py --config.teacher.weights=FILE",
+    "probe": "--config=configs/probe.py:smoke --config.backbone.run=mim",
+    "quickstart": "--config=configs/quickstart.py:smoke",
+    "segment": "--config=configs/segment.py:smoke",
+    "tokenize": "--config=configs/tokenize.py:smoke --config.tokenizer.run=vqkd",
+    "vqkd": "--config=configs/vqkd.py:smoke --config.teacher.weights=FILE",
+}
+CONFIGS = [
+    ("finetune", "--config.data.source=folder:gs://bucket/images"),
+    ("mim", "--config.efficiency.dtype=bf16"),
+    ("mim", "--config.efficiency.dtype=x"),
+    ("segment", "--config.evaluation.batch_size=0"),
+    ("vqkd", "--config.model.code_dim=0"),
+    ("mim", "--config.model.drop_path_rate=10.0"),
+    ("mim", "--config.data.max_bad_fraction=-500.0"),
+    ("mim", "--config.run.duration=5"),
+    ("mim", "--config.run.duration='5 epcohs'"),
+    ("mim", "--config.run.log_every='5 x'"),
+    ("mim", "--config.run.duration='0 steps'"),
+    ("probe", "--config.probe.duration='0 epochs'"),
+    ("vqkd", "--config.usage_window='0 steps'"),
+    ("mim", "--config.optim.warmup='4 steps'"),
+    ("mim", "--config.optim.warmup='50 steps' --config.run.duration='40 steps'"),
+    ("mim", "--config.optim.warmup='2 epochs' --config.run.duration='1 epoch'"),
+    ("mim", "--config.optim.warmup='1 epoch' --config.run.duration='100 steps'"),
+    ("mim", "--config.run.batch_size=2000 --config.run.duration='1 epoch' --config.optim.warmup='0 steps'"),
+    ("mim", "--config.run.batch_size=2000 --config.run.eval_every='1 epoch'"),
+    ("mim", "--config.model.num_heads=0"),
+    ("vqkd", "--config.model.encoder.num_heads=5"),
+    ("mim", "--config.views.image_size=100"),
+    ("mim", "--config.optim.betas=(0.9,1.0)"),
+    ("mim", "--config.masking.num_masked=37"),
+    ("mim", "--config.masking.num_masked=2 --config.views.image_size=16"),
+    ("vqkd", "--config.model.encoder.stem=conv --config.model.encoder.patch_size=24"),
+    ("vqkd", "--config.model.codebook_size=1000"),
+    ("mim", "--config.model.early_layer=4"),
+    ("segment", "--config.model.out_layers=(1,2,3,4)"),
+    ("segment", "--config.model.out_layers=(1,)"),
+    ("mim", "--config.data.num_workers=-1"),
+    ("mim", "--config.optim.spike_factor=0.5"),
+    ("mim", "--config.run.hang_timeout=-1"),
+    ("probe", "--config.probe.learning_rates=()"),
+    ("probe", "--config.probe.validation_fraction=1.0"),
+    ("probe", "--config.probe.knn_temperature=0.0"),
+    ("mim", "--config.efficiency.accumulation_steps=3"),
+    ("segment", "--config.evaluation.stride=0"),
+    ("segment", "--config.views.short_side=2000"),
+    ("segment", "--config.evaluation.scales=()"),
+    ("segment", "--config.views.min_ratio=0.4 --config.views.max_ratio=0.3"),
+    ("segment", "--config.views.max_ratio=0.0"),
+    ("segment", "--config.views.max_class_fraction=2.0"),
+    ("extract", "--config.teacher.weights=''"),
+    ("finetune", "--config.data.source=''"),
+    ("mim", "--config.tokenizer.codes=''"),
+    ("mim", "--config.tokenizer.run=DIR"),
+    ("vqkd", "--config.teacher.weights=''  --config.views.num_views=1"),
+    ("mim", "--config.views.num_views=0"),
+    # the keys of a pipeline: shared ones where stages share them
+    ("pipeline", "--config.teacher.weights=''"),
+    ("pipeline", "--config.teacher.weights=https://hub/clip.pt"),
+    ("pipeline", "--config.tokenizer_views.image_size=100"),
+    ("quickstart", "--config.efficiency.dtype=bf16"),
+    ("quickstart", "--config.stages.mim.run.batch_size=0"),
+    ("quickstart", "--config.stages.probe.probe.layers=(2,9)"),
+    ("quickstart", "--config.stages.vqkd.model.codebook_size=12"),
+]
+"""What `config.validate` refuses, with 1000 training images."""
+
+COMMANDS = [
+    ("--workdir=w", "", "--config=configs/quickstart.py", "--config=configs/quickstart.py"),
+    ("--config=configs/mim.py", "", "--workdir=runs/NAME", "--workdir=runs/NAME"),
+    ("--workdir=w", "--config=mim:large", "--config=configs/mim.py:large", "--config=configs/mim.py:large"),
+    ("--workdir=w", "--config=mmi", "configs/mim.py", "--config=configs/mim.py"),
+    ("--workdir=w", "--config=configs/mmi.py", "configs/mim.py", "--config=configs/mim.py"),
+    ("--workdir=w", "--config=beitv2_jax/sizes.py", "--config=configs/NAME.py", "--config=configs/mim.py"),
+    ("--workdir=w", "--config=configs/mim.py:lrge", "large", "--config=configs/mim.py:large"),
+    (
+        "--workdir=w",
+        "--config.seed=1 --config=configs/mim.py",
+        "--config=FILE --config.seed=1",
+        f"{MIM} --config.seed=1",
+    ),
+    (MIM, "--config.optim.peek_lr=1", "--config.optim.peak_lr=1", "--config.optim.peak_lr=1"),
+    (MIM, "--config.optim.foo=1", "eps", "--config.optim.eps=1"),
+    (MIM, "--config.run=1", "--config.run.", "--config.run.batch_size=1"),
+    (MIM, "--config.run.batch_size=many", "--config.run.batch_size=2048", "--config.run.batch_size=2048"),
+    (MIM, "--config.optim.betas='(.9, x'", "'(0.9, 0.999)'", "--config.optim.betas='(0.9, 0.999)'"),
+    (MIM, "--plan_examples=many", "--help", "--plan_examples=1"),
+    ("--config=configs/mim.py", "--wrkdir=w", "--workdir=VALUE", "--workdir=w"),
+    ("--config=configs/mim.py", "--workdir=gs://b/w", "--workdir=/mnt/b/w", "--workdir=/mnt/b/w"),
+    (MIM, "--foo=w", "--plan", "--plan=v5e:4"),
+    (MIM, "--config.run.duration=4 steps", "in quotes", "--config.run.duration='4 steps'"),
+    (MIM, "--flagfile=nowhere", "--flagfile=PATH", "--flagfile=/dev/null"),
+]
+"""Flags that are right, others that are not, what the advice must hold, and the others as the advice has them."""
+
+NOT_BY_FLAGS = ('tasks/targets.py: UserError( f"The parts views and centre',)
+"""Beginnings of errors whose remedy is not a flag."""
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parsed(*arguments: str) -> ConfigDict:
+    values = flags.FlagValues()
+    parse_flags(["program", "--workdir=w", *arguments], values)
+    return values.config
+
+
+def alternatives(advice: str) -> list[list[str]]:
+    """Return the arguments that an error says to write, each alternative as a list."""
+    parts = re.split(r",? or (?=--)", advice)
+    found = [re.findall(r"--[\w.]+=(?:'[^']*'|[^\s',;]*[^\s',;.:])", part) for part in parts]
+    # FILE, DIR and PATH stand for what only the user knows
+    return [shlex.split(" ".join(part)) for part in found if part]
+
+
+SEEN: set[tuple[str, int]] = set()
+"""File and line of every frame beneath which an error of a user was made."""
+
+
+@pytest.fixture(autouse=True)
+def _note_errors(monkeypatch):
+    made = UserError.__init__
+
+    def noted(error, *args):
+        SEEN.update((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1)))
+        made(error, *args)
+
+    monkeypatch.setattr(UserError, "__init__", noted)
+
+
+@contextlib.contextmanager
+def provoked():
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert all(text.endswith((".", "?")) for text in caught.value.args), caught.value
+
+
+def follow(arguments: list[str], check, remedy: str | None = None) -> None:
+    """Let `check` refuse the config of `arguments`, and accept it with each alternative that the error offers.
+
+    `remedy` is the flag of an alternative that names a DIR or PATH of the user.
+    """
+    with provoked() as caught:
+        check(parsed(*arguments))
+    offered = alternatives(caught.value.instead)
+    if remedy is not None:
+        assert [flag.partition("=")[0] for flag in offered[0]] == [remedy.partition("=")[0]]
+        offered = [[remedy]]
+    assert offered, caught.value.instead
+    for advice in offered:
+        try:
+            check(parsed(*arguments, *advice))
+        except UserError as error:
+            raise AssertionError(f"{' '.join(advice)} was advised, and then: {error}") from error
+
+
+def validate(config: ConfigDict) -> None:
+    config_lib.validate(config, None if config.stage in ("pipeline", "extract", "tokenize", "probe") else 1000)
+
+
+@pytest.mark.parametrize("name, mistake", CONFIGS)
+def test_advice_about_a_config(name, mistake):
+    validate(parsed(*shlex.split(FLAGS[name])))
+    follow([*shlex.split(FLAGS[name]), *shlex.split(mistake)], validate)
+
+
+@pytest.mark.parametrize("right, mistake, advice, remedy", COMMANDS)
+def test_advice_about_the_command_line(right, mistake, advice, remedy):
+    with provoked() as caught:
+        parse_flags(["program", *shlex.split(right), *shlex.split(mistake)], flags.FlagValues())
+    assert advice in caught.value.instead
+    parse_flags(["program", *shlex.split(right), *shlex.split(remedy)], flags.FlagValues())
+
+
+def run_of(spec: str, **changes):
+    """Return what `read_run` gives of a run with the config of `spec`; its weights are the teacher's width alone."""
+    config = parsed(spec, *(f"--config.{key}={value}" for key, value in changes.items()))
+    params = {"decode_task": {"fc2": {"kernel": np.zeros((1, 3))}}}
+    return types.SimpleNamespace(
+        name="run@1", config=config_lib.to_json(config), params=params, model_state={}, weights_hash=""
+    )
+
+
+RUNS = {
+    "vqkd": lambda: run_of("--config=configs/vqkd.py:smoke"),
+    "vqkd160": lambda: run_of("--config=configs/vqkd.py:smoke", **{"views.image_size": 160}),
+    "mim": lambda: run_of("--config=configs/mim.py:smoke"),
+    "mim160": lambda: run_of("--config=configs/mim.py:smoke", **{"views.image_size": 160}),
+}
+TASKS = [
+    ("finetune", finetune.build, "--config.model.num_classes=9"),
+    ("finetune", finetune.build, "--config.data.source=folder:unlabelled", "--config.data.source=folder:PATH"),
+    ("probe", probe.build, "--config.data.source=folder:one_class", "--config.data.source=folder:PATH"),
+    ("probe", probe.build, "--config.backbone.run=vqkd", "--config.backbone.run=mim"),
+    ("probe", probe.build, "--config.backbone.run=mim160"),
+    ("probe", probe.build, "--config.probe.layers=(0,2)"),
+    ("probe", probe.build, "--config.probe.batch_size=2000 --config.probe.duration='1 epoch'"),
+    ("tokenize", tokenize.build, "--config.tokenizer.run=mim", "--config.tokenizer.run=vqkd"),
+    ("tokenize", tokenize.build, "--config.tokenizer.run=vqkd160"),
+    ("live", mim.open_inputs, "--config.tokenizer.run=vqkd160"),
+    ("live", mim.open_inputs, "--config.views.tokenizer_image_size=160"),
+    ("live", mim.open_inputs, "--config.model.patch_size=32 --config.masking.num_masked=1"),
+    ("live", mim.open_inputs, "--config.model.codebook_size=33"),
+]
+"""What is refused when the data and the runs of other stages are open; the last column replaces DIR and PATH."""
+
+
+@pytest.mark.parametrize("name, build, mistake, remedy", [(*case, *[None] * (4 - len(case))) for case in TASKS])
+def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
+    def open_sources(config):
+        return (FakeSource({"folder:unlabelled": 0, "folder:one_class": 1}.get(config.data.source, 10)),) * 2
+
+    monkeypatch.setattr(FakeSource, "__len__", lambda source: 1000)
+    monkeypatch.setattr(inputs, "open_sources", open_sources)
+    monkeypatch.setattr(finetune, "make_task", lambda config, opened: None)
+    monkeypatch.setattr(probe.jax, "jit", lambda function: lambda key: {"params": {}})
+    for module in (probe, tokenize):
+        monkeypatch.setattr(module, "read_run", lambda run: RUNS[run]())
+    right, wrong = shlex.split(FLAGS[name]), shlex.split(mistake)
+    build(parsed(*right))
+    follow([*right, *wrong], lambda config: (config_lib.validate(config), build(config)), remedy)
+
+
+def sites() -> dict[str, tuple[str, range]]:
+    """Return where the package raises errors about a config: {place and text: (file, lines)}."""
+    found = {}
+    for path in sorted([*(PACKAGE / "config").glob("*.py"), *(PACKAGE / "tasks").glob("*.py")]):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if called in ("UserError", "refuse"):
+                text = " ".join(ast.get_source_segment(source, node).split())[:100]
+                key = f"{path.relative_to(PACKAGE)}: {text}"
+                found[key] = (str(path), range(node.lineno, node.end_lineno + 1))
+    return found
+
+
+def test_every_error_about_a_config_was_provoked(request):
+    """Stands last: the tests before it have noted where each error came from."""
+    chosen = sum(item.path == request.path for item in request.session.items)
+    if chosen <= len(CONFIGS) + len(COMMANDS) + len(TASKS):
+        pytest.skip("only some of the cases were chosen")
+    missed = [
+        place
+        for place, (file, lines) in sites().items()
+        if not any(seen == file and line in lines for seen, line in SEEN) and not place.startswith(NOT_BY_FLAGS)
+    ]
+    assert not missed, "\n".join(missed)
