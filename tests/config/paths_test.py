@@ -15,6 +15,7 @@ from beitv2_jax.runners import stages
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 REMOTE = "gs://bucket/some/where"
+NAMES_OF_PARTS = ("data.train_split", "data.eval_split", "teacher.state_dict")
 
 
 def stages_of(name):
@@ -37,7 +38,7 @@ def test_every_text_in_a_config_is_a_path_or_something_else_that_is_known(name):
         flat = config_lib.flatten(stage)
         texts = {key for key, value in flat.items() if isinstance(value, str)}
         durations = {key for key in flat if key.split(".")[-1] in _DURATION_KEYS}
-        assert texts <= {*PATH_KEYS, *_CHOICES, *durations, "data.train_split", "data.eval_split"}
+        assert texts <= {*PATH_KEYS, *_CHOICES, *durations, *NAMES_OF_PARTS}
 
 
 @pytest.mark.parametrize("name", NAMES)
