@@ -21,6 +21,7 @@ Example = dict[str, np.ndarray]
 
 GREY = 128
 """Level of all pixels of an unreadable image."""
+UNREADABLE_THEN = "unreadable when the stored targets were made"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class TrainTransform:
         example_id = example["example_id"]
         view_index = epoch % self.num_views if self.num_views else epoch
         if self.targets is not None and not fault and example_id in self.targets.unreadable:
-            fault = f"{words_for(example)}: unreadable when the stored targets were made"
+            fault = f"{words_for(example)}: {UNREADABLE_THEN}"
         view = augment.random_view(
             host_rng(self.seed, "view", example_id, view_index), *image.shape[:2], min_scale=self.min_scale
         )

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.data.bad_records import BadRecords
-from beitv2_jax.errors import UserError
+from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
 from beitv2_jax.runtime import preemption, watchdog
 from beitv2_jax.tasks import inputs
@@ -23,6 +22,8 @@ POLL_SECONDS = 0.5
 
 def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     """Probe every feature set and return its accuracies as {'pretrained/cls/linear': ..., ...}.
+
+    `train_examples` and `eval_examples` say how many images they are of: those that could be read.
 
     Features are cached as `features/<set>_<split>.npz` under `workdir`; a cached file is not computed again.
 
@@ -46,6 +47,7 @@ def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -
     figures = {}
     for feature_set in probe.feature_sets:
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
+        figures |= {"train_examples": len(train["labels"]), "eval_examples": len(test["labels"])}
         for name in (key for key in train if key != "labels"):
             on_move("fitting")
             result = probe_features(
@@ -82,7 +84,13 @@ def cached_features(
             for part in parts:
                 part.unlink()
     features = _read(path)
-    _refuse_unreadable(len(source) - len(features["labels"]), source, config, workdir)
+    refuse_too_many(
+        len(source) - len(features["labels"]),
+        len(source),
+        config.data.max_bad_fraction,
+        of=f"of split {source.split}",
+        listed=f"listed in {Path(workdir, 'bad_records.jsonl')} and delete {path}",
+    )
     return features
 
 
@@ -128,14 +136,3 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _read(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return dict(file)
-
-
-def _refuse_unreadable(unreadable: int, source, config, workdir: str) -> None:
-    if unreadable > config.data.max_bad_fraction * len(source):
-        raise UserError(
-            f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_fraction "
-            f"allows {config.data.max_bad_fraction:.3%}.",
-            "The data set may be damaged or copied only in part.",
-            f"Repair the files listed in {Path(workdir, 'bad_records.jsonl')} and use another --workdir, or write a "
-            "higher --config.data.max_bad_fraction to leave them out.",
-        )

@@ -20,7 +20,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop
 
@@ -79,7 +79,7 @@ def run_stage(config: ConfigDict, workdir: str, *, allow_config_change: bool = F
         figures = RUNNERS[config.stage](task, config, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
-        write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+        write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from beitv2_jax.data.bad_records import bad_record
+from beitv2_jax.data.bad_records import bad_record, refuse_too_many
 from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCache
@@ -236,13 +236,9 @@ class Filler:
     def _check_share(self) -> None:
         """Raise UserError if more examples are unreadable, by what is known, than the cache may have."""
         bad, count = self._cache.unreadable(), self._cache.shards[-1].stop
-        if len(bad) > self._max_bad_fraction * count:
-            raise UserError(
-                f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
-                f"{bad[-1]['cause']}.",
-                "The data set may be damaged or copied only in part.",
-                f"Repair it, or write --config.data.max_bad_fraction={len(bad) / count:.2g} to store zeros for them.",
-            )
+        if bad:
+            example = f"(for example {bad[-1]['where']}: {bad[-1]['cause']}) and delete {self._cache.work}"
+            refuse_too_many(len(bad), count, self._max_bad_fraction, of=f"of {self._label}", listed=example)
 
 
 class _ShownProgress:

@@ -1,8 +1,11 @@
 """Text files that are whole or not there, and heartbeats that are never half-written (floor 0)."""
 
+import json
+import math
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -11,6 +14,24 @@ def write_text(path: str | Path, text: str) -> None:
     with open(temporary, "w") as file:
         file.write(text)
     os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as `write_text` does, as `json_text` lays it out over several lines."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON, which has no NaN and no infinity: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_over(path: str | Path, text: str) -> None:

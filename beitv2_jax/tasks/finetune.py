@@ -119,6 +119,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         ),
         frozen={},
         num_train_examples=len(source),
+        num_eval_examples=len(eval_source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),
         eval_batches=functools.partial(inputs.eval_batches, eval_source, config),

@@ -1,5 +1,8 @@
 """Files that are written again and again: whole at every moment, whoever dies."""
 
+import json
+import math
+
 import pytest
 
 from beitv2_jax.runtime import atomic_files
@@ -32,3 +35,14 @@ def test_a_page_is_written_in_one_piece(tmp_path, monkeypatch):
     atomic_files.write_over(tmp_path / "page", "a longer text")
     atomic_files.write_over(tmp_path / "page", "short")
     assert [text for _, text in written] == [b"a longer text", b"short        "]
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path):
+    value = {"accuracy": math.nan, "losses": [1.5, math.inf, -math.inf], "steps": 3, "of": {"loss": (math.nan, 0.25)}}
+    atomic_files.write_json(tmp_path / "summary.json", value)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert found == {"accuracy": None, "losses": [1.5, None, None], "steps": 3, "of": {"loss": [None, 0.25]}}

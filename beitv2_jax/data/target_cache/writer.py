@@ -28,7 +28,7 @@ from beitv2_jax.data.target_cache.manifest import (
 )
 from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, open_tfds, view_split
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import write_json
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record a group: random access reads no other. Uncompressed: neither features nor ids can be made smaller."""
@@ -99,7 +99,7 @@ class TargetCache:
         path = self.work / "plan.json"
         self.work.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _write_json(path, plan)
+            write_json(path, plan)
         try:
             begun = json.loads(path.read_text())
             check_manifest(
@@ -195,7 +195,7 @@ class TargetCache:
         self._write_metadata(temporary, [shard["num_bytes"] for shard in done])
         if unreadable:
             (temporary / BAD_RECORDS_FILE).write_text("".join(json.dumps(bad) + "\n" for bad in unreadable))
-        _write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
+        write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
         # the manifest makes the cache readable, so it goes last
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
             os.replace(path, self.directory / path.name)
@@ -292,7 +292,7 @@ class ShardWriter:
         try:
             for view, path in self._paths.items():
                 os.rename(path, self._cache.shard_path(self._shard, view))
-            _write_json(
+            write_json(
                 self._cache.done_path(self._shard), {"num_bytes": self._num_bytes, "unreadable": list(unreadable)}
             )
         except FileNotFoundError as error:
@@ -322,7 +322,3 @@ def _sync(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
