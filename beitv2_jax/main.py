@@ -4,6 +4,7 @@ python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqk
 """
 
 import os
+import signal
 import traceback
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from absl import app, flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
-from beitv2_jax.errors import Preempted, UserError, print_error
+from beitv2_jax.errors import Resumable, UserError, print_error
 from beitv2_jax.runtime import launch, startup_times
 
 
@@ -49,15 +50,19 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the program; UserError and Preempted are printed without a traceback, the exit codes are 2 and 75."""
+    """Run the program; UserError and Resumable are printed without a traceback, the exit codes are 2 and 75."""
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
         print_error(f"Error: {error}")
         launch.leave(2)
-    except Preempted as preempted:
-        print_error(preempted)
-        launch.leave(Preempted.EXIT_CODE)
+    except Resumable as ended:
+        print_error(ended)
+        launch.leave(Resumable.EXIT_CODE)
+    except KeyboardInterrupt:
+        # no stage was running, or none that had something to save
+        print_error("Interrupted before there was anything to save; the same command starts again.")
+        launch.leave(128 + signal.SIGINT)
     except Exception:
         traceback.print_exc()
         launch.leave(1)

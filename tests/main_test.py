@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from paths import ROOT
 
+from beitv2_jax import main
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.launch import in_cluster
@@ -179,3 +180,16 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["vqkd", "x", str(ROOT / "relative"), f"{tmp_path}/cache", str(task == "run")]
+
+
+def test_ctrl_c_before_a_stage_runs_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.app, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "Interrupted before there was anything to save; the same command starts again.\n"
+    )

@@ -5,6 +5,7 @@ examples, so that what is in it depends neither on who asks for it nor on which 
 """
 
 import collections
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 
 from beitv2_jax.data.transform import Example
-from beitv2_jax.data.workers import end_with_parent
+from beitv2_jax.data.workers import end_with_parent, starting
 
 
 def view_stream(
@@ -39,7 +40,8 @@ def view_stream(
     with _executor(load, num_threads, num_workers) as pool:
         try:
             for chunk in chunks:
-                waiting.append([pool.submit(_load if num_workers else load, example_id) for example_id in chunk])
+                with starting() if num_workers else contextlib.nullcontext():
+                    waiting.append([pool.submit(_load if num_workers else load, example_id) for example_id in chunk])
                 if len(waiting) > 1:
                     yield from _batches(waiting.popleft(), views, batch_size)
             if waiting:
