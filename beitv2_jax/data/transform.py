@@ -21,7 +21,6 @@ Example = dict[str, np.ndarray]
 
 GREY = 128
 """Level of all pixels of an unreadable image."""
-UNREADABLE_THEN = "unreadable when the stored targets were made"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,9 @@ class TrainTransform:
     def _row(self, example: dict[str, Any], image: UInt8[np.ndarray, "H W 3"], fault: str, epoch: int) -> Example:
         example_id = example["example_id"]
         view_index = epoch % self.num_views if self.num_views else epoch
-        if self.targets is not None and not fault and example_id in self.targets.unreadable:
-            fault = f"{words_for(example)}: {UNREADABLE_THEN}"
+        targets, targets_fault = ({}, "") if self.targets is None else self.targets.readable(example_id, view_index)
+        if targets_fault and not fault:
+            fault = f"{words_for(example)}: {targets_fault}"
         view = augment.random_view(
             host_rng(self.seed, "view", example_id, view_index), *image.shape[:2], min_scale=self.min_scale
         )
@@ -111,9 +111,7 @@ class TrainTransform:
             }
         if self.mask is not None:
             result["mask"] = masking.block_mask(host_rng(self.seed, "mask", example_id, epoch), **self.mask).reshape(-1)
-        if self.targets is not None:
-            result |= self.targets.entries(example_id, view_index)
-        return result
+        return result | targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +140,8 @@ def readable_image(example: dict[str, Any], grey_size: int) -> tuple[UInt8[np.nd
     """Decode a source's record; return its pixels and "", or a grey square of `grey_size` and "where: cause"."""
     where = words_for(example)
     try:
+        if "fault" in example:
+            raise decode.CorruptImageError(where, example["fault"])
         return decode.decode_image(example["image"], where), ""
     except decode.CorruptImageError as error:
         return np.full((grey_size, grey_size, 3), GREY, np.uint8), f"{where}: {error.cause}"

@@ -13,7 +13,7 @@ import numpy as np
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
 from beitv2_jax.data.target_cache.reader import TargetReader
-from beitv2_jax.data.transform import UNREADABLE_THEN, EvalTransform, Example, TrainTransform
+from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import inputs
 
@@ -166,13 +166,13 @@ def stored_views(reader: TargetReader | None) -> Callable[[dict], dict]:
     def extra(batch: dict) -> dict:
         if reader is None:
             return {}
-        entries = [reader.entries(int(i), 0) for i in batch["example_ids"]]
-        unreadable = np.isin(batch["example_ids"], list(reader.unreadable))
-        newly = unreadable & (batch["weight"] > 0)
-        named = [f"example {example_id}: {UNREADABLE_THEN}" for example_id in batch["example_ids"]]
+        entries, faults = zip(*(reader.readable(int(i), 0) for i in batch["example_ids"]), strict=True)
+        named = [
+            f"example {i}: {fault}" if fault else "" for i, fault in zip(batch["example_ids"], faults, strict=True)
+        ]
         return {
-            "weight": np.where(unreadable, np.float32(0), batch["weight"]),
-            "faults": np.where(newly, named, batch["faults"]),
+            "weight": np.where(np.array(named) != "", np.float32(0), batch["weight"]),
+            "faults": np.where(batch["weight"] > 0, named, batch["faults"]),
             **{name: np.stack([entry[name] for entry in entries]) for name in entries[0]},
         }
 

@@ -32,7 +32,10 @@ class Source(Protocol):
         """Return the number of examples."""
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id` and `where` (words for errors)."""
+        """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id` and `where` (words for errors).
+
+        Where the file or record cannot be read there is a `fault` that says why, and `image` is empty.
+        """
 
 
 def open_source(spec: str, split: str, data_dir: str = "") -> Source:

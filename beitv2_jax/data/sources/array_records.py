@@ -9,20 +9,24 @@ What the records hold is told by the first of them, or by `features.json` beside
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from absl import logging
 
 from beitv2_jax.data import array_files
 from beitv2_jax.data.sources.examples import image_and_label
 from beitv2_jax.data.sources.image_features import ImageFeatures
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
+from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import open_files
 
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 _FILES_AT_ONCE = 32
@@ -41,9 +45,6 @@ class ArrayRecordSource:
     """
 
     def __init__(self, pattern: str, split: str):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-        from tensorflow_datasets.core.utils.shard_utils import FileInstruction
-
         self._pattern, self._asked = pattern, split
         refuse_slice(split, f"The files {pattern}")
         self.split, files = _matching(pattern, split)
@@ -56,12 +57,12 @@ class ArrayRecordSource:
                 "the same glob would give the images for training and those to evaluate on",
                 "{split} in the glob where the names of the files hold the split, or data.eval_split=''",
             )
+        _log_missing_shards(files)
         self._files, counts = _counted(files, pattern)
-        self._ends = np.cumsum(counts)
-        self._records = ArrayRecordDataSource(
-            [FileInstruction(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
+        self._records = array_files.RecordFiles(
+            [array_files.RecordRange(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
         )
-        self._read = _reader(features, self._records[0], self._files[0])
+        self._read = _reader(features, self._records, self._files[0])
         self.class_names = _listed_class_names(self._files[0]) if features is None else features.class_names
         self.num_classes = len(self.class_names)
         self.name = f"arrayrecord:{_digest(self._files, counts)}"
@@ -70,15 +71,12 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        image, label = self._read(self._records[example_id])
-        file = int(np.searchsorted(self._ends, example_id, side="right"))
-        record = example_id - (self._ends[file - 1] if file else 0)
-        return {
-            "image": image,
-            "label": label,
-            "example_id": int(example_id),
-            "where": f"{self._files[file]}, record {record} (example {example_id})",
-        }
+        where = f"{self._records.where(example_id)} (example {example_id})"
+        try:
+            image, label = self._read(self._records[example_id])
+        except array_files.RecordError as error:
+            return unreadable(example_id, where, error)
+        return {"image": image, "label": label, "example_id": int(example_id), "where": where}
 
     def __reduce__(self):
         return ArrayRecordSource, (self._pattern, self._asked)
@@ -131,6 +129,23 @@ def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, li
     return found, files_of[found]
 
 
+def _log_missing_shards(files: list[str]) -> None:
+    """Warn of files named as shards, -00003-of-00064, of which others do not match: they may be missing."""
+    shards: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)", file):
+            shards.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    for (stem, total), there in shards.items():
+        if missing := sorted(set(range(int(total))) - there):
+            logging.warning(
+                "%s: %d of %s shards are not among the files that are read, shard %d is the first of these",
+                stem,
+                len(missing),
+                total,
+                missing[0],
+            )
+
+
 def _counted(files: list[str], pattern: str) -> tuple[list[str], list[int]]:
     """Return the files that have records, and how many."""
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
@@ -149,6 +164,8 @@ def _num_records(file: str) -> int:
     try:
         return array_files.num_records(file)
     except Exception as error:  # its own class, which it does not export
+        if open_files.is_exhausted(error):
+            raise open_files.too_many(error) from error
         raise UserError(
             f"{file} is no whole ArrayRecord file: {error}",
             "its copy broke off, or the glob takes files of another kind",
@@ -156,10 +173,11 @@ def _num_records(file: str) -> int:
         ) from error
 
 
-def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes, int]]:
+def _reader(features, records: array_files.RecordFiles, file: str) -> Callable[[bytes], tuple[bytes, int]]:
     """Return the function record -> (encoded image, label); an image that a record lacks is empty."""
     if features is not None:
         return features.read
+    first = _first_readable(records)
     if first.startswith(_IMAGE_STARTS):
         return _plain_image
     if image_and_label(first) is not None:
@@ -168,6 +186,17 @@ def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes,
         f"The records of {file} are neither images nor examples with one: the first begins with {first[:16]!r}.",
         "they hold something else, or their features have other names",
         "encoded images; tf.train.Example with 'image' or 'image/encoded'; or files of a TFDS data set",
+    )
+
+
+def _first_readable(records: array_files.RecordFiles) -> bytes:
+    for number in range(len(records)):
+        with contextlib.suppress(array_files.RecordError):
+            return records[number]
+    raise UserError(
+        f"None of the {len(records)} records can be read; the first is {records.where(0)}.",
+        "The files may have been damaged when they were copied.",
+        "Copy them again.",
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, refuse_slice, resolve_split
+from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
 from beitv2_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -49,11 +51,16 @@ class FolderSource:
     def __getitem__(self, example_id: int) -> dict[str, Any]:
         label, file = self._files[example_id]
         path = self._root / (self.class_names[label] if self.class_names else "") / file
+        where = f"{path} (example {example_id})"
+        try:
+            image = file_bytes(path)
+        except RecordError as error:
+            return unreadable(example_id, where, error)
         return {
-            "image": path.read_bytes(),
+            "image": image,
             "label": label if self.class_names else -1,
             "example_id": int(example_id),
-            "where": f"{path} (example {example_id})",
+            "where": where,
         }
 
     def __reduce__(self):

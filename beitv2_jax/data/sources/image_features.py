@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.errors import UserError
 
 
@@ -37,5 +38,19 @@ class ImageFeatures:
         return example["image"], int(example["label"]) if self.class_names else -1
 
     def read(self, record: bytes) -> tuple[bytes, int]:
-        """Return the encoded image and the label of a serialized record."""
-        return self.image_and_label(self._features.deserialize_example_np(record, decoders=self.decoders))
+        """Return the encoded image and the label of a serialized record; raises as `deserialized` does."""
+        example = self.deserialized(record)
+        if example["image"] is None or (self.class_names and example["label"] is None):
+            raise RecordError("the record has no image or no label")
+        return self.image_and_label(example)
+
+    def deserialized(self, record: bytes) -> Mapping[str, Any]:
+        """Return the features of a serialized record, images encoded.
+
+        Raises:
+          RecordError: it is no record of this set.
+        """
+        try:
+            return self._features.deserialize_example_np(record, decoders=self.decoders)
+        except Exception as error:  # what TFDS and protobuf raise on foreign bytes is not documented
+            raise RecordError(f"the record is none of this data set ({error!r})") from error

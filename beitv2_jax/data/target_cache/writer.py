@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.data import array_files
+from beitv2_jax.data.sources.tfds import opened_builder
 from beitv2_jax.data.target_cache.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -26,7 +27,7 @@ from beitv2_jax.data.target_cache.manifest import (
     plain,
     read_manifest,
 )
-from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, open_tfds, view_split
+from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, view_split
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_json
 
@@ -226,7 +227,7 @@ class TargetCache:
             for view in self.views
         ]
         if self.views.start:
-            splits = [*open_tfds(self.directory).info.splits.values(), *splits]
+            splits = [*opened_builder(self.directory).info.splits.values(), *splits]
         info = tfds.core.DatasetInfo(
             builder=dataset_info.DatasetIdentity(
                 name=self._name, version=tfds.core.Version("1.0.0"), data_dir=directory, module_name=""
