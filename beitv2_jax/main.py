@@ -13,7 +13,7 @@ from absl import app, flags
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.errors import Resumable, UserError, print_error
-from beitv2_jax.runtime import launch, startup_times
+from beitv2_jax.runtime import launch, open_files, startup_times
 
 
 def run(argv: Sequence[str]) -> None:
@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> None:
         )
         return
     startup_times.begin(startup_times.process_start())
+    open_files.raise_limit()
     config_lib.validate(values.config)
     startup_times.ended("flags")
     launch.start_jax(values.distributed, values.compilation_cache)

@@ -9,9 +9,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
+
+from absl import logging
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import open_files
@@ -83,6 +86,16 @@ class RecordFiles(Sequence[bytes]):
         self._ends = list(itertools.accumulate(entry.count for entry in self._ranges))
         self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()
         self._lock = threading.Lock()
+        if len(self._ranges) > self._most_open() and multiprocessing.parent_process() is None:
+            logging.log_first_n(
+                logging.WARNING,
+                "of %d record files %d stay open, as this process may open %d; reading is faster with `ulimit -n %d`",
+                1,
+                len(self._ranges),
+                self._most_open(),
+                open_files.limit(),
+                _SHARE_OF_LIMIT * len(self._ranges),
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -142,9 +155,13 @@ class RecordFiles(Sequence[bytes]):
         with self._lock:
             self._readers[file] = reader
             # not closed here: another thread may be reading; a reader closes its file when nobody refers to it
-            while len(self._readers) > max(1, open_files.limit() // _SHARE_OF_LIMIT):
+            while len(self._readers) > self._most_open():
                 self._readers.popitem(last=False)
         return reader
+
+    @staticmethod
+    def _most_open() -> int:
+        return max(1, open_files.limit() // _SHARE_OF_LIMIT)
 
 
 def _open_reader(entry: RecordRange):

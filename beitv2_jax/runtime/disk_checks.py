@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from beitv2_jax.runtime import open_files
 from beitv2_jax.typing import PyTree
 
 _LENGTH = 200
@@ -29,6 +30,16 @@ def cause_of(error: BaseException) -> str:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return os.strerror(number) if number else f"{type(error).__name__}: {str(error)[:_LENGTH]}"
+
+
+def remedy(cause: str) -> tuple[str, str]:
+    """Return what may be behind a failed write, and what to do; `cause` is what `cause_of` said."""
+    if open_files.is_exhausted(cause):
+        return "The hard limit of open files may be too low for this run.", open_files.REMEDY
+    return (
+        "The disk or a quota may be full, or the permissions of the folder or its mount may have changed.",
+        "Free space or repair the folder.",
+    )
 
 
 def free_space(folder: Path) -> str:

@@ -7,6 +7,10 @@ import resource
 from beitv2_jax.errors import UserError
 
 WANTED = 65536
+REMEDY = (
+    "Raise the limit before the command: `ulimit -n 65536` as root, `nofile` in /etc/security/limits.conf, `docker run "
+    "--ulimit nofile=65536:65536`, or LimitNOFILE of the service that starts the run."
+)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
@@ -24,8 +28,8 @@ def limit() -> int:
     return WANTED if soft == resource.RLIM_INFINITY else soft
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Tell whether `error`, of the system or of a library that quotes it, says that no more files can be opened."""
+def is_exhausted(error: BaseException | str) -> bool:
+    """Tell whether `error`, of the system or in words that quote it, says that no more files can be opened."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _EXHAUSTED
     return any(os.strerror(number) in str(error) for number in _EXHAUSTED)
@@ -36,6 +40,5 @@ def too_many(error: BaseException) -> UserError:
     return UserError(
         f"No more files can be opened ({error}); this process may have {limit()} open at a time.",
         "The hard limit of open files may be too low for this run.",
-        "Raise it before the command: `ulimit -n 65536` as root, `nofile` in /etc/security/limits.conf, `docker run "
-        "--ulimit nofile=65536`, or LimitNOFILE of the service that starts the run.",
+        REMEDY,
     )
