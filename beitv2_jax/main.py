@@ -52,6 +52,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """Run the program; UserError and Resumable are printed without a traceback, the exit codes are 2 and 75."""
+    launch.keep_running_without_log()
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:

@@ -27,6 +27,7 @@ class BadRecords:
         self._workdir = pathlib.Path(workdir)
         self.path = self._workdir / (f"bad_records-{process_index}.jsonl" if process_index else "bad_records.jsonl")
         self._known = {_key(record) for record in read_bad_records(workdir)}
+        self._unwritten: list[dict[str, Any]] = []
 
     def note(self, batch: dict[str, np.ndarray], split: str) -> None:
         """Record the faults of a host batch of `split`, and log one warning if there are new ones."""
@@ -43,7 +44,13 @@ class BadRecords:
         self._known |= {_key(record) for record in read_bad_records(self._workdir)}  # what other processes found
         new = list({_key(record): record for record in met if _key(record) not in self._known}.values())
         if new:
-            self._append(new)
+            self._known |= {_key(record) for record in new}
+            self._unwritten += new
+            try:
+                self._append(self._unwritten)
+                self._unwritten = []
+            except OSError as error:  # they are written with the next ones
+                logging.warning("%s is not written: %s", self.path, error.strerror)
             logging.warning(
                 "%d unreadable records so far, the newest %s: %s; listed in %s",
                 len(self._known),
@@ -67,7 +74,6 @@ class BadRecords:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self._known |= {_key(record) for record in records}
 
 
 def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:

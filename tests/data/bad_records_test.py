@@ -81,3 +81,14 @@ def test_noted_batches_pass_unchanged(tmp_path):
     passed = list(BadRecords(tmp_path / "new" / "folder").noted(batches, "validation"))
     assert all(new is old for new, old in zip(passed, batches, strict=True))
     assert read_bad_records(tmp_path / "new" / "folder") == [record(10, "validation"), record(16, "validation")]
+
+
+def test_what_cannot_be_written_is_written_with_the_next(tmp_path, monkeypatch, warnings):
+    records = BadRecords(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_append", lambda records: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        records.note(batch(11), "train")
+    assert warnings[0] == f"{records.path} is not written: No space left on device"
+    records.note(batch(12), "train")
+    records.note(batch(11, 12), "train")
+    assert read_bad_records(tmp_path) == [record(11), record(12)]
