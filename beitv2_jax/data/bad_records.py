@@ -3,6 +3,7 @@
 Beside the data pipeline: it takes the host batches on their way to the device and reads their `faults`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -80,11 +81,11 @@ def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Return what all processes of a stage recorded, as {"split", "example_id", "where", "cause"}."""
     records = []
     for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a crash cut off
-                continue
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off or garbled
+                record = json.loads(line)
+                _key(record)
+                records.append(record)
     return records
 
 

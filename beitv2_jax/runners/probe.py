@@ -1,6 +1,7 @@
 """Run the probe: cache the features of both splits, then fit and vote on the cached arrays."""
 
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
+from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
 from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime.atomic_files import sync
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe
 from beitv2_jax.training.inference import run_batches
@@ -130,9 +133,17 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
+    sync(temporary)
     temporary.replace(path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"The cached features in {path} are damaged: {error}.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again.",
+        ) from error

@@ -123,12 +123,18 @@ def run_pipeline(config: ConfigDict, workdir: str, *, allow_config_change: bool 
 
 
 def read_summary(workdir: str) -> dict | None:
-    """Return the summary of a finished stage, or None."""
+    """Return the summary of a finished stage, or None; a damaged one is written again by its stage."""
     path = os.path.join(workdir, "summary.json")
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            summary = json.load(file)
+        dict(summary["figures"])
+        return summary
+    except (ValueError, TypeError, KeyError) as error:
+        logging.warning("%s is damaged (%r): what the stage finished is looked up again", path, error)
+        return None
 
 
 def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
@@ -139,8 +145,15 @@ def refuse_other_config(config: ConfigDict, workdir: str, *, allowed: bool = Fal
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         return
-    with open(path) as file:
-        former = config_lib.from_json(file.read())
+    try:
+        with open(path) as file:
+            former = config_lib.from_json(file.read())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so it does not say which config this run has.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
+        ) from error
     differences = [
         (key, old, new)
         for key, old, new in config_lib.changed(former, config)

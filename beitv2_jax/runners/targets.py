@@ -4,6 +4,7 @@ Any number of processes on one file system run the same stage in the same workdi
 devices; they share nothing but files.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -21,6 +22,7 @@ from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCa
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.runtime.disk_checks import cause_of, free_space, remedy
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Batch, TargetCacheTask
@@ -52,8 +54,24 @@ def run(task: TargetCacheTask, config, workdir: str) -> dict[str, float]:
     with (
         preemption.stops(task.name) as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+        explained(workdir),
     ):
         return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+
+
+@contextlib.contextmanager
+def explained(workdir: str) -> Iterator[None]:
+    """Raise UserError in place of an error of the system that writing to `workdir` meets."""
+    try:
+        yield
+    except OSError as error:
+        cause = cause_of(error)
+        meant, instead = remedy(cause)
+        raise UserError(
+            f"The targets could not be written to {workdir}: {cause} ({free_space(workdir)}).",
+            meant,
+            f"{instead} The same command goes on: the shards that are finished stay.",
+        ) from error
 
 
 def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:

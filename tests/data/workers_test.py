@@ -1,6 +1,7 @@
 """Worker processes: gone soon after a run that is killed, deaf to the signals on which a run saves."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,12 +25,16 @@ class Source:
         return 80
 
     def __getitem__(self, index):
+        if sys.argv[2] == "dies" and index == 7:
+            os.kill(os.getpid(), int(sys.argv[3]))
         return {"example_ids": np.int64(index)}
 
 def transform(example, epoch):
     return example
 
 def load(example_id):
+    if sys.argv[2] == "dies" and example_id == 7:
+        os.kill(os.getpid(), int(sys.argv[3]))
     return [{"images": np.float32(example_id)}]
 
 if __name__ == "__main__":
@@ -58,6 +63,12 @@ if __name__ == "__main__":
         thread.join()
         name = "example_ids" if sys.argv[1] == "training" else "images"
         print(sum(len(next(batches)[name]) for _ in range(5)), sorted(set(told)), flush=True)
+        sys.exit()
+    if sys.argv[2] == "dies":
+        try:
+            [next(batches) for _ in range(10)]
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
         sys.exit()
     next(batches)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
@@ -106,3 +117,29 @@ def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, r
     assert process.returncode == 0, process.stderr
     # all batches came, and the process itself noticed both signals
     assert process.stdout.strip() == f"{rows} [2, 15]"
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "words"),
+    [
+        ("training", signal.SIGKILL, ["Resumable", "killed by signal 9", "memory", "data.num_workers"]),
+        (
+            "training",
+            signal.SIGBUS,
+            ["UserError", "bus error", "/dev/shm", "--shm-size", "--config.data.num_workers=0"],
+        ),
+        ("cache", signal.SIGKILL, ["Resumable", "killed", "memory", "data.num_workers"]),
+    ],
+)
+def test_the_death_of_a_worker_is_explained(tmp_path, stage, number, words):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    process = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), stage, "dies", str(int(number))],
+        env=os.environ | PATH,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 0, process.stderr
+    kind, _, message = process.stdout.partition(": ")
+    assert kind == words[0] and all(word in message for word in words[1:]), process.stdout

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -46,3 +47,28 @@ def test_json_has_no_number_that_is_not_finite(tmp_path):
 
     found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert found == {"accuracy": None, "losses": [1.5, None, None], "steps": 3, "of": {"loss": [None, 0.25]}}
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, happened = tmp_path / "summary.json", []
+    monkeypatch.setattr(
+        atomic_files.os, "fsync", lambda descriptor: happened.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    replace = os.replace
+    monkeypatch.setattr(atomic_files.os, "replace", lambda old, new: happened.append("renamed") or replace(old, new))
+    atomic_files.write_text(path, "text")
+    assert happened[1:] == ["renamed", str(tmp_path)]
+    assert happened[0].startswith(f"{path}.") and path.read_text() == "text"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_files.write_text(path, "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"] and path.read_text() == "old"
