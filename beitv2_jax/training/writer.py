@@ -57,7 +57,11 @@ class MetricWriter:
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         write_text(self._path, "".join(json_text(line) + "\n" for line in kept))
         self._size = self._path.stat().st_size
-        self._tensorboard: _Events | None = _Events(Path(workdir) / "tensorboard", resume_step + 1)
+        self._tensorboard: _Events | None = None
+        try:
+            self._tensorboard = _Events(Path(workdir) / "tensorboard", resume_step + 1)
+        except OSError as error:
+            logging.warning("TensorBoard gets no figures until the next start: %s", error.strerror)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures to the line of `step`."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from beitv2_jax.data import array_files
 from beitv2_jax.data.sources.tfds import opened_builder
+from beitv2_jax.data.target_cache.encoding import zero_entries
 from beitv2_jax.data.target_cache.manifest import check_manifest, encoding_of, read_manifest
 from beitv2_jax.errors import UserError
 
@@ -134,10 +135,9 @@ class TargetReader:
         except UserError:
             raise
         except Exception as error:  # what protobuf raises on foreign bytes is not documented
-            return self._zeros(), f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
-
-    def _zeros(self) -> dict[str, np.ndarray]:
-        return self.encoding.unpack({name: np.zeros(*field) for name, field in self.encoding.fields.items()})
+            return zero_entries(
+                self.encoding
+            ), f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
 
     def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
         """Return the features (float32 'n t') or ids (int32 'n') of (example id, view); only that record is read."""
