@@ -43,13 +43,17 @@ class UserError(Exception):
         return f"{self.happened}\n  {self.meant}\n  {self.instead}"
 
 
-class Preempted(Exception):
-    """A run that was asked to stop has saved its state; the same command resumes it.
+class Resumable(Exception):
+    """A run ended early, through no mistake of the user; the same command resumes it.
 
     `beitv2_jax.main` prints it and exits with `EXIT_CODE`, on which the launchers start a run again.
     """
 
     EXIT_CODE = 75
+
+
+class Preempted(Resumable):
+    """A run that was asked to stop has saved its state."""
 
 
 def print_error(message: object) -> None:

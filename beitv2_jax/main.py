@@ -4,6 +4,7 @@ python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqk
 """
 
 import os
+import signal
 import traceback
 from collections.abc import Sequence
 
@@ -12,8 +13,8 @@ from ml_collections import config_flags
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
-from beitv2_jax.errors import Preempted, UserError, print_error
-from beitv2_jax.runtime import launch, startup_times
+from beitv2_jax.errors import Resumable, UserError, print_error
+from beitv2_jax.runtime import launch, open_files, startup_times
 
 
 def run(argv: Sequence[str]) -> None:
@@ -36,6 +37,7 @@ def run(argv: Sequence[str]) -> None:
         )
         return
     startup_times.begin(startup_times.process_start())
+    open_files.raise_limit()
     config_lib.validate(values.config)
     workdir = _absolute(values.workdir)
     startup_times.ended("flags")
@@ -57,15 +59,20 @@ def _absolute(workdir: str) -> str:
 
 
 def main() -> None:
-    """Run the program; what the user can correct and `Preempted` are printed without a traceback (exit codes 2, 75)."""
+    """Run the program; what the user can correct, and `Resumable`, ends without a traceback (exit codes 2, 75)."""
+    launch.keep_running_without_log()
     try:
         app.run(run, flags_parser=parse_flags)
     except UserError as error:
         print_error(f"Error: {error}")
         launch.leave(2)
-    except Preempted as preempted:
-        print_error(preempted)
-        launch.leave(Preempted.EXIT_CODE)
+    except Resumable as ended:
+        print_error(ended)
+        launch.leave(Resumable.EXIT_CODE)
+    except KeyboardInterrupt:
+        # no stage was running, or none that had something to save
+        print_error("Interrupted before there was anything to save; the same command starts again.")
+        launch.leave(128 + signal.SIGINT)
     except Exception as error:
         if failed_write := launch.failed_write(error):
             print_error(f"Error: {failed_write}")

@@ -5,6 +5,7 @@ else with the code of the first that did not (128 + n for signal n). After 75 (t
 by signal all are started again, RESTARTS times at most. stderr is shared: what is told is one write, unlike print's.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -44,8 +45,14 @@ def explain(processes: list[Popen]) -> int:
     code, number = min(ended, default=(0, 0))
     code = 128 - code if code < 0 else code
     if code and len(processes) > 1:
-        sys.stderr.write(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped\n")
+        tell(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped\n")
     return code
+
+
+def tell(text: str) -> None:
+    """Write to stderr; where it takes nothing, a full disk or a closed pipe, the processes go on."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 if __name__ == "__main__":
@@ -55,6 +62,6 @@ if __name__ == "__main__":
     code = run(start(count, arguments))
     while not stop_requests and restarts and (code == os.EX_TEMPFAIL or code > 128):
         restarts -= 1
-        sys.stderr.write(f"ended with exit code {code}: starting again, {restarts} restarts left\n")
+        tell(f"ended with exit code {code}: starting again, {restarts} restarts left\n")
         code = run(start(count, arguments))
     sys.exit(code)

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from paths import ROOT
 
+from beitv2_jax import main
 from beitv2_jax.config.flags import FLAG_NAMES, parse_flags
 from beitv2_jax.errors import UserError
 
@@ -229,3 +230,56 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task, monke
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["vqkd", "x", f"{tmp_path}/relative", f"{tmp_path}/cache", str(task == "run")]
+
+
+def test_ctrl_c_before_a_stage_runs_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.app, "run", interrupted)
+    monkeypatch.setattr(main.launch, "keep_running_without_log", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "Interrupted before there was anything to save; the same command starts again.\n"
+    )
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_log_that_takes_nothing_changes_no_exit_code(stream):
+    """stdout gets a page of help, stderr an error."""
+    arguments = (
+        ["--config=configs/vqkd.py:smoke", "--workdir=w", "--helpfull"] if stream == "stdout" else ["--workdir=w"]
+    )
+    expected = subprocess.run([sys.executable, "-m", "beitv2_jax.main", *arguments], capture_output=True)
+    assert getattr(expected, stream)
+    reading, broken_pipe = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full_disk, os.fdopen(broken_pipe, "w") as pipe:
+        for taker in (full_disk, pipe):
+            other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+            found = subprocess.run(
+                [sys.executable, "-m", "beitv2_jax.main", *arguments],
+                **{stream: taker, other: subprocess.PIPE},
+                text=True,
+            )
+            assert found.returncode == expected.returncode
+            assert "Traceback" not in (found.stderr or "") and "Exception ignored" not in (found.stderr or "")
+
+
+def test_progress_goes_on_where_nothing_can_be_shown():
+    program = """
+from beitv2_jax.runtime import launch
+from beitv2_jax.training.writer import Progress
+launch.keep_running_without_log()
+progress = Progress(1000, "toy", "steps")
+for _ in range(1000):
+    progress.advance()
+    progress.show({"loss": 1.0})
+progress.close()
+raise SystemExit(75)
+"""
+    with open("/dev/full", "w") as full_disk:
+        found = subprocess.run([sys.executable, "-c", program], stdout=full_disk, stderr=full_disk)
+    assert found.returncode == 75

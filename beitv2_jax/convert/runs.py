@@ -109,7 +109,7 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
             )
     return Run(
         name=f"{directory.name}@{newest.step}",
-        config=json.loads(config_file.read_text()),
+        config=read_config(workdir),
         step=newest.step,
         **found,
     )

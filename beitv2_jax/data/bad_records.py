@@ -5,7 +5,9 @@ sources the files that are no examples.
 """
 
 import collections
+import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+
+from beitv2_jax.errors import UserError
 
 
 class LeftOut(NamedTuple):
@@ -33,6 +37,7 @@ class BadRecords:
         self._workdir = pathlib.Path(workdir)
         self.path = self._workdir / (f"bad_records-{process_index}.jsonl" if process_index else "bad_records.jsonl")
         self._known = {_key(record) for record in read_bad_records(workdir)}
+        self._unwritten: list[dict[str, Any]] = []
 
     def note(self, batch: dict[str, np.ndarray], split: str) -> None:
         """Record the faults of a host batch of `split`, and log one warning if there are new ones."""
@@ -49,7 +54,13 @@ class BadRecords:
         self._known |= {_key(record) for record in read_bad_records(self._workdir)}  # what other processes found
         new = list({_key(record): record for record in met if _key(record) not in self._known}.values())
         if new:
-            self._append(new)
+            self._known |= {_key(record) for record in new}
+            self._unwritten += new
+            try:
+                self._append(self._unwritten)
+                self._unwritten = []
+            except OSError as error:  # they are written with the next ones
+                logging.warning("%s is not written: %s", self.path, error.strerror)
             logging.warning(
                 "%d unreadable records so far, the newest %s: %s; listed in %s",
                 len(self._known),
@@ -91,7 +102,6 @@ class BadRecords:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self._known |= {_key(record) for record in records}
 
 
 def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -101,11 +111,11 @@ def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """
     records = []
     for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a crash cut off
-                continue
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off or garbled
+                record = json.loads(line)
+                _key(record)
+                records.append(record)
     return records
 
 
@@ -118,3 +128,22 @@ def bad_record(split: str, example_id: int, fault: str) -> dict[str, Any]:
     """Return the line of an unreadable example, from its `faults` entry."""
     where, _, cause = fault.partition(": ")
     return {"split": split, "example_id": example_id, "where": where, "cause": cause}
+
+
+def refuse_too_many(unreadable: int, count: int, max_bad_fraction: float, *, of: str, listed: str) -> None:
+    """Raise UserError if more than `max_bad_fraction` of `count` images are unreadable, or all of them.
+
+    Args:
+        of: which images were counted: "of split validation".
+        listed: where the unreadable ones can be found: "listed in PATH".
+    """
+    if unreadable <= max_bad_fraction * count and unreadable < count:
+        return
+    enough = math.ceil(unreadable / count * 1000) / 1000  # rounded up: the advice must be enough
+    leave_out = f", or leave them out with --config.data.max_bad_fraction={enough:g}" if unreadable < count else ""
+    raise UserError(
+        f"{unreadable} of {count} images {of} are unreadable; data.max_bad_fraction allows {max_bad_fraction:.3%}, and "
+        "at least one has to be readable.",
+        "The data set may be damaged or copied only in part.",
+        f"Repair or replace the files {listed}{leave_out}.",
+    )

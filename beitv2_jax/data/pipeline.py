@@ -21,7 +21,7 @@ from beitv2_jax.data.transform import (
     PaddedRow,
     TrainRow,
 )
-from beitv2_jax.data.workers import end_with_parent
+from beitv2_jax.data.workers import WorkerBatches, end_with_parent
 from beitv2_jax.errors import UserError
 
 
@@ -43,8 +43,10 @@ class Reading:
     num_workers: int = 0
     prefetch: int = 4
 
-    def start(self, load: Callable[[int], Example], batch_size: int, first: int, end: int) -> grain.DatasetIterator:
-        """Return grain's iterator over the batches `first` to `end` - 1 of the stream whose rows `load` gives."""
+    def start(
+        self, load: Callable[[int], Example], batch_size: int, first: int, end: int
+    ) -> grain.DatasetIterator | WorkerBatches:
+        """Return the iterator over the batches `first` to `end` - 1 of the stream whose rows `load` gives."""
         rows = BatchRows(batch_size, self.process_index, self.process_count)
         batches = grain.MapDataset.range(first, end).map(_Batch(load, rows))
         if not self.num_workers:
@@ -54,7 +56,7 @@ class Reading:
         in_turn = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         each = max(1, self.prefetch // self.num_workers)
         workers = grain.MultiprocessingOptions(self.num_workers, each)
-        return iter(in_turn.mp_prefetch(workers, worker_init_fn=end_with_parent))
+        return WorkerBatches(iter(in_turn.mp_prefetch(workers, worker_init_fn=end_with_parent)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TrainIterator(Iterator[Example]):
     def __init__(self, load: Callable[[int], Example], batch_size: int, reading: Reading):
         self._load, self._batch_size, self._reading = load, batch_size, reading
         self._next_batch = 0
-        self._running: grain.DatasetIterator | None = None
+        self._running: grain.DatasetIterator | WorkerBatches | None = None
 
     def __next__(self) -> Example:
         if self._running is None:

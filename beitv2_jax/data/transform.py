@@ -83,8 +83,9 @@ class TrainTransform:
     def _row(self, example: dict[str, Any], image: UInt8[np.ndarray, "H W 3"], fault: str, epoch: int) -> Example:
         example_id = example["example_id"]
         view_index = epoch % self.num_views if self.num_views else epoch
-        if self.targets is not None and not fault and example_id in self.targets.unreadable:
-            fault = f"{words_for(example)}: unreadable when the stored targets were made"
+        targets, targets_fault = ({}, "") if self.targets is None else self.targets.readable(example_id, view_index)
+        if targets_fault and not fault:
+            fault = f"{words_for(example)}: {targets_fault}"
         view = augment.random_view(
             host_rng(self.seed, "view", example_id, view_index), *image.shape[:2], min_scale=self.min_scale
         )
@@ -111,9 +112,7 @@ class TrainTransform:
             }
         if self.mask is not None:
             result["mask"] = masking.block_mask(host_rng(self.seed, "mask", example_id, epoch), **self.mask).reshape(-1)
-        if self.targets is not None:
-            result |= self.targets.entries(example_id, view_index)
-        return result
+        return result | targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,17 @@ examples, so that what is in it depends neither on who asks for it nor on which 
 """
 
 import collections
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
 from beitv2_jax.data.transform import Example
-from beitv2_jax.data.workers import end_with_parent
+from beitv2_jax.data.workers import end_with_parent, starting
+from beitv2_jax.errors import Resumable
 
 
 def view_stream(
@@ -39,7 +42,8 @@ def view_stream(
     with _executor(load, num_threads, num_workers) as pool:
         try:
             for chunk in chunks:
-                waiting.append([pool.submit(_load if num_workers else load, example_id) for example_id in chunk])
+                with starting() if num_workers else contextlib.nullcontext():
+                    waiting.append([pool.submit(_load if num_workers else load, example_id) for example_id in chunk])
                 if len(waiting) > 1:
                     yield from _batches(waiting.popleft(), views, batch_size)
             if waiting:
@@ -67,7 +71,14 @@ def _load(example_id: int) -> list[Example]:
 
 
 def _batches(loading: list, views: range, batch_size: int) -> Iterator[Example]:
-    examples = [future.result() for future in loading]
+    try:
+        examples = [future.result() for future in loading]
+    except BrokenProcessPool as error:
+        raise Resumable(
+            "A worker process that decodes images was killed, most likely because the memory of the machine or the "
+            "container was full; the shards that are finished stay. Rerun the same command to resume. If it happens "
+            "again, lower --config.data.num_workers, or give the run more memory."
+        ) from error
     padding = batch_size - len(examples)
     for place, view in enumerate(views):
         rows = [rows[place] for rows in examples]

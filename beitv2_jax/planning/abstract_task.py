@@ -23,7 +23,7 @@ from beitv2_jax.convert.files import read_config
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.sources import open_source
-from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding
+from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding, zero_entries
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
@@ -246,10 +246,9 @@ class ZeroTargets:
     length: int
     num_views: int
     manifest: Mapping[str, Any]
-    unreadable: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return self.length
 
-    def entries(self, example_id: int, view: int) -> dict[str, np.ndarray]:
-        return self.encoding.unpack({name: np.zeros(*field) for name, field in self.encoding.fields.items()})
+    def readable(self, example_id: int, view: int) -> tuple[dict[str, np.ndarray], str]:
+        return zero_entries(self.encoding), ""

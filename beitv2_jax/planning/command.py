@@ -1,7 +1,6 @@
 """The `--plan` command: predict a training step for chips that are not here, and write the result to plan.json."""
 
 import dataclasses
-import json
 import os
 
 from ml_collections import ConfigDict
@@ -10,7 +9,7 @@ from beitv2_jax.planning import planner, search, topologies
 from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.planning.report import compare_predictions, describe_prediction
 from beitv2_jax.runners.stages import check_writable
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import write_json
 
 
 def run_plan(
@@ -59,7 +58,7 @@ def run_plan(
         metrics = prediction.metrics()
     if workdir:
         os.makedirs(workdir, exist_ok=True)
-        write_text(os.path.join(workdir, "plan.json"), json.dumps(metrics, indent=2) + "\n")
+        write_json(os.path.join(workdir, "plan.json"), metrics)
     return metrics
 
 

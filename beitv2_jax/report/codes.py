@@ -26,7 +26,8 @@ def draw_code_rows(
     """
     manifest = reader.manifest
     code_ids = np.stack([reader[i, 0] for i in range(len(source))]).astype(np.int64)
-    counts = np.bincount(code_ids.reshape(-1), minlength=manifest["codebook_size"])
+    code_ids[sorted(reader.unreadable)] = -1
+    counts = np.bincount(code_ids[code_ids >= 0], minlength=manifest["codebook_size"])
     rows = [code for code in np.argsort(-counts, kind="stable")[:num_codes] if counts[code]]
     wanted = {code: _spread(code_ids == code, num_tiles) for code in rows}
     images = {

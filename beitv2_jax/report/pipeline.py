@@ -1,5 +1,6 @@
 """The report of a finished pipeline: one table of seconds and key figures, and the picture of the codes."""
 
+import math
 import os
 
 from beitv2_jax.data.sources import open_source
@@ -11,7 +12,9 @@ def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
     """Write `report.md` and, where the pipeline has a tokenize stage, `codes.png`; return the table as text."""
     rows = [("stage", "seconds", "key figures")]
     for name, summary in summaries.items():
-        described = DESCRIPTIONS[summary["stage"]](summary["figures"], stages[name])
+        # null in JSON is a number that is not finite
+        figures = {key: math.nan if value is None else value for key, value in summary["figures"].items()}
+        described = DESCRIPTIONS[summary["stage"]](figures, stages[name])
         rows += [
             (name if not i else "", f"{summary['seconds']:.0f}" if not i else "", line)
             for i, line in enumerate(described)

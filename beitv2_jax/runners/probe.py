@@ -1,6 +1,7 @@
 """Run the probe: cache the features of both splits, then fit and vote on the cached arrays."""
 
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import jax
 import numpy as np
 
 from beitv2_jax.convert.runs import weights_hash
-from beitv2_jax.data.bad_records import BadRecords
+from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
 from beitv2_jax.runners.provenance import describe_data, digest
 from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime.atomic_files import sync
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe
 from beitv2_jax.training.inference import run_batches
@@ -24,6 +26,8 @@ POLL_SECONDS = 0.5
 
 def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     """Probe every feature set and return its accuracies as {'pretrained/cls/linear': ..., ...}.
+
+    `train_examples` and `eval_examples` say how many images they are of: those that could be read.
 
     Features are cached as `features/<set>_<split>.<hash>.npz` under `workdir`, the hash of what they were made from; a
     cached file is not computed again.
@@ -45,6 +49,7 @@ def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -
     figures = {}
     for feature_set in probe.feature_sets:
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
+        figures |= {"train_examples": len(train["labels"]), "eval_examples": len(test["labels"])}
         for name in (key for key in train if key != "labels"):
             on_move("fitting")
             result = probe_features(
@@ -88,7 +93,13 @@ def cached_features(
             for part in parts:
                 part.unlink()
     features = _read(path)
-    _refuse_unreadable(len(source) - len(features["labels"]), source, config, workdir)
+    refuse_too_many(
+        len(source) - len(features["labels"]),
+        len(source),
+        config.data.max_bad_fraction,
+        of=f"of split {source.split}",
+        listed=f"listed in {Path(workdir, 'bad_records.jsonl')} and delete {path}",
+    )
     return features
 
 
@@ -128,20 +139,17 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
+    sync(temporary)
     temporary.replace(path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)
-
-
-def _refuse_unreadable(unreadable: int, source, config, workdir: str) -> None:
-    if unreadable > config.data.max_bad_fraction * len(source):
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{unreadable} of the {len(source)} images of split {source.split} are unreadable; data.max_bad_fraction "
-            f"allows {config.data.max_bad_fraction:.3%}.",
-            "The data set may be damaged or copied only in part.",
-            f"Repair the files listed in {Path(workdir, 'bad_records.jsonl')} and use another --workdir, or write a "
-            "higher --config.data.max_bad_fraction to leave them out.",
-        )
+            f"The cached features in {path} are damaged: {error}.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again.",
+        ) from error

@@ -25,7 +25,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import preemption, startup_times, workdir_lock
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
@@ -113,7 +113,7 @@ def run_stage(
         figures = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
-        write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+        write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 
@@ -183,12 +183,18 @@ def run_pipeline(
 
 
 def read_summary(workdir: str) -> dict | None:
-    """Return the summary of a finished stage, or None."""
+    """Return the summary of a finished stage, or None; a damaged one is written again by its stage."""
     path = os.path.join(workdir, "summary.json")
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            summary = json.load(file)
+        dict(summary["figures"])
+        return summary
+    except (ValueError, TypeError, KeyError) as error:
+        logging.warning("%s is damaged (%r): what the stage finished is looked up again", path, error)
+        return None
 
 
 def refuse_other_config(
@@ -205,8 +211,15 @@ def refuse_other_config(
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path) or not holds_results(workdir):
         return [], []
-    with open(path) as file:
-        former = config_lib.from_json(file.read())
+    try:
+        with open(path) as file:
+            former = config_lib.from_json(file.read())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so it does not say which config this run has.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
+        ) from error
     if former.stage != config.stage:
         raise UserError(
             f"{workdir} holds a run of the stage '{former.stage}', and this config is of the stage '{config.stage}'.",

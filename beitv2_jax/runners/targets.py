@@ -4,6 +4,7 @@ Any number of processes on one file system run the same stage in the same workdi
 devices; they share nothing but files.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -14,13 +15,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from beitv2_jax.data.bad_records import bad_record
+from beitv2_jax.data.bad_records import bad_record, refuse_too_many
 from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCache
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.runtime.disk_checks import cause_of, free_space, remedy
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Batch, TargetCacheTask
@@ -52,8 +54,24 @@ def run(task: TargetCacheTask, config, workdir: str) -> dict[str, float]:
     with (
         preemption.stops(task.name) as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+        explained(workdir),
     ):
         return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+
+
+@contextlib.contextmanager
+def explained(workdir: str) -> Iterator[None]:
+    """Raise UserError in place of an error of the system that writing to `workdir` meets."""
+    try:
+        yield
+    except OSError as error:
+        cause = cause_of(error)
+        meant, instead = remedy(cause)
+        raise UserError(
+            f"The targets could not be written to {workdir}: {cause} ({free_space(workdir)}).",
+            meant,
+            f"{instead} The same command goes on: the shards that are finished stay.",
+        ) from error
 
 
 def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
@@ -236,13 +254,9 @@ class Filler:
     def _check_share(self) -> None:
         """Raise UserError if more examples are unreadable, by what is known, than the cache may have."""
         bad, count = self._cache.unreadable(), self._cache.shards[-1].stop
-        if len(bad) > self._max_bad_fraction * count:
-            raise UserError(
-                f"{self._label}: {len(bad)} of {count} images are unreadable, for example {bad[-1]['where']}: "
-                f"{bad[-1]['cause']}.",
-                "The data set may be damaged or copied only in part.",
-                f"Repair it, or write --config.data.max_bad_fraction={len(bad) / count:.2g} to store zeros for them.",
-            )
+        if bad:
+            example = f"(for example {bad[-1]['where']}: {bad[-1]['cause']}) and delete {self._cache.work}"
+            refuse_too_many(len(bad), count, self._max_bad_fraction, of=f"of {self._label}", listed=example)
 
 
 class _ShownProgress:

@@ -3,7 +3,6 @@
 Beside `targets`, which wrote the cache: same network, same views, same size of batch.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
 from beitv2_jax.rng import host_rng
 from beitv2_jax.runners.targets import on_local_devices
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import write_json
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import TargetCacheTask
@@ -53,7 +52,7 @@ def verify(task: TargetCacheTask, config, workdir: str) -> dict[str, Any]:
         else:
             report[part] = _compare_features(live, stored, pairs, MIN_COSINE[reader.manifest["dtype"]])
         logging.info("verify %s: %s", part, report[part])
-    write_text(os.path.join(workdir, VERIFY_FILE), json.dumps(report, indent=2) + "\n")
+    write_json(os.path.join(workdir, VERIFY_FILE), report)
     for part, figures in report.items():
         _refuse_below(figures, os.path.join(workdir, part))
     return report

@@ -1,16 +1,59 @@
 """Text files that are whole or not there, and heartbeats that are never half-written (floor 0)."""
 
+import contextlib
+import json
+import math
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a name of its own and rename it: nobody sees half of it, several may write it at once."""
+    """Write a file under a name of its own and rename it: nobody sees half of it, several may write it at once.
+
+    It is on the disk before it gets its name: a power cut leaves the old file or the new one, never an empty one.
+    """
     temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):  # not every file system can bring a folder to the disk
+        sync(os.path.dirname(os.path.abspath(path)))
+
+
+def sync(path: str | Path) -> None:
+    """Bring a closed file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as `write_text` does, as `json_text` lays it out over several lines."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON, which has no NaN and no infinity: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_over(path: str | Path, text: str) -> None:

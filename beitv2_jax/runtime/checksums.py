@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
+from beitv2_jax.runtime.atomic_files import write_text
+
 CHECKSUMS_FILE = "checksums.json"
 _CHUNK = 1 << 22
 
@@ -16,7 +18,7 @@ def write_checksums(folder: Path) -> None:
     """Write size and CRC-32 of the files of all items, the folders in `folder`, to checksums.json in it."""
     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _crc32(path)] for path in files}
-    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=0) + "\n")
+    write_text(folder / CHECKSUMS_FILE, json.dumps(sums, indent=0) + "\n")
 
 
 def find_damage(folder: Path, items: Collection[str] = ()) -> str | None:
@@ -27,9 +29,10 @@ def find_damage(folder: Path, items: Collection[str] = ()) -> str | None:
     """
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_bytes())
-    except (OSError, ValueError):
+        listed = [(name, size, crc32) for name, (size, crc32) in sums.items()]
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"{CHECKSUMS_FILE} is missing or damaged"
-    for name, (size, crc32) in sums.items():
+    for name, size, crc32 in listed:
         if items and name.split("/")[0] not in items:
             continue
         path = folder / name

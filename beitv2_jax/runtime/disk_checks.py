@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import open_files
 from beitv2_jax.typing import PyTree
 
 _LENGTH = 200
@@ -40,6 +41,16 @@ def refuse_pattern(folder: str | Path) -> None:
             "Orbax takes such a path for a pattern and would not find the files that it wrote.",
             "Choose a path without [, ], * and ?, or rename the folder that has it in its name.",
         )
+
+
+def remedy(cause: str) -> tuple[str, str]:
+    """Return what may be behind a failed write, and what to do; `cause` is what `cause_of` said."""
+    if open_files.is_exhausted(cause):
+        return "The hard limit of open files may be too low for this run.", open_files.REMEDY
+    return (
+        "The disk or a quota may be full, or the permissions of the folder or its mount may have changed.",
+        "Free space or repair the folder.",
+    )
 
 
 def free_space(folder: Path) -> str:

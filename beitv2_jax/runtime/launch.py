@@ -1,5 +1,6 @@
 """Start of the process: logging, jax, the other processes of the run; and its exit."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from logging import ERROR, WARNING, Formatter, LogRecord
 from pathlib import Path
+from typing import Any, TextIO
 
 from absl import logging
 
@@ -101,6 +103,33 @@ def _shorten_orbax_errors(record: LogRecord) -> bool:
     if record.levelno >= ERROR and ("/orbax/" in record.pathname or record.name == "asyncio"):
         record.msg, record.args, record.exc_info = record.getMessage()[:MAX_ERROR_LENGTH], (), None
     return True
+
+
+class _Unfailing:
+    """A text stream whose writes do not fail: what a full disk or a closed pipe does not take is kept or lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def keep_running_without_log() -> None:
+    """Let no write to stdout or stderr fail from now on, nor the flush at the exit, which would change the exit code.
+
+    `... > FILE` on a full disk and `... | head` take the log away from a run, which is to go on.
+    """
+    sys.stdout, sys.stderr = (stream and _Unfailing(stream) for stream in (sys.stdout, sys.stderr))
 
 
 def start_logging(verbosity_given: bool) -> None:

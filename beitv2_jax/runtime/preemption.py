@@ -1,10 +1,11 @@
-"""Preemption signals: SIGTERM, which launchers, clusters and machines that shut down send.
+"""Preemption signals: SIGTERM, which launchers, clusters and machines that shut down send, and SIGINT (Ctrl-C).
 
 Training loops ask after every step and save; stages without a training loop ask after every batch.
 """
 
 import contextlib
 import ctypes
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ def notices(agreed_step: Callable[[int], bool]) -> Iterator[Callable[[int], bool
     processes agree when one of them is signalled.
     """
     if jax.distributed.is_initialized():
-        yield agreed_step
+        # jax listens to SIGTERM alone
+        with _handling(signal.SIGINT, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            yield agreed_step
         return
     with _listening() as signalled:
         yield lambda step: signalled.is_set()
@@ -46,21 +49,31 @@ def stops(label: str) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[threading.Event]:
-    """Yield the event that SIGTERM sets; a second one ends the process at once."""
+    """Yield the event that SIGTERM and SIGINT set; a second one of the same kind ends the process at once."""
     signalled = threading.Event()
+    with _handling(signal.SIGTERM, signalled.set), _handling(signal.SIGINT, signalled.set):
+        yield signalled
 
-    def note(number, frame):
-        signalled.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+@contextlib.contextmanager
+def _handling(number: int, answer: Callable[[], None]) -> Iterator[None]:
+    """Answer the first signal `number`; a second one ends the process. Signals that are ignored stay so."""
+    if signal.getsignal(number) == signal.SIG_IGN:
+        yield
+        return
+
+    def handle(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        answer()
 
     # that of jax is no Python function: signal.signal neither returns it nor takes it back
-    former_in_c = _getsig(signal.SIGTERM)
-    former = signal.signal(signal.SIGTERM, note)
+    former_in_c = _getsig(number)
+    former = signal.signal(number, handle)
     try:
-        yield signalled
+        yield
     finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
-        _setsig(signal.SIGTERM, former_in_c)
+        signal.signal(number, former or signal.SIG_DFL)
+        _setsig(number, former_in_c)
 
 
 _getsig, _setsig = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig

@@ -70,6 +70,7 @@ class Task:
         no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
+        num_eval_examples: images in one evaluation.
         eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, a new one at each call.
         evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
         summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
@@ -89,7 +90,8 @@ class Task:
     splits: tuple[str, str] = ("train", "validation")
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
-    eval_batches: Callable[[int, int], Iterable[Batch] | None] | None = None
+    num_eval_examples: int = 0
+    eval_batches: Callable[[int, int], Iterable[Batch]] | None = None
     evaluate: Callable[[Params, ModelState, PyTree, Batch], dict[str, Array]] | None = None
     summarize: Callable[[dict[str, Any]], dict[str, float]] | None = None
     start_codebook: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray], ModelState | None] | None = None

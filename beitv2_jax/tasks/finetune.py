@@ -123,6 +123,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         frozen={},
         num_train_examples=len(source),
         sources=opened.sources,
+        num_eval_examples=len(eval_source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),
         eval_batches=functools.partial(inputs.eval_batches, eval_source, config),

@@ -198,6 +198,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         frozen=opened.frozen,
         num_train_examples=len(source),
         sources=opened.sources,
+        num_eval_examples=len(eval_source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
         eval_batches=functools.partial(

@@ -129,6 +129,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         finish=segment_finish,
         num_train_examples=len(source),
         sources=opened.sources,
+        num_eval_examples=len(eval_source),
         splits=(source.split, eval_source.split),
         train_batches=_train_batches(config, source),
         eval_batches=EvalBatches(config, eval_source),

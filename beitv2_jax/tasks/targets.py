@@ -178,10 +178,13 @@ def stored_views(reader: TargetReader | None) -> Callable[[dict], dict]:
     def extra(batch: dict) -> dict:
         if reader is None:
             return {}
-        entries = [reader.entries(int(i), 0) for i in batch["example_ids"]]
-        unreadable = np.isin(batch["example_ids"], list(reader.unreadable))
+        entries, faults = zip(*(reader.readable(int(i), 0) for i in batch["example_ids"]), strict=True)
+        named = [
+            f"example {i}: {fault}" if fault else "" for i, fault in zip(batch["example_ids"], faults, strict=True)
+        ]
         return {
-            "weight": np.where(unreadable, np.float32(0), batch["weight"]),
+            "weight": np.where(np.array(named) != "", np.float32(0), batch["weight"]),
+            "faults": np.where(batch["weight"] > 0, named, batch["faults"]),
             **{name: np.stack([entry[name] for entry in entries]) for name in entries[0]},
         }
 

@@ -150,6 +150,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         frozen=opened.frozen,
         num_train_examples=len(source),
         sources=opened.sources,
+        num_eval_examples=len(eval_source),
         splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
         eval_batches=functools.partial(

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
-from beitv2_jax.runtime.disk_checks import agreed, cause_of, free_space, reserved
+from beitv2_jax.runtime.disk_checks import agreed, cause_of, free_space, remedy, reserved
 from beitv2_jax.training.sharding import path_name
 from beitv2_jax.training.state import TrainState
 from beitv2_jax.typing import PyTree
@@ -236,11 +236,12 @@ class Checkpointer:
         whole = (
             "there is no valid one yet" if self._newest is None else f"the newest valid one is of step {self._newest}"
         )
+        meant, instead = remedy(cause)
         return UserError(
             f"The checkpoint of step {step} could not be written to {self._directory}: {cause} "
             f"({free_space(self._directory)}); {whole}.",
-            "The disk or a quota may be full, or the permissions of the folder or its mount may have changed.",
-            "Free space or repair the folder. "
+            meant,
+            f"{instead} "
             + (
                 "The run continues and tries again at its next save."
                 if goes_on

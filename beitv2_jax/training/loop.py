@@ -11,13 +11,14 @@ from concurrent import futures
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from beitv2_jax import rng
-from beitv2_jax.data.bad_records import BadRecords
+from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
 from beitv2_jax.tasks.api import Batch, Task
@@ -54,10 +55,11 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
         _check_schedule(plan, checkpointer, workdir)
-        if start == plan.num_steps:
+        logged = _logged_at(start, workdir)
+        if start == plan.num_steps and not _lacks_evaluation(task, plan, start, logged):
             logging.info("%s: the checkpoint stands at step %d of %d", task.name, start, plan.num_steps)
-            return _final_figures(read_metrics(workdir), start, seconds=0.0)
-        return _run(task, config, plan, Path(workdir), checkpointer, watch)
+            return _final_figures(logged, start, seconds=0.0)
+        return _run(task, config, plan, Path(workdir), checkpointer, watch, logged)
 
 
 def check(task: Task, config: ConfigDict) -> None:
@@ -110,8 +112,15 @@ def _check_schedule(plan: Plan, checkpointer: Checkpointer, workdir: str | Path)
 
 
 def _run(
-    task: Task, config: ConfigDict, plan: Plan, workdir: Path, checkpointer: Checkpointer, watch: watchdog.Watch
+    task: Task,
+    config: ConfigDict,
+    plan: Plan,
+    workdir: Path,
+    checkpointer: Checkpointer,
+    watch: watchdog.Watch,
+    logged: dict[str, float],
 ) -> dict[str, float]:
+    """Train to the end; `logged` is what the workdir has of the step of its newest checkpoint."""
     started = time.monotonic()
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
@@ -140,7 +149,7 @@ def _run(
     if start == 0 and task.start_codebook is not None:
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
         startup_times.ended("codebook")
-    evaluate = _make_evaluation(task, mesh, bad_records, watch)
+    evaluate = _make_evaluation(task, mesh, bad_records, watch, config.data.max_bad_fraction)
 
     is_main = jax.process_index() == 0
     writer = MetricWriter(workdir, enabled=is_main, resume_step=start)
@@ -153,11 +162,22 @@ def _run(
         skipped_steps=int(state_lib.nonfinite_steps(state) + state.spikes.left_out),
         unreadable=position["unreadable"],
     )
-    eval_figures: dict[str, float] = {}
+    figures = dict(logged)
     with contextlib.ExitStack() as stack:
         for thing in (ledger, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
         is_preempted = stack.enter_context(preemption.notices(checkpointer.reached_preemption))
+
+        def evaluate_at(step: int) -> None:
+            found = evaluate(state, frozen, step)
+            figures.update(found)
+            writer.write(step, found)
+            writer.flush()
+
+        # a run that ended between a save and the evaluation behind it
+        if _lacks_evaluation(task, plan, start, logged):
+            evaluate_at(start)
+            ledger.restart_clock()
         for step in range(start + 1, plan.num_steps + 1):
             watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
@@ -165,9 +185,6 @@ def _run(
             ends = is_preempted(step)
             if plan.evaluates(step) or plan.saves(step) or ends:
                 ledger.read()
-                if plan.evaluates(step):
-                    eval_figures = evaluate(state, frozen, step)
-                    writer.write(step, eval_figures)
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
                 trouble = writer.flush()
                 if plan.saves(step) or ends:
@@ -180,6 +197,9 @@ def _run(
                     raise Preempted(
                         f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
                     )
+                # After the save: what keeps an evaluation from its end loses no step.
+                if plan.evaluates(step):
+                    evaluate_at(step)
                 ledger.restart_clock()
             if step < plan.num_steps:
                 # while the step runs: its devices get the next batch before they are done with this one
@@ -189,8 +209,9 @@ def _run(
                 watch.note("in the step", step)
             ledger.follow(leave=1)
             checkpointer.check()
-    figures = [{**ledger.figures, **eval_figures, "images_per_second": ledger.images_per_second}]
-    return _final_figures(figures, plan.num_steps, seconds=time.monotonic() - started)
+    if start < plan.num_steps:
+        figures |= {**ledger.figures, "images_per_second": ledger.images_per_second}
+    return _final_figures(figures, max(start, plan.num_steps), seconds=time.monotonic() - started)
 
 
 def _make_step(
@@ -248,37 +269,58 @@ def compile_step(train_step: TrainStep, state: TrainState, frozen: PyTree, batch
 
 
 def _make_evaluation(
-    task: Task, mesh: Mesh, bad_records: BadRecords, watch: watchdog.Watch
+    task: Task, mesh: Mesh, bad_records: BadRecords, watch: watchdog.Watch, max_bad_fraction: float
 ) -> Callable[[TrainState, PyTree, int], dict[str, float]]:
-    """Return the function that evaluates the weights, and the averaged ones if there are any (`eval_average/...`)."""
+    """Return the function that evaluates the weights, and the averaged ones if there are any (`eval_average/...`).
+
+    `eval/examples` says how many images the figures are of: those that could be read. The function raises UserError if
+    more than `max_bad_fraction` could not.
+    """
     if task.eval_batches is None:
         return lambda state, frozen, step: {}
 
     def sums(weights, batch):
         params, model_state, frozen = weights
-        return {prefix: task.evaluate(tree, model_state, frozen, batch) for prefix, tree in params.items()}
+        of_weights = {prefix: task.evaluate(tree, model_state, frozen, batch) for prefix, tree in params.items()}
+        return of_weights, jnp.sum(batch["weight"] > 0)
 
     compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def evaluate(state: TrainState, frozen: PyTree, step: int) -> dict[str, float]:
         watch.note("evaluating", step)
         batches = task.eval_batches(*sharding.row_share(mesh))
-        if batches is None:
-            return {}
         params = {"eval": state.params}
         if state.averaged_params is not None:
             params["eval_average"] = state.averaged_params
         noted = watch.noted(bad_records.noted(batches, task.splits[1]), "evaluating", step)
-        totals = inference.sum_batches(compiled, (params, state.model_state, frozen), noted, mesh)
-        return {
+        totals, readable = inference.sum_batches(compiled, (params, state.model_state, frozen), noted, mesh)
+        refuse_too_many(
+            task.num_eval_examples - int(readable),
+            task.num_eval_examples,
+            max_bad_fraction,
+            of=f"of split {task.splits[1]}",
+            listed=f"listed in {bad_records.path}",
+        )
+        figures = {
             f"{prefix}/{name}": float(value)
             for prefix, of_weights in totals.items()
             for name, value in task.summarize(of_weights).items()
         }
+        return {**figures, "eval/examples": int(readable)}
 
     return evaluate
 
 
-def _final_figures(lines: list[dict[str, float]], steps: int, *, seconds: float) -> dict[str, float]:
-    last = lines[-1] if lines else {}
-    return {name: value for name, value in last.items() if name != "step"} | {"steps": steps, "seconds": seconds}
+def _logged_at(step: int | None, workdir: str | Path) -> dict[str, float]:
+    """Return what `metrics.jsonl` has of `step`."""
+    return next((line for line in read_metrics(workdir) if line["step"] == step), {})
+
+
+def _lacks_evaluation(task: Task, plan: Plan, step: int, logged: dict[str, float]) -> bool:
+    """Tell whether the evaluation that follows `step` is not among what was `logged` of it."""
+    evaluates = step > 0 and task.eval_batches is not None and plan.evaluates(step)
+    return evaluates and not any(name.startswith("eval/") for name in logged)
+
+
+def _final_figures(figures: dict[str, float], steps: int, *, seconds: float) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name != "step"} | {"steps": steps, "seconds": seconds}

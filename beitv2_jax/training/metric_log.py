@@ -17,6 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.bad_records import refuse_too_many
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import startup_times
 from beitv2_jax.training.writer import MetricWriter, Progress
@@ -212,14 +213,8 @@ class Ledger:
         # the figure is that of the global batch, so all processes stop at the same step
         self.unreadable += int(figures["unreadable"])
         seen = max(step * self._plan.batch_size, self._plan.num_examples)
-        if self.unreadable > self._plan.max_bad_fraction * seen:
-            raise UserError(
-                f"{self.unreadable} unreadable records up to step {step} are {self.unreadable / seen:.3%} of {seen}; "
-                f"data.max_bad_fraction allows {self._plan.max_bad_fraction:.3%}.",
-                "The data set may be damaged or copied only in part; a few bad files are left out by weight.",
-                f"Repair or remove the files listed in {Path(self._workdir) / 'bad_records.jsonl'}, or write a higher "
-                "--config.data.max_bad_fraction to train without them.",
-            )
+        listed = f"listed in {Path(self._workdir) / 'bad_records.jsonl'}"
+        refuse_too_many(self.unreadable, seen, self._plan.max_bad_fraction, of=f"up to step {step}", listed=listed)
 
 
 @dataclasses.dataclass

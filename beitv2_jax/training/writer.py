@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -15,28 +14,30 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
+from beitv2_jax.runtime.atomic_files import json_text, write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
-    """Return the lines of `workdir/metrics.jsonl` in order; a line cut off by a crash is left out."""
+    """Return what `workdir/metrics.jsonl` says of each step, in order; lines that a crash damaged are left out."""
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    lines: dict[int, dict[str, float]] = {}
+    for text in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            lines.setdefault(int(line["step"]), {}).update(line)
+    return list(lines.values())
 
 
 class MetricWriter:
     """Write one JSON object a logged step, `{"step": finished steps, name: value, ...}`, and the same to TensorBoard.
 
-    Figures written for one step in several calls become one line, which reaches the disk at `flush`. A value that is
-    not finite is `null`. Lines that cannot be written are kept until they can; TensorBoard then gets no more.
+    Figures written for one step in several calls become one line, which reaches the disk at `flush`; figures that come
+    after that, those of an evaluation, are another line of the same step. A value that is not finite is `null`. Lines
+    that cannot be written are kept until they can; TensorBoard then gets no more.
 
     Args:
         workdir: holds metrics.jsonl and tensorboard/.
@@ -54,11 +55,13 @@ class MetricWriter:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self._path = Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        rewritten = self._path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(rewritten, self._path)
+        write_text(self._path, "".join(json_text(line) + "\n" for line in kept))
         self._size = self._path.stat().st_size
-        self._tensorboard: _Events | None = _Events(Path(workdir) / "tensorboard", resume_step + 1)
+        self._tensorboard: _Events | None = None
+        try:
+            self._tensorboard = _Events(Path(workdir) / "tensorboard", resume_step + 1)
+        except OSError as error:
+            logging.warning("TensorBoard gets no figures until the next start: %s", error.strerror)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures to the line of `step`."""
@@ -71,8 +74,7 @@ class MetricWriter:
         """Bring all lines to the disk; return what prevented that, after which the next call tries again."""
         step, figures, self._figures = self._step, self._figures, {}
         if self._enabled and figures:
-            line = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            self._unwritten += (json.dumps({"step": step, **line}) + "\n").encode()
+            self._unwritten += (json_text({"step": step, **figures}) + "\n").encode()
             self._show(step, figures)
         if not self._unwritten:
             return None

@@ -66,6 +66,16 @@ def test_processes_write_files_of_their_own_and_no_example_twice(tmp_path):
     assert sorted(r["example_id"] for r in read_bad_records(tmp_path)) == [11, 12, 13]
 
 
+@pytest.mark.parametrize("garbage", [b"\0" * 30, b"\xff\xfe{", b"12", b'"split"', b'{"split": "train"}', b"null"])
+def test_what_a_power_cut_leaves_at_the_end_is_left_behind(tmp_path, garbage):
+    records = BadRecords(tmp_path)
+    records.note(batch(11), "train")
+    with records.path.open("ab") as file:
+        file.write(garbage)
+    BadRecords(tmp_path).note(batch(11, 12), "train")
+    assert read_bad_records(tmp_path) == [record(11), record(12)]
+
+
 @pytest.mark.parametrize("cut", [1, 20])
 def test_a_line_cut_off_by_a_crash_costs_only_itself(tmp_path, cut):
     records = BadRecords(tmp_path)
@@ -99,3 +109,14 @@ def test_files_that_are_no_examples_stand_there_once_and_are_logged_by_cause(tmp
     )
     assert "1 files or folders are left out, such as @eaDir: system" in warnings[1]
     assert warnings[2] == "split train of folder:x: 2 of 4 classes have no images: b, d"
+
+
+def test_what_cannot_be_written_is_written_with_the_next(tmp_path, monkeypatch, warnings):
+    records = BadRecords(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_append", lambda records: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        records.note(batch(11), "train")
+    assert warnings[0] == f"{records.path} is not written: No space left on device"
+    records.note(batch(12), "train")
+    records.note(batch(11, 12), "train")
+    assert read_bad_records(tmp_path) == [record(11), record(12)]

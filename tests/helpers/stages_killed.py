@@ -137,8 +137,8 @@ def await_moment(watched: Watched, workdir: Path, kind: str, rng, save_seconds: 
             if not watched.wait(lambda before=before: watched.unfinished() - before):
                 return False
         delay = rng.uniform(0, save_seconds)
-    elif kind == "evaluation":  # the step's own line comes after it
-        due = {step - 1 for step in range(EVALUATE_EVERY, STEPS, EVALUATE_EVERY)}
+    elif kind == "evaluation":  # the step's own line comes before it
+        due = set(range(EVALUATE_EVERY, STEPS, EVALUATE_EVERY))
         done = {line["step"] for line in read_metrics(workdir)}
         if not watched.wait(lambda: (due - done) & {line["step"] for line in read_metrics(workdir)}):
             return False

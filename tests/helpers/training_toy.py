@@ -187,6 +187,7 @@ def make_task(
     return Task(
         name="toy",
         num_train_examples=NUM_EXAMPLES,
+        num_eval_examples=13,
         init=init,
         loss=loss,
         finish=finish,
@@ -199,7 +200,7 @@ def make_task(
         frozen={"scale": np.float32(1.5)},
         eval_batches=eval_batches if evaluation else None,
         evaluate=evaluate,
-        summarize=lambda sums: {"accuracy": sums["right"] / sums["examples"], "examples": sums["examples"]},
+        summarize=lambda sums: {"accuracy": sums["right"] / sums["examples"]},
         start_codebook=lambda params, codebook, frozen, batch, key: {
             "quantizer": {**codebook["quantizer"], "codebook": batch["images"][:5] + jax.random.uniform(key)}
         },

@@ -169,3 +169,9 @@ def test_a_message_is_one_write_as_the_processes_share_the_stream():
     command = [sys.executable, str(SCRIPT), "2", "0", "-c", "import sys; sys.exit(3)"]
     assert subprocess.run(command, stderr=theirs, timeout=60).returncode == 3
     assert ours.recv(10_000).endswith(b" of 2 ended with exit code 3; all are stopped\n")
+
+
+def test_a_log_that_takes_nothing_stops_no_launcher(tmp_path):
+    command = [sys.executable, str(SCRIPT), "1", "1", "-c", "import sys; sys.exit(75)"]
+    with open("/dev/full", "w") as full_disk:
+        assert subprocess.run(command, stderr=full_disk, timeout=60).returncode == 75

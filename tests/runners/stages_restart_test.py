@@ -177,6 +177,21 @@ def test_a_pipeline_compares_all_its_stages_before_the_first_begins(started):
     assert len(seen) == 1 and not (workdir / "p" / "teacher").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"{", b"null", b"[1]"])
+def test_what_a_power_cut_leaves_of_the_config_and_the_summary(started, content):
+    workdir, config, _ = started
+    (workdir / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.json is damaged") as caught:
+        stages.run_stage(config, str(workdir))
+    assert f"Delete {workdir / 'config.json'}" in caught.value.instead
+    (workdir / "config.json").unlink()
+    # a summary that says nothing is that of no finished stage
+    (workdir / "summary.json").write_bytes(content)
+    with pytest.raises(Interrupted):
+        stages.run_stage(config, str(workdir))
+    assert stored(workdir)["stage"] == "finetune"
+
+
 def test_a_pipeline_hands_the_permission_on(started):
     workdir, _, seen = started
     pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke").unlock()

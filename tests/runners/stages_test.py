@@ -202,7 +202,7 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(corrupt_folder, t
     config = stage_config(corrupt_folder, str(tmp_path), "probe")
     pixels = FeatureSet("pixels", raw_pixels, {})
     sources = {split: open_source(config.data.source, split) for split in ("train", "validation")}
-    with pytest.raises(UserError, match=r"2 of the 26 images of split train are unreadable"):
+    with pytest.raises(UserError, match=r"2 of 26 images of split train are unreadable"):
         probe.cached_features(pixels, sources["train"], config, str(tmp_path))
     config.data.max_bad_fraction = 0.15
     for source, rows in zip(sources.values(), (24, 9), strict=True):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from paths import ROOT
 from beitv2_jax.data.target_cache import leases
 from beitv2_jax.data.target_cache.manifest import encoding_of
 from beitv2_jax.data.target_cache.reader import TargetReader
-from beitv2_jax.data.target_cache.writer import ShardLost, TargetCache
+from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCache
 from beitv2_jax.errors import UserError
+from beitv2_jax.runners import targets
 from beitv2_jax.runtime import heartbeat
 
 
@@ -243,6 +245,39 @@ def test_a_file_that_reads_back_otherwise_is_never_published(tmp_path, monkeypat
     assert not cache.is_done(0) and not list((tmp_path / "views").glob("*array_record*"))
 
 
+def test_a_full_disk_is_named_and_the_finished_shards_stay(undisturbed, tmp_path):
+    directory, limits = tmp_path / "views", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = ShardWriter.write
+
+    def run_full(writer, view, packed):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if writer._shard == 2 else limits[0], limits[1]))
+        write(writer, view, packed)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught, targets.explained(str(tmp_path)):
+        patch.setattr(ShardWriter, "write", run_full)
+        try:
+            work(str(directory))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in caught.value.happened and "File too large" in caught.value.happened
+    assert "GB free" in caught.value.happened and "Free space" in caught.value.instead
+    assert sorted(path.name for path in directory.glob(".writing/*.done")) == ["00000.done", "00001.done"]
+    assert not list(directory.glob(".writing/*.tmp"))
+    work(str(directory))
+    assert contents(directory) == undisturbed
+
+
+def test_a_damaged_mark_of_a_finished_shard_costs_that_shard(undisturbed, tmp_path):
+    directory = tmp_path / "views"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"00002.done was damaged"):
+        patch.setattr(
+            TargetCache, "_check_count", lambda cache, *_: (cache.done_path(2).write_text(""), cache._done(2))
+        )
+        work(str(directory))
+    work(str(directory))
+    assert contents(directory) == undisturbed
+
+
 def test_a_shard_that_went_away_is_found_at_the_end_and_written_again(undisturbed, tmp_path, monkeypatch):
     directory = tmp_path / "views"
     finish = TargetCache.finish
@@ -262,7 +297,9 @@ def test_a_shard_that_went_away_is_found_at_the_end_and_written_again(undisturbe
 
 def test_too_many_unreadable_images_stop_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_workers, "UNREADABLE", tuple(range(0, 83, 7)))
-    with pytest.raises(UserError, match=r"unreadable, for example drawing: no such picture.*\n.*\n.*max_bad_fraction"):
+    with pytest.raises(
+        UserError, match=r"unreadable(?s:.*)for example drawing: no such picture(?s:.*)max_bad_fraction"
+    ):
         work(str(tmp_path / "views"))
     assert not (tmp_path / "views" / "manifest.json").exists()
 

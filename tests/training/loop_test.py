@@ -169,26 +169,30 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-@pytest.mark.parametrize("told_at", [8, 18])
-def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, told_at):
-    """Told while step `told_at` runs, it does one more, which may be the last of all."""
-    assert train_elsewhere(tmp_path, stop_at=told_at, signals=[signal.SIGTERM]) == Preempted.EXIT_CODE == 75
+@pytest.mark.parametrize(("told_at", "signals"), [(8, [signal.SIGTERM]), (18, [signal.SIGINT, signal.SIGTERM])])
+def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, told_at, signals):
+    """Told while step `told_at` runs, it does one more, which may be the last of all.
+
+    Ctrl-C reaches the launcher too, which adds a SIGTERM of its own.
+    """
+    assert train_elsewhere(tmp_path, stop_at=told_at, signals=signals) == Preempted.EXIT_CODE == 75
     assert outcome(tmp_path)[0] == told_at + 1
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, told_at + 2))
     assert train_elsewhere(tmp_path) == 0
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-def test_told_twice_it_ends_at_once(tmp_path):
-    assert train_elsewhere(tmp_path, stop_at=8, signals=[signal.SIGTERM] * 2) == -signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_twice_it_ends_at_once(tmp_path, number):
+    assert train_elsewhere(tmp_path, stop_at=8, signals=[number] * 2) == -number
     assert not (tmp_path / "checkpoints" / "9").exists()
 
 
 def test_the_loop_gives_the_signal_back(tmp_path):
-    former = signal.getsignal(signal.SIGTERM)
+    former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Preempted, match="at step 3"):
         loop.train(toy.make_task(stop_at=2, signals=[signal.SIGTERM]), toy.config(), tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is former
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
 
 
 def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, tmp_path):
@@ -202,7 +206,7 @@ def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, t
         for index in (0, 1):
             # jax looks for the signal once a second
             task = {"pause": 0 if told is None else 0.2}
-            task |= {"stop_at": 4, "signals": [signal.SIGTERM]} if index == told else {}
+            task |= {"stop_at": 4, "signals": [signal.SIGINT]} if index == told else {}
             place = {"coordinator_address": address, "num_processes": 2, "process_id": index}
             options = {"task": task, "place": place, "config": {"run.checkpoint_every": f"{saves} steps"}}
             running.append(start_elsewhere(tmp_path, options, **one_device))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import training_toy as toy
 
-from beitv2_jax.data.bad_records import read_bad_records
+from beitv2_jax.data.bad_records import read_bad_records, refuse_too_many
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import loop, metric_log
 from beitv2_jax.training.writer import read_metrics
@@ -54,7 +54,7 @@ def test_too_many_unreadable_records_stop_the_run_at_the_same_step_after_a_resum
     with pytest.raises(UserError) as caught:
         loop.train(toy.make_task(unreadable=UNREADABLE), config, tmp_path)
     count, seen = sum(rows[: over[0]]), 8 * over[0]
-    assert f"{count} unreadable records up to step {over[0]} are {count / seen:.3%} of {seen}" in caught.value.happened
+    assert f"{count} of {seen} images up to step {over[0]} are unreadable" in caught.value.happened
     assert "data.max_bad_fraction allows 10.000%" in caught.value.happened
     assert str(tmp_path / "bad_records.jsonl") in caught.value.instead
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
@@ -62,12 +62,35 @@ def test_too_many_unreadable_records_stop_the_run_at_the_same_step_after_a_resum
     assert sorted(found) == sorted(set(found)) and set(found) <= set(UNREADABLE)
 
 
+def test_an_evaluation_with_too_many_unreadable_records_stops_the_run_after_its_save(tmp_path):
+    config = toy.config(**{"data.max_bad_fraction": 0.07, "run.duration": "5 steps", "run.checkpoint_every": "5 steps"})
+    with pytest.raises(UserError, match="1 of 13 images of split validation are unreadable") as caught:
+        loop.train(toy.make_task(unreadable=(100,)), config, tmp_path)
+    assert str(tmp_path / "bad_records.jsonl") in caught.value.instead
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    allowed = float(caught.value.instead.rstrip(".").rpartition("max_bad_fraction=")[2])
+    assert allowed == 0.077  # 1 / 13, rounded up
+    # all five steps are done: what was missing is the evaluation
+    config.data.max_bad_fraction = allowed
+    figures = loop.train(toy.make_task(unreadable=(100,), stop_at=1), config, tmp_path)
+    assert figures["eval/examples"] == 12 and 0 <= figures["eval/accuracy"] <= 1
+    assert figures["loss"] == read_metrics(tmp_path)[-1]["loss"]
+    assert loop.train(toy.make_task(unreadable=(100,)), config, tmp_path)["eval/accuracy"] == figures["eval/accuracy"]
+
+
+def test_a_pass_over_nothing_readable_is_refused_whatever_is_allowed():
+    refuse_too_many(3, 8, 0.4, of="of split test", listed="listed in x")
+    with pytest.raises(UserError, match="8 of 8 images of split test") as caught:
+        refuse_too_many(8, 8, 1.0, of="of split test", listed="listed in x")
+    assert "max_bad_fraction" not in caught.value.instead
+
+
 def test_one_unreadable_record_in_a_thousand_is_allowed_from_the_first_step(tmp_path):
     """The share is one of the data set at first: a bad record in the first batch is no reason to stop."""
     config = toy.config(**{"run.duration": "1 step", "optim.warmup": "0 steps", "data.max_bad_fraction": 2 / 61})
     first = next(toy.batches(8, seed=3))["example_ids"]
     loop.train(toy.make_task(unreadable=first[:2].tolist(), evaluation=False), config, tmp_path / "two")
-    with pytest.raises(UserError, match="3 unreadable records up to step 1"):
+    with pytest.raises(UserError, match="3 of 61 images up to step 1 "):
         loop.train(toy.make_task(unreadable=first[:3].tolist(), evaluation=False), config, tmp_path / "three")
 
 

@@ -29,6 +29,31 @@ def test_figures_of_one_step_are_one_line(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_figures_that_come_after_the_flush_are_read_as_one_with_those_before(tmp_path):
+    metrics = writer.MetricWriter(tmp_path)
+    for step in (3, 6):
+        metrics.write(step, {"loss": 0.5})
+        metrics.flush()
+    metrics.write(6, {"eval/accuracy": 0.25})
+    metrics.close()
+    expected = [{"step": 3, "loss": 0.5}, {"step": 6, "loss": 0.5, "eval/accuracy": 0.25}]
+    assert writer.read_metrics(tmp_path) == expected
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    writer.MetricWriter(tmp_path, resume_step=6).close()
+    assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 40, b"\xff\xfe{\n", b"12\n", b'"step"\n', b'{"loss": 1}\n', b'{"step": null}\n']
+)
+def test_what_a_power_cut_leaves_at_the_end_is_left_out(tmp_path, garbage):
+    write(tmp_path, [2, 4])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(garbage)
+    write(tmp_path, [5], resume_step=4)
+    assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
 def test_resume_drops_lines_beyond_the_step_and_a_corrupt_one(tmp_path):
     write(tmp_path, [2, 4, 6, 8])
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -5,6 +5,7 @@ import pathlib
 import unicodedata
 from typing import Any
 
+from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
@@ -12,6 +13,7 @@ from beitv2_jax.data.sources import open_with
 from beitv2_jax.data.sources.folders import class_folders, digest_of_names, first_left_out, list_images
 from beitv2_jax.data.sources.splits import refuse_slice, resolve_split
 from beitv2_jax.data.sources.tfds import TfdsSource
+from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
 from beitv2_jax.errors import UserError
 
 IMAGES, MAPS = "images", "annotations"
@@ -77,12 +79,12 @@ class FolderLabelMaps:
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
         path = self._images / self._files[example_id]
-        return {
-            "image": path.read_bytes(),
-            "label_map": (self._maps / self._map_files[example_id]).read_bytes(),
-            "example_id": int(example_id),
-            "where": f"{path} (example {example_id})",
-        }
+        where = f"{path} (example {example_id})"
+        try:
+            image, label_map = file_bytes(path), file_bytes(self._maps / self._map_files[example_id])
+        except RecordError as error:
+            return {**unreadable(example_id, where, error), "label_map": b""}
+        return {"image": image, "label_map": label_map, "example_id": int(example_id), "where": where}
 
     def __reduce__(self):
         return FolderLabelMaps, (self._path, self._asked)
@@ -111,7 +113,9 @@ class TfdsLabelMaps(TfdsSource):
                 f"{' or '.join(map(repr, MAP_FEATURES))}, or folder:PATH.",
             )
         try:
-            decode_label_map(self._records[0][self._map], f"{self.name}, example 0")
+            decode_label_map(self._features.deserialized(self._records[0])[self._map], f"{self.name}, example 0")
+        except RecordError:
+            pass  # it is listed when it is met
         except CorruptImageError as error:
             raise UserError(
                 f"The label maps of {self.name} cannot be used: {error.cause}.",
@@ -121,12 +125,16 @@ class TfdsLabelMaps(TfdsSource):
             ) from error
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        record = self._records[example_id]
+        where = f"{self._records.where(example_id)} (example {example_id})"
+        try:
+            record = self._features.deserialized(self._records[example_id])
+        except RecordError as error:
+            return {**unreadable(example_id, where, error), "label_map": b""}
         return {
             "image": record["image"],
             "label_map": record[self._map],
             "example_id": int(example_id),
-            "where": f"{self.name}, split {self.split}, example {example_id}",
+            "where": where,
         }
 
     def __reduce__(self):

@@ -79,6 +79,8 @@ def readable_pair(example: dict[str, Any], ids: LabelIds, grey_size: int) -> tup
     """Decode image and label map; return them and "", or a grey square, labels to ignore and "where: cause"."""
     where = words_for(example)
     try:
+        if "fault" in example:
+            raise decode.CorruptImageError(where, example["fault"])
         image = decode.decode_image(example["image"], where)
         label_map = ids.classes(decode_label_map(example["label_map"], where), where)
         if label_map.shape != image.shape[:2]:

@@ -40,7 +40,7 @@ class Source(Protocol):
     def __getitem__(self, example_id: int) -> dict[str, Any]:
         """Return `image` (encoded bytes), `label` (-1 = unknown), `example_id`, `where` (words for errors).
 
-        Where the example cannot be used although its image may be whole, `fault` says why.
+        Where the example cannot be read or used, `fault` says why; `image` is empty if nothing could be read.
         """
 
 

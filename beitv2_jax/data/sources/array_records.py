@@ -9,21 +9,25 @@ What the records hold is told by the first of them, or by `features.json` beside
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from absl import logging
 
 from beitv2_jax.data import array_files
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.examples import image_and_label
 from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault, listed_class_names
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
+from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import open_files
 
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 _FILES_AT_ONCE = 32
@@ -46,9 +50,6 @@ class ArrayRecordSource:
     empty_classes = ()
 
     def __init__(self, pattern: str, split: str):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-        from tensorflow_datasets.core.utils.shard_utils import FileInstruction
-
         self._pattern, self._asked = pattern, split
         refuse_slice(split, f"The files {pattern}")
         self.split, files = _matching(pattern, split)
@@ -61,13 +62,13 @@ class ArrayRecordSource:
                 "Did you mean to train and to evaluate on the same images, which this glob would give?",
                 "Write {split} in the glob where the names of the files or folders hold the split.",
             )
+        _log_missing_shards(files)
         self._files, counts = _counted(files, pattern)
         self.left_out = tuple(LeftOut(file, "it has no records") for file in files if file not in set(self._files))
-        self._ends = np.cumsum(counts)
-        self._records = ArrayRecordDataSource(
-            [FileInstruction(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
+        self._records = array_files.RecordFiles(
+            [array_files.RecordRange(file, 0, count, count) for file, count in zip(self._files, counts, strict=True)]
         )
-        self._read = _reader(features, self._records[0], self._files[0])
+        self._read = _reader(features, self._records, self._files[0])
         folder = os.path.dirname(self._files[0])
         self.class_names = listed_class_names(folder) if features is None else features.class_names
         self.num_classes = len(self.class_names)
@@ -77,15 +78,17 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        image, label = self._read(self._records[example_id])
-        file = int(np.searchsorted(self._ends, example_id, side="right"))
-        record = example_id - (self._ends[file - 1] if file else 0)
+        where = f"{self._records.where(example_id)} (example {example_id})"
+        try:
+            image, label = self._read(self._records[example_id])
+        except array_files.RecordError as error:
+            return unreadable(example_id, where, error)
         return {
             "image": image,
             "label": label,
             "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
-            "where": f"{self._files[file]}, record {record} (example {example_id})",
+            "where": where,
         }
 
     def __reduce__(self):
@@ -139,6 +142,23 @@ def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, li
     return found, files_of[found]
 
 
+def _log_missing_shards(files: list[str]) -> None:
+    """Warn of files named as shards, -00003-of-00064, of which others do not match: they may be missing."""
+    shards: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)", file):
+            shards.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    for (stem, total), there in shards.items():
+        if missing := sorted(set(range(int(total))) - there):
+            logging.warning(
+                "%s: %d of %s shards are not among the files that are read, shard %d is the first of these",
+                stem,
+                len(missing),
+                total,
+                missing[0],
+            )
+
+
 def _counted(files: list[str], pattern: str) -> tuple[list[str], list[int]]:
     """Return the files that have records, and how many."""
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
@@ -157,6 +177,8 @@ def _num_records(file: str) -> int:
     try:
         return array_files.num_records(file)
     except Exception as error:  # its own class, which it does not export
+        if open_files.is_exhausted(error):
+            raise open_files.too_many(error) from error
         raise UserError(
             f"{file} is no whole ArrayRecord file: {error}.",
             "Did the copying of it break off, or does the glob take files of another kind?",
@@ -164,10 +186,11 @@ def _num_records(file: str) -> int:
         ) from error
 
 
-def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes, int]]:
+def _reader(features, records: array_files.RecordFiles, file: str) -> Callable[[bytes], tuple[bytes, int]]:
     """Return the function record -> (encoded image, label); an image that a record lacks is empty."""
     if features is not None:
         return features.read
+    first = _first_readable(records)
     if first.startswith(_IMAGE_STARTS):
         return _plain_image
     if image_and_label(first) is not None:
@@ -177,6 +200,17 @@ def _reader(features, first: bytes, file: str) -> Callable[[bytes], tuple[bytes,
         "Do they hold something else, or do their features have other names?",
         "Write records that are encoded images or tf.train.Example with the feature 'image' or 'image/encoded', or use "
         "the files of a TFDS data set.",
+    )
+
+
+def _first_readable(records: array_files.RecordFiles) -> bytes:
+    for number in range(len(records)):
+        with contextlib.suppress(array_files.RecordError):
+            return records[number]
+    raise UserError(
+        f"None of the {len(records)} records can be read; the first is {records.where(0)}.",
+        "The files may have been damaged when they were copied.",
+        "Copy them again.",
     )
 
 

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
+from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
 from beitv2_jax.errors import UserError
 
 _OF_SERVERS = {"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"}
@@ -78,11 +80,16 @@ class FolderSource:
     def __getitem__(self, example_id: int) -> dict[str, Any]:
         group, file = self._files[example_id]
         path = self._root / self._folders[group] / file
+        where = f"{path} (example {example_id})"
+        try:
+            image = file_bytes(path)
+        except RecordError as error:
+            return unreadable(example_id, where, error)
         return {
-            "image": path.read_bytes(),
+            "image": image,
             "label": self._labels[group],
             "example_id": int(example_id),
-            "where": f"{path} (example {example_id})",
+            "where": where,
         }
 
     def __reduce__(self):

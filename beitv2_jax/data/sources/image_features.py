@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.errors import UserError
 
 NAMES_FILE = "labels.txt"
@@ -59,8 +60,22 @@ class ImageFeatures:
         return example["image"], int(label) if self._numbers is None else self._numbers.get(label, UNKNOWN_NAME)
 
     def read(self, record: bytes) -> tuple[bytes, int]:
-        """Return the encoded image and the label of a serialized record."""
-        return self.image_and_label(self._features.deserialize_example_np(record, decoders=self.decoders))
+        """Return the encoded image and the label of a serialized record; raises as `deserialized` does."""
+        example = self.deserialized(record)
+        if example["image"] is None or (self.class_names and example["label"] is None):
+            raise RecordError("the record has no image or no label")
+        return self.image_and_label(example)
+
+    def deserialized(self, record: bytes) -> Mapping[str, Any]:
+        """Return the features of a serialized record, images encoded.
+
+        Raises:
+          RecordError: it is no record of this set.
+        """
+        try:
+            return self._features.deserialize_example_np(record, decoders=self.decoders)
+        except Exception as error:  # what TFDS and protobuf raise on foreign bytes is not documented
+            raise RecordError(f"the record is none of this data set ({error!r})") from error
 
 
 def listed_class_names(directory: str | os.PathLike) -> tuple[str, ...]:

@@ -1,13 +1,17 @@
 """Prepared TFDS sets in ArrayRecord form, found by name and read without TensorFlow: a source of `data.sources`."""
 
 import hashlib
+import json
+import multiprocessing
 import os
 import pathlib
 import re
 from typing import Any
 
+from beitv2_jax.data.array_files import RecordError, RecordFiles, ranges_of_split
 from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
+from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
 
 
@@ -21,30 +25,30 @@ class TfdsSource:
     left_out = empty_classes = ()
 
     def __init__(self, directory: str | os.PathLike, split: str):
-        import tensorflow_datasets as tfds
-
         self._directory, self._asked = os.fspath(directory), split
-        builder = tfds.builder_from_directory(self._directory)
+        builder = opened_builder(self._directory)
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
         self.digest = _digest(builder.info.splits[self.split.partition("[")[0]])
         self._features = ImageFeatures(builder.info.features, where, directory)
-        try:
-            self._records = builder.as_data_source(self.split, decoders=self._features.decoders)
-        except NotImplementedError as error:
+        if builder.info.file_format.value != "array_record":
             raise UserError(
                 f"The TFDS set in {self._directory} has the format {builder.info.file_format.value}, which has no "
                 "random access.",
                 "Was it prepared by TFDS with its default format?",
                 f"Remove it and prepare it again by {_preparation(builder.name)}.",
-            ) from error
+            )
+        try:
+            self._records = RecordFiles(ranges_of_split(builder, self.split))
         except ValueError as error:
             raise UserError(
                 f"The split {split!r} cannot be cut: {str(error).rstrip('.')}.",
                 "Did you mistype the slice?",
                 "Write it as in train[:10%] or train[100:200].",
             ) from error
+        if multiprocessing.parent_process() is None:  # once, not in every worker process
+            self._records.check()
         self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
 
@@ -52,13 +56,17 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        image, label = self._features.image_and_label(self._records[example_id])
+        where = f"{self._records.where(example_id)} (example {example_id})"
+        try:
+            image, label = self._features.read(self._records[example_id])
+        except RecordError as error:
+            return unreadable(example_id, where, error)
         return {
             "image": image,
             "label": label,
             "fault": label_fault(label, self.num_classes),
             "example_id": int(example_id),
-            "where": f"{self.name}, split {self.split}, example {example_id}",
+            "where": where,
         }
 
     def __reduce__(self):
@@ -68,6 +76,28 @@ class TfdsSource:
 def _digest(split_info) -> str:
     sizes = f"{split_info.num_bytes} {list(split_info.shard_lengths)}"
     return hashlib.blake2b(sizes.encode(), digest_size=6).hexdigest()
+
+
+def opened_builder(directory: str | os.PathLike):
+    """Return the TFDS builder of the data set in `directory`.
+
+    Raises:
+      UserError: its metadata are damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(os.fspath(directory))
+    except Exception as error:  # TFDS, protobuf and the file system each have their own ways to fail here
+        raise _damaged_metadata(f"in {directory}", error) from error
+
+
+def _damaged_metadata(where: str, error: Exception) -> UserError:
+    return UserError(
+        f"The TFDS metadata {where} cannot be read: {(str(error).splitlines() or [repr(error)])[0]}.",
+        "The files dataset_info.json or features.json may have been damaged, by a full disk or when they were copied.",
+        "Copy the whole folder again, or prepare or compute it again in another directory.",
+    )
 
 
 def _preparation(name: str, data_dir: str = "") -> str:
@@ -102,7 +132,10 @@ def find_tfds(name: str, data_dir: str) -> str:
             else f"Write --config.data.data_dir=DIR of the directory that holds it, or prepare it by "
             f"{_preparation(name, data_dir)}.",
         ) from error
-    except ValueError as error:
+    except Exception as error:
+        # TFDS reads the metadata to look up a set; protobuf and json each have their own errors for damaged ones
+        if not isinstance(error, ValueError) or isinstance(error, json.JSONDecodeError):
+            raise _damaged_metadata(f"of {name!r} in {data_dir or 'the TFDS default directory'}", error) from error
         raise UserError(
             f"The TFDS set {name!r} cannot be looked up: {str(error).splitlines()[0].rstrip('.')}.",
             "Did you mistype the name, or does the set lie in several TFDS directories?",

@@ -175,3 +175,8 @@ def unpack_ids(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 Encoding = FeatureEncoding | CodeEncoding
+
+
+def zero_entries(encoding: Encoding) -> dict[str, np.ndarray]:
+    """Return what a batch carries of a record of zeros."""
+    return encoding.unpack({name: np.zeros(*field) for name, field in encoding.fields.items()})

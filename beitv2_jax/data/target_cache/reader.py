@@ -8,6 +8,7 @@ examples could not be read: their records are zeros.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax.data import array_files
+from beitv2_jax.data.sources.tfds import opened_builder
+from beitv2_jax.data.target_cache.encoding import zero_entries
 from beitv2_jax.data.target_cache.manifest import check_manifest, encoding_of, read_manifest
 from beitv2_jax.errors import UserError
 
@@ -28,24 +32,6 @@ def view_split(split: str, view: int) -> str:
     """Return the name of a view's split, without the signs of TFDS slices: train[:10%] -> train_to10pct_v0."""
     name = split.translate(str.maketrans({"[": "_", "]": None, ":": "to", "%": "pct", "-": "minus", "+": "_and_"}))
     return f"{name}_v{view}"
-
-
-def open_tfds(directory: str | os.PathLike):
-    """Return the TFDS builder of the part of a target cache in `directory`.
-
-    Raises:
-      UserError: its metadata are damaged.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder_from_directory(os.fspath(directory))
-    except Exception as error:  # TFDS, protobuf and the file system each have their own ways to fail here
-        raise UserError(
-            f"The TFDS metadata in {directory} cannot be read: {error}.",
-            "The files dataset_info.json or features.json may have been damaged when they were copied.",
-            "Copy the whole folder again, or compute the targets again in another directory.",
-        ) from error
 
 
 class TargetReader:
@@ -74,8 +60,9 @@ class TargetReader:
         self.check({"split": split})
         self.encoding = encoding_of(self.manifest)
         self.feature, self.num_views = self.encoding.target, self.manifest["num_views"]
-        self._builder = open_tfds(self._directory)
+        self._builder = opened_builder(self._directory)
         self._check_metadata()
+        self._check_files()
         self._views = functools.lru_cache(maxsize=OPEN_VIEWS)(self._open_view)
         self.unreadable = self._read_unreadable()
 
@@ -91,6 +78,13 @@ class TargetReader:
                 "Files of two target caches may have been mixed.",
                 "Copy the whole folder again, or compute the targets again in another directory.",
             )
+
+    def _check_files(self) -> None:
+        there = set(os.listdir(self._directory))
+        views = (array_files.ranges_of_split(self._builder, self._name(view)) for view in range(self.num_views))
+        names = [os.path.basename(entry.path) for entry in itertools.chain.from_iterable(views)]
+        if missing := [name for name in names if name not in there]:
+            raise self._unusable(f"{len(missing)} of {len(names)} shards are missing, such as {missing[0]}")
 
     def _read_unreadable(self) -> frozenset[int]:
         path = self._directory / BAD_RECORDS_FILE
@@ -108,7 +102,7 @@ class TargetReader:
         return view_split(self._split, view)
 
     def _open_view(self, view: int):
-        return self._builder.as_data_source(self._name(view))
+        return array_files.RecordFiles(array_files.ranges_of_split(self._builder, self._name(view)))
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -121,12 +115,29 @@ class TargetReader:
           IndexError: no such example or view.
           UserError: the record is damaged.
         """
+        entries, fault = self._read(example_id, view)
+        if fault:
+            raise self._unusable(f"view {view} of example {example_id} cannot be read ({fault})")
+        return entries
+
+    def readable(self, example_id: int, view: int) -> tuple[dict[str, np.ndarray], str]:
+        """Return `entries` and "", or what stands for them and why: the image was unreadable, the record is damaged."""
+        entries, fault = self._read(example_id, view)
+        return entries, "unreadable when the stored targets were made" if example_id in self.unreadable else fault
+
+    def _read(self, example_id: int, view: int) -> tuple[dict[str, np.ndarray], str]:
         if not (0 <= view < self.num_views and 0 <= example_id < len(self)):
             raise IndexError(f"example {example_id}, view {view}: {len(self)} examples of {self.num_views} views")
+        records = self._views(view)
         try:
-            return self.encoding.unpack(self._views(view)[int(example_id)])
-        except Exception as error:  # what ArrayRecord and protobuf raise on foreign bytes is not documented
-            raise self._unusable(f"view {view} of example {example_id} cannot be read ({error!r})") from error
+            record = records[int(example_id)]
+            return self.encoding.unpack(self._builder.info.features.deserialize_example_np(record)), ""
+        except UserError:
+            raise
+        except Exception as error:  # what protobuf raises on foreign bytes is not documented
+            return zero_entries(
+                self.encoding
+            ), f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
 
     def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
         """Return the features (float32 'n t') or ids (int32 'n') of (example id, view); only that record is read."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.data import array_files
+from beitv2_jax.data.sources.tfds import opened_builder
 from beitv2_jax.data.target_cache.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -26,9 +27,9 @@ from beitv2_jax.data.target_cache.manifest import (
     plain,
     read_manifest,
 )
-from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, open_tfds, view_split
+from beitv2_jax.data.target_cache.reader import BAD_RECORDS_FILE, view_split
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import sync, write_json
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record a group: random access reads no other. Uncompressed: neither features nor ids can be made smaller."""
@@ -100,7 +101,7 @@ class TargetCache:
         self.work.mkdir(parents=True, exist_ok=True)
         # a plan of which no shard is done or leased binds nobody
         if not path.exists() or all(other == path for other in self.work.iterdir()):
-            _write_json(path, plan)
+            write_json(path, plan)
         try:
             begun = json.loads(path.read_text())
             check_manifest(
@@ -140,8 +141,20 @@ class TargetCache:
         """Return the examples that could not be read in the shards done so far, as lines of `bad_records.jsonl`."""
         for shard in set(range(len(self.shards))) - set(self.remaining()) - self._unreadable.keys():
             with contextlib.suppress(FileNotFoundError):  # another process finished
-                self._unreadable[shard] = json.loads(self.done_path(shard).read_text())["unreadable"]
+                self._unreadable[shard] = self._done(shard)["unreadable"]
         return [bad for shard in sorted(self._unreadable) for bad in self._unreadable[shard]]
+
+    def _done(self, shard: int) -> dict[str, Any]:
+        path = self.done_path(shard)
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} was damaged ({error}), and is removed.",
+                "The machine may have lost its power, or the disk may have been full.",
+                "Run this stage again, which writes this shard again.",
+            ) from error
 
     def open_shard(self, shard: int) -> "ShardWriter":
         """Return the writer of an input shard, after removing what a killed worker left of it.
@@ -186,7 +199,7 @@ class TargetCache:
         Raises:
           UserError: a shard's file has gone or has another number of records. It is to be written again then.
         """
-        done = [json.loads(self.done_path(shard).read_text()) for shard in range(len(self.shards))]
+        done = [self._done(shard) for shard in range(len(self.shards))]
         for view in self.views:
             for shard in range(len(self.shards)):
                 self._check_count(shard, view)
@@ -196,9 +209,10 @@ class TargetCache:
         self._write_metadata(temporary, [shard["num_bytes"] for shard in done])
         if unreadable:
             (temporary / BAD_RECORDS_FILE).write_text("".join(json.dumps(bad) + "\n" for bad in unreadable))
-        _write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
+        write_json(temporary / MANIFEST_FILE, {**self._manifest, "unreadable": len(unreadable)})
         # the manifest makes the cache readable, so it goes last
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+            sync(path)
             os.replace(path, self.directory / path.name)
         self._remove_work()
 
@@ -227,7 +241,7 @@ class TargetCache:
             for view in self.views
         ]
         if self.views.start:
-            splits = [*open_tfds(self.directory).info.splits.values(), *splits]
+            splits = [*opened_builder(self.directory).info.splits.values(), *splits]
         info = tfds.core.DatasetInfo(
             builder=dataset_info.DatasetIdentity(
                 name=self._name, version=tfds.core.Version("1.0.0"), data_dir=directory, module_name=""
@@ -282,18 +296,21 @@ class ShardWriter:
           ShardLost: another worker took this shard over, after this one had seemed dead.
         """
         length = len(self._cache.shards[self._shard])
-        for file in self._files.values():
-            file.close()
+        for view, file in self._files.items():
+            try:
+                file.close()
+            except Exception as error:  # the library's own class, which it does not export
+                raise OSError(f"{self._paths[view]}: {error}") from error
         if not all(path.exists() for path in self._paths.values()):
             raise ShardLost
         for view, path in self._paths.items():
             if self._sums[view][0] != length or _reread(path) != self._sums[view]:
                 raise OSError(f"{path} does not hold the {length} records that were written to it")
-            _sync(path)
+            sync(path)
         try:
             for view, path in self._paths.items():
                 os.rename(path, self._cache.shard_path(self._shard, view))
-            _write_json(
+            write_json(
                 self._cache.done_path(self._shard), {"num_bytes": self._num_bytes, "unreadable": list(unreadable)}
             )
         except FileNotFoundError as error:
@@ -302,7 +319,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Close and remove the unfinished files."""
         for view, path in self._paths.items():
-            self._files[view].close()
+            with contextlib.suppress(Exception):  # the disk may be full
+                self._files[view].close()
             path.unlink(missing_ok=True)
 
 
@@ -314,16 +332,3 @@ def _reread(path: pathlib.Path) -> tuple[int, int]:
             for record in reader.read(first, min(first + _READ_AT_ONCE, count)):
                 checksum = zlib.crc32(record, checksum)
     return count, checksum
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Bring a closed file to the disk, so that no crash of the machine can leave its name without its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -110,6 +110,9 @@ def test_the_published_folders(tmp_path):
     assert open_label_maps(f"folder:{tmp_path}", "val").split == "validation"
     assert train.name != open_label_maps(f"folder:{tmp_path}", "val").name
     (tmp_path / "annotations" / "training" / "b.png").unlink()
+    gone = train[1]
+    assert (gone["image"], gone["label_map"], gone["fault"]) == (b"", b"", "No such file or directory")
+    assert gone["where"].endswith("training/b.jpg (example 1)")
     with pytest.raises(UserError, match=r"1 of 2 images .* no label map, b.jpg"):
         open_label_maps(f"folder:{tmp_path}", "train")
     with pytest.raises(UserError, match="no split 'other'"):

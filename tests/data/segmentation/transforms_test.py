@@ -157,16 +157,19 @@ def test_windows_are_cut_out_of_the_views():
     assert (row["label_maps"][60:] == IGNORED).all() and tuple(row["sizes"]) == (60, 100)
 
 
-@pytest.mark.parametrize("broken", ["image", "label_map", "size", "number"])
+@pytest.mark.parametrize("broken", ["image", "label_map", "size", "number", "gone"])
 def test_what_cannot_be_read_is_a_row_that_does_not_count(broken):
     source = example(60, 100)
     if broken == "size":
         source["label_map"] = example(60, 90)["label_map"]
     elif broken == "number":
         source["label_map"] = encoded(np.full((60, 100), 99, np.uint8))
+    elif broken == "gone":
+        source |= {"image": b"", "label_map": b"", "fault": "No such file"}
     else:
         source[broken] = source[broken][:100]
     cause = {
+        "gone": "No such file",
         "size": "90 x 60 pixels, the image 100 x 60",
         "number": "the number 99",
         "label_map": "label map is damaged",

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from beitv2_jax.data import array_files
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.errors import UserError
@@ -290,9 +291,9 @@ def test_folder_identity_of_before(split_folder):
     assert open_source(f"folder:{split_folder}", "train").name == f"folder:birds@{digest}"
 
 
-def _array_record(path, records):
+def _array_record(path, records, options="group_size:1"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer = ArrayRecordWriter(str(path), options)
     for record in records:
         writer.write(record)
     writer.close()
@@ -367,7 +368,7 @@ def cut_directory(tmp_path_factory):
     return directory / "prime_images" / "2.3.0"
 
 
-def test_array_records_of_a_tfds_set_and_some_of_its_shards(cut_directory, tmp_path):
+def test_array_records_of_a_tfds_set_and_some_of_its_shards(cut_directory, tmp_path, caplog):
     whole = open_source("tfds:prime_images", "train", str(cut_directory.parents[1]))
     source = open_source(f"arrayrecord:{cut_directory}/*", "train")
     assert (len(source), source.split, source.class_names) == (7, "train", ("odd", "even"))
@@ -375,7 +376,9 @@ def test_array_records_of_a_tfds_set_and_some_of_its_shards(cut_directory, tmp_p
         assert {**source[i], "where": ""} == {**whole[i], "where": ""}
     assert len(open_source(f"arrayrecord:{cut_directory}/*", "validation")) == 3
     # 7 records in 3 shards: 2, 3, 2
+    assert "not among" not in caplog.text
     middle = open_source(f"arrayrecord:{cut_directory}/*-00001-of-00003", "train")
+    assert f"{cut_directory}/prime_images-train.array_record: 2 of 00003 shards are not among" in caplog.text
     assert [middle[i]["image"] for i in range(len(middle))] == [whole[i]["image"] for i in (2, 3, 4)]
     assert middle[0]["label"] == whole[2]["label"]
     with pytest.raises(UserError, match="it has train"):
@@ -419,3 +422,86 @@ def test_sources_survive_pickling(kind, split_folder, tfds_directory, record_fil
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.name, copy.split, len(copy)) == (source.name, source.split, len(source))
     assert copy[2] == source[2]
+
+
+def _flip_a_byte(directory, pattern, record):
+    """Change one byte inside `record` in the file that matches, which is written anew for that; return its path."""
+    (path,) = directory.glob(pattern)
+    _array_record(path, list(array_files.RecordFiles(_whole(path))), "group_size:1,uncompressed")
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(record) + len(record) // 2] ^= 1
+    path.write_bytes(raw)
+    return path
+
+
+def _whole(path):
+    count = array_files.num_records(path)
+    return [array_files.RecordRange(str(path), 0, count, count)]
+
+
+def _faults(source):
+    """Return example id -> (where, fault, what the transform makes of it) of the examples that cannot be read."""
+    from beitv2_jax.data.transform import EvalTransform
+
+    found = {}
+    for example in (source[i] for i in range(len(source))):
+        row = EvalTransform(8)(example)
+        assert (row["weight"] == 0) == ("fault" in example) == bool(row["faults"])
+        if "fault" in example:
+            assert (example["image"], example["label"]) == (b"", -1)
+            found[example["example_id"]] = (example["where"], example["fault"], str(row["faults"]))
+    return found
+
+
+def test_a_damaged_record_is_named_with_its_file_and_number(tmp_path, cut_directory, record_files):
+    copy = tmp_path / "prime_images" / "2.3.0"
+    shutil.copytree(cut_directory, copy)
+    whole = open_source("tfds:prime_images", "train", str(tmp_path))
+    path = _flip_a_byte(copy, "*train*00001-of-00003", whole[3]["image"])
+    [(example_id, (where, fault, listed))] = _faults(open_source("tfds:prime_images", "train", str(tmp_path))).items()
+    assert (example_id, where) == (3, f"{path}, record 1 (example 3)")
+    assert "Corrupted" in fault and listed == f"{where}: {fault}"
+    path = _flip_a_byte(record_files, "b-train*", _png(4))
+    [(example_id, (where, _, _))] = _faults(open_source(f"arrayrecord:{record_files}/*train*", "train")).items()
+    assert (example_id, where) == (4, f"{path}, record 1 (example 4)")
+
+
+def test_a_record_of_another_set_is_a_damaged_one(tmp_path, tfds_directory):
+    copy = tmp_path / "prime_images" / "2.3.0"
+    shutil.copytree(pathlib.Path(tfds_directory) / "prime_images" / "2.3.0", copy)
+    (path,) = copy.glob("*train*")
+    _array_record(path, [b"\xff\xff", *[_example(other=7)] * 6])
+    faults = _faults(open_source("tfds:prime_images", "train", str(tmp_path)))
+    assert list(faults) == list(range(7)) and "none of this data set" in faults[0][1]
+
+
+def test_a_file_that_vanished_is_an_unreadable_image(split_folder):
+    source = open_source(f"folder:{split_folder}", "train")
+    (split_folder / "train" / "owl" / "a.JPG").unlink()
+    [(example_id, (where, fault, _))] = _faults(source).items()
+    assert (example_id, fault) == (3, "No such file or directory") and "owl/a.JPG" in where
+
+
+def test_missing_shards_are_found_at_the_start(tmp_path, cut_directory):
+    copy = tmp_path / "prime_images" / "2.3.0"
+    shutil.copytree(cut_directory, copy)
+    (path,) = copy.glob("*train*00002-of-00003")
+    path.unlink()
+    with pytest.raises(
+        UserError, match=r"1 of 3 record files are missing or damaged.*00002-of-00003: there is no such"
+    ):
+        open_source("tfds:prime_images", "train", str(tmp_path))
+    assert len(open_source("tfds:prime_images", "validation", str(tmp_path))) == 3
+    # a slice that does not need it
+    assert len(open_source("tfds:prime_images", "train[:2]", str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", '{"a"', "{}"])
+def test_damaged_metadata_of_a_tfds_set_are_named(tmp_path, tfds_directory, name, content):
+    copy = tmp_path / "prime_images" / "2.3.0"
+    shutil.copytree(pathlib.Path(tfds_directory) / "prime_images" / "2.3.0", copy)
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=r"(metadata .* cannot be read)|(cannot be looked up)") as caught:
+        open_source("tfds:prime_images", "train", str(tmp_path))
+    assert "dataset_info.json" in caught.value.meant

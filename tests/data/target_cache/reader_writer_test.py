@@ -92,20 +92,26 @@ def test_slices_of_a_source_have_splits_that_tfds_can_name(tmp_path, split):
 
 def test_reading_one_view_opens_no_other(tmp_path):
     fill(tmp_path / "views", CODE_MANIFEST, ids)
+    reader = TargetReader(tmp_path / "views", "train")
     for path in (tmp_path / "views").glob("*_v1*"):
         path.unlink()
-    reader = TargetReader(tmp_path / "views", "train")
     for view in (0, 2):
         np.testing.assert_array_equal(reader[5, view], ids(5, view))
     with pytest.raises(UserError, match="view 1 of example 5 cannot be read"):
         reader[5, 1]
+    entries, fault = reader.readable(5, 1)
+    assert "cache-train_v1" in fault and "record 5" in fault and "No such file" in fault
+    assert not entries["code_ids"].any() and entries["code_ids"].shape == (21,)
+    assert "4 of 12 shards are missing, such as cache-train_v1" in refused(tmp_path / "views")
 
 
 def test_views_are_closed_again(feature_cache, monkeypatch):
     reader = TargetReader(feature_cache, "train")
     opened = []
-    real = reader._builder.as_data_source
-    monkeypatch.setattr(reader._builder, "as_data_source", lambda name: opened.append(name) or real(name))
+    real = reader_module.array_files.ranges_of_split
+    monkeypatch.setattr(
+        reader_module.array_files, "ranges_of_split", lambda builder, name: opened.append(name) or real(builder, name)
+    )
     for view in (0, 0, 1, 0, 1, 1, 0, 2, 2, 1, 1):
         reader[3, view]
     assert opened == ["train_v0", "train_v1", "train_v2", "train_v1"]

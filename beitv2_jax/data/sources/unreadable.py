@@ -1,0 +1,27 @@
+"""What a source gives in place of an example whose file or record cannot be read: the fault instead of an image."""
+
+import pathlib
+from typing import Any
+
+from beitv2_jax.data.array_files import RecordError
+from beitv2_jax.runtime import open_files
+
+
+def unreadable(example_id: int, where: str, cause: object) -> dict[str, Any]:
+    """Return the example that stands for one that cannot be read; `fault` says why."""
+    return {"image": b"", "label": -1, "example_id": int(example_id), "where": where, "fault": str(cause)}
+
+
+def file_bytes(path: pathlib.Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+      RecordError: it is gone, or cannot be read.
+      UserError: the system lets this process open no more files.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if open_files.is_exhausted(error):
+            raise open_files.too_many(error) from error
+        raise RecordError(error.strerror or str(error)) from error
