@@ -1,5 +1,7 @@
 """The segmentation stage: rows that do not count, figures by hand, starts from pre-training, a run on a folder."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.segmentation import class_colors
 from beitv2_jax.runners import stages
-from beitv2_jax.tasks import inputs, segment
+from beitv2_jax.tasks import segment
 
 BATCH, CLASSES, SIDE = 5, 7, 32
 
@@ -33,7 +35,8 @@ def small(**model):
 
 
 def made(config):
-    return segment.make_task(config, inputs.Opened((FakeSource(0),) * 2))
+    with mock.patch.object(segment, "open_sources", lambda config: (FakeSource(0),) * 2):
+        return segment.build(config)
 
 
 def batch(seed=0):
