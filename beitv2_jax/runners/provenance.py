@@ -48,15 +48,16 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
                 "The path may be mistyped, or the stage that writes it may not have run yet.",
                 f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
             )
-        found[key] = _cache(path) if key in CACHES else _network(path)
+        state_dict = config.teacher.state_dict if key == "teacher.weights" else ""
+        found[key] = _cache(path) if key in CACHES else _network(path, state_dict)
     return found
 
 
-def _network(path: str) -> str:
+def _network(path: str, state_dict: str) -> str:
     if is_run(path):
         run = read_run(path)
         return f"step {run.step}, weights {run.weights_hash}"
-    return f"weights {weights_hash(read_weights(path))}"
+    return f"weights {weights_hash(read_weights(path, state_dict).arrays)}"
 
 
 def _cache(path: str) -> str:
