@@ -94,7 +94,7 @@ def opened_builder(directory: str | os.PathLike):
 
 def _damaged_metadata(where: str, error: Exception) -> UserError:
     return UserError(
-        f"The TFDS metadata {where} cannot be read: {(str(error).splitlines() or [repr(error)])[0]}.",
+        f"The TFDS metadata {where} cannot be read: {(str(error).splitlines() or [repr(error)])[0].rstrip('.')}.",
         "The files dataset_info.json or features.json may have been damaged, by a full disk or when they were copied.",
         "Copy the whole folder again, or prepare or compute it again in another directory.",
     )

@@ -135,9 +135,8 @@ class TargetReader:
         except UserError:
             raise
         except Exception as error:  # what protobuf raises on foreign bytes is not documented
-            return zero_entries(
-                self.encoding
-            ), f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
+            fault = f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
+            return zero_entries(self.encoding), fault
 
     def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
         """Return the features (float32 'n t') or ids (int32 'n') of (example id, view); only that record is read."""
