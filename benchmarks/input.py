@@ -11,7 +11,7 @@ sizes of `--tokenizer`. Each measurement is warmed before it is taken:
     step alone    the compiled step on one batch that stays on the devices
     whole loop    `training.loop`, checkpoints and evaluations left out, with the share of time spent waiting for data
 
-`--quick` takes few small batches, to see that everything runs; its figures mean nothing.
+`--quick` takes few small batches, to see that everything runs; its metrics mean nothing.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from beitv2_jax.tasks import inputs, mim, tokenize, vqkd
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
-from beitv2_jax.training.metric_log import Plan
+from beitv2_jax.training.schedule import Schedule
 from beitv2_jax.training.step import make_train_step
 from beitv2_jax.training.writer import read_metrics
 
@@ -89,15 +89,15 @@ def _processor_seconds() -> float:
 def step_alone(task: Task, config: ConfigDict, steps: int) -> float:
     """Return images per second of the compiled step on one batch that stays on the devices."""
     mesh = sharding.make_mesh(**config.mesh)
-    plan = Plan.from_config(config, task.num_train_examples)
-    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
+    schedule = Schedule.from_config(config, task.num_train_examples)
+    optimizer, learning_rate = optim.for_task(task, config.optim, schedule.warmup_steps, schedule.num_steps)
     state = state_lib.create(task, optimizer, mesh=mesh, seed=config.seed, keep_average=config.optim.weight_average > 0)
     iterator = task.train_batches(0, 1)
     batch = sharding.place_batch(next(iterator), mesh)
     iterator.close()
     frozen = sharding.place_weights(task.frozen, mesh)
     step = make_train_step(
-        task, optimizer, schedule=schedule, seed=config.seed, average_decay=config.optim.weight_average
+        task, optimizer, schedule=learning_rate, seed=config.seed, average_decay=config.optim.weight_average
     )
     compiled = loop.compile_step(step, state, frozen, batch, mesh)
     for count in (WARM_BATCHES, steps):
@@ -141,19 +141,19 @@ def untrained_tokenizer(config: ConfigDict, tokenizer_config: ConfigDict):
     return tokenize.Tokenizer("untrained", model, (rows, rows), "none"), variables
 
 
-def table(figures: dict[str, float | str], config: ConfigDict) -> str:
-    """Return the figures as a Markdown table with one line of conclusion."""
-    cores = figures["cores_to_keep_the_step_busy"]
+def table(metrics: dict[str, float | str], config: ConfigDict) -> str:
+    """Return the metrics as a Markdown table with one line of conclusion."""
+    cores = metrics["cores_to_keep_the_step_busy"]
     return "\n".join(
         [
             "| what | images/s |",
             "|---|---|",
-            f"| input alone, {_workers(config)} | {figures['input_images_per_second']:.1f} |",
-            f"| input alone, a core | {figures['input_images_per_second_per_core']:.1f} |",
-            f"| step alone, {_devices()} | {figures['step_images_per_second']:.1f} |",
-            f"| whole loop | {figures['loop_images_per_second']:.1f} |",
+            f"| input alone, {_workers(config)} | {metrics['input_images_per_second']:.1f} |",
+            f"| input alone, a core | {metrics['input_images_per_second_per_core']:.1f} |",
+            f"| step alone, {_devices()} | {metrics['step_images_per_second']:.1f} |",
+            f"| whole loop | {metrics['loop_images_per_second']:.1f} |",
             "",
-            f"The bound is the {figures['bound']}; the loop waits for data {figures['data_wait_share']:.1%} of the "
+            f"The bound is the {metrics['bound']}; the loop waits for data {metrics['data_wait_share']:.1%} of the "
             f"time. The input needs {cores:.2f} cores to keep this step busy.",
         ]
     )
@@ -177,7 +177,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("steps", 20, "Batches of each measurement.", flag_values=values)
     configs = Path(__file__).parents[1] / "configs"
     flags.DEFINE_string("tokenizer", str(configs / "vqkd.py"), "Sizes of an untrained tokenizer.", flag_values=values)
-    flags.DEFINE_string("out", "benchmark_input.json", "File for the figures.", flag_values=values)
+    flags.DEFINE_string("out", "benchmark_input.json", "File for the metrics.", flag_values=values)
     flags.DEFINE_boolean("quick", False, "Few small batches.", flag_values=values)
 
 
@@ -189,7 +189,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure what the parsed flags describe; print the table and write the figures."""
+    """Measure what the parsed flags describe; print the table and write the metrics."""
     del argv
     start_logging(False)
     values = flags.FLAGS
@@ -199,9 +199,9 @@ def main(argv: Sequence[str]) -> None:
             config.data[key] = given
     if values.quick:
         config.run.batch_size, steps = 8, 3
-    figures = measure(config, build(config, values.tokenizer), steps)
-    print(table(figures, config))
-    described = {"config": config.to_dict(), "devices": _devices(), "steps": steps, **figures}
+    metrics = measure(config, build(config, values.tokenizer), steps)
+    print(table(metrics, config))
+    described = {"config": config.to_dict(), "devices": _devices(), "steps": steps, **metrics}
     Path(values.out).write_text(json.dumps(described, indent=2) + "\n")
 
 

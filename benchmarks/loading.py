@@ -66,7 +66,7 @@ def paced_loop(config: ConfigDict, *, effort: Effort, options: Mapping[str, Any]
 
 
 class PacedStep:
-    """A compiled step that returns the state as it is; its figures are there `seconds` after the former step's."""
+    """A compiled step that returns the state as it is; its metrics are there `seconds` after the former step's."""
 
     def __init__(self, seconds: float):
         self._seconds, self._free = seconds, 0.0

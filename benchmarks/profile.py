@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace(step, Path(arguments.out), arguments.steps)
     found = operations(events_of(Path(arguments.out)), arguments.steps)
     described = {"name": arguments.name, "options": options, "environment": cases.describe(), "steps": arguments.steps}
-    figures = {**described, "operations": [operation._asdict() for operation in found]}
-    write_text(Path(arguments.out) / "kernels.json", json.dumps(figures, indent=1) + "\n")
+    metrics = {**described, "operations": [operation._asdict() for operation in found]}
+    write_text(Path(arguments.out) / "kernels.json", json.dumps(metrics, indent=1) + "\n")
     print(table(found[: arguments.top]))
 
 

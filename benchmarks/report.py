@@ -2,7 +2,7 @@
 
     python -m benchmarks.report FILE.json [--docs=docs/performance.md]
 
-Replaces what stands between the markers of the page and writes the plot beside it; the plot needs matplotlib. Figures
+Replaces what stands between the markers of the page and writes the plot beside it; the plot needs matplotlib. Metrics
 of a CPU are shown as ratios alone: which machine it was, and what else it did, moves the rest.
 """
 
@@ -117,7 +117,7 @@ def goals(results: Mapping[str, Any], on_cpu: bool) -> str:
     waits = [one["data_wait_share"] for one in rounds(results, "loop")]
     shown = (f"{statistics.median(waits):.1%}", "") if waits else ("not measured", "")
     rows.append(("share of the loop that waits for data", *shown, f"under {WAITING:.0%}"))
-    words = "No goal is met or missed by these figures: they are a CPU's." if on_cpu else ""
+    words = "No goal is met or missed by these metrics: they are a CPU's." if on_cpu else ""
     return "\n\n".join(filter(None, [markdown_table(rows), words]))
 
 
@@ -204,11 +204,11 @@ def implementations(results: Mapping[str, Any]) -> str:
                 continue
             reference = found["implementations"]["reference"]
             sizes = ", ".join(f"{key} {value}" for key, value in found["sizes"].items())
-            for name, figures in found["implementations"].items():
+            for name, metrics in found["implementations"].items():
                 if name == "reference":
                     continue
-                shown = _speed_over(reference, figures)
-                memory = f"{figures['planned_bytes'] / reference['planned_bytes']:.2f}"
+                shown = _speed_over(reference, metrics)
+                memory = f"{metrics['planned_bytes'] / reference['planned_bytes']:.2f}"
                 rows.append((found["what"], sizes, name, *shown, memory))
             for name, why in found["skipped"].items():
                 rows.append((found["what"], sizes, name, f"not measured: {why}", "", ""))

@@ -2,7 +2,7 @@
 
 python -m benchmarks.soak [--steps=2000] [--workers=0] [--workdir=DIR]
 
-Everything that a run does happens often: figures of each step logged, a checkpoint every 100 steps, an evaluation every
+Everything that a run does happens often: metrics of each step logged, a checkpoint every 100 steps, an evaluation every
 200, pictures read by the real pipeline. The first 40 % are left out: there caches fill and programs are compiled.
 """
 

@@ -214,7 +214,7 @@ def test_the_stage_gets_the_config_and_an_absolute_workdir(tmp_path, task, monke
         "    import jax\n"
         "    print(config.stage, config.teacher.weights, workdir, jax.config.jax_compilation_cache_dir, end=' ')\n"
         "    print(allow_config_change)\n"
-        "    return {'figures': {}}\n"
+        "    return {'metrics': {}}\n"
         f"stages.{task}_stage = {task}_stage\n"
         "sys.modules['beitv2_jax.runners.stages'] = stages\n"
         "from beitv2_jax import main\n"

@@ -1,4 +1,4 @@
-"""The report of a finished pipeline: one table of seconds and key figures, and the picture of the codes."""
+"""The report of a finished pipeline: one table of seconds and metrics, and the picture of the codes."""
 
 import math
 import os
@@ -10,11 +10,11 @@ from beitv2_jax.report.codes import draw_code_rows
 
 def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
     """Write `report.md` and, where the pipeline has a tokenize stage, `codes.png`; return the table as text."""
-    rows = [("stage", "seconds", "key figures")]
+    rows = [("stage", "seconds", "metrics")]
     for name, summary in summaries.items():
         # null in JSON is a number that is not finite
-        figures = {key: math.nan if value is None else value for key, value in summary["figures"].items()}
-        described = DESCRIPTIONS[summary["stage"]](figures, stages[name])
+        metrics = {key: math.nan if value is None else value for key, value in summary["metrics"].items()}
+        described = DESCRIPTIONS[summary["stage"]](metrics, stages[name])
         rows += [
             (name if not i else "", f"{summary['seconds']:.0f}" if not i else "", line)
             for i, line in enumerate(described)
@@ -43,38 +43,38 @@ def markdown_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def _finetune(figures: dict, stage) -> list[str]:
-    return [f"accuracy {figures['eval/accuracy']:.1%} on {stage.data.eval_split} (train loss {figures['loss']:.3f})"]
+def _finetune(metrics: dict, stage) -> list[str]:
+    return [f"accuracy {metrics['eval/accuracy']:.1%} on {stage.data.eval_split} (train loss {metrics['loss']:.3f})"]
 
 
-def _extract(figures: dict, stage) -> list[str]:
-    return [f"{figures['train_examples']} images x {figures['views_per_example']} views"]
+def _extract(metrics: dict, stage) -> list[str]:
+    return [f"{metrics['train_examples']} images x {metrics['views_per_example']} views"]
 
 
-def _vqkd(figures: dict, stage) -> list[str]:
+def _vqkd(metrics: dict, stage) -> list[str]:
     return [
-        f"reconstruction loss {figures['eval/reconstruction_loss']:.3f} (train {figures['reconstruction_loss']:.3f})",
-        f"codebook usage {figures['eval/codebook_usage']:.0%} of {stage.model.codebook_size}, "
-        f"perplexity {figures['eval/codebook_perplexity']:.0f}",
+        f"reconstruction loss {metrics['eval/reconstruction_loss']:.3f} (train {metrics['reconstruction_loss']:.3f})",
+        f"codebook usage {metrics['eval/codebook_usage']:.0%} of {stage.model.codebook_size}, "
+        f"perplexity {metrics['eval/codebook_perplexity']:.0f}",
     ]
 
 
-def _mim(figures: dict, stage) -> list[str]:
+def _mim(metrics: dict, stage) -> list[str]:
     lines = [
-        f"loss {figures['loss']:.3f} (final layer {figures['final_loss']:.3f})",
-        f"masked accuracy {figures['eval/final_accuracy']:.1%} (chance {1 / stage.model.codebook_size:.1%}, "
-        f"most frequent code {figures['eval/majority_accuracy']:.1%})",
+        f"loss {metrics['loss']:.3f} (final layer {metrics['final_loss']:.3f})",
+        f"masked accuracy {metrics['eval/final_accuracy']:.1%} (chance {1 / stage.model.codebook_size:.1%}, "
+        f"most frequent code {metrics['eval/majority_accuracy']:.1%})",
     ]
-    if "eval/aggregation_accuracy" in figures:
-        lines.append(f"through the aggregation head {figures['eval/aggregation_accuracy']:.1%}")
+    if "eval/aggregation_accuracy" in metrics:
+        lines.append(f"through the aggregation head {metrics['eval/aggregation_accuracy']:.1%}")
     return lines
 
 
-def _probe(figures: dict, stage) -> list[str]:
+def _probe(metrics: dict, stage) -> list[str]:
     lines = []
-    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in metrics if "/" in key):
         title = "raw pixels" if name == "pixels/pixels" else name.replace("/", " ")
-        lines.append(f"{title}: linear {figures[f'{name}/linear']:.1%}, kNN {figures[f'{name}/knn']:.1%}")
+        lines.append(f"{title}: linear {metrics[f'{name}/linear']:.1%}, kNN {metrics[f'{name}/knn']:.1%}")
     return lines
 
 
@@ -86,4 +86,4 @@ DESCRIPTIONS = {
     "mim": _mim,
     "probe": _probe,
 }
-"""Stage name -> its lines in the table, from (figures, config)."""
+"""Stage name -> its lines in the table, from (metrics, config)."""

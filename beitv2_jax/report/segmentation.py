@@ -21,12 +21,12 @@ _COLUMNS = ("image", "true", "predicted", "where wrong")
 
 
 def draw_segmentations(
-    task: Task, config, workdir: str, path: str, *, figures: Mapping[str, float], num_images: int = 6
+    task: Task, config, workdir: str, path: str, *, metrics: Mapping[str, float], num_images: int = 6
 ) -> None:
     """Write a picture of up to `num_images` validation images: image, true map, predicted map, wrong pixels.
 
     The images are evenly spread over the split. Pixels without a true class are black in the true map and never wrong.
-    Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `figures`).
+    Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `metrics`).
     """
     trained, model, rows = read_run(workdir), segment.make_model(config, inputs.compute(config)), task.eval_batches.rows
     predict = jax.jit(
@@ -45,7 +45,7 @@ def draw_segmentations(
         lines.append(_line(image, true, predicted))
         seen |= set(np.unique([true, predicted]).tolist()) - {IGNORED}
     if lines:
-        _sheet([*lines, _legend(sorted(seen), figures, lines[0].width)]).save(path)
+        _sheet([*lines, _legend(sorted(seen), metrics, lines[0].width)]).save(path)
 
 
 def class_colors(num_colors: int = 256) -> UInt8[np.ndarray, "n 3"]:
@@ -74,7 +74,7 @@ def _line(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> Image.I
     return line
 
 
-def _legend(classes: list[int], figures: Mapping[str, float], width: int) -> Image.Image:
+def _legend(classes: list[int], metrics: Mapping[str, float], width: int) -> Image.Image:
     """Return a picture of the colours of classes, in rows, each with its number and its IoU where it has one."""
     in_row = max(1, width // _ENTRY_WIDTH)
     legend = Image.new("RGB", (width, _TITLE * -(-len(classes) // in_row)), "white")
@@ -82,7 +82,7 @@ def _legend(classes: list[int], figures: Mapping[str, float], width: int) -> Ima
     for place, number in enumerate(classes):
         left, top = place % in_row * _ENTRY_WIDTH, place // in_row * _TITLE
         draw.rectangle((left + 2, top + 4, left + 16, top + 18), fill=tuple(colors[number].tolist()))
-        iou = figures.get(f"eval/iou/{number}")
+        iou = metrics.get(f"eval/iou/{number}")
         text = f"class {number}" + ("" if iou is None else f"  IoU {iou:.1%}")
         draw.text((left + 22, top + 3), text, fill="black", font=font)
     return legend

@@ -46,17 +46,17 @@ def _probe(probe: Probe, config, workdir: str, on_move: Callable[[str], None]) -
     settings = dict(config.probe)
     del settings["layers"], settings["duration"]
     settings = ProbeSettings(num_steps=probe.num_steps, seed=config.seed, **settings)
-    figures = {}
+    metrics = {}
     for feature_set in probe.feature_sets:
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
-        figures |= {"train_examples": len(train["labels"]), "eval_examples": len(test["labels"])}
+        metrics |= {"train_examples": len(train["labels"]), "eval_examples": len(test["labels"])}
         for name in (key for key in train if key != "labels"):
             on_move("fitting")
             result = probe_features(
                 train[name], train["labels"], test[name], test["labels"], probe.sources[0].num_classes, settings
             )
-            figures |= {f"{feature_set.name}/{name}/{key}": value for key, value in result.items()}
-    return figures
+            metrics |= {f"{feature_set.name}/{name}/{key}": value for key, value in result.items()}
+    return metrics
 
 
 def cached_features(

@@ -11,8 +11,8 @@ from beitv2_jax.training import loop
 
 def run(task: Task, config, workdir: str) -> dict[str, float]:
     """Train as every other stage does, then draw `segmentation.png` from what was learned."""
-    figures = loop.train(task, config, workdir)
+    metrics = loop.train(task, config, workdir)
     path = os.path.join(workdir, "segmentation.png")
     if jax.process_index() == 0 and not os.path.exists(path):
-        draw_segmentations(task, config, workdir, path, figures=figures)
-    return figures
+        draw_segmentations(task, config, workdir, path, metrics=metrics)
+    return metrics

@@ -58,7 +58,7 @@ Changes = list[tuple[str, Any, Any]]
 def run_stage(
     config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
 ) -> dict:
-    """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, figures}.
+    """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache
     is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
@@ -110,17 +110,17 @@ def run_stage(
             records = BadRecords(workdir)
             for source in task.sources:
                 records.note_left_out(source)
-        figures = RUNNERS[config.stage](task, resolved, workdir)
+        metrics = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
-        summary = {"stage": config.stage, "seconds": time.monotonic() - started, "figures": figures}
+        summary = {"stage": config.stage, "seconds": time.monotonic() - started, "metrics": metrics}
         write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 
 def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
-    """Compare what a finished target cache in `workdir` holds with its network's live answer; return {part: figures}.
+    """Compare what a finished target cache in `workdir` holds with its network's live answer; return {part: metrics}.
 
-    For a pipeline that is done for the caches of all its stages: {stage: {part: figures}}. `defaults` is that of
+    For a pipeline that is done for the caches of all its stages: {stage: {part: metrics}}. `defaults` is that of
     `run_stage`.
 
     Raises:
@@ -179,7 +179,7 @@ def run_pipeline(
     if jax.process_index() == 0:
         resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
         print(write_pipeline_report(resolved, summaries, workdir))
-    return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "figures": summaries}
+    return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "metrics": summaries}
 
 
 def read_summary(workdir: str) -> dict | None:
@@ -190,7 +190,7 @@ def read_summary(workdir: str) -> dict | None:
     try:
         with open(path) as file:
             summary = json.load(file)
-        dict(summary["figures"])
+        dict(summary["metrics"])
         return summary
     except (ValueError, TypeError, KeyError) as error:
         logging.warning("%s is damaged (%r): what the stage finished is looked up again", path, error)
@@ -325,7 +325,7 @@ def _listed(changes: Changes) -> str:
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
     """Tell whether a finished target cache is to hold more views than it does."""
-    return config.stage in STORES and finished["figures"]["views_per_example"] < config.views.num_views
+    return config.stage in STORES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 
 def check_writable(workdir: str) -> None:

@@ -33,7 +33,7 @@ def verify(task: TargetCacheTask, config, workdir: str) -> dict[str, Any]:
     """Compare `output.verify_examples` random views of each part with the network's live answer; write `verify.json`.
 
     Returns:
-        part -> figures: `sample` is the number of views, `bound` what the last one is held against. For features
+        part -> metrics: `sample` is the number of views, `bound` what the last one is held against. For features
         `mean_cosine`, `min_cosine` (of any token), `worst_view` (example id, view) and `worst_view_cosine`; for code
         ids `agreement`.
 
@@ -53,8 +53,8 @@ def verify(task: TargetCacheTask, config, workdir: str) -> dict[str, Any]:
             report[part] = _compare_features(live, stored, pairs, MIN_COSINE[reader.manifest["dtype"]])
         logging.info("verify %s: %s", part, report[part])
     write_json(os.path.join(workdir, VERIFY_FILE), report)
-    for part, figures in report.items():
-        _refuse_below(figures, os.path.join(workdir, part))
+    for part, metrics in report.items():
+        _refuse_below(metrics, os.path.join(workdir, part))
     return report
 
 
@@ -105,12 +105,12 @@ def _compare_ids(live: np.ndarray, stored: np.ndarray) -> dict[str, Any]:
     return {"sample": len(live), "bound": MIN_AGREEMENT, "agreement": float((live == stored).mean())}
 
 
-def _refuse_below(figures: dict[str, Any], directory: str) -> None:
-    name = next(reversed(figures))
-    if not figures[name] >= figures["bound"]:
+def _refuse_below(metrics: dict[str, Any], directory: str) -> None:
+    name = next(reversed(metrics))
+    if not metrics[name] >= metrics["bound"]:
         raise UserError(
             f"The targets in {directory} differ from the output of the network for the same views: {name} is "
-            f"{figures[name]:.6f} over {figures['sample']} of them, and must be at least {figures['bound']}.",
+            f"{metrics[name]:.6f} over {metrics['sample']} of them, and must be at least {metrics['bound']}.",
             "Records may be damaged or mixed up, or the images may have changed after the targets were stored.",
             f"Delete {directory} and run the stage again; {VERIFY_FILE} has the metrics.",
         )

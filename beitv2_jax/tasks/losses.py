@@ -81,7 +81,7 @@ def segmentation_loss(
     auxiliary_weight: float = 0.4,
     count_unlabelled: bool = True,
 ) -> tuple[Scalar, Scalar, dict[str, Scalar]]:
-    """Return decode + auxiliary_weight * auxiliary cross entropy in nats, the pixels that count, and figures; all sums.
+    """Return decode + auxiliary_weight * auxiliary cross entropy in nats, the pixels that count, and metrics; all sums.
 
     Divided by the pixels they are means over the rows of `weight` above 0. Both logits are resized to the label map
     first. Pixels of the label 255 have no loss and are never hit, but count, unless `count_unlabelled` is off.
@@ -92,12 +92,12 @@ def segmentation_loss(
     counted = jnp.broadcast_to(weight.astype(jnp.float32)[:, None, None], labels.shape)
     if not count_unlabelled:
         counted = jnp.where(labels != IGNORED, counted, 0.0)
-    figures, factors = {}, {"decode": 1.0, "auxiliary": auxiliary_weight}
+    metrics, factors = {}, {"decode": 1.0, "auxiliary": auxiliary_weight}
     for (name, factor), maps in zip(factors.items(), (logits, auxiliary_logits), strict=True):
         maps = resize(maps, labels.shape[1:])
-        figures[f"{name}_loss"] = factor * _counted_sum(pixel_cross_entropy(maps, labels), counted)
-        figures[f"{name}_accuracy"] = _counted_sum(jnp.argmax(maps, axis=-1) == labels, counted)
-    return figures["decode_loss"] + figures["auxiliary_loss"], counted.sum(), figures
+        metrics[f"{name}_loss"] = factor * _counted_sum(pixel_cross_entropy(maps, labels), counted)
+        metrics[f"{name}_accuracy"] = _counted_sum(jnp.argmax(maps, axis=-1) == labels, counted)
+    return metrics["decode_loss"] + metrics["auxiliary_loss"], counted.sum(), metrics
 
 
 def pixel_cross_entropy(logits: Float[Array, "b H W k"], labels: Int[Array, "b H W"]) -> Float[Array, "b H W"]:

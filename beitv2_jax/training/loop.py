@@ -1,4 +1,4 @@
-"""The training loop: one compiled step, batches and steps one ahead, figures when logged, state and data together.
+"""The training loop: one compiled step, batches and steps one ahead, metrics when logged, state and data together.
 
 Runs any `tasks.api.Task` under the sections `run`, `optim`, `mesh` and the seed of a config.
 """
@@ -25,9 +25,11 @@ from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import inference, optim, sharding
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
-from beitv2_jax.training.metric_log import Ledger, Plan
+from beitv2_jax.training.metric_log import MetricLog
+from beitv2_jax.training.schedule import Schedule
 from beitv2_jax.training.state import TrainState
 from beitv2_jax.training.step import TrainStep, lower_step, make_train_step
+from beitv2_jax.training.stop_rules import StopRules
 from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
 from beitv2_jax.typing import PyTree
 
@@ -36,8 +38,8 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
     """Train `task` to the end of `config.run.duration`, continuing from the newest checkpoint of `workdir` if any.
 
     Returns:
-        The last logged figures and evaluation, `steps`, and the `seconds` and `images_per_second` of this call. If the
-        checkpoint stands at the end already, nothing runs and the figures are those in the workdir.
+        The last logged metrics and evaluation, `steps`, and the `seconds` and `images_per_second` of this call. If the
+        checkpoint is that of the last step, nothing runs and the metrics are those in the workdir.
 
     Raises:
         UserError: the batch does not fit the mesh, the checkpoint belongs to another configuration or another schedule,
@@ -46,20 +48,20 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         Preempted: the run was asked to stop; it is saved and can be resumed.
     """
     startup_times.begin()
-    plan = Plan.from_config(config, task.num_train_examples)
+    schedule = Schedule.from_config(config, task.num_train_examples)
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(watchdog.Watch(workdir, config.run.hang_timeout))
         stop = config.run.on_failed_save == "stop"
         folder = Path(workdir) / "checkpoints"
-        checkpointer = Checkpointer(folder, keep_every=plan.keep_every, stop_on_failure=stop)
+        checkpointer = Checkpointer(folder, keep_every=schedule.keep_every, stop_on_failure=stop)
         stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
-        _check_schedule(plan, checkpointer, workdir)
+        _check_schedule(schedule, checkpointer, workdir)
         logged = _logged_at(start, workdir)
-        if start == plan.num_steps and not _lacks_evaluation(task, plan, start, logged):
-            logging.info("%s: the checkpoint stands at step %d of %d", task.name, start, plan.num_steps)
-            return _final_figures(logged, start, seconds=0.0)
-        return _run(task, config, plan, Path(workdir), checkpointer, watch, logged)
+        if start == schedule.num_steps and not _lacks_evaluation(task, schedule, start, logged):
+            logging.info("%s: finished before, at step %d of %d", task.name, start, schedule.num_steps)
+            return _final_metrics(logged, start, seconds=0.0)
+        return _run(task, config, schedule, Path(workdir), checkpointer, watch, logged)
 
 
 def check(task: Task, config: ConfigDict) -> None:
@@ -68,7 +70,7 @@ def check(task: Task, config: ConfigDict) -> None:
     Raises:
         UserError: they do not.
     """
-    Plan.from_config(config, task.num_train_examples)
+    Schedule.from_config(config, task.num_train_examples)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_rows(config.run.batch_size, mesh)
     sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
@@ -81,25 +83,25 @@ def check_checkpoint(task: Task, config: ConfigDict, workdir: str | Path) -> Non
     Raises:
         UserError: it has not, or no checkpoint is whole.
     """
-    plan = Plan.from_config(config, task.num_train_examples)
+    schedule = Schedule.from_config(config, task.num_train_examples)
     with contextlib.closing(Checkpointer(Path(workdir) / "checkpoints")) as checkpointer:
-        _check_schedule(plan, checkpointer, workdir)
+        _check_schedule(schedule, checkpointer, workdir)
         if checkpointer.latest_step() is not None:
-            _, abstract, _ = _make_step(task, config, plan, sharding.make_mesh(**config.mesh))
+            _, abstract, _ = _make_step(task, config, schedule, sharding.make_mesh(**config.mesh))
             checkpointer.check_structure(abstract)
 
 
-def _check_schedule(plan: Plan, checkpointer: Checkpointer, workdir: str | Path) -> None:
-    step, schedule = checkpointer.latest_step(), plan.schedule()
+def _check_schedule(schedule: Schedule, checkpointer: Checkpointer, workdir: str | Path) -> None:
+    step, own = checkpointer.latest_step(), schedule.meaning_of_a_step()
     if step is None:
         return
     position = checkpointer.position()
-    saved = {name: position.get(name, value) for name, value in schedule.items()}
-    if saved == schedule:
+    saved = {name: position.get(name, value) for name, value in own.items()}
+    if saved == own:
         return
     described = [
         "{num_steps} steps of {batch_size} examples with {warmup_steps} steps of warm-up".format(**numbers)
-        for numbers in (saved, schedule)
+        for numbers in (saved, own)
     ]
     raise UserError(
         f"The checkpoint of step {step} in {workdir} belongs to a run of {described[0]}, and this run has "
@@ -114,7 +116,7 @@ def _check_schedule(plan: Plan, checkpointer: Checkpointer, workdir: str | Path)
 def _run(
     task: Task,
     config: ConfigDict,
-    plan: Plan,
+    schedule: Schedule,
     workdir: Path,
     checkpointer: Checkpointer,
     watch: watchdog.Watch,
@@ -133,7 +135,7 @@ def _run(
         bad_records.note(host_batch, task.splits[0])
         return sharding.place_batch(host_batch, mesh), host_batch["example_ids"]
 
-    train_step, abstract, create = _make_step(task, config, plan, mesh)
+    train_step, abstract, create = _make_step(task, config, schedule, mesh)
     with futures.ThreadPoolExecutor(1, "state") as pool:
         give_state, position = _start(task, abstract, create, checkpointer)
         # made beside the first batch and the compilation of the step, which needs its shapes alone
@@ -153,76 +155,81 @@ def _run(
 
     is_main = jax.process_index() == 0
     writer = MetricWriter(workdir, enabled=is_main, resume_step=start)
-    progress = Progress(plan.num_steps, task.name, "steps", done=start, enabled=is_main)
-    ledger = Ledger(
-        plan,
-        writer,
-        progress,
+    progress = Progress(schedule.num_steps, task.name, "steps", done=start, enabled=is_main)
+    stop_rules = StopRules(
+        schedule,
+        max_nonfinite_steps=config.run.max_nonfinite_steps,
+        max_bad_fraction=config.data.max_bad_fraction,
         workdir=workdir,
         skipped_steps=int(state_lib.nonfinite_steps(state) + state.spikes.left_out),
         unreadable=position["unreadable"],
     )
-    figures = dict(logged)
+    metric_log = MetricLog(schedule, writer, progress, stop_rules)
+    last_metrics = dict(logged)
     with contextlib.ExitStack() as stack:
-        for thing in (ledger, progress, writer, iterator):
+        for thing in (metric_log, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
         is_preempted = stack.enter_context(preemption.notices(checkpointer.reached_preemption))
 
         def evaluate_at(step: int) -> None:
             found = evaluate(state, frozen, step)
-            figures.update(found)
+            last_metrics.update(found)
             writer.write(step, found)
             writer.flush()
 
         # a run that ended between a save and the evaluation behind it
-        if _lacks_evaluation(task, plan, start, logged):
+        if _lacks_evaluation(task, schedule, start, logged):
             evaluate_at(start)
-            ledger.restart_clock()
-        for step in range(start + 1, plan.num_steps + 1):
+            metric_log.restart_clock()
+        for step in range(start + 1, schedule.num_steps + 1):
             watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
-            ledger.add(step, metrics, example_ids)
+            metric_log.add(step, metrics, example_ids)
             ends = is_preempted(step)
-            if plan.evaluates(step) or plan.saves(step) or ends:
-                ledger.read()
+            if schedule.evaluates(step) or schedule.saves(step) or ends:
+                metric_log.read()
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
                 trouble = writer.flush()
-                if plan.saves(step) or ends:
+                if schedule.saves(step) or ends:
                     watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
-                    position = {**iterator.get_state(), "unreadable": ledger.unreadable, **plan.schedule()}
-                    checkpointer.save(step, state, position, last=ends or step == plan.num_steps, trouble=trouble)
+                    position = {
+                        **iterator.get_state(),
+                        "unreadable": stop_rules.unreadable,
+                        **schedule.meaning_of_a_step(),
+                    }
+                    checkpointer.save(step, state, position, last=ends or step == schedule.num_steps, trouble=trouble)
                 if ends:
                     logging.warning("%s: preempted, saving after step %d", task.name, step)
                     raise Preempted(
                         f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
                     )
                 # After the save: what keeps an evaluation from its end loses no step.
-                if plan.evaluates(step):
+                if schedule.evaluates(step):
                     evaluate_at(step)
-                ledger.restart_clock()
-            if step < plan.num_steps:
+                metric_log.restart_clock()
+            if step < schedule.num_steps:
                 # while the step runs: its devices get the next batch before they are done with this one
                 watch.note("waiting for data", step)
-                with ledger.waiting_for_data():
+                with metric_log.waiting_for_data():
                     batch, example_ids = next_batch()
                 watch.note("in the step", step)
-            ledger.follow(leave=1)
+            metric_log.follow(leave=1)
             checkpointer.check()
-    if start < plan.num_steps:
-        figures |= {**ledger.figures, "images_per_second": ledger.images_per_second}
-    return _final_figures(figures, max(start, plan.num_steps), seconds=time.monotonic() - started)
+    if start < schedule.num_steps:
+        last_metrics |= {**metric_log.metrics, "images_per_second": metric_log.images_per_second}
+    return _final_metrics(last_metrics, max(start, schedule.num_steps), seconds=time.monotonic() - started)
 
 
 def _make_step(
-    task: Task, config: ConfigDict, plan: Plan, mesh: Mesh
+    task: Task, config: ConfigDict, schedule: Schedule, mesh: Mesh
 ) -> tuple[TrainStep, TrainState, Callable[[], TrainState]]:
     """Return the step, shapes and shardings of its state, and what makes that state as it is at step 0."""
-    optimizer, schedule = optim.for_task(task, config.optim, plan.warmup_steps, plan.num_steps)
+    optimizer, learning_rate = optim.for_task(task, config.optim, schedule.warmup_steps, schedule.num_steps)
     train_step = make_train_step(
         task,
         optimizer,
-        schedule=schedule,
+        schedule=learning_rate,
         seed=config.seed,
         average_decay=config.optim.weight_average,
         accumulation_steps=config.efficiency.accumulation_steps,
@@ -273,7 +280,7 @@ def _make_evaluation(
 ) -> Callable[[TrainState, PyTree, int], dict[str, float]]:
     """Return the function that evaluates the weights, and the averaged ones if there are any (`eval_average/...`).
 
-    `eval/examples` says how many images the figures are of: those that could be read. The function raises UserError if
+    `eval/examples` says how many images the metrics are of: those that could be read. The function raises UserError if
     more than `max_bad_fraction` could not.
     """
     if task.eval_batches is None:
@@ -301,12 +308,12 @@ def _make_evaluation(
             of=f"of split {task.splits[1]}",
             listed=f"listed in {bad_records.path}",
         )
-        figures = {
+        metrics = {
             f"{prefix}/{name}": float(value)
             for prefix, of_weights in totals.items()
             for name, value in task.summarize(of_weights).items()
         }
-        return {**figures, "eval/examples": int(readable)}
+        return {**metrics, "eval/examples": int(readable)}
 
     return evaluate
 
@@ -316,11 +323,11 @@ def _logged_at(step: int | None, workdir: str | Path) -> dict[str, float]:
     return next((line for line in read_metrics(workdir) if line["step"] == step), {})
 
 
-def _lacks_evaluation(task: Task, plan: Plan, step: int, logged: dict[str, float]) -> bool:
+def _lacks_evaluation(task: Task, schedule: Schedule, step: int, logged: dict[str, float]) -> bool:
     """Tell whether the evaluation that follows `step` is not among what was `logged` of it."""
-    evaluates = step > 0 and task.eval_batches is not None and plan.evaluates(step)
+    evaluates = step > 0 and task.eval_batches is not None and schedule.evaluates(step)
     return evaluates and not any(name.startswith("eval/") for name in logged)
 
 
-def _final_figures(figures: dict[str, float], steps: int, *, seconds: float) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if name != "step"} | {"steps": steps, "seconds": seconds}
+def _final_metrics(metrics: dict[str, float], steps: int, *, seconds: float) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "step"} | {"steps": steps, "seconds": seconds}

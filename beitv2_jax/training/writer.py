@@ -1,4 +1,4 @@
-"""What a run tells: figures to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
+"""What a run tells: metrics to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
 class MetricWriter:
     """Write one JSON object a logged step, `{"step": finished steps, name: value, ...}`, and the same to TensorBoard.
 
-    Figures written for one step in several calls become one line, which reaches the disk at `flush`; figures that come
+    Metrics written for one step in several calls become one line, which reaches the disk at `flush`; metrics that come
     after that, those of an evaluation, are another line of the same step. A value that is not finite is `null`. Lines
     that cannot be written are kept until they can; TensorBoard then gets no more.
 
@@ -48,7 +48,7 @@ class MetricWriter:
     def __init__(self, workdir: str | Path, *, enabled: bool = True, resume_step: int = 0):
         self._enabled = enabled
         self._step: int | None = None
-        self._figures: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self._unwritten = b""
         if not enabled:
             return
@@ -61,21 +61,21 @@ class MetricWriter:
         try:
             self._tensorboard = _Events(Path(workdir) / "tensorboard", resume_step + 1)
         except OSError as error:
-            logging.warning("TensorBoard gets no figures until the next start: %s", error.strerror)
+            logging.warning("TensorBoard gets no metrics until the next start: %s", error.strerror)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add figures to the line of `step`."""
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of `step`."""
         if step != self._step:
             self.flush()
         self._step = step
-        self._figures.update(figures)
+        self._metrics.update(metrics)
 
     def flush(self) -> OSError | None:
         """Bring all lines to the disk; return what prevented that, after which the next call tries again."""
-        step, figures, self._figures = self._step, self._figures, {}
-        if self._enabled and figures:
-            self._unwritten += (json_text({"step": step, **figures}) + "\n").encode()
-            self._show(step, figures)
+        step, metrics, self._metrics = self._step, self._metrics, {}
+        if self._enabled and metrics:
+            self._unwritten += (json_text({"step": step, **metrics}) + "\n").encode()
+            self._show(step, metrics)
         if not self._unwritten:
             return None
         try:
@@ -105,13 +105,13 @@ class MetricWriter:
             os.fsync(file.fileno())
         self._size += len(text)
 
-    def _show(self, step: int, figures: Mapping[str, float]) -> None:
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._tensorboard is None:
             return
         try:
-            self._tensorboard.write(step, figures)
+            self._tensorboard.write(step, metrics)
         except OSError as error:
-            logging.warning("TensorBoard gets no more figures until the next start: %s", error.strerror)
+            logging.warning("TensorBoard gets no more metrics until the next start: %s", error.strerror)
             self._tensorboard = None
 
 
@@ -125,8 +125,8 @@ class _Events:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
             shown = summary.scalar(name, value)
             self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=shown))
         self._file.flush()
@@ -160,14 +160,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(count)
 
-    def show(self, figures: Mapping[str, float]) -> None:
-        """Show figures beside the count."""
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Show metrics beside the count."""
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         elif self._enabled:
             total = "" if self._total is None else f"/{self._total}"
             parts = [f"{self._label} {self._done}{total} {self._unit}"]
-            parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+            parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
             parts += [] if (eta := self._eta()) is None else [f"eta {eta}"]
             print("  ".join(parts), flush=True)
 

@@ -12,15 +12,15 @@ from benchmarks import input as benchmark
 
 def test_three_rates_and_their_conclusion():
     config = toy.config(**{"run.eval_every": "0 steps"})
-    figures = benchmark.measure(config, toy.make_task(), steps=3)
-    rates = {key: value for key, value in figures.items() if "images_per_second" in key}
-    assert len(rates) == 4 and min(rates.values()) > 0 and 0 <= figures["data_wait_share"] <= 1
-    faster = figures["input_images_per_second"] >= figures["step_images_per_second"]
-    assert figures["bound"] == ("step" if faster else "input")
-    cores = figures["step_images_per_second"] / figures["input_images_per_second_per_core"]
-    assert figures["cores_to_keep_the_step_busy"] == pytest.approx(cores)
-    text = benchmark.table(figures, config)
-    assert f"The bound is the {figures['bound']}" in text and "input alone, 2 threads" in text
+    metrics = benchmark.measure(config, toy.make_task(), steps=3)
+    rates = {key: value for key, value in metrics.items() if "images_per_second" in key}
+    assert len(rates) == 4 and min(rates.values()) > 0 and 0 <= metrics["data_wait_share"] <= 1
+    faster = metrics["input_images_per_second"] >= metrics["step_images_per_second"]
+    assert metrics["bound"] == ("step" if faster else "input")
+    cores = metrics["step_images_per_second"] / metrics["input_images_per_second_per_core"]
+    assert metrics["cores_to_keep_the_step_busy"] == pytest.approx(cores)
+    text = benchmark.table(metrics, config)
+    assert f"The bound is the {metrics['bound']}" in text and "input alone, 2 threads" in text
 
 
 def test_a_mim_stage_without_tokenizer_gets_an_untrained_one():

@@ -85,7 +85,7 @@ def test_ratios_and_their_range():
     assert "`b` skipped: no torch" in report.missing(results)
 
 
-def test_figures_of_a_cpu_are_ratios():
+def test_metrics_of_a_cpu_are_ratios():
     results = {"mim_base_stored": {"rounds": [rate(12345.0)]}, "torch_mim": {"rounds": [rate(5000.0)]}}
     text = report.page(measured(results), "plot.svg")
     assert "12,345" not in text and "12345" not in text and "2.47" in text

@@ -46,7 +46,7 @@ def test_step_and_evaluation_are_compiled_once(equality_runs, stage):
 def test_two_runs_on_eight_devices_are_equal_to_the_bit(equality_runs):
     first = equality_runs.outcome("vqkd", MESHES["2x2x2"])
     second = equality_runs.outcome("vqkd", MESHES["2x2x2"], variant="-again")
-    assert second.figures == first.figures
+    assert second.metrics == first.metrics
     for path, array in first.arrays.items():
         np.testing.assert_array_equal(second.arrays[path], array, err_msg=path)
 
@@ -108,6 +108,6 @@ def test_a_run_goes_on_with_half_of_the_devices(equality_runs, stopped):
 
 def assert_continued(runs, stopped, workdir):
     before, after = Outcome.read(stopped), Outcome.read(workdir)
-    assert [line["step"] for line in before.figures] == list(range(1, STEPS // 2 + 1))
-    assert after.figures[: STEPS // 2] == before.figures
+    assert [line["step"] for line in before.metrics] == list(range(1, STEPS // 2 + 1))
+    assert after.metrics[: STEPS // 2] == before.metrics
     assert_same_run("vqkd", after, runs.outcome("vqkd", MESHES["2x2x2"]))

@@ -86,5 +86,5 @@ def test_several_processes_store_the_same_bytes(equality_runs, together, num_pro
 def test_a_run_of_one_process_resumes_in_several(equality_runs, together):
     before = Outcome.read(equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2))
     after = Outcome.read(together / "continued")
-    assert after.figures[: STEPS // 2] == before.figures
+    assert after.metrics[: STEPS // 2] == before.metrics
     assert_same_run("vqkd", after, equality_runs.outcome("vqkd", MESH))

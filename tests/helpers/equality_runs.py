@@ -1,6 +1,6 @@
 """Every stage, small enough to be run on many meshes: published recipes, real tasks, the real loop, 20 steps each.
 
-Each run starts with `stages.run_stage`. Its task is the stage's own with two figures added to each step: `rows`, a sum
+Each run starts with `stages.run_stage`. Its task is the stage's own with two metrics added to each step: `rows`, a sum
 of hashes of each example id with its pixels, and `codes`, one of each (example id, patch, code id). They are whole
 numbers, equal where all ids are. Run as a program it makes the runs of a JSON list of jobs, as one process or as one of
 several.
@@ -67,10 +67,10 @@ INPUTS = {
 """Stage -> section and key that name the run it builds on, and the stage of that run."""
 
 
-BOUNDS = {"figures": 2e-6, "arrays": 8e-6}
+BOUNDS = {"metrics": 2e-6, "arrays": 8e-6}
 """Three to six times the largest differences seen, a few units in the last place (6e-8) of the largest values: of a
 figure at any step as a share of its largest value in the run, of a number as a share of the largest in its array."""
-SEGMENT_BOUNDS = {"figures": 1e-5, "arrays": 3e-5}
+SEGMENT_BOUNDS = {"metrics": 1e-5, "arrays": 3e-5}
 """The same for the segment stage, where a number is compared with the largest of all arrays of its kind (parameters,
 first moments, ...): biases that batch norm takes out again have a gradient of rounding alone, of which Adam makes whole
 steps, and where two neighbours under a maximum hardly differ, rounding decides which of them gets the gradient."""
@@ -132,7 +132,7 @@ def hashed(*numbers):
 
 
 def observed(task, *, evaluates: bool, stop_after: int | None):
-    """Return the task with `rows` and `codes` among its figures."""
+    """Return the task with `rows` and `codes` among its metrics."""
 
     def loss(params, codebook, frozen, batch, key, step):
         chosen = []
@@ -196,9 +196,9 @@ def run(config, workdir, *, evaluates: bool = True, stop_after: int | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training run leaves: the figures of every step, and the arrays of its newest checkpoint by their path."""
+    """What a training run leaves: the metrics of every step, and the arrays of its newest checkpoint by their path."""
 
-    figures: list[dict]
+    metrics: list[dict]
     arrays: dict[str, np.ndarray]
 
     @classmethod
@@ -212,8 +212,8 @@ class Outcome:
         found = manager.restore(int(newest.name), args=ocp.args.Composite(**items))
         manager.close()
         leaves = jax.tree_util.tree_leaves_with_path({name: found[name] for name in names})
-        figures = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
-        return cls(figures, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+        metrics = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
+        return cls(metrics, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
 
 class Runs:
@@ -269,19 +269,19 @@ def counted_compilations():
 
 
 def assert_same_run(stage: str, found: Outcome, expected: Outcome) -> None:
-    """Compare two runs: lines, ids and counts are equal, figures and arrays within the bounds of the stage."""
+    """Compare two runs: lines, ids and counts are equal, metrics and arrays within the bounds of the stage."""
     bounds = SEGMENT_BOUNDS if stage == "segment" else BOUNDS
-    assert [line["step"] for line in found.figures] == [line["step"] for line in expected.figures]
-    for name in expected.figures[0]:
-        ours, theirs = ([line[name] for line in outcome.figures] for outcome in (found, expected))
+    assert [line["step"] for line in found.metrics] == [line["step"] for line in expected.metrics]
+    for name in expected.metrics[0]:
+        ours, theirs = ([line[name] for line in outcome.metrics] for outcome in (found, expected))
         if name in ("rows", "codes", "unreadable", "nonfinite_steps"):
             assert ours == theirs, name
         else:
-            bound = NEARLY_TIED.get(name, bounds["figures"] * np.abs(theirs).max())
+            bound = NEARLY_TIED.get(name, bounds["metrics"] * np.abs(theirs).max())
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=name)
-    for name in found.figures[-1].keys() & expected.figures[-1].keys() - NEARLY_TIED.keys():
-        ours, theirs = found.figures[-1][name], expected.figures[-1][name]
-        np.testing.assert_allclose(ours, theirs, rtol=bounds["figures"], err_msg=name)
+    for name in found.metrics[-1].keys() & expected.metrics[-1].keys() - NEARLY_TIED.keys():
+        ours, theirs = found.metrics[-1][name], expected.metrics[-1][name]
+        np.testing.assert_allclose(ours, theirs, rtol=bounds["metrics"], err_msg=name)
     assert found.arrays.keys() == expected.arrays.keys()
     largest = {path: np.abs(array).max() for path, array in expected.arrays.items()}
     for path, theirs in expected.arrays.items():

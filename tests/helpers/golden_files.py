@@ -20,7 +20,7 @@ QUANTITIES = {
     r"^schedule/": "schedules",
     r"^final/": "parameters after ten steps",
     r"^after\d/": "parameters after one to three steps",
-    r"^per_step/": "figures of ten steps",
+    r"^per_step/": "metrics of ten steps",
     r"(^|/)grad(/|_)": "gradients",
     r"^hidden/": "tokens after each block",
     r"/after\d/": "moving statistics after one and three steps",
@@ -105,11 +105,11 @@ class Golden:
 
     def _own_error(self, name):
         """Return the stored result's distance from float64, relative to its largest magnitude."""
-        figures = self.config.get("f32_vs_f64", {})
-        if name in figures:
-            return figures[name]["max_abs_diff"] / max(figures[name]["max_abs"], np.finfo(np.float32).tiny)
-        groups = [key for key in figures if key.endswith("*") and name.startswith(key[:-1])]
-        return figures[groups[0]]["worst_relative"] if groups else 0.0
+        metrics = self.config.get("f32_vs_f64", {})
+        if name in metrics:
+            return metrics[name]["max_abs_diff"] / max(metrics[name]["max_abs"], np.finfo(np.float32).tiny)
+        groups = [key for key in metrics if key.endswith("*") and name.startswith(key[:-1])]
+        return metrics[groups[0]]["worst_relative"] if groups else 0.0
 
 
 def channels_last(images):

@@ -148,15 +148,15 @@ class Run:
     def steps(self, batches):
         """Take all steps; return the metrics as arrays over the steps."""
         step = quick_jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, average_decay=0.0))
-        metrics = []
+        of_steps = []
         for index in range(self.num_steps):
             batch = {key: jnp.asarray(values[index]) for key, values in batches.items()}
             batch["weight"] = jnp.ones(len(batch["images"]))
             self.before_step(self.state, batch)
-            self.state, figures = step(self.state, self.task.frozen, batch)
-            metrics.append(figures)
+            self.state, metrics = step(self.state, self.task.frozen, batch)
+            of_steps.append(metrics)
             self._check_selection(index + 1)
-        metrics = {key: np.stack([figures[key] for figures in metrics]) for key in metrics[0]}
+        metrics = {key: np.stack([of_step[key] for of_step in of_steps]) for key in of_steps[0]}
         assert metrics["nonfinite_steps"].max() == 0
         self._check_schedules(metrics)
         return metrics

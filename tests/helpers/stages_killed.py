@@ -1,6 +1,6 @@
 """Kill a real run again and again, at moments drawn from a seed, and compare what it leaves with an undisturbed one.
 
-`stages_killed_test.py` runs it with 20 kills; longer, and with figures on the terminal:
+`stages_killed_test.py` runs it with 20 kills; longer, and with metrics on the terminal:
 
     python tests/helpers/stages_killed.py /tmp/killed --kills=60
 
@@ -194,13 +194,13 @@ def outcome(folder: Path, workdir: Path) -> dict:
     iterator.set_state(position)
     ids = next(iterator)["example_ids"].tolist()
     iterator.close()
-    figures = [{key: value for key, value in line.items() if key not in TIMING} for line in read_metrics(workdir)]
+    metrics = [{key: value for key, value in line.items() if key not in TIMING} for line in read_metrics(workdir)]
     final = {
         key: value
-        for key, value in stages.read_summary(str(workdir))["figures"].items()
+        for key, value in stages.read_summary(str(workdir))["metrics"].items()
         if key not in (*TIMING, "seconds")
     }
-    return {"steps": steps, **arrays, "position": position, "next ids": ids, "metrics": figures, "summary": final}
+    return {"steps": steps, **arrays, "position": position, "next ids": ids, "metrics": metrics, "summary": final}
 
 
 def outcomes(folder: Path, workdirs: list[Path]) -> None:

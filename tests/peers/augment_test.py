@@ -81,7 +81,7 @@ def test_erased_boxes_are_distributed_as_in_timm():
     erase = RandomErasing(probability=0.25, mode="pixel", device="cpu")
     theirs = erase(torch.full((count, 3, size, size), 50.0)).permute(0, 2, 3, 1).numpy()
     ours = mixing.random_erasing(np.full((count, size, size, 3), 50.0, np.float32), jax.random.key(0), probability=0.25)
-    figures = []
+    metrics = []
     for pixels in (theirs, np.asarray(ours)):
         erased = (pixels != 50.0).any(-1)
         hit = erased.any((1, 2))
@@ -90,9 +90,9 @@ def test_erased_boxes_are_distributed_as_in_timm():
         quantiles = np.linspace(0.1, 0.9, 5)
         area = np.quantile(heights * widths / size**2, quantiles)
         ratio = np.quantile(np.log(heights / widths), quantiles)
-        figures.append([hit.mean(), *area, *ratio, noise.mean(), noise.std(), *erased.mean((0, 2))[::8]])
-    np.testing.assert_allclose(*figures, atol=0.08)
-    np.testing.assert_allclose(figures[0][:6], figures[1][:6], atol=0.025)
+        metrics.append([hit.mean(), *area, *ratio, noise.mean(), noise.std(), *erased.mean((0, 2))[::8]])
+    np.testing.assert_allclose(*metrics, atol=0.08)
+    np.testing.assert_allclose(metrics[0][:6], metrics[1][:6], atol=0.025)
 
 
 def test_views_are_distributed_as_in_torchvision():

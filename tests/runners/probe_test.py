@@ -40,19 +40,19 @@ def clusters(rng, count, separation):
 def test_separable_clusters_are_found_in_the_right_layer():
     rng = np.random.default_rng(0)
     (train, train_labels), (test, test_labels) = clusters(rng, 300, 8.0), clusters(rng, 151, 8.0)
-    figures = probe_features(train, train_labels, test, test_labels, 3, SETTINGS)
-    assert figures["linear"] > 0.98 and figures["knn"] > 0.98
-    assert figures["linear_layer"] == figures["knn_layer"] == 1
-    assert figures["linear_rate"] == 3e-2
+    metrics = probe_features(train, train_labels, test, test_labels, 3, SETTINGS)
+    assert metrics["linear"] > 0.98 and metrics["knn"] > 0.98
+    assert metrics["linear_layer"] == metrics["knn_layer"] == 1
+    assert metrics["linear_rate"] == 3e-2
 
 
 def test_labels_unrelated_to_the_features_stay_at_chance():
     rng = np.random.default_rng(1)
     (train, _), (test, _) = clusters(rng, 400, 8.0), clusters(rng, 600, 8.0)
     labels = rng.integers(0, 3, 1000).astype(np.int32)
-    figures = probe_features(train, labels[:400], test, labels[400:], 3, SETTINGS)
+    metrics = probe_features(train, labels[:400], test, labels[400:], 3, SETTINGS)
     # 600 fair draws at 1/3: standard error 0.019, so five of them
-    assert abs(figures["linear"] - 1 / 3) < 0.1 and abs(figures["knn"] - 1 / 3) < 0.1
+    assert abs(metrics["linear"] - 1 / 3) < 0.1 and abs(metrics["knn"] - 1 / 3) < 0.1
 
 
 def test_the_evaluation_split_chooses_nothing():

@@ -118,7 +118,7 @@ def test_a_finished_stage_is_refused_when_its_network_was_made_anew(tmp_path):
     write_run(str(tmp_path / "vqkd"), {"stage": "vqkd"}, weights(1.0))
     codes = tmp_path / "tokenize"
     codes.mkdir()
-    summary = {"stage": "tokenize", "figures": {"views_per_example": config.views.num_views}}
+    summary = {"stage": "tokenize", "metrics": {"views_per_example": config.views.num_views}}
     (codes / "summary.json").write_text(json.dumps(summary))
     (codes / "config.json").write_text(config_lib.to_json(config))
     resolved = config_lib.resolve(config, str(tmp_path))

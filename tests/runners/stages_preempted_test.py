@@ -113,13 +113,13 @@ def configs(image_folder, tmp_path_factory):  # noqa: F811
 
 
 def outcome(workdir):
-    """Return the figures, and every file of targets or features with its contents."""
+    """Return the metrics, and every file of targets or features with its contents."""
     files = {
         str(path.relative_to(workdir)): np.load(path) if path.suffix == ".npz" else path.read_bytes()
         for path in sorted(pathlib.Path(workdir).rglob("*"))
         if path.is_file() and path.name not in ("summary.json", "config.json", "lock")
     }
-    return stages.read_summary(str(workdir))["figures"], {
+    return stages.read_summary(str(workdir))["metrics"], {
         name: {key: value[key].tobytes() for key in value} if hasattr(value, "files") else value
         for name, value in files.items()
     }

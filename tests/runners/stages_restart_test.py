@@ -103,9 +103,9 @@ def test_a_key_that_an_older_config_lacks_has_its_default(started, caplog):
     config.optim.spike_factor = 10.0
     with pytest.raises(UserError, match=r"another config \(optim.spike_factor: 0.0 -> 10.0\)"):
         stages.run_stage(config, str(workdir), defaults=defaults)
-    (workdir / "summary.json").write_text(json.dumps({"stage": "finetune", "figures": {"accuracy": 0.5}}))
+    (workdir / "summary.json").write_text(json.dumps({"stage": "finetune", "metrics": {"accuracy": 0.5}}))
     config.optim.spike_factor = 0.0
-    assert stages.run_stage(config, str(workdir), defaults=defaults)["figures"] == {"accuracy": 0.5}
+    assert stages.run_stage(config, str(workdir), defaults=defaults)["metrics"] == {"accuracy": 0.5}
     assert len(seen) == 2
 
 
@@ -143,7 +143,7 @@ def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):
 def test_the_workdir_of_another_stage_is_refused_by_its_stage(started, allowed):
     workdir, config, seen = started
     (workdir / "config.json").write_text(json.dumps({**stored(workdir), "stage": "mim"}))
-    (workdir / "summary.json").write_text(json.dumps({"stage": "mim", "figures": {}}))
+    (workdir / "summary.json").write_text(json.dumps({"stage": "mim", "metrics": {}}))
     pipeline = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke")
     for other, name in ((config, "finetune"), (pipeline, "pipeline")):
         with pytest.raises(UserError, match=f"run of the stage 'mim', and this config is of the stage '{name}'"):
@@ -154,7 +154,7 @@ def test_the_workdir_of_another_stage_is_refused_by_its_stage(started, allowed):
 def test_a_finished_run_takes_no_other_settings(started, caplog):
     workdir, config, seen = started
     caplog.set_level(logging.INFO, logger="absl")
-    summary = {"stage": "finetune", "figures": {"accuracy": 0.5}}
+    summary = {"stage": "finetune", "metrics": {"accuracy": 0.5}}
     (workdir / "summary.json").write_text(json.dumps(summary))
     config.data.num_threads = 3
     assert stages.run_stage(config, str(workdir), allow_config_change=True) == summary
@@ -285,7 +285,7 @@ def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stages.provenance, "describe_networks", lambda config: {})
     monkeypatch.setitem(stages.RUNNERS, "extract", lambda task, config, workdir: {"views_per_example": 1})
     with held(tmp_path):
-        assert stages.run_stage(config, str(tmp_path))["figures"] == {"views_per_example": 1}
+        assert stages.run_stage(config, str(tmp_path))["metrics"] == {"views_per_example": 1}
 
 
 def test_a_pipeline_stops_at_a_stage_that_was_told_to_end(tmp_path, monkeypatch):

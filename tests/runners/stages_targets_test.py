@@ -73,7 +73,7 @@ def test_records_that_were_mixed_up_fail_the_task_verify(extract):
 def test_a_cache_is_extended_where_the_number_of_views_is_raised(extract, tmp_path):
     config, workdir = extract
     config.views.num_views = 3
-    assert stages.run_stage(config, str(workdir))["figures"]["views_per_example"] == 3
+    assert stages.run_stage(config, str(workdir))["metrics"]["views_per_example"] == 3
     stages.run_stage(config, str(tmp_path / "at_once"))
     for part in ("views", "centre"):
         grown, at_once = (

@@ -68,13 +68,13 @@ def losses(workdir, name="loss"):
     return [line[name] for line in map(json.loads, lines) if name in line]
 
 
-def test_every_stage_leaves_its_figures_and_the_report(pipeline):
+def test_every_stage_leaves_its_metrics_and_the_report(pipeline):
     workdir, summary = pipeline
-    assert tuple(summary["figures"]) == STAGES
+    assert tuple(summary["metrics"]) == STAGES
     for name in STAGES:
-        figures = stages.read_summary(os.path.join(workdir, name))["figures"]
-        assert figures == summary["figures"][name]["figures"]
-        assert all(np.isfinite(value) for value in figures.values())
+        metrics = stages.read_summary(os.path.join(workdir, name))["metrics"]
+        assert metrics == summary["metrics"][name]["metrics"]
+        assert all(np.isfinite(value) for value in metrics.values())
     report = pathlib.Path(workdir, "report.md").read_text()
     assert all(f"| {name} " in report for name in STAGES)
     with Image.open(os.path.join(workdir, "codes.png")) as picture:
@@ -96,11 +96,11 @@ def test_an_interrupted_pipeline_goes_on_where_it_stopped_in_another_folder(pipe
         shutil.copytree(os.path.join(workdir, name), tmp_path / name)
     again = stages.run_stage(miniature(image_folder), str(tmp_path))
     for name in STAGES[:4]:
-        assert again["figures"][name] == summary["figures"][name]
+        assert again["metrics"][name] == summary["metrics"][name]
     for name in STAGES[4:]:
         timeless = [
-            {key: value for key, value in figures["figures"].items() if "second" not in key and "wait" not in key}
-            for figures in (again["figures"][name], summary["figures"][name])
+            {key: value for key, value in metrics["metrics"].items() if "second" not in key and "wait" not in key}
+            for metrics in (again["metrics"][name], summary["metrics"][name])
         ]
         assert timeless[0] == timeless[1]
 

@@ -37,16 +37,16 @@ PAIRS = [(4, 0), (9, 1), (3, 2)]
 
 def test_the_worst_view_decides():
     live = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
-    figures = verify._compare_features(live, live.copy(), PAIRS, 0.9995)
-    assert figures["min_cosine"] == pytest.approx(1) and figures["worst_view_cosine"] == pytest.approx(1)
-    verify._refuse_below(figures, "cache")
+    metrics = verify._compare_features(live, live.copy(), PAIRS, 0.9995)
+    assert metrics["min_cosine"] == pytest.approx(1) and metrics["worst_view_cosine"] == pytest.approx(1)
+    verify._refuse_below(metrics, "cache")
     stored = live.copy()
     stored[1, 3] = live[1, 3] + 0.5
-    figures = verify._compare_features(live, stored, PAIRS, 0.9995)
-    assert figures["worst_view"] == [9, 1]
-    assert figures["min_cosine"] < figures["worst_view_cosine"] < figures["mean_cosine"] < 1
+    metrics = verify._compare_features(live, stored, PAIRS, 0.9995)
+    assert metrics["worst_view"] == [9, 1]
+    assert metrics["min_cosine"] < metrics["worst_view_cosine"] < metrics["mean_cosine"] < 1
     with pytest.raises(UserError, match=r"worst_view_cosine is 0.*at least 0.9995"):
-        verify._refuse_below(figures, "cache")
+        verify._refuse_below(metrics, "cache")
 
 
 @pytest.mark.parametrize("zeroed", ["live", "stored", "both"])
@@ -61,9 +61,9 @@ def test_zeros_equal_only_zeros(zeroed):
 
 def test_values_that_are_no_numbers_are_refused():
     stored = np.full((1, 2, 3), np.nan, np.float32)
-    figures = verify._compare_features(np.ones((1, 2, 3), np.float32), stored, PAIRS[:1], 0.5)
+    metrics = verify._compare_features(np.ones((1, 2, 3), np.float32), stored, PAIRS[:1], 0.5)
     with pytest.raises(UserError, match="worst_view_cosine is nan"):
-        verify._refuse_below(figures, "cache")
+        verify._refuse_below(metrics, "cache")
 
 
 @pytest.mark.parametrize(("wrong", "fails"), [(0, False), (1, False), (3, True), (100, True)])
@@ -71,7 +71,7 @@ def test_ids_may_differ_in_one_of_a_hundred(wrong, fails):
     live = np.arange(200).reshape(2, 100)
     stored = live.copy()
     stored.reshape(-1)[:wrong] += 1
-    figures = verify._compare_ids(live, stored)
-    assert figures["agreement"] == 1 - wrong / 200 and figures["sample"] == 2
+    metrics = verify._compare_ids(live, stored)
+    assert metrics["agreement"] == 1 - wrong / 200 and metrics["sample"] == 2
     with pytest.raises(UserError, match="agreement") if fails else contextlib.nullcontext():
-        verify._refuse_below(figures, "cache")
+        verify._refuse_below(metrics, "cache")

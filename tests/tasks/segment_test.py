@@ -1,4 +1,4 @@
-"""The segmentation stage: rows that do not count, figures by hand, starts from pre-training, a run on a folder."""
+"""The segmentation stage: rows that do not count, metrics by hand, starts from pre-training, a run on a folder."""
 
 import jax
 import numpy as np
@@ -93,17 +93,17 @@ def test_what_lies_beyond_an_image_has_no_influence(learning):
     assert_same(learn(rows), expected)
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     # classes: never there but predicted once, always hit, half hit, neither there nor predicted
     confusion = np.array([[0, 0, 0, 0], [0, 6, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0]], float)
-    figures = segment.summarize({"confusion": confusion})
-    np.testing.assert_allclose(figures["mean_iou"], np.mean([0, 6 / 7, 2 / 4]))
-    np.testing.assert_allclose(figures["mean_accuracy"], np.mean([1.0, 0.5]))
-    np.testing.assert_allclose(figures["pixel_accuracy"], 8 / 10)
-    of_classes = {name: value for name, value in figures.items() if name.startswith("iou/")}
+    metrics = segment.summarize({"confusion": confusion})
+    np.testing.assert_allclose(metrics["mean_iou"], np.mean([0, 6 / 7, 2 / 4]))
+    np.testing.assert_allclose(metrics["mean_accuracy"], np.mean([1.0, 0.5]))
+    np.testing.assert_allclose(metrics["pixel_accuracy"], 8 / 10)
+    of_classes = {name: value for name, value in metrics.items() if name.startswith("iou/")}
     assert of_classes == pytest.approx({"iou/0": 0, "iou/1": 6 / 7, "iou/2": 2 / 4})
     nothing = segment.summarize({"confusion": np.zeros((3, 3))})
-    assert nothing == dict.fromkeys(figures.keys() - of_classes.keys(), 0.0)
+    assert nothing == dict.fromkeys(metrics.keys() - of_classes.keys(), 0.0)
 
 
 def test_decay_and_rates_are_those_of_the_released_recipe():
@@ -189,13 +189,13 @@ def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     config.run.update(duration="40 steps", log_every="20 steps", eval_every="40 steps", checkpoint_every="40 steps")
     config.run.keep_every = "40 steps"
     workdir = tmp_path / "run"
-    figures = stages.run_stage(config_lib.resolve(config, str(workdir)), str(workdir))["figures"]
-    assert figures["eval/mean_iou"] > 0.7 and figures["eval/pixel_accuracy"] > 0.8
-    assert figures["loss"] < 0.6
+    metrics = stages.run_stage(config_lib.resolve(config, str(workdir)), str(workdir))["metrics"]
+    assert metrics["eval/mean_iou"] > 0.7 and metrics["eval/pixel_accuracy"] > 0.8
+    assert metrics["loss"] < 0.6
     left_out, bad = read_bad_records(workdir)
     assert left_out["where"].endswith("training/notes.txt") and left_out["example_id"] is None
     assert bad["split"] == "validation" and "none of PNG" in bad["cause"]
-    assert figures["eval/mean_iou"] == pytest.approx((figures["eval/iou/0"] + figures["eval/iou/1"]) / 2)
+    assert metrics["eval/mean_iou"] == pytest.approx((metrics["eval/iou/0"] + metrics["eval/iou/1"]) / 2)
     with Image.open(workdir / "segmentation.png") as picture:
         assert picture.width > 1000 and picture.height > 300
         legend = np.asarray(picture)[-11]  # through the middle of its row: a square of each class, then words

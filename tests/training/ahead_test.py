@@ -43,12 +43,12 @@ class Device:
         self.batches.append(batch)
         if step == STEPS:
             ended.set()
-        figures = {"loss": 0.5, "grad_norm": 1.0, "nonfinite_steps": 0, "unreadable": 0}
+        metrics = {"loss": 0.5, "grad_norm": 1.0, "nonfinite_steps": 0, "unreadable": 0}
 
         def copied():
             self.copies.append((step, len(self._ended)))
 
-        return state, {name: Figure(value, ended, copied) for name, value in figures.items()}
+        return state, {name: Figure(value, ended, copied) for name, value in metrics.items()}
 
 
 def test_the_state_is_made_while_the_first_batch_comes_and_the_step_is_compiled(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_the_state_is_made_while_the_first_batch_comes_and_the_step_is_compiled(
 
 
 @pytest.mark.parametrize(("log_every", "most_unread", "period"), [(5, 1000, 5), (0, 4, 4)])
-def test_no_step_is_waited_for_and_figures_are_copied_once_a_logging_interval(
+def test_no_step_is_waited_for_and_metrics_are_copied_once_a_logging_interval(
     tmp_path, monkeypatch, log_every, most_unread, period
 ):
     device = Device()

@@ -1,4 +1,4 @@
-"""The loop: exact resume, one compilation, figures, evaluation, the first batch, and the stop at bad steps."""
+"""The loop: exact resume, one compilation, metrics, evaluation, the first batch, and the stop at bad steps."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def train_elsewhere(workdir, **task):
 
 
 def outcome(workdir):
-    """Return what a run leaves: the newest checkpoint as read by Orbax alone, the next ids, figures without timing."""
+    """Return what a run leaves: the newest checkpoint as read by Orbax alone, the next ids, metrics without timing."""
     manager = ocp.CheckpointManager(Path(workdir) / "checkpoints")
     step = manager.latest_step()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the devices that saved are not there
@@ -52,8 +52,8 @@ def outcome(workdir):
     manager.close()
     iterator = toy.batches(8, seed=3)
     iterator.set_state(found["data"])
-    figures = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
-    return step, {name: jax.device_get(found[name]) for name in items}, next(iterator)["example_ids"], figures
+    metrics = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
+    return step, {name: jax.device_get(found[name]) for name in items}, next(iterator)["example_ids"], metrics
 
 
 def assert_same_outcome(found, expected):
@@ -65,7 +65,7 @@ def assert_same_outcome(found, expected):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Train without a break; keep the workdir, the returned figures and how often the loss was traced."""
+    """Train without a break; keep the workdir, the returned metrics and how often the loss was traced."""
     workdir, traces = tmp_path_factory.mktemp("unbroken"), []
     returned = loop.train(toy.make_task(on_trace=lambda: traces.append(None)), toy.config(), workdir)
     return workdir, returned, traces
@@ -76,7 +76,7 @@ def test_step_is_compiled_once(unbroken):
     assert len(traces) == 1
 
 
-def test_figures_of_a_run(unbroken):
+def test_metrics_of_a_run(unbroken):
     workdir, returned, _ = unbroken
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, 20))
@@ -125,7 +125,7 @@ def test_averaged_weights_are_evaluated_beside_those_of_the_last_step(unbroken):
     assert np.abs(trees["params"]["fc1"]["kernel"] - trees["averaged_params"]["fc1"]["kernel"]).max() > 1e-4
 
 
-def test_finished_run_returns_its_figures_without_training(unbroken):
+def test_finished_run_returns_its_metrics_without_training(unbroken):
     workdir, returned, _ = unbroken
     before = outcome(workdir)
     again = loop.train(toy.make_task(stop_at=0), toy.config(), workdir)

@@ -1,4 +1,4 @@
-"""The ledger: unreadable records are listed and counted, too many stop the run; what counts as waiting for data."""
+"""Metrics and stop rules: unreadable records are listed and counted, too many stop the run; waiting for data."""
 
 import concurrent.futures
 import json
@@ -11,6 +11,7 @@ import training_toy as toy
 from beitv2_jax.data.bad_records import read_bad_records, refuse_too_many
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import loop, metric_log
+from beitv2_jax.training.stop_rules import StopRules
 from beitv2_jax.training.writer import read_metrics
 
 UNREADABLE = (1, 9, 17, 25, 33, 41)
@@ -36,7 +37,7 @@ def test_unreadable_records_are_counted_and_listed_once(tmp_path):
     assert {record["example_id"] for record in records if record["split"] == "train"} == set(UNREADABLE)
     assert len(records) == len(UNREADABLE) + 1
     assert {"split": "train", "example_id": 9, "where": "toy 9", "cause": "it is corrupt"} in records
-    # the evaluation has one of its own, which is listed and left out of its figures
+    # the evaluation has one of its own, which is listed and left out of its metrics
     expected = {"split": "validation", "example_id": 5, "where": "toy 5", "cause": "it was corrupt in the evaluation"}
     assert [record for record in records if record["split"] == "validation"] == [expected]
     assert {line["eval/examples"] for line in read_metrics(tmp_path) if "eval/examples" in line} == {12.0}
@@ -72,10 +73,10 @@ def test_an_evaluation_with_too_many_unreadable_records_stops_the_run_after_its_
     assert allowed == 0.077  # 1 / 13, rounded up
     # all five steps are done: what was missing is the evaluation
     config.data.max_bad_fraction = allowed
-    figures = loop.train(toy.make_task(unreadable=(100,), stop_at=1), config, tmp_path)
-    assert figures["eval/examples"] == 12 and 0 <= figures["eval/accuracy"] <= 1
-    assert figures["loss"] == read_metrics(tmp_path)[-1]["loss"]
-    assert loop.train(toy.make_task(unreadable=(100,)), config, tmp_path)["eval/accuracy"] == figures["eval/accuracy"]
+    metrics = loop.train(toy.make_task(unreadable=(100,), stop_at=1), config, tmp_path)
+    assert metrics["eval/examples"] == 12 and 0 <= metrics["eval/accuracy"] <= 1
+    assert metrics["loss"] == read_metrics(tmp_path)[-1]["loss"]
+    assert loop.train(toy.make_task(unreadable=(100,)), config, tmp_path)["eval/accuracy"] == metrics["eval/accuracy"]
 
 
 def test_a_pass_over_nothing_readable_is_refused_whatever_is_allowed():
@@ -112,23 +113,22 @@ def test_waiting_counts_from_the_end_of_the_step_on(ended, wait, starved):
 def test_a_wait_is_part_of_the_step_that_waited(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(now=9.0)
     monkeypatch.setattr(metric_log, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
-    plan = types.SimpleNamespace(
-        logs=lambda step: True, batch_size=8, max_nonfinite_steps=0, max_bad_fraction=1.0, num_examples=61
-    )
+    schedule = types.SimpleNamespace(logs=lambda step: True, batch_size=8, num_examples=61)
     lines = {}
-    writer = types.SimpleNamespace(write=lambda step, figures: lines.update({step: figures}))
-    progress = types.SimpleNamespace(advance=lambda: None, show=lambda figures: None)
-    kept = metric_log.Ledger(plan, writer, progress, workdir=tmp_path)
+    writer = types.SimpleNamespace(write=lambda step, metrics: lines.update({step: metrics}))
+    progress = types.SimpleNamespace(advance=lambda: None, show=lambda metrics: None)
+    rules = StopRules(schedule, max_nonfinite_steps=0, max_bad_fraction=1.0, workdir=tmp_path)
+    log = metric_log.MetricLog(schedule, writer, progress, rules)
     # (end of the step, when the batch after it is there): the second step starts 3 s after the first has ended
     for step, (ended, ready) in enumerate([(10.0, 13.0), (14.0, 14.0), (19.0, 21.0)], start=1):
         clock.now = ended
-        figures = {"loss": 0.5, "grad_norm": 1.0, "nonfinite_steps": 0, "unreadable": 0}
-        kept.add(step, {name: np.asarray(value) for name, value in figures.items()}, np.arange(8))
-        kept._running[-1].ended.result()
-        with kept.waiting_for_data():
+        metrics = {"loss": 0.5, "grad_norm": 1.0, "nonfinite_steps": 0, "unreadable": 0}
+        log.add(step, {name: np.asarray(value) for name, value in metrics.items()}, np.arange(8))
+        log._running[-1].ended.result()
+        with log.waiting_for_data():
             clock.now = ready
-        kept.follow(leave=1)
-    kept.read()
-    kept.close()
+        log.follow(leave=1)
+    log.read()
+    log.close()
     assert [line["data_wait_share"] for line in lines.values()] == [0.0, 3 / 4, 0.0]
     assert [line["images_per_second"] for line in lines.values()] == [8 / 1, 8 / 4, 8 / 5]

@@ -17,7 +17,7 @@ def write(path, steps, **kwargs):
     metrics.close()
 
 
-def test_figures_of_one_step_are_one_line(tmp_path):
+def test_metrics_of_one_step_are_one_line(tmp_path):
     metrics = writer.MetricWriter(tmp_path)
     metrics.write(3, {"loss": 0.5})
     metrics.write(3, {"eval/accuracy": 0.25})
@@ -29,7 +29,7 @@ def test_figures_of_one_step_are_one_line(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_figures_that_come_after_the_flush_are_read_as_one_with_those_before(tmp_path):
+def test_metrics_that_come_after_the_flush_are_read_as_one_with_those_before(tmp_path):
     metrics = writer.MetricWriter(tmp_path)
     for step in (3, 6):
         metrics.write(step, {"loss": 0.5})
