@@ -2,7 +2,7 @@
 
 python launch/processes.py COUNT RESTARTS ARGUMENTS_OF_PYTHON... (called by launch/local.sh) ends with 0 when all did,
 else with the code of the first that did not (128 + n for signal n). After 75 (the run saved itself) and after a death
-by signal all are started again, RESTARTS times at most. stderr is shared: what is told is one write, unlike print's.
+by signal all are started again, RESTARTS times at most. stderr is shared: each message is one write, unlike print's.
 """
 
 import contextlib

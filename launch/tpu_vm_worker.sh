@@ -14,7 +14,7 @@ notices() {
 }
 heed_notices() {
     before=$(notices) && while sleep "${POLL:-5}"; do
-        now=$(notices) && [ "$now" != "$before" ] && echo "told by the machine: $now" && kill "$(cat run.pid)" && return
+        now=$(notices) && [ "$now" != "$before" ] && echo "signalled by the machine: $now" && kill "$(cat run.pid)" && return
     done
 }
 

@@ -92,8 +92,8 @@ def test_help_lists_the_flags_and_exits_with_0(flag, capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--config=configs/vqkd.py", flag)
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert all(f"{name}:" in told for name in FLAG_NAMES)
+    printed = capsys.readouterr().out
+    assert all(f"{name}:" in printed for name in FLAG_NAMES)
 
 
 @pytest.mark.parametrize(

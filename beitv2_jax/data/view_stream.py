@@ -67,7 +67,7 @@ def _start_worker(load: Callable[[int], list[Example]]) -> None:
 
 
 def _load(example_id: int) -> list[Example]:
-    raise RuntimeError("a worker process was not told what to load")
+    raise RuntimeError("a worker process has nothing to load")
 
 
 def _batches(loading: list, views: range, batch_size: int) -> Iterator[Example]:

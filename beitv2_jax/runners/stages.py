@@ -44,9 +44,9 @@ RUNNERS = {
 """Stage name -> how it runs; what it computes is `beitv2_jax.tasks.<name>.build`."""
 
 
-STORES = ("extract", "tokenize")
+TARGET_CACHE_STAGES = ("extract", "tokenize")
 """Stages whose workdir is a target cache: it can be extended to more views, and verified."""
-LOOPLESS = (*STORES, "probe")
+WITHOUT_LOOP = (*TARGET_CACHE_STAGES, "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
 _ALLOWING = "; or add --allow_config_change to resume that run with the new ones."
@@ -89,7 +89,11 @@ def run_stage(
     check_writable(workdir)
     started = time.monotonic()
     startup_times.begin()
-    with preemption.stops(config.stage) if config.stage in LOOPLESS else contextlib.nullcontext() as stop_if_signalled:
+    with (
+        preemption.stops(config.stage)
+        if config.stage in WITHOUT_LOOP
+        else contextlib.nullcontext() as stop_if_signalled
+    ):
         networks = provenance.describe_networks(resolved)
         task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
         if stop_if_signalled:
@@ -97,11 +101,11 @@ def run_stage(
     check_start(task, resolved)
     inputs = {**provenance.describe_data(task.sources), "networks": networks}
     changes += refuse_other_inputs(config.stage, workdir, inputs, allowed=allow_config_change)
-    if config.stage not in STORES:
+    if config.stage not in TARGET_CACHE_STAGES:
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
     os.makedirs(workdir, exist_ok=True)
-    with contextlib.nullcontext() if config.stage in STORES else workdir_lock.held(workdir):
+    with contextlib.nullcontext() if config.stage in TARGET_CACHE_STAGES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
         write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
@@ -128,16 +132,16 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
     """
     config_lib.validate(config)
     if config.stage == "pipeline":
-        chosen = {name: stage for name, stage in config.stages.items() if stage.stage in STORES}
+        chosen = {name: stage for name, stage in config.stages.items() if stage.stage in TARGET_CACHE_STAGES}
         return {
             name: verify_stage(stage, os.path.join(workdir, name), defaults=_of_stage(defaults, name))
             for name, stage in chosen.items()
         }
-    if config.stage not in STORES:
+    if config.stage not in TARGET_CACHE_STAGES:
         raise UserError(
             f"A run of the stage '{config.stage}' cannot be verified.",
             "Did you mean the stage that wrote the target cache?",
-            f"Write the --config and --workdir of a stage of {', '.join(STORES)}, or of a pipeline.",
+            f"Write the --config and --workdir of a stage of {', '.join(TARGET_CACHE_STAGES)}, or of a pipeline.",
         )
     refuse_other_config(config, workdir, defaults=defaults)
     resolved = _resolved(config, workdir)
@@ -230,7 +234,7 @@ def refuse_other_config(
     changes = [
         (key, old, new)
         for key, old, new in config_lib.changed(former, config, defaults=defaults)
-        if not (config.stage in STORES and key == "views.num_views" and new > old)
+        if not (config.stage in TARGET_CACHE_STAGES and key == "views.num_views" and new > old)
     ]
     if changes and (finished or not allowed):
         raise UserError(
@@ -256,7 +260,7 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
         logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
         return changes
     # a target cache is of one data set, and another number of examples moves a schedule that is counted in epochs
-    fixed = stage in STORES or any(key == "train.examples" for key, _, _ in changes)
+    fixed = stage in TARGET_CACHE_STAGES or any(key == "train.examples" for key, _, _ in changes)
     resumable = read_summary(workdir) is None and not fixed
     raise UserError(
         f"What the run in {workdir} is made from has changed since it was started ({_listed(changes[:5])}).",
@@ -269,7 +273,7 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
 def _can_resume(stage: str, changes: Changes) -> bool:
     """Tell whether a run can go on from its results with other values of these keys, if that is allowed."""
     keys = [key for key, _, _ in changes]
-    if stage in STORES:
+    if stage in TARGET_CACHE_STAGES:
         return keys == ["run.batch_size"]
     return not any(key.startswith(("model.", "run.batch_size", "run.duration", "optim.warmup")) for key in keys)
 
@@ -325,7 +329,7 @@ def _listed(changes: Changes) -> str:
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
     """Tell whether a finished target cache is to hold more views than it does."""
-    return config.stage in STORES and finished["metrics"]["views_per_example"] < config.views.num_views
+    return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 
 def check_writable(workdir: str) -> None:

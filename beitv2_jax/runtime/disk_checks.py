@@ -1,7 +1,7 @@
-"""What keeps a run from writing: told in plain words, agreed on by all processes, and looked for before a save.
+"""Disk-space and permission checks before a save, agreed on by all processes, and the causes of failed writes.
 
-Beneath the checkpointer. Of several processes one that alone fails in the middle of a save leaves the others waiting,
-so all of them try first whether they can write, and answer each other.
+Used by the checkpointer. If one of several processes fails in the middle of a save, the others wait for it forever; so
+all of them check first whether they can write, and exchange the results.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _NO_RESERVING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the system's own words for a failed write, as far as `error` has them."""
+    """Return the operating system's message for a failed write, as far as `error` contains it."""
     # a failed write of an array is a ValueError that has the system's number in its text
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
@@ -44,7 +44,7 @@ def refuse_pattern(folder: str | Path) -> None:
 
 
 def remedy(cause: str) -> tuple[str, str]:
-    """Return what may be behind a failed write, and what to do; `cause` is what `cause_of` said."""
+    """Return the likely reason of a failed write and what to do; `cause` is a result of `cause_of`."""
     if open_files.is_exhausted(cause):
         return "The hard limit of open files may be too low for this run.", open_files.REMEDY
     return (
@@ -54,7 +54,7 @@ def remedy(cause: str) -> tuple[str, str]:
 
 
 def free_space(folder: Path) -> str:
-    """Return how much room is left where `folder` is, in words."""
+    """Return the free space of the file system of `folder`, as text."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -64,13 +64,13 @@ def free_space(folder: Path) -> str:
 
 @contextlib.contextmanager
 def reserved(folder: Path, tree: PyTree) -> Iterator[str | None]:
-    """Hold room in `folder` for the arrays that this process writes of `tree`; yield why that cannot be, if so."""
+    """Reserve space in `folder` for the arrays of `tree` that this process writes; yield the cause if that fails."""
     shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.replica_id == 0)
     size = sum(shard.data.nbytes for shard in shards)
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-            # not each file system can reserve; then the save itself shows whether there is room
+            # some file systems cannot reserve space; then the save itself shows whether there is enough
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
         except OSError as error:
             yield None if error.errno in _NO_RESERVING else cause_of(error)
@@ -79,10 +79,10 @@ def reserved(folder: Path, tree: PyTree) -> Iterator[str | None]:
 
 
 def agreed(cause: str | None) -> str | None:
-    """Return the causes of all processes with the processes they hit, None if there is none; ask on all at once."""
+    """Return the causes of all processes with their numbers, None if there are none; all must call it together."""
     if jax.process_count() == 1:
         return cause
     text = (cause or "").encode()[:_LENGTH].ljust(_LENGTH)
     everyones = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8)))
-    told = {index: row.tobytes().decode(errors="ignore").strip() for index, row in enumerate(everyones)}
-    return "; ".join(f"{text} (process {index})" for index, text in told.items() if text) or None
+    causes = {index: row.tobytes().decode(errors="ignore").strip() for index, row in enumerate(everyones)}
+    return "; ".join(f"{text} (process {index})" for index, text in causes.items() if text) or None

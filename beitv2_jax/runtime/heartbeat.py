@@ -8,7 +8,7 @@ import socket
 
 
 def machine() -> str:
-    """Return a name of this boot of this machine and its table of processes, in which process ids have a meaning."""
+    """Return a name for this boot of this machine and its process id namespace, within which process ids are unique."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # where there is no /proc, the host's name has to do
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -17,7 +17,7 @@ def machine() -> str:
 
 
 def is_dead(content: bytes, here: str) -> bool:
-    """Tell whether what was left (`machine` and `pid` in JSON) is of a process of the machine `here` that is gone."""
+    """Return whether a heartbeat (`machine` and `pid` in JSON) is of a process of the machine `here` that has ended."""
     try:
         owner = json.loads(content)
         if owner["machine"] != here:

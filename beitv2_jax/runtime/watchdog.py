@@ -1,7 +1,7 @@
-"""Whether a run still moves: a process that stands still too long, or that another one left, says so and ends.
+"""Watchdog: ends a process that makes no progress, or whose peer is lost, with a message that names the cause.
 
-The loops say where they stand; a thread of each process watches that, also while the main thread waits in a collective.
-jax by itself notices a process that is lost (`runtime.launch.HEARTBEAT_SECONDS`), never one that hangs.
+The loops report their phase and step; a thread of each process watches these, also while the main thread waits in a
+collective. jax by itself detects a lost process (`runtime.launch.HEARTBEAT_SECONDS`), but never one that hangs.
 """
 
 import contextlib
@@ -27,34 +27,34 @@ from beitv2_jax.runtime.atomic_files import write_over
 
 FOLDER = "processes"
 BEAT_SECONDS, BEATS_A_LIMIT = 5.0, 40
-"""Seconds between two heartbeats; fewer where less than 40 heartbeats would fit into the limit."""
+"""Seconds between two heartbeats, and the least number of heartbeats in a limit: short limits have short intervals."""
 STILL_BEATS = 3
-"""A process reads the heartbeats of the others only after so many beats without progress, never in a healthy run."""
+"""Heartbeats without progress after which a process reads those of the others; in a healthy run it never does."""
 SILENT_LOOKS = 14
-"""A process whose heartbeat is the same in so many looks is lost. With the beats before, this is shorter than jax
-takes to notice it, so that it is told here and by name, and longer than file systems take to show a change (60 s)."""
+"""Reads without a change after which a process is lost. Together with `STILL_BEATS` this is shorter than the time in
+which jax detects the loss, so that the message here comes first, and longer than file systems delay a change (60 s)."""
 STEADY = ("waiting for data", "in the step", "computing targets", "computing features")
 SLACK = 3.0
-"""The limit is so many times longer in all phases that are not steady, such as starting, compiling, evaluating, saving
-and fitting."""
+"""Factor of the limit in all other phases, such as starting, compiling, evaluating, saving and fitting."""
 LINGER_BEATS = 3
-"""Process 0 stays so long after it gave up: jax ends the others when it is gone, before they could say why."""
+"""Heartbeats for which process 0 waits before it exits: jax ends the others as soon as it is gone, and they must print
+their own message first."""
 
 
 class Watch:
     """End this process, with `Preempted.EXIT_CODE`, when it makes no progress for `limit` seconds or another is lost.
 
-    What it says then names the process that is lost or behind and where that stands; the stacks of all threads go to
-    `workdir/processes`. Nothing is saved: the next start goes on from the newest checkpoint. Time is counted in beats
-    of the watching thread: a process that was stopped, or a machine that slept, has not stood still.
+    The message names the process that is lost or behind, with its phase and step; the stacks of all threads are written
+    to `workdir/processes`. Nothing is saved: the next start resumes from the newest checkpoint. Time is counted in
+    heartbeats of the watching thread, so that a stopped process or a suspended machine does not count as hanging.
 
-    Use as a context manager around all that the processes of a run do together. An error that leaves it, in a run of
-    several processes, is held back until it is known whether the loss of another process explains it.
+    Use as a context manager around all that the processes of a run do together. In a run of several processes an error
+    inside it is raised only when it is known whether the loss of another process explains it.
 
     Args:
         workdir: where every process writes its heartbeat, a file of its own.
-        limit: seconds; 0 for no watch at all.
-        alone: watch this process only, though there may be others, which go their own ways.
+        limit: seconds; 0 turns the watchdog off.
+        alone: watch this process only, because the others work independently.
     """
 
     def __init__(self, workdir: str | Path, limit: float, *, alone: bool = False):
@@ -71,7 +71,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def note(self, phase: str, step: int) -> None:
-        """Say that the main thread goes on: with what, at which step. All processes of a run say the same in turn."""
+        """Report progress of the main thread: its phase and step. All processes report the same sequence."""
         self._place = {"phase": phase, "step": step, "moves": self._place["moves"] + 1}
 
     def noted(self, batches: Iterable[Any], phase: str, step: int) -> Iterator[Any]:
@@ -93,7 +93,7 @@ class Watch:
             return
         if self._others and isinstance(error, Exception) and not isinstance(error, UserError | Preempted):
             self._error = f"{kind.__name__}: {error}".splitlines()[0]
-            logging.error("%s (looking whether another process is lost)", self._error)
+            logging.error("%s (checking whether another process is lost)", self._error)
             self._forget()
             # the thread ends this process when one is
             while not all(other.cleared for other in self._others.values()):
@@ -106,7 +106,7 @@ class Watch:
     def _run(self) -> None:
         place = None
         while not self._over.wait(self._beat):
-            # read once: a move between two readings would go unseen
+            # read once, so that progress between two reads is not missed
             now = self._place
             self._still = 0 if place is not now else self._still + 1
             place = now
@@ -116,12 +116,12 @@ class Watch:
                 self._forget()
                 continue
             stood = self._still * self._beat
-            # in one direction of a star: few reads where there are many processes, until the end is near
+            # all read process 0 and process 0 reads all: few reads with many processes, until the limit is near
             near_end = self._error or stood >= self._limit
             looked_at = [o for index, o in self._others.items() if self._index == 0 or index == 0 or near_end]
             for other in looked_at:
                 other.look()
-            # one that failed as this one did is no cause of it, though it may have ended before
+            # a process that failed like this one is not the cause, although it may have ended earlier
             suspects = [other for other in looked_at if not (self._error and other.failed)]
             losses = [loss for other in suspects if (loss := other.loss(self._beat))]
             if losses:
@@ -136,19 +136,18 @@ class Watch:
             other.forget()
 
     def _behind(self) -> tuple[str, float, float]:
-        """Return who comes last in the order of moves that all go through, for how long that has stood still by its own
-        count, and for how long it may."""
+        """Return the processes with the least progress, the seconds since their last progress, and their limit."""
         here = {**self._place, "still": self._still}
         stands = [(self._name, here)] + [(other.name, other.shown) for other in self._others.values()]
         last = min(place.get("moves", -1) for _, place in stands)
         behind = [(name, place) for name, place in stands if place.get("moves", -1) == last]
-        told = "; ".join(f"{name}, {_text(place)}" for name, place in behind)
+        described = "; ".join(f"{name}, {_text(place)}" for name, place in behind)
         if len(behind) == len(stands) > 1:
-            told = f"none of the processes, so a device or the network between them ({told})"
+            described = f"none of the processes, so a device or the network between them ({described})"
         steady = all(place.get("phase") in STEADY for _, place in behind)
-        # one that has not come yet has stood as long as this one waits
+        # a process that has not started yet has made no progress for as long as this one waits
         stood = min(place.get("still", self._still) for _, place in behind) * self._beat
-        return told, stood, self._limit if steady else self._limit * SLACK
+        return described, stood, self._limit if steady else self._limit * SLACK
 
     def _end(self, reason: str) -> None:
         self._state = f"gave up: {reason}"
@@ -161,7 +160,7 @@ class Watch:
         print_error(
             f"{self._name} ends: {reason}\n"
             f"  Here:    {_text(self._place)}{', ' * bool(self._error)}{self._error}; stacks of all threads: {stacks}\n"
-            "  Instead: the same command again, as launchers do by themselves; it goes on from the newest checkpoint"
+            "  Run the same command again, as the launchers do by themselves; it resumes from the newest checkpoint."
         )
         if self._index == 0 and self._others:
             time.sleep(LINGER_BEATS * self._beat)
@@ -171,28 +170,28 @@ class Watch:
         return self._folder / f"{index}.json"
 
     def _show(self) -> None:
-        """Leave the sign of life."""
+        """Write the heartbeat."""
         if self._others:
             owner = {"host": socket.gethostname(), "machine": self._machine, "pid": os.getpid()}
             counts = {"still": self._still, "beats": self._beats}
-            said = {**owner, **self._place, **counts, "state": self._state, "error": self._error}
-            with contextlib.suppress(OSError):  # a beat that fails is made up by the next
-                write_over(self._file(self._index), json.dumps(said) + "\n")
+            beat = {**owner, **self._place, **counts, "state": self._state, "error": self._error}
+            with contextlib.suppress(OSError):  # the next heartbeat makes up for one that fails
+                write_over(self._file(self._index), json.dumps(beat) + "\n")
 
 
-def moving(watch: Watch, stop_if_told: Callable[[], None]) -> Callable[[str], None]:
+def moving(watch: Watch, stop_if_signalled: Callable[[], None]) -> Callable[[str], None]:
     """Return the function that a loop over batches calls with its phase: it counts them for `watch`, or stops."""
     batches = itertools.count(1)
 
     def on_move(phase: str) -> None:
-        stop_if_told()
+        stop_if_signalled()
         watch.note(phase, next(batches))
 
     return on_move
 
 
 def end_at_once(code: int) -> None:
-    """End this process and its worker processes, without what an exit does otherwise."""
+    """End this process and its worker processes without running exit handlers."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -201,7 +200,7 @@ def end_at_once(code: int) -> None:
 
 
 class _Other:
-    """Another process, by the file it leaves; what that held before this process started is of a former run."""
+    """Another process, known by its heartbeat file; what that held before this process started is of a former run."""
 
     def __init__(self, index: int, path: Path, machine: str):
         self._index, self._path, self._machine = index, path, machine
@@ -215,12 +214,12 @@ class _Other:
 
     @property
     def failed(self) -> bool:
-        """Tell whether it ended, or is about to, by an error."""
+        """Whether it ended, or is about to end, with an error."""
         return bool(self.shown.get("error"))
 
     @property
     def cleared(self) -> bool:
-        """Tell whether it is known not to be the cause of an error here: it lives, or has one too."""
+        """Whether it is known not to be the cause of an error here: it is alive, or failed too."""
         return self.failed or self._looks > SILENT_LOOKS
 
     def look(self) -> None:
@@ -228,7 +227,7 @@ class _Other:
         content = self._read()
         self._looks += 1
         if content == self._content:
-            # one that has not come yet is not missed: its start may take longer
+            # a process that has not started yet is not lost: its start may take longer
             self._silent_looks += bool(self.shown)
             return
         with contextlib.suppress(ValueError):  # in the middle of being written
@@ -236,11 +235,11 @@ class _Other:
             self._content, self._silent_looks = content, 0
 
     def forget(self) -> None:
-        """Forget for how long it was silent."""
+        """Reset the count of reads without a change."""
         self._looks = self._silent_looks = 0
 
     def loss(self, beat: float) -> str:
-        """Return how it left the run without a word of agreement, '' if it did not."""
+        """Return how it was lost; '' if it is running, or ended as a run ends."""
         state = self.shown.get("state", "done")
         if state.startswith("gave up: "):
             return state.removeprefix("gave up: ")
@@ -249,7 +248,7 @@ class _Other:
         if heartbeat.is_dead(self._content, self._machine):
             what = "is dead"
         elif self._silent_looks >= SILENT_LOOKS:
-            what = f"has given no sign of life for {self._silent_looks * beat:.0f} s"
+            what = f"has sent no heartbeat for {self._silent_looks * beat:.0f} s"
         else:
             return ""
         error = self.shown["error"]

@@ -1,4 +1,4 @@
-"""A compiled step, told by kinds of operations, bytes and products."""
+"""A compiled step, described by kinds of operations, bytes and products."""
 
 from benchmarks import compiled
 
@@ -44,6 +44,6 @@ def test_operations_have_kinds_and_bytes_of_memory_alone():
 def test_the_command_tells_of_a_step(capsys, tmp_path):
     changes = [word for size in SIZES for word in ("--set", size)]
     compiled.main(["tokenize", "--quick", f"--text={tmp_path}/step.txt", *changes])
-    told = capsys.readouterr().out
-    assert "| products, with what is fused to them |" in told and "GB a step" in told
+    printed = capsys.readouterr().out
+    assert "| products, with what is fused to them |" in printed and "GB a step" in printed
     assert (tmp_path / "step.txt").read_text().startswith("HloModule")

@@ -272,7 +272,7 @@ def test_nothing_is_written_to_stderr(tmp_path):
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert told["broken_exif"] == told["extraneous"] == "(40, 40, 3)"
-    assert told["large"] == "(10000, 10000, 3)" and told["palette"] == "(4, 4, 3)"
-    assert "truncated" in told["truncated"] and "none of" in told["text"]
+    printed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert printed["broken_exif"] == printed["extraneous"] == "(40, 40, 3)"
+    assert printed["large"] == "(10000, 10000, 3)" and printed["palette"] == "(4, 4, 3)"
+    assert "truncated" in printed["truncated"] and "none of" in printed["text"]

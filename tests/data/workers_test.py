@@ -44,10 +44,10 @@ if __name__ == "__main__":
     else:
         chunks = [range(start, start + 2) for start in range(0, 20, 2)]
         batches = view_stream(load, chunks, range(1), batch_size=2, num_threads=0, num_workers=2)
-    if sys.argv[2] == "told":
-        told = []
+    if sys.argv[2] == "signalled":
+        received = []
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: told.append(number))
+            signal.signal(number, lambda number, frame: received.append(number))
 
         def tell():  # as soon as there are workers, and again when they work
             for is_time in (multiprocessing.active_children, lambda: first):
@@ -62,7 +62,7 @@ if __name__ == "__main__":
         first.append(next(batches))
         thread.join()
         name = "example_ids" if sys.argv[1] == "training" else "images"
-        print(sum(len(next(batches)[name]) for _ in range(5)), sorted(set(told)), flush=True)
+        print(sum(len(next(batches)[name]) for _ in range(5)), sorted(set(received)), flush=True)
         sys.exit()
     if sys.argv[2] == "dies":
         try:
@@ -107,7 +107,7 @@ def test_the_workers_of_a_killed_run_end(tmp_path, stage):
 def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, rows):
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), stage, "told"],
+        [sys.executable, str(tmp_path / "program.py"), stage, "signalled"],
         env=os.environ | PATH,
         capture_output=True,
         text=True,

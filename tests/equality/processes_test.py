@@ -31,14 +31,18 @@ def num_processes(request) -> int:
 @pytest.fixture(scope="module")
 def together(equality_runs, request, num_processes) -> pathlib.Path:
     """Run the stages in several processes, and resume one from the middle of a run of one process."""
-    chosen = [stage for stage in (*TRAINED, *stages.STORES) if stage not in LONG or request.config.getoption("--long")]
+    chosen = [
+        stage
+        for stage in (*TRAINED, *stages.TARGET_CACHE_STAGES)
+        if stage not in LONG or request.config.getoption("--long")
+    ]
     trained = [stage for stage in chosen if stage in TRAINED]
     folder = equality_runs.root / "together"
     stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
     shutil.copytree(stopped, folder / "continued")
     jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
     # the stages that write a target cache compute on the devices of each process alone
-    jobs += [(stage, stage, (-1, 1, 1)) for stage in chosen if stage in stages.STORES]
+    jobs += [(stage, stage, (-1, 1, 1)) for stage in chosen if stage in stages.TARGET_CACHE_STAGES]
     for stage in trained:
         equality_runs.workdir(stage)
     (folder / "jobs.json").write_text(
@@ -77,7 +81,7 @@ def test_several_processes_train_as_one_does(equality_runs, together, stage):
     assert len(list((together / stage).rglob("metrics*"))) == 1
 
 
-@pytest.mark.parametrize("stage", marked(stages.STORES))
+@pytest.mark.parametrize("stage", marked(stages.TARGET_CACHE_STAGES))
 def test_several_processes_store_the_same_bytes(equality_runs, together, num_processes, stage):
     """As one process with as many devices as each of them: another number of devices rounds otherwise."""
     assert stored(together / stage) == stored(equality_runs.workdir(stage, (8 // num_processes, 1, 1)))

@@ -57,7 +57,7 @@ CHANGES = {
     "extract": {"teacher": {"tokenizer_patch_size": 8}, "output": {"shard_examples": 11}},
     "tokenize": {"output": {"shard_examples": 11}},
 }
-TRAINED = tuple(stage for stage in CHANGES if stage not in stages.STORES)
+TRAINED = tuple(stage for stage in CHANGES if stage not in stages.TARGET_CACHE_STAGES)
 INPUTS = {
     "vqkd": ("teacher", "weights", "finetune"),
     "mim": ("tokenizer", "run", "vqkd"),
@@ -111,7 +111,7 @@ def stage_config(stage: str, root: pathlib.Path, mesh: tuple[int, int, int], **s
     if stage in INPUTS:
         section, key, former = INPUTS[stage]
         config[section][key] = str(root / former)
-    if stage in stages.STORES:
+    if stage in stages.TARGET_CACHE_STAGES:
         config.views.num_views = 2
     else:
         config.optim.update(weight_average=0.9, warmup="3 steps")
@@ -186,7 +186,7 @@ def run(config, workdir, *, evaluates: bool = True, stop_after: int | None = Non
         return loop.train(observed(task, evaluates=evaluates, stop_after=stop_after), config, workdir)
 
     with contextlib.ExitStack() as stack:
-        if config.stage not in stages.STORES:
+        if config.stage not in stages.TARGET_CACHE_STAGES:
             stack.enter_context(mock.patch.dict(stages.RUNNERS, {config.stage: train}))
         # a gradient that jumps where an activation crosses zero would show rounding as large differences
         stack.enter_context(mock.patch.object(nn, "relu", nn.softplus))

@@ -1,7 +1,7 @@
 """Processes that move in step and fail in every way, for training_liveness_test.py: a barrier stands for a collective.
 
 `python watchdog_processes.py FOLDER LIMIT` runs all scenarios at the same time, each in three forked processes, and
-prints {scenario: [[exit status, what was told], ...]}; a negative status is the signal that ended the process.
+prints {scenario: [[exit status, what was printed], ...]}; a negative status is the signal that ended the process.
 """
 
 import json
@@ -134,8 +134,10 @@ def main(folder: Path, limit: float) -> None:
             elif time.monotonic() - started > 1.5 * limit and running[pid][0] == "paused":
                 os.kill(pid, signal.SIGCONT)
         time.sleep(0.01)
-    told = {name: [(codes[name, i], (folder / name / f"{i}.txt").read_text()) for i in range(3)] for name in SCENARIOS}
-    print(json.dumps(told))
+    printed = {
+        name: [(codes[name, i], (folder / name / f"{i}.txt").read_text()) for i in range(3)] for name in SCENARIOS
+    }
+    print(json.dumps(printed))
 
 
 if __name__ == "__main__":

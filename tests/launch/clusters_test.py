@@ -207,8 +207,8 @@ def test_a_cancelled_job_is_not_queued_again(tmp_path):
 
 @pytest.mark.parametrize("tasks, gpus, devices", [("1", "4", "0,1,2,3"), ("8", "8", None), ("", "", "0,1,2,3,4,5,6,7")])
 def test_a_process_alone_on_its_node_has_all_gpus(tmp_path, tasks, gpus, devices):
-    told = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": gpus} if tasks else {}
-    slurm(tmp_path, "exit 0", CHIP="h200", **told)
+    given = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": gpus} if tasks else {}
+    slurm(tmp_path, "exit 0", CHIP="h200", **given)
     environment = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     assert environment.get("JAX_LOCAL_DEVICE_IDS") == devices
     assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.94"

@@ -15,15 +15,15 @@ SCRIPT = ROOT / "launch/processes.py"
 
 
 def run(folder, count, restarts, program, **options):
-    """Run `program` in `count` processes; it finds `rank`, `attempt` (from 1) and `told(word)`, which leaves a file."""
+    """Run `program` in `count` processes; it finds `rank`, `attempt` (from 1) and `mark(word)`, which leaves a file."""
     prelude = (
         "import os, pathlib, signal, sys, time\n"
         "rank, folder = int(os.environ.get('JAX_PROCESS_ID', 9)), pathlib.Path(sys.argv[1])\n"
         "attempt = len(list(folder.glob(f'started-*-{rank}'))) + 1\n"
-        "def told(word): (folder / f'{word}-{attempt}-{rank}').touch()\n"
+        "def mark(word): (folder / f'{word}-{attempt}-{rank}').touch()\n"
         "def await_file(name):\n"
         "    while not (folder / name).exists(): time.sleep(0.01)\n"
-        "told('started')\n"
+        "mark('started')\n"
     )
     command = [sys.executable, str(SCRIPT), str(count), str(restarts), "-c", prelude + program, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
@@ -34,23 +34,23 @@ def names(folder):
 
 
 def test_every_process_learns_its_place(tmp_path):
-    program = "told('-'.join(os.environ[k] for k in ('JAX_NUM_PROCESSES', 'JAX_PLATFORMS', 'JAX_COORDINATOR_ADDRESS')))"
+    program = "mark('-'.join(os.environ[k] for k in ('JAX_NUM_PROCESSES', 'JAX_PLATFORMS', 'JAX_COORDINATOR_ADDRESS')))"
     result = run(tmp_path, 3, 0, program)
     assert (result.returncode, result.stderr) == (0, "")
-    told = [name for name in names(tmp_path) if name.startswith("3-cpu-127.0.0.1:")]
-    assert [name[-1] for name in told] == ["0", "1", "2"]
-    assert len({name[:-2] for name in told}) == 1  # one address
+    mark = [name for name in names(tmp_path) if name.startswith("3-cpu-127.0.0.1:")]
+    assert [name[-1] for name in mark] == ["0", "1", "2"]
+    assert len({name[:-2] for name in mark}) == 1  # one address
 
 
 def test_a_single_process_is_told_nothing(tmp_path):
-    run(tmp_path, 1, 2, "told(os.environ.get('JAX_COORDINATOR_ADDRESS', 'alone'))", env={"PATH": os.environ["PATH"]})
+    run(tmp_path, 1, 2, "mark(os.environ.get('JAX_COORDINATOR_ADDRESS', 'alone'))", env={"PATH": os.environ["PATH"]})
     assert names(tmp_path) == ["alone-1-9", "started-1-9"]
 
 
 def test_a_killed_process_stops_the_others_and_all_start_again(tmp_path):
     program = (
-        "signal.signal(signal.SIGTERM, lambda *_: (told('asked'), sys.exit(75)))\n"
-        "told('ready')\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (mark('asked'), sys.exit(75)))\n"
+        "mark('ready')\n"
         "if attempt == 1 and rank == 1:\n"
         "    [await_file(f'ready-1-{other}') for other in (0, 2)]\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -87,7 +87,7 @@ def test_one_that_does_not_end_is_killed(tmp_path, monkeypatch):
 def test_a_stopped_process_is_killed_and_all_start_again(tmp_path):
     program = (
         "if attempt == 1 and rank == 1:\n"
-        "    told('stops'); os.kill(os.getpid(), signal.SIGSTOP); told('went on')\n"
+        "    mark('stops'); os.kill(os.getpid(), signal.SIGSTOP); mark('went on')\n"
         "if attempt == 1:\n"
         "    await_file('stops-1-1'); sys.exit(75)\n"
     )
@@ -107,7 +107,7 @@ def test_a_stopped_process_is_killed_and_all_start_again(tmp_path):
 def test_sigterm_is_passed_on_and_ends_it(tmp_path):
     program = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntold('ready')\ntime.sleep(50)"
     prelude = "import pathlib, os, signal, sys, time\nrank = os.environ['JAX_PROCESS_ID']\n"
-    prelude += "def told(word): (pathlib.Path(sys.argv[1]) / f'{word}-{rank}').touch()\n"
+    prelude += "def mark(word): (pathlib.Path(sys.argv[1]) / f'{word}-{rank}').touch()\n"
     process = subprocess.Popen([sys.executable, str(SCRIPT), "2", "9", "-c", prelude + program, str(tmp_path)])
     deadline = time.monotonic() + 30
     while len(names(tmp_path)) < 2 and time.monotonic() < deadline:

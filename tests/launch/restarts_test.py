@@ -80,14 +80,14 @@ def test_killed_and_hung_the_run_ends_as_an_undisturbed_one(tmp_path):
     result = launch(tmp_path, config, plan)
     assert result.returncode == 0, result.stderr
     host = socket.gethostname()
-    told = [line for line in result.stderr.splitlines() if " ends: " in line or "starting again" in line]
-    starts = [index for index, line in enumerate(told) if "starting again" in line]
-    assert [told[index] for index in starts] == [
+    messages = [line for line in result.stderr.splitlines() if " ends: " in line or "starting again" in line]
+    starts = [index for index, line in enumerate(messages) if "starting again" in line]
+    assert [messages[index] for index in starts] == [
         "ended with exit code 137: starting again, 1 restarts left",
         "ended with exit code 75: starting again, 0 restarts left",
     ]
     assert "process 2 of 4 ended with exit code 137; all are stopped" in result.stderr
-    hung = told[starts[0] + 1 : starts[1]]
+    hung = messages[starts[0] + 1 : starts[1]]
     reason = f"no progress for {LIMIT} s, behind: process 0 on {host}, waiting for data at step 11"
     assert sorted(hung) == [f"process {index} on {host} ends: {reason}" for index in range(4)]
 

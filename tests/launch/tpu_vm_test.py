@@ -1,4 +1,4 @@
-"""tpu_vm.sh against a fake gcloud, which keeps the state of a queued resource and loses its machines when told to."""
+"""tpu_vm.sh against a fake gcloud, which keeps the state of a queued resource and loses its machines on request."""
 
 import json
 import os
@@ -270,7 +270,7 @@ def test_a_worker_tells_the_program_of_maintenance(repository):
     path = {"PATH": f"{repository.parent}/tools:{os.environ['PATH']}"}
     result, home = work(repository, "run", program=body, POLL="0.1", **path)
     assert result.returncode == 75 and "saved" in result.stdout
-    assert "told by the machine: TERMINATE_ON_HOST_MAINTENANCE" in result.stdout
+    assert "signalled by the machine: TERMINATE_ON_HOST_MAINTENANCE" in result.stdout
     asked = (home / "asked").read_text()
     assert "-H Metadata-Flavor: Google metadata.google.internal/computeMetadata/v1/instance/preempted" in asked
 

@@ -79,8 +79,8 @@ launch.leave(Preempted.EXIT_CODE)
 def interrupted(moving):
     """Return `watchdog.moving`, but with SIGTERM to this process at batch `MOVE`."""
 
-    def replaced(watch, stop_if_told):
-        on_move, moves = moving(watch, stop_if_told), itertools.count(1)
+    def replaced(watch, stop_if_signalled):
+        on_move, moves = moving(watch, stop_if_signalled), itertools.count(1)
 
         def moved(phase):
             if next(moves) == MOVE:

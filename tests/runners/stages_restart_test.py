@@ -289,10 +289,10 @@ def test_caches_are_written_by_many_at_once(tmp_path, monkeypatch):
 
 
 def test_a_pipeline_stops_at_a_stage_that_was_told_to_end(tmp_path, monkeypatch):
-    def told(task, config, workdir):
+    def preempted(task, config, workdir):
         raise Preempted("saved")
 
-    monkeypatch.setitem(stages.RUNNERS, "finetune", told)
+    monkeypatch.setitem(stages.RUNNERS, "finetune", preempted)
     with pytest.raises(Preempted):
         stages.run_stage(config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke"), str(tmp_path))
     assert stages.read_summary(str(tmp_path / "teacher")) is None

@@ -1,4 +1,4 @@
-"""Full disks and lost permissions, in real processes: told, survived where configured, and never a corrupt checkpoint.
+"""Full disks and lost permissions, in real processes: reported, survived where configured, never a corrupt checkpoint.
 
 A limit on the size of files stands for the full disk: any user can set it, and writes fail in the same places.
 """

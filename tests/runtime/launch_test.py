@@ -107,7 +107,7 @@ def test_a_full_disk_and_files_of_others_are_told_without_a_traceback(error, exp
     monkeypatch.setattr(main.app, "run", run)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == (2 if expected else 1)
-    assert ("Traceback" in told) == (expected is None)
-    assert told.startswith(f"Error: {expected}" if expected else "Traceback")
+    assert ("Traceback" in printed) == (expected is None)
+    assert printed.startswith(f"Error: {expected}" if expected else "Traceback")

@@ -1,4 +1,4 @@
-"""The limit of open files: raised at the start, and told from a full disk where it is reached."""
+"""The limit of open files: raised at the start, and distinguished from a full disk where it is reached."""
 
 import errno
 import os

@@ -21,7 +21,7 @@ LINE = re.compile(
 
 
 @pytest.fixture
-def told(caplog):
+def logged(caplog):
     """Return a function for the lines so far, each as (seconds, {phase: seconds}, programs, from the cache)."""
     caplog.set_level(logging.INFO, "absl")
     startup_times._marks.clear()
@@ -40,7 +40,7 @@ def told(caplog):
     return lines
 
 
-def test_phases_add_up_and_a_timeline_that_runs_goes_on(told):
+def test_phases_add_up_and_a_timeline_that_runs_goes_on(logged):
     startup_times.begin(100.0)
     startup_times.ended("flags", 103.5)
     startup_times.begin(104.0)
@@ -53,21 +53,21 @@ def test_phases_add_up_and_a_timeline_that_runs_goes_on(told):
     startup_times.tell("first step", 160.0)
     startup_times.begin(200.0)
     startup_times.tell("first step", 207.25)
-    assert [line[:2] for line in told()] == [
+    assert [line[:2] for line in logged()] == [
         (12.0, {"flags": 3.5, "jax": 2.2, "first step": 6.2}),
         (7.2, {"first step": 7.2}),
     ]
 
 
-def test_a_run_says_once_where_its_start_went(told, tmp_path):
+def test_a_run_says_once_where_its_start_went(logged, tmp_path):
     rhythm = {"run.duration": "3 steps", "run.log_every": "3 steps", "optim.warmup": "0 steps"}
     loop.train(toy.make_task(evaluation=False), toy.config(**rhythm), tmp_path)
-    ((seconds, phases, *_),) = told()
+    ((seconds, phases, *_),) = logged()
     assert list(phases) == ["first batch", "compiling", "state", "codebook", "first step"]
     assert seconds == pytest.approx(sum(phases.values()), abs=0.3)
 
 
-def test_compilations_are_counted_and_those_from_the_cache(told, tmp_path, monkeypatch):
+def test_compilations_are_counted_and_those_from_the_cache(logged, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.monitoring, "register_event_listener", lambda heard: events.append(heard))
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", lambda heard: durations.append(heard))
     events, durations = [], []
@@ -79,7 +79,7 @@ def test_compilations_are_counted_and_those_from_the_cache(told, tmp_path, monke
     events[0](startup_times.FOUND_IN_CACHE)
     events[0]("/jax/other")
     startup_times.tell("first step", 4.0)
-    assert told() == [(4.0, {"first step": 4.0}, "2", "1")]
+    assert logged() == [(4.0, {"first step": 4.0}, "2", "1")]
 
 
 def test_jax_tells_of_compilations_and_of_the_cache_by_these_names(tmp_path):

@@ -169,15 +169,15 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-@pytest.mark.parametrize(("told_at", "signals"), [(8, [signal.SIGTERM]), (18, [signal.SIGINT, signal.SIGTERM])])
-def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, told_at, signals):
-    """Told while step `told_at` runs, it does one more, which may be the last of all.
+@pytest.mark.parametrize(("signalled_at", "signals"), [(8, [signal.SIGTERM]), (18, [signal.SIGINT, signal.SIGTERM])])
+def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, signalled_at, signals):
+    """Signalled while step `signalled_at` runs, it does one more, which may be the last of all.
 
     Ctrl-C reaches the launcher too, which adds a SIGTERM of its own.
     """
-    assert train_elsewhere(tmp_path, stop_at=told_at, signals=signals) == Preempted.EXIT_CODE == 75
-    assert outcome(tmp_path)[0] == told_at + 1
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, told_at + 2))
+    assert train_elsewhere(tmp_path, stop_at=signalled_at, signals=signals) == Preempted.EXIT_CODE == 75
+    assert outcome(tmp_path)[0] == signalled_at + 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, signalled_at + 2))
     assert train_elsewhere(tmp_path) == 0
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
@@ -198,22 +198,22 @@ def test_the_loop_gives_the_signal_back(tmp_path):
 def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, tmp_path):
     one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
 
-    def train_together(*, saves, told=None):
+    def train_together(*, saves, signalled=None):
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{server.getsockname()[1]}"
         running = []
         for index in (0, 1):
             # jax looks for the signal once a second
-            task = {"pause": 0 if told is None else 0.2}
-            task |= {"stop_at": 4, "signals": [signal.SIGINT]} if index == told else {}
+            task = {"pause": 0 if signalled is None else 0.2}
+            task |= {"stop_at": 4, "signals": [signal.SIGINT]} if index == signalled else {}
             place = {"coordinator_address": address, "num_processes": 2, "process_id": index}
             options = {"task": task, "place": place, "config": {"run.checkpoint_every": f"{saves} steps"}}
             running.append(start_elsewhere(tmp_path, options, **one_device))
         texts = [process.communicate(timeout=120)[0] for process in running]
         return [process.returncode for process in running], texts
 
-    codes, texts = train_together(saves=3, told=1)
+    codes, texts = train_together(saves=3, signalled=1)
     assert codes == [75, 75], texts
     step = outcome(tmp_path)[0]
     assert 5 <= step < 19
@@ -239,8 +239,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkp
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
     assert [line["nonfinite_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 2, 3]
     assert lines[2]["loss"] is None
-    told = [record.args for record in caplog.records if "changed nothing" in record.msg]
-    assert [step for step, *_ in told] == [3, 7, 8, 9]
+    logged = [record.args for record in caplog.records if "changed nothing" in record.msg]
+    assert [step for step, *_ in logged] == [3, 7, 8, 9]
     iterator = toy.batches(8, seed=3)
     ids = {step: " ".join(map(str, next(iterator)["example_ids"])) for step in range(1, 10)}
-    assert [listed for *_, listed in told] == [ids[step] for step in (3, 7, 8, 9)]
+    assert [listed for *_, listed in logged] == [ids[step] for step in (3, 7, 8, 9)]

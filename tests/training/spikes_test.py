@@ -69,10 +69,10 @@ def test_a_spike_changes_nothing_and_is_told_with_its_examples(tmp_path, caplog)
     assert {line["nonfinite_steps"] for line in lines} == {0}
     assert lines[61]["loss"] > 5 * lines[60]["loss"]
     assert trees["train"]["spikes"]["taken"] == 69 and trees["train"]["spikes"]["left_out"] == 1
-    (told,) = [record.args for record in caplog.records if "changed nothing" in record.msg]
+    (logged,) = [record.args for record in caplog.records if "changed nothing" in record.msg]
     iterator = toy.batches(8, seed=3)
     ids = [next(iterator)["example_ids"] for _ in range(62)][-1]
-    assert told[0] == 62 and told[-1] == " ".join(map(str, ids))
+    assert logged[0] == 62 and logged[-1] == " ".join(map(str, ids))
 
 
 def test_a_run_continued_judges_as_the_unbroken_one(guarded, tmp_path):

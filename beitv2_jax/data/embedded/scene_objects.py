@@ -1,4 +1,4 @@
-"""Draw the ten object classes of the embedded data set, each told by its parts and patterns and never by its colours.
+"""Draw the ten object classes of the embedded data set, which differ by parts and patterns and never by colours.
 
 `OBJECTS` maps class name -> (draw function, largest tilt in degrees); `data.embedded.scenes` chooses pose, place and
 surroundings. Every function fills about [-1, 1] x [-1, 1] (x right, y down), takes all colours from the one palette

@@ -1,6 +1,6 @@
 """ArrayRecord files named by a glob, with or without TFDS's description beside them: a source of `data.sources`.
 
-What the records hold is told by the first of them, or by `features.json` beside the files:
+What the records hold follows from the first of them, or from `features.json` beside the files:
 
 - files of a TFDS data set, all or some of its shards: its features, its class names;
 - encoded images (JPEG, PNG, ...) and nothing else: no labels;

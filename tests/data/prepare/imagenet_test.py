@@ -262,9 +262,9 @@ def test_failed_writing_leaves_nothing_and_two_do_not_meet(archives, tmp_path, m
 def test_the_command(archives, directory, tmp_path, capsys):
     arguments = ["imagenet2012", f"--archives={archives}", f"--data_dir={tmp_path}"]
     assert prepare.main(arguments) == 0
-    told = capsys.readouterr()
-    assert f"--config.data.source=tfds:imagenet2012 --config.data.data_dir={tmp_path}" in told.out
-    assert "writing train: 12/12 images" in told.err
+    printed = capsys.readouterr()
+    assert f"--config.data.source=tfds:imagenet2012 --config.data.data_dir={tmp_path}" in printed.out
+    assert "writing train: 12/12 images" in printed.err
     assert prepare.main(arguments) == 0  # it is there: nothing to do
     assert "writing" not in capsys.readouterr().err
     assert prepare.main(["imagenet2012", f"--archives={tmp_path}", f"--data_dir={tmp_path}/other"]) == 2

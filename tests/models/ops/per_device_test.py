@@ -52,5 +52,5 @@ def test_a_device_sees_its_share_only():
         jax.jit(lambda rows: on_own_rows(shapes, (rows,), (WHOLE,)))(ROWS)
     assert seen[0] == ((6, 5), (5, 3))
     seen.clear()
-    on_own_rows(shapes, (ROWS,), (WHOLE,))  # no mesh is told of
+    on_own_rows(shapes, (ROWS,), (WHOLE,))  # without a mesh
     assert seen == [((24, 5), (5, 3))]
