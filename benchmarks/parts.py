@@ -192,7 +192,7 @@ def optimizers(config: ConfigDict) -> dict[str, optax.GradientTransformationExtr
     """Return the optimizer of a mim recipe in its implementations."""
 
     def made(no_decay: Callable[[str], bool]):
-        task = Task(name="mim", num_train_examples=0, init=None, loss=None, train_batches=None, no_decay=no_decay)
+        task = Task(name="mim", sources=(), init=None, loss=None, train_batches=None, no_decay=no_decay)
         return optim.for_task(task, config.optim, **steps.SCHEDULE)[0]
 
     reference, grouped = made(released_no_decay), made(lambda path: path.startswith("True"))

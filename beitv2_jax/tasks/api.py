@@ -6,7 +6,7 @@ The modules of this package build a `Task` from a config; `beitv2_jax.training` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Array, PRNGKeyArray
@@ -55,9 +55,7 @@ class Task:
 
     Attributes:
         name: the stage, as shown in logs.
-        num_train_examples: images in one epoch.
         sources: the train and the eval split; a run recognises its data by them and lists what they leave out.
-        splits: their names, for the list of unreadable records.
         init: `(key) -> {"params", "model_state"}`, values at step 0.
         loss: `(params, model_state, frozen, batch, key, step) -> (loss, parts)`, the float32 sum over the rows of what
             is to be minimised in the mean, and its `LossParts`.
@@ -70,7 +68,6 @@ class Task:
         no_decay: `(path) -> ` True for a parameter ("blocks_0/attn/q_bias") that weight decay leaves alone.
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
-        num_eval_examples: images in one evaluation.
         eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, a new one at each call.
         evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
         summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
@@ -78,7 +75,7 @@ class Task:
     """
 
     name: str
-    num_train_examples: int
+    sources: tuple[Source, Source]
     init: Callable[[PRNGKeyArray], dict[str, PyTree]]
     loss: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray, Array], tuple[Scalar, LossParts]]
     train_batches: Callable[[int, int], TrainIterator]
@@ -86,15 +83,27 @@ class Task:
     finish: Callable[[ModelState, PyTree, Array], tuple[ModelState, dict[str, Scalar]]] = _unchanged
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
-    sources: Sequence[Source] = ()
-    splits: tuple[str, str] = ("train", "validation")
     initial: PyTree = dataclasses.field(default_factory=dict)
     frozen: PyTree = dataclasses.field(default_factory=dict)
-    num_eval_examples: int = 0
     eval_batches: Callable[[int, int], Iterable[Batch]] | None = None
     evaluate: Callable[[Params, ModelState, PyTree, Batch], dict[str, Array]] | None = None
     summarize: Callable[[dict[str, Any]], dict[str, float]] | None = None
     start_codebook: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray], ModelState | None] | None = None
+
+    @property
+    def num_train_examples(self) -> int:
+        """Number of images in an epoch."""
+        return len(self.sources[0])
+
+    @property
+    def num_eval_examples(self) -> int:
+        """Number of images in an evaluation."""
+        return len(self.sources[1])
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """Names of the train and the eval split."""
+        return self.sources[0].split, self.sources[1].split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

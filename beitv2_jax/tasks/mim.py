@@ -196,10 +196,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             code_ids=code_ids,
         ),
         frozen=opened.frozen,
-        num_train_examples=len(source),
         sources=opened.sources,
-        num_eval_examples=len(eval_source),
-        splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
         eval_batches=functools.partial(
             inputs.eval_batches_with, lambda batch: eval_targets(batch) | eval_masks(batch), eval_source, config

@@ -148,10 +148,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         loss=vqkd_loss(model, targets),
         finish=vqkd_finish(model.quantizer, window),
         frozen=opened.frozen,
-        num_train_examples=len(source),
         sources=opened.sources,
-        num_eval_examples=len(eval_source),
-        splits=(source.split, eval_source.split),
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
         eval_batches=functools.partial(
             inputs.eval_batches_with, targets_lib.stored_views(stored[1]), eval_source, config
