@@ -20,7 +20,13 @@ from beitv2_jax.models import preprocess
 from beitv2_jax.models.ops import attention
 from beitv2_jax.models.ops import nearest_code as nearest_code_lib
 from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
-from beitv2_jax.models.quantizer import CodebookStatistics, l2_normalise, nearest_code, updated_state
+from beitv2_jax.models.quantizer import (
+    CodebookStatistics,
+    QuantizerOptions,
+    l2_normalise,
+    nearest_code,
+    updated_state,
+)
 from beitv2_jax.planning.traced import traced_flops
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.common import released_no_decay
@@ -90,10 +96,12 @@ def quantizer(config: ConfigDict) -> Part:
     }
     unit = l2_normalise(jnp.asarray(rng.standard_normal((tokens, width), np.float32)))
 
+    options = QuantizerOptions(codebook_size=size, code_dim=width, ema_decay=config.model.ema_decay)
+
     def run(state, unit, implementation):
         ids = nearest_code(unit, state["codebook"], implementation=implementation)
         statistics = CodebookStatistics(*nearest_code_lib.cluster_sums(unit, ids, jnp.ones(len(unit)), size))
-        return ids, updated_state(state, statistics, config.model.ema_decay)
+        return ids, updated_state(state, statistics, options)
 
     return Part(
         _implementations(run, (state, unit), choices.NEAREST_CODE),

@@ -177,7 +177,7 @@ def _dictionaries(tree: Mapping) -> dict[str, Mapping]:
 
 def _no_such(chosen: str, available: list[str], where: str) -> UserError:
     shown = ", ".join(map(repr, available[:5])) or "none"
-    guess = nearest(chosen, available) if available else "NAME"
+    guess = (nearest(chosen, available) or available[0]) if available else "NAME"
     return UserError(
         f"{where} has no state dict {chosen!r}; it has {shown}."
         if chosen

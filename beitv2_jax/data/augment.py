@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean
 
 AUGMENTATION_VERSION = "1"
 """Changes whenever the same draw would give a view other pixels; target caches carry it in their manifest."""
@@ -75,7 +75,7 @@ def _filter(interpolation: str) -> Image.Resampling:
     if interpolation not in INTERPOLATIONS:
         raise UserError(
             f"There is no interpolation {interpolation!r}.",
-            f"Did you mean {nearest(interpolation, INTERPOLATIONS)!r}?",
+            did_you_mean(interpolation, INTERPOLATIONS),
             f"Write --config.views.interpolation=NAME with one of {', '.join(sorted(INTERPOLATIONS))}.",
         )
     return INTERPOLATIONS[interpolation]

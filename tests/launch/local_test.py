@@ -171,6 +171,6 @@ def test_setup_states_lower_bounds_only(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     assert arguments["name"] == "beitv2_jax" and arguments["python_requires"] == ">=3.11"
     assert {"cuda", "tpu", "test"} <= set(arguments["extras_require"])
-    assert arguments["packages"] == ["beitv2_jax", "beitv2_jax.*"]
+    assert arguments["packages"] == ["beitv2_jax", "beitv2_jax.*", "beitv2_jax.configs"]
     for requirement in itertools.chain(arguments["install_requires"], *arguments["extras_require"].values()):
         assert re.fullmatch(r"[A-Za-z0-9_-]+(\[\w+\])?>=[\d.]+", requirement)

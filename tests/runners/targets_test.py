@@ -319,7 +319,8 @@ def test_features_that_are_not_finite_are_refused(tmp_path, monkeypatch, value):
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 12), ("num_views", 2), ("teacher_hash", "other")])
 def test_two_configurations_do_not_write_one_cache(tmp_path, key, value):
-    TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=11)
+    begun = TargetCache(tmp_path / "views", name="cache", manifest=MANIFEST, shard_examples=11)
+    begun.done_path(0).touch()
     with pytest.raises(UserError, match=f"{key} = "):
         TargetCache(tmp_path / "views", name="cache", manifest={**MANIFEST, key: value}, shard_examples=11)
     with pytest.raises(UserError, match="shard_examples = 11, this run has 12"):

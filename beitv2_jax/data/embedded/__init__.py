@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from beitv2_jax import rng as streams
 from beitv2_jax.data.embedded import scenes
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean
 
 JPEG_QUALITY = 92
 # below this, starting worker processes takes longer than drawing
@@ -122,7 +122,7 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     if config not in names:
         raise UserError(
             f"The embedded data set has no config {config!r}.",
-            f"Did you mean 'embedded/{nearest(config, names)}'?",
+            did_you_mean(config, names),
             f"Write --config.data.source={' or '.join(f'embedded/{name}' for name in names)}.",
         )
     builder = Beitv2Scenes(data_dir=os.fspath(data_dir) or None, config=config, file_format="array_record")

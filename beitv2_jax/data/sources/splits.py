@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean
 
 EVALUATION_SPLITS = ("validation", "val", "test")
 
@@ -33,7 +33,7 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
     listed = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     raise UserError(
         f"{where} has no split {split!r}; it has {listed}.",
-        f"Did you mean {nearest(name, known)!r}?",
+        did_you_mean(name, known),
         "Write --config.data.train_split=NAME and --config.data.eval_split=NAME, each with one of these names.",
     )
 

@@ -138,7 +138,8 @@ def find_tfds(name: str, data_dir: str) -> str:
             raise _damaged_metadata(f"of {name!r} in {data_dir or 'the TFDS default directory'}", error) from error
         raise UserError(
             f"The TFDS set {name!r} cannot be looked up: {str(error).splitlines()[0].rstrip('.')}.",
-            "Did you mistype the name, or does the set lie in several TFDS directories?",
+            "Did you mistype the name, does the set lie in several TFDS directories, or is its dataset_info.json or "
+            "features.json damaged?",
             "Write --config.data.source=tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION (1.2.3 or 1.*.*), and "
             "--config.data.data_dir=DIR.",
         ) from error

@@ -446,8 +446,8 @@ def _faults(source):
     found = {}
     for example in (source[i] for i in range(len(source))):
         row = EvalTransform(8)(example)
-        assert (row["weight"] == 0) == ("fault" in example) == bool(row["faults"])
-        if "fault" in example:
+        assert (row["weight"] == 0) == bool(example.get("fault")) == bool(row["faults"])
+        if example.get("fault"):
             assert (example["image"], example["label"]) == (b"", -1)
             found[example["example_id"]] = (example["where"], example["fault"], str(row["faults"]))
     return found
