@@ -31,6 +31,7 @@ setup(
     packages=[*find_packages(include=["beitv2_jax", "beitv2_jax.*"]), "beitv2_jax.configs"],
     package_dir={"beitv2_jax.configs": "configs"},
     package_data={"beitv2_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["beitv2=beitv2_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

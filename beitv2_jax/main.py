@@ -22,6 +22,9 @@ def run(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     launch.start_logging(values["verbosity"].present)
+    if values.print_config:
+        print(config_lib.to_json(config_lib.resolve(values.config, _absolute(values.workdir or "."))))
+        return
     if values.plan:
         launch.check_jax_settings()
         from beitv2_jax.planning.command import run_plan

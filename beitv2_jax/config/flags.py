@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from beitv2_jax.config.load import flatten, load
+from beitv2_jax.config.load import config_file, flatten, load
 from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.errors import UserError, nearest
 
@@ -26,6 +26,7 @@ FLAG_NAMES = (
     "plan_minutes",
     "distributed",
     "compilation_cache",
+    "print_config",
 )
 USAGE = """\
 python -m beitv2_jax.main --config=FILE[:PRESET,PRESET...] --workdir=DIR [--config.KEY=VALUE ...] [FLAGS]
@@ -92,6 +93,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "Directory in which compiled programs are cached between runs; '' for none.",
         values,
     )
+    flags.DEFINE_boolean("print_config", False, "Run nothing; print the config with all overrides as JSON.", values)
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -109,6 +111,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             "Write --flagfile=PATH of a text file with one flag in each line.",
         ) from error
     argv = _last_overrides(argv)
+    argv = _with_installed_config(argv)
     define_flags(values, argv)
     if any(re.fullmatch(r"-h|--?help\w*", arg) for arg in argv):
         print(USAGE + values.module_help(__name__))
@@ -126,13 +129,28 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
         )
     for name in ("workdir", "compilation_cache"):
         refuse_remote(f"--{name}", values[name].value or "")
-    if not values.workdir and not values.plan:
+    if not values.workdir and not values.plan and not values.print_config:
         raise UserError(
             "The flag --workdir is missing.",
             "It names the directory in which the run is written.",
             "Write --workdir=runs/NAME.",
         )
     return rest
+
+
+def _with_installed_config(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with --config=configs/NAME.py replaced by the installed file where there is none in this folder."""
+    found = list(argv)
+    for place, arg in enumerate(argv):
+        if match := re.fullmatch(r"(--?config=)(.+)", arg):
+            start, spec = match.groups()
+        elif place and re.fullmatch(r"--?config", argv[place - 1]):
+            start, spec = "", arg
+        else:
+            continue
+        name, colon, presets = spec.partition(":")
+        found[place] = f"{start}{config_file(Path(name))}{colon}{presets}"
+    return found
 
 
 def _overridden(arg: str) -> str | None:

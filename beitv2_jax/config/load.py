@@ -66,6 +66,7 @@ def load(spec: str) -> ConfigDict:
     path = Path(name)
     if path.suffix != ".py":
         path = Path(sys._getframe(1).f_globals.get("__file__", name)).parent / f"{name}.py"
+    path = config_file(path)
     if not path.is_file():
         folders = dict.fromkeys((path.parent, Path("configs")))
         others = [str(other) for folder in folders for other in _config_files(folder)]
@@ -84,6 +85,16 @@ def load(spec: str) -> ConfigDict:
             "Write --config=configs/NAME.py.",
         )
     return module.get_config(arg)
+
+
+def config_file(path: Path) -> Path:
+    """Return `path`; where there is no such file and it is configs/NAME.py, the config that came with the package."""
+    package = Path(__file__).parents[1]
+    # in a wheel the configs lie inside the package, in a clone beside it
+    candidates = [folder / path.name for folder in (package / "configs", package.parent / "configs")]
+    if path.is_file() or path.parent != Path("configs"):
+        return path
+    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 def _config_files(folder: Path) -> list[Path]:
