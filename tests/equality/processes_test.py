@@ -30,7 +30,7 @@ def num_processes(request) -> int:
 
 @pytest.fixture(scope="module")
 def together(equality_runs, request, num_processes) -> pathlib.Path:
-    """Run the stages in several processes, and resume one from the middle of a run of one process."""
+    """Run the stages in several processes; with --long also resume one from the middle of a run of one process."""
     chosen = [
         stage
         for stage in (*TRAINED, *stages.TARGET_CACHE_STAGES)
@@ -38,13 +38,16 @@ def together(equality_runs, request, num_processes) -> pathlib.Path:
     ]
     trained = [stage for stage in chosen if stage in TRAINED]
     folder = equality_runs.root / "together"
-    stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
-    shutil.copytree(stopped, folder / "continued")
-    jobs = [(stage, stage, MESHES[stage]) for stage in trained] + [("continued", "vqkd", MESH)]
+    jobs = [(stage, stage, MESHES[stage]) for stage in trained]
+    if request.config.getoption("--long"):
+        stopped = equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2)
+        shutil.copytree(stopped, folder / "continued")
+        jobs.append(("continued", "vqkd", MESH))
     # the stages that write a target cache compute on the devices of each process alone
     jobs += [(stage, stage, (-1, 1, 1)) for stage in chosen if stage in stages.TARGET_CACHE_STAGES]
     for stage in trained:
         equality_runs.workdir(stage)
+    folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(
         json.dumps(
             [
@@ -87,6 +90,7 @@ def test_several_processes_store_the_same_bytes(equality_runs, together, num_pro
     assert stored(together / stage) == stored(equality_runs.workdir(stage, (8 // num_processes, 1, 1)))
 
 
+@pytest.mark.long
 def test_a_run_of_one_process_resumes_in_several(equality_runs, together):
     before = Outcome.read(equality_runs.workdir("vqkd", MESH, variant="-stopped", stop_after=STEPS // 2))
     after = Outcome.read(together / "continued")

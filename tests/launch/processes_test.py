@@ -105,7 +105,7 @@ def test_a_stopped_process_is_killed_and_all_start_again(tmp_path):
 
 
 def test_sigterm_is_passed_on_and_ends_it(tmp_path):
-    program = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntold('ready')\ntime.sleep(50)"
+    program = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nmark('ready')\ntime.sleep(50)"
     prelude = "import pathlib, os, signal, sys, time\nrank = os.environ['JAX_PROCESS_ID']\n"
     prelude += "def mark(word): (pathlib.Path(sys.argv[1]) / f'{word}-{rank}').touch()\n"
     process = subprocess.Popen([sys.executable, str(SCRIPT), "2", "9", "-c", prelude + program, str(tmp_path)])
