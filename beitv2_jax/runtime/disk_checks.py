@@ -34,12 +34,12 @@ def cause_of(error: BaseException) -> str:
 
 
 def refuse_pattern(folder: str | Path) -> None:
-    """Raise UserError if the path of a folder for checkpoints has a character that Orbax takes for a pattern."""
-    if found := re.search(r"[\[\]*?]", os.path.abspath(folder)):
+    """Raise UserError if Orbax would take the path of a folder for checkpoints for a pattern or a remote address."""
+    if found := re.search(r"[\[\]*?]|:(?=/)", os.path.abspath(folder)):
         raise UserError(
             f"Checkpoints cannot be written to {folder}, because the path has the character {found[0]!r}.",
-            "Orbax takes such a path for a pattern and would not find the files that it wrote.",
-            "Choose a path without [, ], * and ?, or rename the folder that has it in its name.",
+            "Orbax takes such a path for a pattern or a remote address and would not find the files that it wrote.",
+            "Choose a path without [, ], * and ? and without a folder whose name ends in ':'.",
         )
 
 

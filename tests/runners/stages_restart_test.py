@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a]b/run", "run*", "wh?t"])
+@pytest.mark.parametrize("name", ["run[1]", "a]b/run", "run*", "wh?t", "gs:/run"])
 @pytest.mark.parametrize("spec", ["teacher.py:smoke", "quickstart.py:smoke"])
 def test_a_workdir_that_orbax_takes_for_a_pattern_is_refused(tmp_path, spec, name):
     with pytest.raises(UserError, match="path has the character"):

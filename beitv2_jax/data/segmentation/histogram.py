@@ -87,7 +87,9 @@ def check_numbers(source, ids: LabelIds, *, max_bad_fraction: float, is_training
     class_of, known = ids.table
     present = histogram.pixels > 0
     unknown = present & ~known
-    if unknown.any():
+    occurring = set(class_of[present & known].tolist()) - {IGNORED}
+    enough = len(occurring) >= (2 if is_training else 1)
+    if unknown.any() and enough:
         text = f"The numbers {_some(np.flatnonzero(unknown))} are neither a class nor ignored, but occur in {where}."
         if histogram.occurs[:, unknown].any(axis=1).mean() > max_bad_fraction:
             ignored = tuple(sorted({*ids.ignored, *np.flatnonzero(unknown).tolist()}))
@@ -97,8 +99,7 @@ def check_numbers(source, ids: LabelIds, *, max_bad_fraction: float, is_training
                 f"Write --config.labels.ignored='{ignored}' to leave them out, or {_mapping(present)}.",
             )
         logging.warning("%s These maps count as unreadable.", text)
-    occurring = set(class_of[present].tolist()) - {IGNORED}
-    if len(occurring) < (2 if is_training else 1):
+    if not enough:
         raise UserError(
             f"{len(occurring)} of {ids.num_classes} classes occur in {where}.",
             "Is --config.labels.offset that of another data set, or are numbers of classes in --config.labels.ignored?",

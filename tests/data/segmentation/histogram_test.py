@@ -81,6 +81,16 @@ def test_numbers_without_a_class_are_refused_or_logged(warnings):
     assert len(warnings) == 1 and "numbers 7, 8 are neither" in warnings[0] and "count as unreadable" in warnings[0]
 
 
+def test_leaving_numbers_out_is_not_advised_where_nothing_would_be_left():
+    ids = LabelIds(150, offset=1, ignored=(0,))
+    with pytest.raises(UserError, match="0 of 150 classes occur") as caught:
+        check(ids, [255, 255], [255, 255])
+    assert "--config.data.source" in caught.value.instead and "--config.labels" not in caught.value.instead
+    with pytest.raises(UserError, match="0 of 150 classes occur") as caught:
+        check(ids, [254, 255], [255, 255])
+    check(followed(caught.value), [254, 255], [255, 255])
+
+
 def test_classes_that_never_occur_are_logged(warnings):
     check(LabelIds(4), [0, 2, 2])
     assert len(warnings) == 1 and "2 of 4 classes never occur in" in warnings[0] and warnings[0].endswith(": 1, 3")
