@@ -80,9 +80,8 @@ def build(config) -> Task:
     """
     inputs.check_implementations(config)
     initial = inputs.initial_variables(config, "classifier", make_model(config, Compute()))
-    sources = inputs.open_sources(config)
+    sources = inputs.open_labelled_sources(config)
     source = sources[0]
-    inputs.check_labelled(source)
     if source.num_classes != config.model.num_classes:
         raise UserError(
             f"{source.name} has {source.num_classes} classes, the model {config.model.num_classes}.",

@@ -17,7 +17,7 @@ from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
-from beitv2_jax.data.sources import Source, open_source
+from beitv2_jax.data.sources import LabelledSource, Source, open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
@@ -125,8 +125,14 @@ def open_sources(config) -> tuple[Source, Source]:
     return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
 
 
-def check_labelled(source: Source) -> None:
-    """Raise UserError unless the images of at least two classes are there to learn from."""
+def open_labelled_sources(config) -> tuple[Source, Source]:
+    """Open the train and eval splits for a stage that learns labels; examples without a label count as unreadable.
+
+    Raises:
+        UserError: as `open_sources`, or fewer than two classes have images to learn from.
+    """
+    sources = open_sources(config)
+    source = sources[0]
     num_classes = source.num_classes - len(source.empty_classes)
     if num_classes < 2:
         raise UserError(
@@ -137,6 +143,7 @@ def check_labelled(source: Source) -> None:
             "where labels are numbers or texts without names, put labels.txt with one class name a line beside the "
             "records.",
         )
+    return tuple(map(LabelledSource, sources))
 
 
 def train_batches(

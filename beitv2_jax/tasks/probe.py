@@ -62,8 +62,7 @@ def build(config) -> Probe:
             f"Write --config.views.image_size={trained.views.image_size}.",
         )
     check_probed_layers(config.probe.layers, trained.model.depth)
-    sources = inputs.open_sources(config)
-    inputs.check_labelled(sources[0])
+    sources = inputs.open_labelled_sources(config)
     num_steps = config_lib.steps(
         config.probe.duration,
         batch_size=config.probe.batch_size,

@@ -1,6 +1,7 @@
 """Batches: functions of (seed, step) alone, whoever prepares them; resumable at every step, complete."""
 
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from target_caches import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.pipeline import eval_batches, train_iterator
+from beitv2_jax.data.sources import LabelledSource
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
 
@@ -220,6 +222,20 @@ def test_the_padding_of_an_unreadable_last_record_has_no_fault():
     (batch,) = eval_batches(ListSource(3, corrupt=(2,)), image_size=7, batch_size=5)
     assert batch["weight"].tolist() == [1, 1, 0, 0, 0]
     assert [bool(fault) for fault in batch["faults"].tolist()] == [False, False, True, False, False]
+
+
+class PartlyLabelled(ListSource):
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "label": -1 if i % 2 else 3}
+
+
+def test_an_example_without_a_label_counts_as_unreadable_where_labels_are_learned():
+    source = pickle.loads(pickle.dumps(LabelledSource(PartlyLabelled(4, corrupt=(2,)))))
+    assert (len(source), source.split) == (4, "train")
+    (batch,) = eval_batches(source, image_size=7, batch_size=4)
+    assert batch["weight"].tolist() == [1, 0, 0, 0] and batch["labels"].tolist() == [3, -1, 3, -1]
+    assert [fault.partition(": ")[0] for fault in batch["faults"].tolist()] == ["", "list/1", "list/2", "list/3"]
+    assert batch["faults"][1] == batch["faults"][3].replace("list/3", "list/1") == "list/1: it has no label"
 
 
 @pytest.mark.parametrize(("manifest", "feature"), [(FEATURE_MANIFEST, "teacher_features"), (CODE_MANIFEST, "code_ids")])

@@ -44,6 +44,30 @@ class Source(Protocol):
         """
 
 
+class LabelledSource:
+    """A source for stages that learn labels: an example without one counts as unreadable.
+
+    The attributes are those of the source it is made of.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, example_id: int) -> dict[str, Any]:
+        example = self._source[example_id]
+        unlabelled = example["label"] < 0 and not example.get("fault")
+        return {**example, "fault": "it has no label"} if unlabelled else example
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __reduce__(self):
+        return LabelledSource, (self._source,)
+
+
 def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "train") -> Source:
     """Open `tfds:NAME[/CONFIG][:VERSION]`, `arrayrecord:GLOB`, `folder:PATH` or `embedded[/CONFIG]`.
 
