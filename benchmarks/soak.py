@@ -122,6 +122,7 @@ def soak(workdir: str, steps: int, workers: int) -> Sampler:
 
 
 def main() -> None:
+    """Run the soak that the arguments describe and print what the process holds, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=0)

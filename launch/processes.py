@@ -18,6 +18,7 @@ stop_requests: list[int] = []
 
 
 def start(count: int, arguments: list[str]) -> list[Popen]:
+    """Start the program `count` times, connected to each other by a free port of this machine."""
     command = [sys.executable, *arguments]
     if count == 1:
         return [Popen(command)]
@@ -28,6 +29,7 @@ def start(count: int, arguments: list[str]) -> list[Popen]:
 
 
 def run(processes: list[Popen]) -> int:
+    """Wait for the processes, stop all when one fails or a signal arrives, and return the exit code of the run."""
     code, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
         if deadline == float("inf") and (stop_requests or any(process.returncode for process in processes)):
@@ -40,7 +42,7 @@ def run(processes: list[Popen]) -> int:
 
 
 def explain(processes: list[Popen]) -> int:
-    """Return the exit code of the process that ended badly; a signal (negative here) explains errors of the others."""
+    """Return the exit code of the process that failed; a signal (negative here) explains errors of the others."""
     ended = [(process.returncode, number) for number, process in enumerate(processes) if process.returncode]
     code, number = min(ended, default=(0, 0))
     code = 128 - code if code < 0 else code
@@ -50,7 +52,7 @@ def explain(processes: list[Popen]) -> int:
 
 
 def tell(text: str) -> None:
-    """Write to stderr; where it takes nothing, a full disk or a closed pipe, the processes go on."""
+    """Write to stderr; a full disk or a closed pipe does not stop the processes."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
