@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: every module stands on one floor and imports go down only."""
+"""Who may import whom, read from the source: every module belongs to one layer, and imports go to lower layers only."""
 
 import ast
 import functools
@@ -7,7 +7,7 @@ import pytest
 from paths import ROOT
 
 PACKAGE = "beitv2_jax"
-ROOMS = {
+LAYERS = {
     "typing": 0,
     "choices": 0,
     "errors": 0,
@@ -29,20 +29,21 @@ ROOMS = {
     "runners": 8,
     "planning": 9,
     "main": 10,
+    "cli": 11,
 }
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
 
-def floor(module: str) -> int:
-    """Return the floor of 'beitv2_jax.models.vit'; the package itself (its docstring) is below all."""
+def layer(module: str) -> int:
+    """Return the layer of 'beitv2_jax.models.vit'; the package itself (its docstring and version) is below all."""
     name = module.removeprefix(PACKAGE).lstrip(".")
-    while name and name not in ROOMS:
+    while name and name not in LAYERS:
         name = name.rpartition(".")[0]
-    assert name or module == PACKAGE, f"{module} stands on no floor: add it to ROOMS"
-    return ROOMS[name] if name else -1
+    assert name or module == PACKAGE, f"{module} belongs to no layer: add it to LAYERS"
+    return LAYERS[name] if name else -1
 
 
-def room(module: str) -> str:
+def part_of(module: str) -> str:
     """Return the folder or file right below the package: 'models' for 'beitv2_jax.models.vit'."""
     return module.split(".")[1] if "." in module else ""
 
@@ -84,13 +85,13 @@ def modules() -> dict[str, str]:
     return found
 
 
-def climbs(module: str, source: str, known) -> list[str]:
-    """Return the imports of `source` that go up, or sideways into another room of the same floor."""
+def upward_imports(module: str, source: str, known) -> list[str]:
+    """Return the imports of `source` of higher layers, and of other parts of the same layer."""
     own = [name for name in imports(source, known) if name.split(".")[0] == PACKAGE]
     return [
         name
         for name in own
-        if floor(name) > floor(module) or (floor(name) == floor(module) > 0 and room(name) != room(module))
+        if layer(name) > layer(module) or (layer(name) == layer(module) > 0 and part_of(name) != part_of(module))
     ]
 
 
@@ -100,13 +101,13 @@ def test_the_package_is_found():
 
 def test_imports_go_down():
     known = set(modules())
-    found = {module: climbs(module, source, known) for module, source in modules().items()}
+    found = {module: upward_imports(module, source, known) for module, source in modules().items()}
     assert {module: upward for module, upward in found.items() if upward} == {}
 
 
 def test_data_never_imports_jax():
     known = set(modules())
-    for module in (name for name in modules() if room(name) == "data"):
+    for module in (name for name in modules() if part_of(name) == "data"):
         written = imports(modules()[module], known)
         pending, loaded = [module], set()
         while pending:
@@ -133,7 +134,7 @@ def test_configs_import_only_config_and_sizes():
 
 
 def test_config_dicts_stop_at_tasks():
-    for module in (name for name in modules() if floor(name) < ROOMS["tasks"] and room(name) != "config"):
+    for module in (name for name in modules() if layer(name) < LAYERS["tasks"] and part_of(name) != "config"):
         source = modules()[module]
         assert not {name for name in imports(source) if name.split(".")[0] == "ml_collections"}, module
         names = {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(ast.parse(source))}
@@ -154,14 +155,14 @@ def test_config_dicts_stop_at_tasks():
         ("rng", "from beitv2_jax.data import masking", ["beitv2_jax.data.masking"]),
     ],
 )
-def test_the_walk_sees_what_it_should(module, source, expected):
+def test_upward_imports_are_found(module, source, expected):
     known = {
         f"{PACKAGE}.{name}" for name in ("models.layers", "models.vit", "data.masking", "tasks.inputs", "rng", "typing")
     }
-    assert climbs(f"{PACKAGE}.{module}", source, known) == expected
+    assert upward_imports(f"{PACKAGE}.{module}", source, known) == expected
 
 
-def test_imports_at_import_time_are_told_from_later_ones():
+def test_imports_at_import_time_are_distinguished_from_later_ones():
     source = "try:\n    import a\nexcept ImportError:\n    import b\ndef f():\n    import c\nclass K:\n    import d\n"
     assert imports(source, at_import=True) == {"a", "b", "d"}
     assert imports(source) == {"a", "b", "c", "d"}

@@ -1,4 +1,4 @@
-"""Text files that are whole or not there, and heartbeats that are never half-written (floor 0)."""
+"""Atomic writes of text and JSON files, and of heartbeat files."""
 
 import contextlib
 import json

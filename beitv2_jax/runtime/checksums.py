@@ -1,4 +1,4 @@
-"""Checksums of the files of a checkpoint: written into its folder, checked before it is used (floor 0).
+"""Checksums of the files of a checkpoint: written into its folder, checked before it is used.
 
 Orbax finds a damaged index by itself; a byte that changed inside a large array it hands over.
 """

@@ -1,4 +1,4 @@
-"""How many files this process may have open at a time (floor 0)."""
+"""The number of files that this process may have open."""
 
 import contextlib
 import errno
