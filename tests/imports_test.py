@@ -27,6 +27,7 @@ LAYERS = {
     "evaluation": 7,
     "report": 7,
     "runners": 8,
+    "api": 8,
     "planning": 9,
     "main": 10,
     "cli": 11,

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from beitv2_jax.models.backbone import Backbone, Compute
-from beitv2_jax.models.ops.attention import attend, pad_tokens
+from beitv2_jax.models.ops.attention import attend, attention_weights, pad_tokens
 from beitv2_jax.models.ops.custom_vjp import PRODUCT, add_bias, gelu, layer_norm, product
 from beitv2_jax.typing import AttentionBias, Tokens
 
@@ -181,6 +181,8 @@ class Attention(nn.Module):
         if self.relative_grid is not None:
             own = RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
             bias = own if bias is None else bias + own
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "weights", attention_weights(qkv, bias, self.num_heads))
         mixed = attend(qkv, bias, self.num_heads, implementation=self.compute.attention, length=length)
         return linear(width, init_scale=self.init_scale, name="proj")(mixed)
 

@@ -103,9 +103,7 @@ class VQKD(nn.Module):
         """Reconstruct teacher features of `images` in [-1, 1]; `weight` as `Quantizer` says."""
         encoder_features, projections = self._project(images, train=train)
         quantized: QuantizerOutput = self.lookup(projections, weight)
-        code_image = quantized.codes.reshape(-1, *self.grid, self.quantizer.code_dim)
-        tokens = self.decoder_vit(code_image, train=train).tokens
-        decoder_features = self.decoder_norm(tokens[:, 1:])
+        decoder_features = self._decoder_features(quantized.codes, train=train)
         return VQKDOutput(
             reconstruction=self.decode_task(decoder_features).astype(jnp.float32),
             code_ids=quantized.code_ids,
@@ -122,9 +120,17 @@ class VQKD(nn.Module):
         """Return the code ids of `images` in [-1, 1], patches row-major."""
         return self.lookup(self.project(images)).code_ids
 
+    def decode(self, codes: Codes) -> TeacherFeatures:
+        """Return the teacher features that are reconstructed from codes, patches row-major, not normalised."""
+        return self.decode_task(self._decoder_features(codes, train=False)).astype(jnp.float32)
+
     def project(self, images: Images) -> Codes:
         """Return the quantizer's input, not normalised, for `images` in [-1, 1]: the samples of the k-means start."""
         return self._project(images, train=False)[1]
+
+    def _decoder_features(self, codes: Codes, *, train: bool) -> Float[Array, "b n d"]:
+        code_image = codes.reshape(-1, *self.grid, self.quantizer.code_dim)
+        return self.decoder_norm(self.decoder_vit(code_image, train=train).tokens[:, 1:])
 
     def _project(self, images: Images, *, train: bool) -> tuple[Float[Array, "b n d"], Codes]:
         features = self.encoder_norm(self.encoder_vit(images, train=train).tokens[:, 1:])

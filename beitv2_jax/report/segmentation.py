@@ -29,9 +29,12 @@ def draw_segmentations(
     Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `metrics`).
     """
     trained, model, rows = read_run(workdir), segment.make_model(config, inputs.compute(config)), task.eval_batches.rows
-    predict = jax.jit(
-        lambda params, statistics, batch: segment.predict(config, model, params, statistics, batch).label_maps
-    )
+    sliding = segment.sliding_of(config)
+
+    @jax.jit
+    def predict(params, statistics, batch):
+        return segment.predict(model, config.normalization, sliding, params, statistics, batch).label_maps
+
     lines, seen = [], set()
     for row in np.unique(np.linspace(0, len(rows.order) - 1, num_images).astype(int)):
         example = rows(row)

@@ -23,7 +23,7 @@ from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.sliding_window import Segmented, segment
 from beitv2_jax.models.upernet import BATCH_STATS, Segmenter, moved_statistics
 from beitv2_jax.tasks import inputs
-from beitv2_jax.tasks.api import LossParts, Task
+from beitv2_jax.tasks.api import Batch, LossParts, Task
 from beitv2_jax.tasks.common import layer_of, normalized
 from beitv2_jax.tasks.losses import segmentation_loss
 from beitv2_jax.typing import Images, PyTree
@@ -113,7 +113,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     model = make_model(config, inputs.compute(config))
 
     def evaluate(params, model_state, frozen, batch):
-        found = predict(config, model, params, model_state, batch)
+        found = predict(model, config.normalization, sliding_of(config), params, model_state, batch)
         return {"confusion": found.confusion.sum(axis=0)}
 
     return Task(
@@ -138,18 +138,20 @@ def make_task(config, opened: inputs.Opened) -> Task:
     )
 
 
-def predict(config, model: Segmenter, params, batch_stats, batch) -> Segmented:
+def predict(
+    model: Segmenter, normalization: str, sliding: windows.Sliding, params: PyTree, batch_stats: PyTree, batch: Batch
+) -> Segmented:
     """Return the classes of every pixel of a batch of windows, and counts of (true, predicted) pairs of each image."""
 
     def logits_of(images, sizes):
         return model.apply(
-            {"params": params, BATCH_STATS: batch_stats}, normalized_inside(images, sizes, config.normalization)
+            {"params": params, BATCH_STATS: batch_stats}, normalized_inside(images, sizes, normalization)
         ).logits
 
-    return segment(logits_of, batch, sliding(config).mirrored)
+    return segment(logits_of, batch, sliding.mirrored)
 
 
-def sliding(config) -> windows.Sliding:
+def sliding_of(config) -> windows.Sliding:
     """Return how an evaluation of a segment config goes over an image."""
     evaluation = config.evaluation
     return windows.Sliding(
@@ -220,7 +222,7 @@ class EvalBatches:
     @functools.cached_property
     def rows(self) -> WindowRow:
         """The rows of the batches, as host arrays."""
-        return window_row(self._source, label_ids(self._config), sliding(self._config))
+        return window_row(self._source, label_ids(self._config), sliding_of(self._config))
 
     def __call__(self, process_index: int, process_count: int) -> pipeline.Batches:
         return pipeline.finite_batches(

@@ -61,13 +61,19 @@ def pad_tokens(tokens: Tokens, implementation: str) -> Tokens:
     return jnp.pad(tokens, ((0, 0), (0, more), (0, 0))) if more else tokens
 
 
+def attention_weights(qkv: Float[Array, "b l d3"], bias: AttentionBias | None, num_heads: int) -> Array:
+    """Return softmax(q kᵀ / √hd + bias), float32 'b nh l l', to look at; `attend` computes its own."""
+    queries, keys, _ = (part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    return _weights(queries, keys, bias)
+
+
 def _reference(queries, keys, values, bias) -> Float[Array, "b l nh hd"]:
-    queries = queries * queries.shape[-1] ** -0.5
-    logits = _products(queries, keys)
-    if bias is not None:
-        logits = logits + bias
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+    return jnp.einsum("bhqk,bkhd->bqhd", _weights(queries, keys, bias).astype(values.dtype), values)
+
+
+def _weights(queries, keys, bias) -> Float[Array, "b nh q k"]:
+    logits = _products(queries * queries.shape[-1] ** -0.5, keys)
+    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
 @jax.custom_vjp

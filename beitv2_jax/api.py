@@ -1,0 +1,410 @@
+"""Use trained networks from Python: load weights of any layout, give them images, get numbers.
+
+    import beitv2_jax
+
+    classifier = beitv2_jax.load_classifier("runs/finetune")
+    print(classifier.predict("photo.jpg", top=5)[0])
+
+Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, or a folder in the
+layout of Hugging Face. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
+evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for the devices
+that this process has.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int, UInt8
+from PIL import Image
+
+from beitv2_jax.convert.arguments import MODELS
+from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.weights import Weights, read
+from beitv2_jax.data.augment import center_crop, eval_crop_fraction
+from beitv2_jax.data.decode import decode_image
+from beitv2_jax.data.segmentation.label_maps import LabelIds
+from beitv2_jax.data.segmentation.transforms import window_row
+from beitv2_jax.data.segmentation.windows import Sliding
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone as BackboneFields
+from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.layers import LayerNorm
+from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import segment
+from beitv2_jax.tasks.common import normalized
+from beitv2_jax.training import sharding
+from beitv2_jax.typing import PyTree
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+"""A path, a PIL image, or an array 'H W 3' of bytes."""
+Images = ImageLike | Sequence[ImageLike] | np.ndarray
+"""One image, a sequence of images of any sizes, or an array 'b H W 3' of bytes."""
+
+BATCH_SIZE = 64
+"""Most images that are computed at once."""
+
+
+class Prediction(NamedTuple):
+    """A class that a classifier considers, and its probability."""
+
+    name: str
+    probability: float
+
+
+class Features(NamedTuple):
+    """What a backbone says of images, float32.
+
+    Attributes:
+        cls: [CLS] after the last block, 'b d'; None for a network without [CLS].
+        patches: patch tokens after the last block, 'b gh gw d'.
+        hidden: all tokens, [CLS] first, after each layer that was asked for, 'b l d', by layer (from 1).
+        attention: attention weights of each layer that was asked for, 'b nh l l', by layer (from 1).
+    """
+
+    cls: Float32[np.ndarray, "b d"] | None
+    patches: Float32[np.ndarray, "b gh gw d"]
+    hidden: dict[int, Float32[np.ndarray, "b l d"]]
+    attention: dict[int, Float32[np.ndarray, "b nh l l"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Network:
+    """Trained weights, where they were read, and the type of their matrix products."""
+
+    weights: Weights
+    source: str
+    dtype: str
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that images are resized and cropped to, in pixels."""
+        return self.weights.arguments["image_size"]
+
+    @functools.cached_property
+    def _model(self):
+        return MODELS[self.weights.kind].from_arguments(self.weights.arguments, Compute(dtype=self.dtype))
+
+    @functools.cached_property
+    def _mesh(self):
+        return sharding.make_mesh(devices=jax.local_devices())
+
+    @functools.cached_property
+    def _variables(self) -> PyTree:
+        return sharding.place_weights(self.weights.variables, self._mesh)
+
+    def _run(self, function: Callable[[PyTree, jax.Array], PyTree], images: Images) -> PyTree:
+        """Return `function(variables, pixels)` of all images as NumPy arrays; pixels are 'b S S 3' from 0 to 255."""
+        return self._apply(function, _pixels(images, self.image_size))
+
+    def _apply(self, function: Callable[[PyTree, jax.Array], PyTree], rows: np.ndarray) -> PyTree:
+        found = []
+        for start in range(0, len(rows), BATCH_SIZE):
+            part = rows[start : start + BATCH_SIZE]
+            padded = np.concatenate([part, np.repeat(part[:1], _padding(len(part), self._mesh.size), axis=0)])
+            outputs = function(self._variables, jax.device_put(padded, sharding.batch_sharding(self._mesh)))
+            found.append(jax.device_get(outputs))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *found)
+
+
+class Tokenizer(_Network):
+    """A visual tokenizer: images to code ids, and code ids to features of the teacher."""
+
+    @property
+    def codebook(self) -> Float32[np.ndarray, "k c"]:
+        """The codes, unit vectors."""
+        return np.asarray(self.weights.variables["codebook"]["quantizer"]["codebook"])
+
+    def encode(self, images: Images) -> Int[np.ndarray, "b gh gw"]:
+        """Return the code id of every patch of each image."""
+        return self._run(self._encode, images)
+
+    def decode(self, code_ids: Int[np.ndarray, "b gh gw"]) -> Float32[np.ndarray, "b gh gw t"]:
+        """Return the teacher features that the decoder reconstructs from code ids, not normalised.
+
+        Raises:
+            UserError: ids of another grid, or outside of the codebook.
+        """
+        code_ids = np.asarray(code_ids)
+        if code_ids.ndim != 3 or code_ids.shape[1:] != self._model.grid:
+            rows, columns = self._model.grid
+            raise UserError(
+                f"The code ids have the shape {code_ids.shape}, which is not (images, {rows}, {columns}).",
+                "Did you leave out the first axis, or use the ids of another tokenizer?",
+                f"Pass an array of the shape (images, {rows}, {columns}), as encode returns it.",
+            )
+        if code_ids.size and not 0 <= code_ids.min() <= code_ids.max() < len(self.codebook):
+            raise UserError(
+                f"The code ids lie between {code_ids.min()} and {code_ids.max()}.",
+                "Did you use the ids of another tokenizer?",
+                f"Pass ids from 0 to {len(self.codebook) - 1}.",
+            )
+        return self._apply(self._decode, code_ids)
+
+    @functools.cached_property
+    def _encode(self):
+        def encode(variables, images):
+            ids = self._model.apply(variables, to_unit_range(images), method=VQKD.encode)
+            return ids.reshape(-1, *self._model.grid)
+
+        return jax.jit(encode)
+
+    @functools.cached_property
+    def _decode(self):
+        def decode(variables, code_ids):
+            codes = variables["codebook"]["quantizer"]["codebook"][code_ids]
+            return self._model.apply(variables, codes, method=VQKD.decode).reshape(*code_ids.shape, -1)
+
+        return jax.jit(decode)
+
+
+class Backbone(_Network):
+    """A vision transformer: images to tokens, hidden layers and attention maps."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self._fields.depth
+
+    def __call__(
+        self, images: Images, *, layers: Sequence[int] = (), attention: Sequence[int] = (), norm: bool = False
+    ) -> Features:
+        """Return the features of images.
+
+        Args:
+            images: one or many.
+            layers: layers (from 1) of which all tokens are returned.
+            attention: layers (from 1) of which the attention weights are returned.
+            norm: normalise `cls` and `patches` by the last layer norm of the weights, which frozen features are often
+                better without.
+
+        Raises:
+            UserError: a layer that the network does not have.
+        """
+        for layer in (*layers, *attention):
+            if not 1 <= layer <= self.depth:
+                raise UserError(
+                    f"The backbone has no layer {layer}.",
+                    f"Did you mean layer {self.depth}, the last one? Layers are counted from 1.",
+                    f"Pass layers from 1 to {self.depth}.",
+                )
+        return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
+
+    @property
+    def _fields(self) -> BackboneFields:
+        return self._model.encoder if self.weights.kind == "vqkd" else self._model.backbone
+
+    @functools.cache  # noqa: B019 the functions live as long as the network
+    def _function(self, layers: tuple[int, ...], attention: tuple[int, ...], norm: bool):
+        fields, is_tokenizer = self._fields, self.weights.kind == "vqkd"
+        vit = VisionTransformer(fields, Compute(dtype=self.dtype))
+        final = LayerNorm(fields.norm_eps)
+        own, norm_name = ("encoder", "encoder_norm") if is_tokenizer else ("backbone", "")
+        names = {"fc_norm", "norm"} & self.weights.variables["params"].keys()
+        norm_name = norm_name or next(iter(names), "")
+
+        def features(variables, images):
+            params = variables["params"]
+            images = to_unit_range(images) if is_tokenizer else normalized(images, self.weights.normalization)
+            output, found = vit.apply({"params": params[own]}, images, mutable=["intermediates"])
+            tokens = final.apply({"params": params[norm_name]}, output.tokens) if norm and norm_name else output.tokens
+            patches = tokens[:, fields.num_prefix_tokens :]
+            blocks = found["intermediates"]
+            return (
+                tokens[:, 0].astype(jnp.float32) if fields.class_token else None,
+                patches.reshape(len(patches), *fields.grid, -1).astype(jnp.float32),
+                {layer: output.hidden[layer - 1].astype(jnp.float32) for layer in layers},
+                {layer: blocks[f"blocks_{layer - 1}"]["attn"]["weights"][0] for layer in attention},
+            )
+
+        return jax.jit(features)
+
+
+class Classifier(_Network):
+    """An image classifier."""
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes as the run or the file states them, else their numbers."""
+        return _class_names(self.source, self.weights.arguments["num_classes"])
+
+    def logits(self, images: Images) -> Float32[np.ndarray, "b k"]:
+        """Return the logits of every class."""
+        return self._run(self._logits, images)
+
+    def predict(self, images: Images, top: int = 5) -> list[list[Prediction]]:
+        """Return, for each image, the `top` most probable classes, the most probable first."""
+        logits = self.logits(images).astype(np.float64)
+        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+        return [
+            [Prediction(self.class_names[k], float(row[k])) for k in best]
+            for row, best in zip(probabilities, order, strict=True)
+        ]
+
+    @functools.cached_property
+    def _logits(self):
+        return jax.jit(
+            lambda variables, images: self._model.apply(
+                {"params": variables["params"]}, normalized(images, self.weights.normalization), train=False
+            )
+        )
+
+
+class Segmenter(_Network):
+    """A semantic segmentation network."""
+
+    @functools.cached_property
+    def sliding(self) -> Sliding:
+        """How the network is moved over an image: as the run was evaluated, for a released file as published."""
+        config = read_config(self.source) if Path(self.source).is_dir() else None
+        evaluation = (config or {}).get("evaluation", {})
+        published = {"stride": 2 * self.image_size // 3, "long_side": 2048, "short_side": 512, "scales": (1.0,)}
+        given = {name: evaluation.get(name, value) for name, value in {**published, "flip": False}.items()}
+        return Sliding(crop=self.image_size, **{**given, "scales": tuple(given["scales"])})
+
+    def predict(self, images: Images) -> list[UInt8[np.ndarray, "H W"]]:
+        """Return the class of every pixel of each image, at the size of the image."""
+        return [self._label_map(_bytes(image)) for image in _listed(images)]
+
+    def _label_map(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+        height, width = pixels.shape[:2]
+        example = {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": 0}
+        (row,) = map(window_row([example], LabelIds(num_classes=256 - 1, ignored=()), self.sliding), [0])
+        batch = {name: array[None] for name, array in row.items() if name != "faults"}
+        return np.asarray(self._predict(self._variables, batch))[0, :height, :width]
+
+    @functools.cached_property
+    def _predict(self):
+        def predict(variables, batch):
+            states = variables["params"], variables["batch_stats"]
+            return segment.predict(self._model, self.weights.normalization, self.sliding, *states, batch).label_maps
+
+        return jax.jit(predict)
+
+
+def load_tokenizer(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Tokenizer:
+    """Load a visual tokenizer.
+
+    Args:
+        source: path of a vqkd run or of a released tokenizer.
+        image_size: positions are resized to it; None keeps the size of the weights.
+        dtype: of the matrix products, 'float32' or 'bfloat16'; codes are decided in float32 whatever it is.
+
+    Raises:
+        UserError: nothing readable is there, or no tokenizer.
+    """
+    return Tokenizer(*_read(source, image_size, ("vqkd",), "a tokenizer"), dtype)
+
+
+def load_backbone(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Backbone:
+    """Load the transformer of a pre-trained, fine-tuned or segmentation model, or the encoder of a tokenizer.
+
+    Arguments as `load_tokenizer`.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    return Backbone(*_read(source, image_size, tuple(MODELS), "a backbone"), dtype)
+
+
+def load_classifier(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Classifier:
+    """Load a classifier: a run of teacher or finetune, or a released fine-tuned model.
+
+    Arguments as `load_tokenizer`.
+
+    Raises:
+        UserError: nothing readable is there, or no classifier.
+    """
+    return Classifier(*_read(source, image_size, ("classifier",), "a classifier"), dtype)
+
+
+def load_segmenter(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Segmenter:
+    """Load a semantic segmentation network: a segment run, or a released UPerNet.
+
+    Arguments as `load_tokenizer`.
+
+    Raises:
+        UserError: nothing readable is there, or no segmentation network.
+    """
+    return Segmenter(*_read(source, image_size, ("segmenter",), "a segmentation network"), dtype)
+
+
+def _read(
+    source: str | os.PathLike, image_size: int | None, kinds: tuple[str, ...], wanted: str
+) -> tuple[Weights, str]:
+    weights = read(os.fspath(source), image_size=image_size)
+    if weights.kind not in kinds:
+        raise UserError(
+            f"{source} holds weights of kind {weights.kind!r}, which is not {wanted}.",
+            "Did you mean the path of another run or file?",
+            f"Pass the path of {wanted}, or use load_backbone for the tokens of these weights.",
+        )
+    return weights, os.fspath(source)
+
+
+def _pixels(images: Images, image_size: int) -> UInt8[np.ndarray, "b S S 3"]:
+    """Return the images as the evaluation of the stages crops them."""
+    fraction = eval_crop_fraction(image_size)
+    return np.stack([center_crop(_bytes(image), image_size, fraction) for image in _listed(images)])
+
+
+def _listed(images: Images) -> Sequence[ImageLike]:
+    if isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        return [images]
+    if not len(images):
+        raise UserError("There are no images.", "Did a search for files find nothing?", "Pass at least one image.")
+    return images
+
+
+def _bytes(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        if not path.is_file():
+            raise UserError(
+                f"There is no image {path}.", "Did you mistype the path?", "Pass the path of an image file."
+            )
+        return decode_image(path.read_bytes(), str(path))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(
+            f"An image array has the shape {image.shape} and the type {image.dtype}.",
+            "Did you pass normalised or grey pixels?",
+            "Pass arrays of the shape (height, width, 3) and the type uint8, with values from 0 to 255.",
+        )
+    return image
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _padding(count: int, devices: int) -> int:
+    """Return how many rows to add, so that few sizes of batches are compiled and all devices have as many."""
+    size = 1 << (count - 1).bit_length()
+    return -(-size // devices) * devices - count
+
+
+def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
+    """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
+    inputs = Path(source) / "inputs.json"
+    if inputs.is_file():
+        names = json.loads(inputs.read_text())["train"]["classes"]
+    else:
+        config: Any = (read_config(source) or {}) if Path(source).is_dir() else {}
+        names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
+    return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))
