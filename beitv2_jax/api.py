@@ -191,14 +191,31 @@ class Backbone(_Network):
         Raises:
             UserError: a layer that the network does not have.
         """
-        for layer in (*layers, *attention):
+        self._check_layers(*layers, *attention)
+        return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
+
+    def tokens(self, crops: UInt8[np.ndarray, "b S S 3"], layer: int) -> Float32[np.ndarray, "b l d"]:
+        """Return all tokens after `layer` (from 1), [CLS] first, of images that are cropped already.
+
+        Raises:
+            UserError: a layer that the network does not have.
+        """
+        self._check_layers(layer)
+        return Features(*self._apply(self._function((layer,), (), False), crops)).hidden[layer]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens in front of the patches."""
+        return self._fields.num_prefix_tokens
+
+    def _check_layers(self, *layers: int) -> None:
+        for layer in layers:
             if not 1 <= layer <= self.depth:
                 raise UserError(
                     f"The backbone has no layer {layer}.",
                     f"Did you mean layer {self.depth}, the last one? Layers are counted from 1.",
                     f"Pass layers from 1 to {self.depth}.",
                 )
-        return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
 
     @property
     def _fields(self) -> BackboneFields:
@@ -328,6 +345,16 @@ def load_classifier(source: str | os.PathLike, *, image_size: int | None = None,
         UserError: nothing readable is there, or no classifier.
     """
     return Classifier(*_read(source, image_size, ("classifier",), "a classifier"), dtype)
+
+
+def load(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> _Network:
+    """Load what the weights are: a tokenizer, a backbone, a classifier or a segmentation network.
+
+    Arguments and errors as `load_backbone`.
+    """
+    weights, path = _read(source, image_size, tuple(MODELS), "known")
+    kinds = {"vqkd": Tokenizer, "mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
+    return kinds[weights.kind](weights, path, dtype)
 
 
 def load_segmenter(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Segmenter:

@@ -13,6 +13,7 @@ LAYERS = {
     "errors": 0,
     "rng": 0,
     "sizes": 0,
+    "command_line": 1,
     "config": 1,
     "runtime": 1,
     "data": 2,
@@ -28,7 +29,9 @@ LAYERS = {
     "report": 7,
     "runners": 8,
     "api": 8,
+    "embed": 9,
     "planning": 9,
+    "predict": 9,
     "main": 10,
     "cli": 11,
 }

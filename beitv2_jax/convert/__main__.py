@@ -4,12 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from beitv2_jax.choices import NORMALIZATIONS
+from beitv2_jax.command_line import Parser, report_errors
 from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.convert.files import group_by_reason
-from beitv2_jax.errors import UserError, print_error
 
 _DESCRIPTION = """\
 Convert BEiT weights between layouts.
@@ -29,34 +28,30 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the conversion that `argv` describes; return 0, or 2 after printing a UserError."""
-    try:
-        options = _parser().parse_args(argv)
-        for name, path in (("SOURCE", options.source), ("DEST", options.dest)):
-            refuse_remote(name, path)
-        # converting needs no accelerator, so none is initialised
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from beitv2_jax.convert import weights as weights_lib
+@report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the conversion that `argv` describes."""
+    options = _parser().parse_args(argv)
+    for name, path in (("SOURCE", options.source), ("DEST", options.dest)):
+        refuse_remote(name, path)
+    # converting needs no accelerator, so none is initialised
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from beitv2_jax.convert import weights as weights_lib
 
-        weights = weights_lib.read(
-            options.source,
-            image_size=options.image_size,
-            num_heads=options.num_heads,
-            normalization=options.normalization,
-            average=options.weights == "average",
-            state_dict=options.state_dict,
-        )
-        not_written = weights_lib.write(weights, options.dest, options.layout)
-    except UserError as error:
-        print_error(f"Error: {error}")
-        return 2
+    weights = weights_lib.read(
+        options.source,
+        image_size=options.image_size,
+        num_heads=options.num_heads,
+        normalization=options.normalization,
+        average=options.weights == "average",
+        state_dict=options.state_dict,
+    )
+    not_written = weights_lib.write(weights, options.dest, options.layout)
     try:
         print(summary(weights, options.dest, options.layout, not_written), flush=True)
     except BrokenPipeError:
         # the reader, such as `head`, has closed the pipe; the weights are written, and the exit flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str:
@@ -72,17 +67,8 @@ def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(
-            f"The command line is not valid: {message}.",
-            "An argument may be missing or misspelled.",
-            f"Write {self.prog} SOURCE DEST, or see {self.prog} --help.",
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m beitv2_jax.convert",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,

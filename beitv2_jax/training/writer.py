@@ -154,6 +154,11 @@ class Progress:
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit=f" {unit}", initial=done, dynamic_ncols=True)
 
+    @property
+    def done(self) -> int:
+        """Units that are done."""
+        return self._done
+
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         self._done += count

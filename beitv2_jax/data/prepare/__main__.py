@@ -10,26 +10,22 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from beitv2_jax.command_line import report_errors
 from beitv2_jax.config.paths import refuse_remote
-from beitv2_jax.errors import UserError, print_error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the data set that `argv` names; return 0, or 2 after a UserError was printed."""
+@report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the data set that `argv` names."""
     options = _parser().parse_args(argv)
     logging.set_verbosity(logging.INFO)
     # imported here: a slip in an argument should show before TFDS is loaded
     from beitv2_jax.data.prepare import imagenet
 
-    try:
-        for name in ("archives", "data_dir"):
-            refuse_remote(f"--{name}", vars(options)[name])
-        directory = imagenet.prepare(options.archives, options.data_dir)
-    except UserError as error:
-        print_error(f"Error: {error}")
-        return 2
+    for name in ("archives", "data_dir"):
+        refuse_remote(f"--{name}", vars(options)[name])
+    directory = imagenet.prepare(options.archives, options.data_dir)
     print(f"{directory} is ready: --config.data.source=tfds:imagenet2012{_data_dir_flag(options.data_dir)}")
-    return 0
 
 
 def _data_dir_flag(data_dir: str) -> str:

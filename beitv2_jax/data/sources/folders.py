@@ -78,8 +78,8 @@ class FolderSource:
         return len(self._files)
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
-        group, file = self._files[example_id]
-        path = self._root / self._folders[group] / file
+        group, _ = self._files[example_id]
+        path = self.path_of(example_id)
         where = f"{path} (example {example_id})"
         try:
             image = file_bytes(path)
@@ -91,6 +91,11 @@ class FolderSource:
             "example_id": int(example_id),
             "where": where,
         }
+
+    def path_of(self, example_id: int) -> pathlib.Path:
+        """Return the path of an image."""
+        group, file = self._files[example_id]
+        return self._root / self._folders[group] / file
 
     def __reduce__(self):
         return FolderSource, self._arguments

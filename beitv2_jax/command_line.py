@@ -1,0 +1,35 @@
+"""What the command lines of this package share: the parser, and how mistakes are reported."""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from beitv2_jax.errors import UserError, print_error
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `UserError` for arguments that are not valid."""
+
+    def error(self, message: str) -> NoReturn:
+        needed = [action.metavar or action.dest for action in self._actions if not action.option_strings]
+        raise UserError(
+            f"The command line is not valid: {message}.",
+            "An argument may be missing or misspelled.",
+            f"Write {' '.join([self.prog, *needed])}, or see {self.prog} --help.",
+        )
+
+
+def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Let `main` return 0, or 2 after a `UserError` was printed."""
+
+    @functools.wraps(main)
+    def reported(argv: Sequence[str] | None = None) -> int:
+        try:
+            main(argv)
+        except UserError as error:
+            print_error(f"Error: {error}")
+            return 2
+        return 0
+
+    return reported

@@ -1,0 +1,111 @@
+"""The verbs predict and embed: the numbers of the API, files that are whole or absent, and mistakes that are named."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from convert_states import drawn_weights
+from PIL import Image
+
+import beitv2_jax
+from beitv2_jax import embed, predict
+from beitv2_jax.convert.weights import write
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five images in two class folders, one of them damaged."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(5):
+        (root / "ab"[number % 2]).mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 25, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "ab"[number % 2] / f"{number}.png")
+    damaged = root / "b" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for kind in ("classifier", "mim"):
+        write(drawn_weights(kind), str(root / kind), "run")
+    write(drawn_weights("segmenter", position="relative", patch_size=8, grid=4), str(root / "segmenter"), "run")
+    return root
+
+
+def test_predictions_are_those_of_the_api_in_json_and_csv(photos, runs, tmp_path, capsys):
+    classifier = beitv2_jax.load_classifier(runs / "classifier")
+    expected = {
+        str(path): classifier.predict(path, top=2)[0] for path in sorted(photos.rglob("*.png")) if path.stem != "3"
+    }
+    for out in ("found.jsonl", "found.csv"):
+        assert predict.main([str(runs / "classifier"), str(photos), f"--out={tmp_path / out}", "--top=2"]) == 0
+        assert "1 of 5 images cannot be read" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == sorted(map(str, photos.rglob("*.png")))
+    assert [line["file"] for line in lines if line["classes"] is None] == [str(photos / "b" / "3.png")]
+    rows = list(csv.reader((tmp_path / "found.csv").open()))
+    assert rows[0] == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    for line, row in zip(lines, rows[1:], strict=True):
+        assert row[0] == line["file"]
+        for place, (name, probability) in enumerate(expected.get(line["file"], ())):
+            assert line["classes"][place]["name"] == row[1 + 2 * place] == name
+            assert line["classes"][place]["probability"] == pytest.approx(probability, rel=1e-4)
+            assert float(row[2 + 2 * place]) == pytest.approx(probability, rel=1e-4)
+
+
+def test_one_image_is_predicted_on_the_terminal(photos, runs, capsys):
+    assert predict.main([str(runs / "classifier"), str(photos / "a" / "0.png"), "--top=1"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(json.loads(line)["classes"]) == 1
+
+
+def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image(photos, runs, tmp_path):
+    assert predict.main([str(runs / "segmenter"), str(photos / "a"), f"--out={tmp_path / 'maps'}"]) == 0
+    names = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert names == sorted(f"{k:06d}_{n}{end}.png" for k, n in enumerate("024") for end in ("", ".overlay"))
+    (expected,) = beitv2_jax.load_segmenter(runs / "segmenter").predict(photos / "a" / "2.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "maps" / "000001_2.png")), expected)
+    assert Image.open(tmp_path / "maps" / "000001_2.overlay.png").size == (25, 22)
+
+
+def test_embedded_features_are_those_of_the_api(photos, runs, tmp_path, capsys):
+    out = tmp_path / "features.npz"
+    arguments = [str(runs / "mim"), f"folder:{photos}", f"--out={out}", "--tokens=cls,mean,patches", "--layer=1"]
+    assert embed.main(arguments) == 0
+    assert "1 of 5 images cannot be read" in capsys.readouterr().err
+    found = np.load(out)
+    assert found["labels"].tolist() == [0, 0, 0, 1, 1] and found["example_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert found["readable"].tolist() == [True, True, True, True, False]
+    backbone = beitv2_jax.load_backbone(runs / "mim")
+    tokens = backbone(list(map(str, found["files"][:4])), layers=(1,)).hidden[1]
+    np.testing.assert_allclose(found["cls"][:4], tokens[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["patches"][:4], tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["mean"], found["patches"].mean(axis=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (predict, ["RUNS/classifier"], "command line is not valid"),
+        (predict, ["RUNS/classifier", "nowhere"], "no file or folder nowhere"),
+        (predict, ["RUNS/classifier", "PHOTOS", "--out=nowhere/x.csv"], "does not exist"),
+        (predict, ["RUNS/classifier", "PHOTOS", "--out=PHOTOS"], "exists already"),
+        (predict, ["RUNS/mim", "PHOTOS"], "predict no classes"),
+        (predict, ["RUNS/segmenter", "PHOTOS"], "--out is missing"),
+        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--tokens=all"], "no tokens 'all'"),
+        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.csv"], "not an .npz file"),
+        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--split=nope"], "no split 'nope'"),
+        (embed, ["RUNS/mim", "folder:PHOTOS/a", "--out=x.npz", "--layer=9"], "no layer 9"),
+    ],
+)
+def test_mistakes_end_with_2_and_write_nothing(
+    program, arguments, message, photos, runs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert program.main([a.replace("RUNS", str(runs)).replace("PHOTOS", str(photos)) for a in arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("Error: ") and message in printed and len(printed.splitlines()) == 3
+    assert list(tmp_path.iterdir()) == []
