@@ -1,7 +1,7 @@
 """Write the features of images to a file: beitv2 embed WEIGHTS DATA --out=features.npz.
 
 The file holds one array for each kind of token, and `labels` (-1 where there are none), `example_ids`, `readable` and,
-for a folder, `files`, with one entry for each image.
+for a folder, `files`, with one entry for each image, and `class_names`, those of the labels.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Did you mistype the path?",
             "Write --out=FOLDER/features.npz.",
         )
-    source = open_source(options.data, options.split, options.data_dir, options.split)
+    source = open_source(options.data, options.split, options.data_dir, options.train_split)
     # imported here: a mistake in an argument is reported before jax is loaded
     from beitv2_jax import api
 
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress.show({})
     progress.close()
     joined = {name: np.concatenate(arrays) for name, arrays in found.items()}
+    joined["class_names"] = np.array(source.class_names, str)
     if path_of := getattr(source, "path_of", None):
         joined["files"] = np.array([str(path_of(i)) for i in range(len(source))])
     _save(options.out, joined)
@@ -111,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DATA", help="folder:PATH, tfds:NAME, arrayrecord:GLOB or embedded")
     parser.add_argument("--out", required=True, help=".npz file to write")
     parser.add_argument("--split", default="train", help="of the data (default: train)")
+    parser.add_argument(
+        "--train_split", default="train", help="of a folder: the split whose classes number the labels (default: train)"
+    )
     parser.add_argument("--data_dir", default="", help="directory of prepared TFDS sets")
     parser.add_argument("--tokens", default="cls,mean", help=f"some of {','.join(TOKENS)} (default: cls,mean)")
     parser.add_argument("--layer", type=int, default=0, metavar="N", help="block, from 1 (default: the last one)")

@@ -78,12 +78,30 @@ def test_embedded_features_are_those_of_the_api(photos, runs, tmp_path, capsys):
     assert "1 of 5 images cannot be read" in capsys.readouterr().err
     found = np.load(out)
     assert found["labels"].tolist() == [0, 0, 0, 1, 1] and found["example_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert found["class_names"].tolist() == ["a", "b"]
     assert found["readable"].tolist() == [True, True, True, True, False]
     backbone = beitv2_jax.load_backbone(runs / "mim")
     tokens = backbone(list(map(str, found["files"][:4])), layers=(1,)).hidden[1]
     np.testing.assert_allclose(found["cls"][:4], tokens[:, 0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["patches"][:4], tokens[:, 1:], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["mean"], found["patches"].mean(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_a_split_are_numbered_by_the_training_split(photos, runs, tmp_path):
+    for split, names in (("Train", "ab"), ("Valid", "b")):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "0.png").write_bytes((photos / "a" / "0.png").read_bytes())
+    out = tmp_path / "features.npz"
+    arguments = [
+        str(runs / "mim"),
+        f"folder:{tmp_path / 'data'}",
+        f"--out={out}",
+        "--split=Valid",
+        "--train_split=Train",
+    ]
+    assert embed.main(arguments) == 0
+    assert np.load(out)["labels"].tolist() == [1] and np.load(out)["class_names"].tolist() == ["a", "b"]
 
 
 @pytest.mark.parametrize(
