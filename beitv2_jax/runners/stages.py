@@ -213,6 +213,12 @@ def refuse_other_config(
         The changes that change the result and are allowed, and those that are harmless.
     """
     path = os.path.join(workdir, "config.json")
+    if config.stage != "pipeline" and (others := sorted(Path(workdir).glob("*/config.json"))):
+        raise UserError(
+            f"{workdir} holds the workdirs of other runs, such as {others[0].parent.name}.",
+            "Did you mean a folder inside it, or is it the workdir of a pipeline?",
+            f"Write --workdir={os.path.join(workdir, 'NAME')} with a folder that does not exist yet.",
+        )
     if not os.path.exists(path) or not holds_results(workdir):
         return [], []
     try:

@@ -151,6 +151,16 @@ def test_the_workdir_of_another_stage_is_refused_by_its_stage(started, allowed):
     assert len(seen) == 1
 
 
+def test_a_stage_is_refused_in_the_folder_of_a_pipeline(tmp_path):
+    (tmp_path / "p" / "vqkd").mkdir(parents=True)
+    (tmp_path / "p" / "vqkd" / "config.json").write_text("{}")
+    config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke")
+    with pytest.raises(UserError, match=r"holds the workdirs of other runs, such as vqkd\.") as caught:
+        stages.run_stage(config, str(tmp_path / "p"))
+    assert f"--workdir={tmp_path / 'p' / 'NAME'}" in caught.value.instead
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["vqkd"]
+
+
 def test_a_finished_run_takes_no_other_settings(started, caplog):
     workdir, config, seen = started
     caplog.set_level(logging.INFO, logger="absl")
