@@ -45,7 +45,7 @@ def prepare(archive_dir: str | os.PathLike, data_dir: str | os.PathLike = "") ->
     as they are, as TFDS does, and named in a warning.
 
     Raises:
-      UserError: an archive is missing, damaged or not the official one; too little room on the disk; or another
+      UserError: an archive is missing, damaged or not the official one; too little space on the disk; or another
         process is at it.
     """
     import tensorflow_datasets as tfds
@@ -105,7 +105,7 @@ def _write(directory: pathlib.Path, info, splits: dict[str, archives.Images]) ->
 
     unfinished = directory.parent / f".{directory.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    _check_room(directory.parent, splits)
+    _check_space(directory.parent, splits)
     unfinished.mkdir()
     try:
         infos = [_write_split(unfinished, info.features, split, images) for split, images in splits.items()]
@@ -116,13 +116,13 @@ def _write(directory: pathlib.Path, info, splits: dict[str, archives.Images]) ->
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_room(directory: pathlib.Path, splits: dict[str, archives.Images]) -> None:
+def _check_space(directory: pathlib.Path, splits: dict[str, archives.Images]) -> None:
     files = sum(len(_shard_bounds(images)) for images in splits.values())
     needed = sum(_num_bytes(images) for images in splits.values()) + 2 * _FILE_BLOCK * files
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"{directory} has room for {free / 1e9:.2f} GB, the records need {needed / 1e9:.2f} GB.",
+            f"{directory} has space for {free / 1e9:.2f} GB, the records need {needed / 1e9:.2f} GB.",
             "Is the disk too small, or does it hold something else?",
             "Write --data_dir=DIR on another disk, or delete what is not needed on this one.",
         )

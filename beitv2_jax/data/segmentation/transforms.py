@@ -157,7 +157,7 @@ class WindowTransform:
     """Turn an encoded example into the windows of all its views, and its label map at the size it was drawn in.
 
     A view is the image at one of `scales` of its `fitted_size`, as it is or (with `flip`) mirrored too: the views of a
-    scale follow each other. `canvas` is the room for them in a batch.
+    scale follow each other. `canvas` are the sizes of the arrays that hold them in a batch.
     """
 
     ids: LabelIds
@@ -165,16 +165,16 @@ class WindowTransform:
     canvas: windows.Canvas
 
     def __call__(self, example: dict[str, Any]) -> Example:
-        """Return, for `v` views and room for `w` windows and `H W` pixels,
+        """Return, for `v` views, and arrays that hold `w` windows and `H W` pixels,
 
         `windows` uint8 'v w S S 3', `corners` int32 'v w 2' of the windows in the view, `num_windows` int32 'v',
         `view_sizes` int32 'v 2', `label_maps` uint8 'H W', `sizes` int32 '2', `example_ids`, `weight`, `faults`.
         """
         image, label_map, fault = readable_pair(example, self.ids, 1)
         crop, views = self.sliding.crop, self.sliding.views(*image.shape[:2])
-        room = (len(views), self.canvas.num_windows)
-        cut = np.full((*room, crop, crop, 3), GREY, np.uint8)
-        corners = np.zeros((*room, 2), np.int32)
+        places = (len(views), self.canvas.num_windows)
+        cut = np.full((*places, crop, crop, 3), GREY, np.uint8)
+        corners = np.zeros((*places, 2), np.int32)
         for number, view in enumerate(views):
             pixels = resize_image(image, view.size)
             pixels = pixels[:, ::-1] if view.mirrored else pixels

@@ -1,4 +1,4 @@
-"""Which windows of which views an evaluation of segmentation sees, and how much room they need in a batch.
+"""Which windows of which views an evaluation of segmentation sees, and the sizes of the arrays that hold them.
 
 Arithmetic on sizes alone; `data.segmentation.transforms` cuts the windows out and `models.sliding_window` merges the
 logits of the network.
@@ -14,7 +14,7 @@ from beitv2_jax.data.segmentation.label_maps import label_map_size
 from beitv2_jax.data.sources import Source
 
 TILE = 128
-"""Label maps have room for a multiple of this many rows and columns; the device goes through them tile by tile."""
+"""Rows and columns of label maps in a batch are a multiple of this; the device goes through them tile by tile."""
 _READ_AT_ONCE = 32
 
 
@@ -90,18 +90,18 @@ class Sliding:
 
 
 def plan_windows(source: Source, sliding: Sliding) -> tuple[Canvas, list[int]]:
-    """Return the room that the examples of `source` need, and their ids, those of few windows first.
+    """Return the sizes that hold all examples of `source`, and their ids, those of few windows first.
 
-    Reads every label map's header. What cannot be read is a grey square, which always has room.
+    Reads every label map's header. What cannot be read becomes a grey square, which always fits.
     """
     with concurrent.futures.ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         sizes = pool.map(lambda index: label_map_size(source[index]["label_map"]), range(len(source)))
         sizes = [size or (1, 1) for size in sizes]
     counts = [sliding.num_windows(*size) for size in sizes]
-    height, width = (_room(max(side)) for side in zip(*sizes, strict=True))
+    height, width = (_rounded_up(max(side)) for side in zip(*sizes, strict=True))
     order = sorted(range(len(sizes)), key=lambda index: (counts[index], index))
     return Canvas(height, width, max(*counts, sliding.num_windows(1, 1))), order
 
 
-def _room(length: int) -> int:
+def _rounded_up(length: int) -> int:
     return -(-length // TILE) * TILE

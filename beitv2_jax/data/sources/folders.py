@@ -102,7 +102,7 @@ class FolderSource:
 
 
 class _Names:
-    """File names in groups, held as one string of bytes: Python's own strings would take three times the room."""
+    """File names in groups, held as one string of bytes: Python's own strings would take three times the memory."""
 
     def __init__(self, groups: Iterable[list[str]]):
         text, lengths, ends = bytearray(), [], [0]

@@ -200,7 +200,7 @@ def test_wrong_archives_have_words_and_leave_nothing(case, archives, tmp_path):
 def test_too_little_room_is_seen_before_writing(archives, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10**5})
     monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"has room for 0.00 GB"):
+    with pytest.raises(UserError, match=r"has space for 0.00 GB"):
         imagenet.prepare(archives, tmp_path)
     assert [path.name for path in tmp_path.glob("imagenet2012/*") if path.is_dir()] == []
 
