@@ -13,7 +13,7 @@ def render(comparisons):
     lines = [
         "# Parity with the released code",
         "",
-        "For everyone who wants to see how closely this code agrees with the released PyTorch code. The table is made by",
+        "For everyone who compares this code with the released PyTorch code. The table is made by",
         "",
         "    python -m pytest tests/golden_test.py --golden-dir=DIR --parity-table=docs/parity.md",
         "",
