@@ -9,7 +9,10 @@ from beitv2_jax.errors import UserError, print_error
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `UserError` for arguments that are not valid."""
+    """A parser that raises `UserError` for arguments that are not valid, and shows its texts as they are written."""
+
+    def __init__(self, **arguments: str):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
 
     def error(self, message: str) -> NoReturn:
         needed = [action.metavar or action.dest for action in self._actions if not action.option_strings]

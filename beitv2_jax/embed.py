@@ -5,10 +5,8 @@ for a folder, `files`, with one entry for each image, and `class_names`, those o
 """
 
 import argparse
-import contextlib
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.pipeline import eval_batches
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.errors import UserError, print_error
+from beitv2_jax.runtime.atomic_files import replacing
 from beitv2_jax.training.writer import Progress
 
 TOKENS = ("cls", "mean", "patches")
-BATCH_SIZE = 64
 _EXAMPLES = """\
 examples:
   # [CLS] and the mean patch token of every image in class folders
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = eval_batches(
         source,
         image_size=backbone.image_size,
-        batch_size=BATCH_SIZE,
+        batch_size=api.BATCH_SIZE,
         crop_fraction=eval_crop_fraction(backbone.image_size),
         num_threads=os.cpu_count() or 1,
     )
@@ -83,31 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     joined["class_names"] = np.array(source.class_names, str)
     if path_of := getattr(source, "path_of", None):
         joined["files"] = np.array([str(path_of(i)) for i in range(len(source))])
-    _save(options.out, joined)
+    with replacing(options.out, "wb") as file:
+        np.savez(file, **joined)
     if bad := int((~joined["readable"]).sum()):
         print_error(f"{bad} of {len(source)} images cannot be read; `readable` is False for them.")
 
 
-def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz file under a name of its own and rename it."""
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="beitv2 embed",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="beitv2 embed", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help="run directory, weights file or Hugging Face folder")
     parser.add_argument("data", metavar="DATA", help="folder:PATH, tfds:NAME, arrayrecord:GLOB or embedded")
     parser.add_argument("--out", required=True, help=".npz file to write")

@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _classify(network, files: list[Path], options) -> None:
+    from beitv2_jax.api import BATCH_SIZE
+
     lines, bad, progress = [], 0, Progress(len(files), "predict", "images", enabled=bool(options.out))
-    for chunk in _chunks(files, 64):
+    for chunk in _chunks(files, BATCH_SIZE):
         images = {path: image for path in chunk if (image := _decoded(path)) is not None}
         predicted = iter(network.predict(list(images.values()), options.top) if images else [])
         for path in chunk:
@@ -158,12 +160,7 @@ def _report(count: int, bad: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="beitv2 predict",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="beitv2 predict", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help="run directory, weights file or Hugging Face folder")
     parser.add_argument("images", metavar="IMAGES", help="image, or folder that is searched for images at any depth")
     parser.add_argument(

@@ -68,12 +68,7 @@ def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m beitv2_jax.convert",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m beitv2_jax.convert", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument(
         "source", metavar="SOURCE", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory"
     )

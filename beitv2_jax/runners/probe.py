@@ -14,7 +14,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
 from beitv2_jax.runners.provenance import describe_data, digest
 from beitv2_jax.runtime import preemption, watchdog
-from beitv2_jax.runtime.atomic_files import sync
+from beitv2_jax.runtime.atomic_files import replacing
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe
 from beitv2_jax.training.inference import run_batches
@@ -136,11 +136,8 @@ def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path, "wb") as file:
         np.savez(file, **arrays)
-    sync(temporary)
-    temporary.replace(path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

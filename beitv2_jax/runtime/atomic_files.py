@@ -5,28 +5,36 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a name of its own and rename it: nobody sees half of it, several may write it at once.
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file under a temporary name, which becomes `path` at the end: complete or absent, for many writers.
 
-    It is on the disk before it gets its name: a power cut leaves the old file or the new one, never an empty one.
+    It is on the disk before it is renamed: a power cut leaves the old file or the new one, never an empty one.
     """
     temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     with contextlib.suppress(OSError):  # not every file system can bring a folder to the disk
         sync(os.path.dirname(os.path.abspath(path)))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text)
 
 
 def sync(path: str | Path) -> None:

@@ -113,7 +113,7 @@ def prepare(data_dir: str | os.PathLike = "", config: str = "scenes") -> pathlib
     """Return the TFDS directory of the embedded data set, drawing it first where it does not exist.
 
     `data_dir` is the TFDS directory ("" = TFDS's default); `config` is "scenes" or "tiny". The directory appears
-    whole or not at all. `tfds.builder_from_directory` opens it.
+    complete or not at all. `tfds.builder_from_directory` opens it.
 
     Raises:
       UserError: no such config, or the directory cannot be written.
