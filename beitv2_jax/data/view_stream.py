@@ -6,7 +6,7 @@ examples, so that what is in it depends neither on who asks for it nor on which 
 
 import collections
 import contextlib
-import multiprocessing
+import multiprocessing.context
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -55,9 +55,19 @@ def view_stream(
 def _executor(load: Callable[[int], list[Example]], num_threads: int, num_workers: int) -> Executor:
     if not num_workers:
         return ThreadPoolExecutor(max(1, num_threads))
-    # not forked: a process that runs jax has threads whose locks would be copied
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(load,))
+    return ProcessPoolExecutor(num_workers, mp_context=_WorkerContext(), initializer=_start_worker, initargs=(load,))
+
+
+class _Worker(multiprocessing.context.SpawnProcess):
+    """A worker that blocks SIGTERM: a pool that terminates it would wait for it forever."""
+
+    terminate = multiprocessing.context.SpawnProcess.kill
+
+
+class _WorkerContext(multiprocessing.context.SpawnContext):
+    """Workers are not forked: a process that runs jax has threads whose locks would be copied."""
+
+    Process = _Worker
 
 
 def _start_worker(load: Callable[[int], list[Example]]) -> None:
