@@ -4,13 +4,9 @@ A case names the flags of a run that is refused. What the error says to write is
 itself, and the run must then be accepted. The list of cases is held against the source: an error without a case fails.
 """
 
-import ast
-import contextlib
 import json
 import re
 import shlex
-import sys
-import traceback
 import types
 
 import numpy as np
@@ -18,6 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 from paths import ROOT
+from user_errors import check_all_provoked, note_errors, provoked
 from without_data import FakeSource
 
 from beitv2_jax import config as config_lib
@@ -26,7 +23,6 @@ from beitv2_jax.convert import runs
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import finetune, inputs, mim, probe, tokenize
 
-PACKAGE = ROOT / "beitv2_jax"
 MIM = "--config=configs/mim.py --workdir=w"
 FLAGS = {
     "extract": "--config=configs/extract.py:smoke --config.teacher.weights=FILE",
@@ -155,26 +151,9 @@ def alternatives(advice: str) -> list[list[str]]:
     return [shlex.split(" ".join(part)) for part in found if part]
 
 
-SEEN: set[tuple[str, int]] = set()
-"""File and line of every frame beneath which an error of a user was made."""
-
-
 @pytest.fixture(autouse=True)
 def _note_errors(monkeypatch):
-    made = UserError.__init__
-
-    def noted(error, *args):
-        SEEN.update((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1)))
-        made(error, *args)
-
-    monkeypatch.setattr(UserError, "__init__", noted)
-
-
-@contextlib.contextmanager
-def provoked():
-    with pytest.raises(UserError) as caught:
-        yield caught
-    assert all(text.endswith((".", "?")) for text in caught.value.args), caught.value
+    note_errors(monkeypatch)
 
 
 def follow(arguments: list[str], check, remedy: str | None = None) -> None:
@@ -266,28 +245,6 @@ def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
     follow([*right, *wrong], lambda config: (config_lib.validate(config), build(config)), remedy)
 
 
-def sites() -> dict[str, tuple[str, range]]:
-    """Return where the package raises errors about a config: {place and text: (file, lines)}."""
-    found = {}
-    for path in sorted([*(PACKAGE / "config").glob("*.py"), *(PACKAGE / "tasks").glob("*.py")]):
-        source = path.read_text()
-        for node in ast.walk(ast.parse(source)):
-            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-            if called in ("UserError", "refuse"):
-                text = " ".join(ast.get_source_segment(source, node).split())[:100]
-                key = f"{path.relative_to(PACKAGE)}: {text}"
-                found[key] = (str(path), range(node.lineno, node.end_lineno + 1))
-    return found
-
-
 def test_every_error_about_a_config_was_provoked(request):
     """Stands last: the tests before it have noted where each error came from."""
-    chosen = sum(item.path == request.path for item in request.session.items)
-    if chosen <= len(CONFIGS) + len(COMMANDS) + len(TASKS):
-        pytest.skip("only some of the cases were chosen")
-    missed = [
-        place
-        for place, (file, lines) in sites().items()
-        if not any(seen == file and line in lines for seen, line in SEEN) and not place.startswith(NOT_BY_FLAGS)
-    ]
-    assert not missed, "\n".join(missed)
+    check_all_provoked(request, "config", "tasks", except_for=NOT_BY_FLAGS)

@@ -83,20 +83,21 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
         raise _not_a_run(workdir)
     checkpoints = directory / "checkpoints"
     steps = ocp.path.step.standard_name_format()
-    newest = (
-        max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
-    )
-    if newest is None:
+    found_steps = sorted(steps.find_all(checkpoints), key=lambda found: found.step) if checkpoints.is_dir() else []
+    if not found_steps:
         raise UserError(
             f"{workdir} has no complete checkpoint.",
             "The run may not have saved one yet.",
             "Pass the directory (--workdir) of a run that has saved a checkpoint.",
         )
+    *older, newest = found_steps
     if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
             f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
-            f"Copy the folder again, or move {newest.path} away to use the checkpoint before it.",
+            f"Copy the folder again, or move {newest.path} away to use the checkpoint before it."
+            if older
+            else f"Copy the folder again, or delete {newest.path} and give the command of this run again.",
         )
     found = {name: _read_item(Path(newest.path) / name) for name in ITEMS}
     if average:

@@ -39,8 +39,8 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
         UserError: there is no such network or cache, or it cannot be read.
     """
     found = {}
-    for key, path in config_lib.flatten(config).items():
-        if key not in (*NETWORKS, *CACHES) or not path or (there and not os.path.exists(path)):
+    for key, path in paths_of_networks(config).items():
+        if there and not os.path.exists(path):
             continue
         if not os.path.exists(path):
             raise UserError(
@@ -48,9 +48,24 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
                 "The path may be mistyped, or the stage that writes it may not have run yet.",
                 f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
             )
-        state_dict = config.teacher.state_dict if key == "teacher.weights" else ""
-        found[key] = _cache(path) if key in CACHES else _network(path, state_dict)
+        found[key] = describe_network(config, key, path)
     return found
+
+
+def paths_of_networks(config: ConfigDict) -> dict[str, str]:
+    """Return {config key: path} of the frozen networks and target caches that a config names."""
+    return {key: path for key, path in config_lib.flatten(config).items() if key in (*NETWORKS, *CACHES) and path}
+
+
+def describe_network(config: ConfigDict, key: str, path: str) -> str:
+    """Return what identifies the frozen network or the target cache in `path`, which `key` names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if key in CACHES:
+        return _cache(path)
+    return _network(path, config.teacher.state_dict if key == "teacher.weights" else "")
 
 
 def _network(path: str, state_dict: str) -> str:
@@ -67,9 +82,9 @@ def _cache(path: str) -> str:
 
 
 def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """Return {'train': ..., 'eval': ...}: name, split, length, classes and, for TFDS, a digest of the files' sizes.
+    """Return {'train': ..., 'eval': ...}: name, split, length, classes, and digests of metadata and of files' sizes.
 
-    The name of other sources holds a digest of their files.
+    The name of folders and of ArrayRecord files holds a digest of their files, for the latter with their sizes.
     """
     return {
         name: {
@@ -78,6 +93,7 @@ def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
             "examples": len(source),
             "classes": list(getattr(source, "class_names", ())),
             "digest": getattr(source, "digest", ""),
+            "sizes": getattr(source, "sizes", ""),
         }
         for name, source in zip(("train", "eval"), sources, strict=False)
     }

@@ -5,6 +5,7 @@ finished. A pipeline is a list of stages in sub-folders of one workdir, each fin
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
 from beitv2_jax.data.sources import open_source
-from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
+from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
@@ -154,7 +155,7 @@ def run_pipeline(
 ) -> dict:
     """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
 
-    The workdirs of all stages are compared with their configs before the first stage begins.
+    The workdirs of all stages are compared with their configs, and with each other, before the first stage begins.
     """
     refuse_other_config(config, workdir)
     stages = config.stages
@@ -175,6 +176,7 @@ def run_pipeline(
                 if split not in num_examples:
                     num_examples[split] = len(open_source(*split))
                 config_lib.validate(stage, num_examples[split])
+    refuse_outdated(config, workdir, allowed=allow_config_change)
     summaries = {}
     for number, (name, stage) in enumerate(stages.items(), 1):
         logging.info("stage %d of %d: %s", number, len(stages), name)
@@ -197,8 +199,13 @@ def read_summary(workdir: str) -> dict | None:
         dict(summary["metrics"])
         return summary
     except (ValueError, TypeError, KeyError) as error:
-        logging.warning("%s is damaged (%r): what the stage finished is looked up again", path, error)
+        _warn_of_summary(path, repr(error))
         return None
+
+
+@functools.cache  # a start asks for the summary several times
+def _warn_of_summary(path: str, error: str) -> None:
+    logging.warning("%s is damaged (%s): what the stage finished is looked up again", path, error)
 
 
 def refuse_other_config(
@@ -219,8 +226,25 @@ def refuse_other_config(
             "Did you mean a folder inside it, or is it the workdir of a pipeline?",
             f"Write --workdir={os.path.join(workdir, 'NAME')} with a folder that does not exist yet.",
         )
-    if not os.path.exists(path) or not holds_results(workdir):
+    if not os.path.exists(path):
         return [], []
+    refusal, found = None, ([], [])
+    try:
+        found = _compared(config, workdir, path, allowed, defaults)
+    except UserError as error:
+        refusal = error
+    # asked last, as it may take a while
+    if not (refusal or any(found)) or not holds_results(workdir):
+        return [], []
+    if refusal:
+        raise refusal
+    return found
+
+
+def _compared(
+    config: ConfigDict, workdir: str, path: str, allowed: bool, defaults: ConfigDict | None
+) -> tuple[Changes, Changes]:
+    """Return the changes from the config in `path` as `refuse_other_config` does, and raise as it does."""
     try:
         with open(path) as file:
             former = config_lib.from_json(file.read())
@@ -259,8 +283,8 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
     Returns:
         The changes that are allowed.
     """
-    changes = provenance.changed_inputs(workdir, inputs) if holds_results(workdir) else []
-    if not changes:
+    changes = provenance.changed_inputs(workdir, inputs)
+    if not changes or not holds_results(workdir):
         return []
     if allowed:
         logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
@@ -274,6 +298,54 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
         "Write --workdir=DIR with a folder that does not exist yet, bring the former inputs back, or delete "
         f"{workdir} and what later stages made from it" + (_ALLOWING if resumable else "."),
     )
+
+
+def refuse_outdated(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
+    """Raise UserError if stages of a pipeline hold results that were made from a network which has changed or is gone.
+
+    Otherwise an earlier stage could run for days before the first one that depends on it is refused. A target cache
+    that is gone is no obstacle, because the same network gives the same targets again. Neither are interrupted stages
+    if changes are `allowed`.
+    """
+    outdated, changed = [], []
+    for name, stage in config.stages.items():
+        folder = os.path.join(workdir, name)
+        if not holds_results(folder) or (allowed and read_summary(folder) is None):
+            continue
+        resolved = _resolved(stage, folder)
+        for key, path in provenance.paths_of_networks(resolved).items():
+            earlier = os.path.relpath(path, os.path.abspath(workdir))
+            if earlier in outdated:
+                outdated.append(name)
+                break
+            if _has_changed(resolved, folder, key, path, own=earlier in config.stages):
+                outdated.append(name)
+                changed.append(earlier if earlier in config.stages else path)
+                break
+    if outdated:
+        raise UserError(
+            f"What {', '.join(outdated)} in {workdir} hold was made from {', '.join(changed)}, which changed "
+            "afterwards or is not finished any more.",
+            "Did you delete an earlier stage or train it again, and mean to make the later ones again too?",
+            f"Delete {', '.join(os.path.join(workdir, name) for name in outdated)} and run the same command again, or "
+            f"bring the former {', '.join(changed)} back.",
+        )
+
+
+def _has_changed(config: ConfigDict, workdir: str, key: str, path: str, *, own: bool) -> bool:
+    """Tell whether `workdir` was made from another network or target cache than the one in `path`, which `key` names.
+
+    One of the pipeline itself (`own`) that is not there has changed: it will be made again.
+    """
+    if key in provenance.CACHES and own and read_summary(path) is None:
+        return False
+    if not os.path.exists(path):
+        return own
+    try:
+        found = provenance.describe_network(config, key, path)
+    except UserError:  # damaged, or without a checkpoint
+        return own
+    return bool(provenance.changed_inputs(workdir, {"networks": {key: found}}))
 
 
 def _can_resume(stage: str, changes: Changes) -> bool:
@@ -305,15 +377,12 @@ def holds_results(workdir: str) -> bool:
     """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
 
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
-    that a process is writing.
+    that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
     """
     root = Path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
     left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
-    for part in PARTS:
-        written = (root / part / ".writing").glob("*")
-        left += [root / part / MANIFEST_FILE, *(path for path in written if path.name != "plan.json")]
-    return any(path.exists() for path in left)
+    return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
 
 
 def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:

@@ -1,5 +1,7 @@
 """Images with label maps: folders in the published layout of ADE20K, and TFDS sets; sources for segmentation."""
 
+import functools
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -10,7 +12,13 @@ from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
 from beitv2_jax.data.sources import open_with
-from beitv2_jax.data.sources.folders import class_folders, digest_of_names, first_left_out, list_images
+from beitv2_jax.data.sources.folders import (
+    class_folders,
+    digest_of_names,
+    digest_of_sizes,
+    first_left_out,
+    list_images,
+)
 from beitv2_jax.data.sources.splits import refuse_slice, resolve_split
 from beitv2_jax.data.sources.tfds import TfdsSource
 from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
@@ -27,7 +35,7 @@ class FolderLabelMaps:
 
     Images and maps may have any ending of `IMAGE_SUFFIXES` and `MAP_SUFFIXES`. The splits train and training are tried
     for each other, and so are validation, val and test. Examples are the sorted images. The name follows the data when
-    they are moved, and changes when files do.
+    they are moved, and changes when files do. `sizes` is a digest of the sizes of images and maps.
 
     Raises:
       UserError: no such folder or split, no images, or an image without its map.
@@ -73,6 +81,14 @@ class FolderLabelMaps:
             *(LeftOut(file, f"no image in {self._images} has this label map") for file in unused),
         )
         self.name = f"folder:{root.resolve().name}@{digest_of_names(self._files)}"
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Digest of the files' sizes, which are looked up when it is asked for."""
+        pairs = zip(self._files, self._map_files, strict=True)
+        return digest_of_sizes(
+            itertools.chain.from_iterable((self._images / image, self._maps / label_map) for image, label_map in pairs)
+        )
 
     def __len__(self) -> int:
         return len(self._files)

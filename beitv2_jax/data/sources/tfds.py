@@ -1,5 +1,6 @@
 """Prepared TFDS sets in ArrayRecord form, found by name and read without TensorFlow: a source of `data.sources`."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import re
 from typing import Any
 
 from beitv2_jax.data.array_files import RecordError, RecordFiles, ranges_of_split
+from beitv2_jax.data.sources.folders import digest_of_sizes
 from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
 from beitv2_jax.data.sources.unreadable import unreadable
@@ -19,7 +21,7 @@ class TfdsSource:
     """A prepared TFDS directory in a random-access format, read without TensorFlow.
 
     Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded. `digest` stands
-    for the sizes of the split's files, because data sets of one name and version may differ.
+    for what the metadata say of the split's files, because data sets of one name and version may differ.
     """
 
     left_out = empty_classes = ()
@@ -30,7 +32,8 @@ class TfdsSource:
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
-        self.digest = _digest(builder.info.splits[self.split.partition("[")[0]])
+        split_info = builder.info.splits[self.split.partition("[")[0]]
+        self.digest, self._paths = _digest(split_info), split_info.filepaths
         self._features = ImageFeatures(builder.info.features, where, directory)
         if builder.info.file_format.value != "array_record":
             raise UserError(
@@ -51,6 +54,11 @@ class TfdsSource:
             self._records.check()
         self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Digest of the sizes of the split's files, which are looked up when it is asked for."""
+        return digest_of_sizes(self._paths)
 
     def __len__(self) -> int:
         return len(self._records)
