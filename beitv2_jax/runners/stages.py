@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +23,9 @@ from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
-from beitv2_jax.runtime import preemption, startup_times, workdir_lock
+from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
@@ -72,6 +72,7 @@ def run_stage(
         Preempted: the stage was asked to stop; it is saved and can be resumed.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
@@ -104,7 +105,7 @@ def run_stage(
     if config.stage not in TARGET_CACHE_STAGES:
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
-    os.makedirs(workdir, exist_ok=True)
+    as_path(workdir).mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if config.stage in TARGET_CACHE_STAGES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
@@ -131,6 +132,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
         UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         chosen = {name: stage for name, stage in config.stages.items() if stage.stage in TARGET_CACHE_STAGES}
         return {
@@ -188,12 +190,11 @@ def run_pipeline(
 
 def read_summary(workdir: str) -> dict | None:
     """Return the summary of a finished stage, or None; a damaged one is written again by its stage."""
-    path = os.path.join(workdir, "summary.json")
-    if not os.path.exists(path):
+    path = as_path(workdir) / "summary.json"
+    if not path.exists():
         return None
     try:
-        with open(path) as file:
-            summary = json.load(file)
+        summary = json.loads(path.read_text())
         dict(summary["metrics"])
         return summary
     except (ValueError, TypeError, KeyError) as error:
@@ -212,18 +213,17 @@ def refuse_other_config(
     Returns:
         The changes that change the result and are allowed, and those that are harmless.
     """
-    path = os.path.join(workdir, "config.json")
-    if config.stage != "pipeline" and (others := sorted(Path(workdir).glob("*/config.json"))):
+    path = as_path(workdir) / "config.json"
+    if config.stage != "pipeline" and (others := sorted(as_path(workdir).glob("*/config.json"))):
         raise UserError(
             f"{workdir} holds the workdirs of other runs, such as {others[0].parent.name}.",
             "Did you mean a folder inside it, or is it the workdir of a pipeline?",
             f"Write --workdir={os.path.join(workdir, 'NAME')} with a folder that does not exist yet.",
         )
-    if not os.path.exists(path) or not holds_results(workdir):
+    if not path.exists() or not holds_results(workdir):
         return [], []
     try:
-        with open(path) as file:
-            former = config_lib.from_json(file.read())
+        former = config_lib.from_json(path.read_text())
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({error}), so it does not say which config this run has.",
@@ -307,7 +307,7 @@ def holds_results(workdir: str) -> bool:
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
     that a process is writing.
     """
-    root = Path(workdir)
+    root = as_path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
     left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
     for part in PARTS:
@@ -321,7 +321,7 @@ def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
 
     The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
     """
-    return config_lib.resolve(config, os.path.dirname(os.path.abspath(workdir)))
+    return config_lib.resolve(config, os.path.dirname(buckets.absolute(workdir)))
 
 
 def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
@@ -338,10 +338,19 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
     return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 
+def _refuse_remote_workdir(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError for a remote workdir that is no bucket, or for one with a target cache, which no bucket holds."""
+    stages = config.stages.values() if config.stage == "pipeline" else (config,)
+    has_cache = any(stage.stage in TARGET_CACHE_STAGES for stage in stages)
+    config_lib.refuse_remote("--workdir", workdir, buckets=not has_cache)
+
+
 def check_writable(workdir: str) -> None:
     """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
-    config_lib.refuse_remote("--workdir", workdir)
     refuse_pattern(workdir)
+    if buckets.is_remote(workdir):
+        buckets.refuse_unwritable(workdir)
+        return
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
