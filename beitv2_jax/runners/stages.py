@@ -339,10 +339,12 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 
 
 def _refuse_remote_workdir(config: ConfigDict, workdir: str) -> None:
-    """Raise UserError for a remote workdir that is no bucket, or for one with a target cache, which no bucket holds."""
+    """Raise UserError for a remote workdir that is in no bucket, or in none that this run can write and use."""
     stages = config.stages.values() if config.stage == "pipeline" else (config,)
     has_cache = any(stage.stage in TARGET_CACHE_STAGES for stage in stages)
     config_lib.refuse_remote("--workdir", workdir, buckets=not has_cache)
+    if buckets.is_remote(workdir):  # one that cannot be reached cannot be read either
+        check_writable(workdir)
 
 
 def check_writable(workdir: str) -> None:

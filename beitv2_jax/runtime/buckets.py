@@ -121,20 +121,22 @@ def local_copy(path: str) -> Path:
 
 
 def refuse_unwritable(workdir: str) -> None:
-    """Write an object below `workdir` in a bucket and delete it again; raise UserError if that fails."""
+    """Raise UserError unless an object can be written below `workdir` in a bucket, and be deleted again."""
+    probe = as_path(workdir) / f"writable-{uuid.uuid4().hex}"
+    from google.cloud import storage
+
     try:
-        probe = as_path(workdir) / f"writable-{uuid.uuid4().hex}"
+        storage.Client().get_bucket(workdir.removeprefix(SCHEME).partition("/")[0])  # as Orbax does
         write_object(probe, b"")
         probe.unlink()
-    except UserError:
-        raise
-    except Exception as error:
+    except Exception as error:  # gcsfs, the library for the bucket and that for the login each have their own
         raise UserError(
-            f"The workdir {workdir} cannot be written: {' '.join(str(error).split())}.",
+            f"The workdir {workdir} cannot be written: {type(error).__name__}: {' '.join(str(error).split())}.",
             "The bucket may not exist, this machine may not be logged in, or its account may not create and delete "
             "objects there.",
-            "Write --workdir=gs://BUCKET/FOLDER of a bucket on which the account has the role Storage Object User, and "
-            "log in by `gcloud auth application-default login` where the machine has no account of its own.",
+            "Write --workdir=gs://BUCKET/FOLDER of a bucket on which the account has the roles Storage Object User and "
+            "Storage Legacy Bucket Reader, and run `gcloud auth application-default login` where the machine has no "
+            "account of its own.",
         ) from error
 
 
