@@ -76,8 +76,8 @@ def main() -> None:
         print_error("Interrupted before there was anything to save; the same command starts again.")
         launch.leave(128 + signal.SIGINT)
     except Exception as error:
-        if failed_write := launch.failed_write(error):
-            print_error(f"Error: {failed_write}")
+        if explained := launch.failed_write(error) or buckets.unusable(error):
+            print_error(f"Error: {explained}")
             launch.leave(2)
         traceback.print_exc()
         launch.leave(1)

@@ -40,6 +40,7 @@ def refuse_remote(flag: str, path: str, *, buckets: bool = False) -> None:
     only = "buckets of Cloud Storage (gs://) and mounted file systems" if buckets else "mounted file systems"
     raise UserError(
         f"{flag}={path} is a remote address, and only {only} are read and written{'' if buckets else ' there'}.",
-        "Did you mean a bucket that is mounted, or a copy of what it holds?",
+        "Did you mean a bucket that is mounted, or a copy of what it holds?"
+        + " Target caches, image folders and config files cannot lie in a bucket." * (scheme[0] == "gs://"),
         f"Mount it, for example at /mnt, or copy what is needed, and write {flag}={mounted}.",
     )

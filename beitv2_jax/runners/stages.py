@@ -31,6 +31,7 @@ from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop, sharding
+from beitv2_jax.training.checkpoint import is_complete
 
 RUNNERS = {
     "finetune": loop.train,
@@ -309,7 +310,7 @@ def holds_results(workdir: str) -> bool:
     """
     root = as_path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
-    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
+    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal() and is_complete(path)]
     for part in PARTS:
         written = (root / part / ".writing").glob("*")
         left += [root / part / MANIFEST_FILE, *(path for path in written if path.name != "plan.json")]

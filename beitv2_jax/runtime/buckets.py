@@ -26,6 +26,10 @@ from beitv2_jax.errors import UserError
 
 SCHEME = "gs://"
 AnyPath = Path | epath.Path
+_NEEDED = (
+    "An account needs the roles Storage Object User and Storage Legacy Bucket Reader; where the machine has none "
+    "of its own, run `gcloud auth application-default login`."
+)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -134,10 +138,20 @@ def refuse_unwritable(workdir: str) -> None:
             f"The workdir {workdir} cannot be written: {type(error).__name__}: {' '.join(str(error).split())}.",
             "The bucket may not exist, this machine may not be logged in, or its account may not create and delete "
             "objects there.",
-            "Write --workdir=gs://BUCKET/FOLDER of a bucket on which the account has the roles Storage Object User and "
-            "Storage Legacy Bucket Reader, and run `gcloud auth application-default login` where the machine has no "
-            "account of its own.",
+            f"Write --workdir=gs://BUCKET/FOLDER of a bucket that the account may use. {_NEEDED}",
         ) from error
+
+
+def unusable(error: Exception) -> UserError | None:
+    """Return the message for an error of the libraries that read and write buckets; None for another error."""
+    library = type(error).__module__.partition(".")[0]
+    if library not in ("gcsfs", "google", "aiohttp") and not str(error).startswith("Forbidden: "):
+        return None
+    return UserError(
+        f"A bucket cannot be read or written: {type(error).__name__}: {' '.join(str(error).split())}.",
+        "This machine may not be logged in, its account may lack a role, or the network may have failed.",
+        f"Give the same command again when that is repaired. {_NEEDED}",
+    )
 
 
 @functools.cache

@@ -213,7 +213,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:
             _wait_for_stragglers()
-            if not _is_complete(self._directory / str(self._saving)):
+            if not is_complete(self._directory / str(self._saving)):
                 return cause_of(error)
             logging.warning("an old checkpoint in %s could not be deleted: %s", self._directory, cause_of(error))
         return None
@@ -283,14 +283,15 @@ def _wait_for_stragglers() -> None:
                 thread.join(max(0.0, until - time.monotonic()))
 
 
-def _is_complete(checkpoint: AnyPath) -> bool:
+def is_complete(checkpoint: AnyPath) -> bool:
+    """Tell whether a folder with the name of a step is that of a save which reached its end."""
     return (checkpoint / COMPLETE_FILE).exists() if buckets.is_remote(checkpoint) else checkpoint.is_dir()
 
 
 def _unfinished(directory: AnyPath) -> list[AnyPath]:
     """Return the folders of saves that are under way, or that failed or were killed."""
     if buckets.is_remote(directory):
-        return [path for path in directory.glob("*") if path.name.isdecimal() and not _is_complete(path)]
+        return [path for path in directory.glob("*") if path.name.isdecimal() and not is_complete(path)]
     return list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
 
 

@@ -55,6 +55,8 @@ class MetricWriter:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self._unwritten = b""
+        self._whole: bytes | None = None
+        self._written = 0.0
         if not enabled:
             return
         as_path(workdir).mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,8 @@ class MetricWriter:
         kept = "".join(json_text(line) + "\n" for line in read_metrics(workdir) if line["step"] <= resume_step)
         write_text(self._path, kept)
         self._size = len(kept)
-        self._whole, self._written = (kept.encode(), time.monotonic()) if is_remote(workdir) else (None, 0.0)
+        if is_remote(workdir):
+            self._whole, self._written = kept.encode(), time.monotonic()
         self._tensorboard: _Events | None = None
         try:
             self._tensorboard = _Events(as_path(workdir) / "tensorboard", resume_step + 1)
@@ -162,6 +165,8 @@ class _Events:
     def close(self) -> None:
         self._file.close()
         self.upload()
+        if self._copied is not None:
+            self._copied.cleanup()
 
 
 class Progress:

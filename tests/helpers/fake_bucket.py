@@ -85,7 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name, what = urllib.parse.unquote(name or ""), "/o" in url.path
         objects = self.server.buckets.get(bucket)
         if objects is None:
-            return 404, {}, b"{}"
+            return 403 if bucket == "forbidden" else 404, {}, b"{}"
         if moved := re.fullmatch(r"(.+)/moveTo/o/(.+)", name):
             there = moved[1] in objects
             return self._put(bucket, moved[2], {}, objects.pop(moved[1])) if there else (404, {}, b"{}")

@@ -204,6 +204,15 @@ def test_what_cannot_be_in_a_bucket_is_refused(bucket):
     assert bucket == before
 
 
+def test_a_bucket_that_may_not_be_used_is_told(server):
+    with pytest.raises(UserError, match="cannot be written: Forbidden"):
+        buckets.refuse_unwritable("gs://forbidden/run")
+    with pytest.raises(OSError, match="Forbidden") as caught:
+        buckets.as_path("gs://forbidden/run/config.json").exists()
+    assert "Storage Object User" in buckets.unusable(caught.value).instead
+    assert buckets.unusable(OSError(2, "no such file")) is None
+
+
 def test_without_gcsfs_it_is_asked_for(monkeypatch):
     buckets._prepare_gcsfs.cache_clear()
     monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
