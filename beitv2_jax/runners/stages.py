@@ -107,11 +107,14 @@ def run_stage(
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
     as_path(workdir).mkdir(parents=True, exist_ok=True)
+    # Cloud Storage refuses when many processes replace one object within a second
+    writes = jax.process_index() == 0 or not buckets.is_remote(workdir)
     with contextlib.nullcontext() if config.stage in TARGET_CACHE_STAGES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
-        write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-        provenance.write_inputs(workdir, inputs)
+        if writes:
+            write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+            provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
             records = BadRecords(workdir)
             for source in task.sources:
@@ -119,7 +122,8 @@ def run_stage(
         metrics = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "metrics": metrics}
-        write_json(os.path.join(workdir, "summary.json"), summary)
+        if writes:
+            write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 
