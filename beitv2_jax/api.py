@@ -41,6 +41,7 @@ from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks import segment
 from beitv2_jax.tasks.common import normalized
 from beitv2_jax.training import sharding
@@ -285,7 +286,7 @@ class Segmenter(_Network):
     @functools.cached_property
     def sliding(self) -> Sliding:
         """How the network is moved over an image: as the run was evaluated, for a released file as published."""
-        config = read_config(self.source) if Path(self.source).is_dir() else None
+        config = read_config(self.source) if as_path(self.source).is_dir() else None
         evaluation = (config or {}).get("evaluation", {})
         published = {"stride": 2 * self.image_size // 3, "long_side": 2048, "short_side": 512, "scales": (1.0,)}
         given = {name: evaluation.get(name, value) for name, value in {**published, "flip": False}.items()}
@@ -428,10 +429,10 @@ def _padding(count: int, devices: int) -> int:
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
-    inputs = Path(source) / "inputs.json"
+    inputs = as_path(source) / "inputs.json"
     if inputs.is_file():
         names = json.loads(inputs.read_text())["train"]["classes"]
     else:
-        config: Any = (read_config(source) or {}) if Path(source).is_dir() else {}
+        config: Any = (read_config(source) or {}) if as_path(source).is_dir() else {}
         names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

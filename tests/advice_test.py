@@ -118,7 +118,7 @@ COMMANDS = [
     (MIM, "--config.optim.betas='(.9, x'", "'(0.9, 0.999)'", "--config.optim.betas='(0.9, 0.999)'"),
     (MIM, "--plan_examples=many", "--help", "--plan_examples=1"),
     ("--config=configs/mim.py", "--wrkdir=w", "--workdir=VALUE", "--workdir=w"),
-    ("--config=configs/mim.py", "--workdir=gs://b/w", "--workdir=/mnt/b/w", "--workdir=/mnt/b/w"),
+    ("--config=configs/mim.py", "--workdir=s3://b/w", "--workdir=/mnt/b/w", "--workdir=/mnt/b/w"),
     (MIM, "--foo=w", "--plan", "--plan=v5e:4"),
     (MIM, "--config.run.duration=4 steps", "in quotes", "--config.run.duration='4 steps'"),
     (MIM, "--flagfile=nowhere", "--flagfile=PATH", "--flagfile=/dev/null"),

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from beitv2_jax.convert.torch_files.reader import read_torch
 from beitv2_jax.convert.wrappers import Selection, StateDict, select, unwrap
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import AnyPath, as_path, local_copy
 
 _FILES_IN_FOLDER = (
     "model.safetensors",
@@ -32,7 +33,7 @@ def read_weights(path: str, state_dict: str = "") -> StateDict:
         UserError: the file does not exist, is damaged or of another format, needs code to be run, holds something
             other than named tensors, or has no such state dict.
     """
-    file = Path(path)
+    file = local_copy(path)
     if file.is_dir():
         file = next((file / name for name in _FILES_IN_FOLDER if (file / name).is_file()), file)
     if not file.is_file():
@@ -53,7 +54,8 @@ def read_config(path: str, name: str = "config.json") -> dict | None:
     Raises:
         UserError: the file is not a JSON object.
     """
-    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    there = as_path(path)
+    directory = there if there.is_dir() else there.parent
     return _read_json(directory / name) if (directory / name).is_file() else None
 
 
@@ -139,7 +141,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: AnyPath) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import AnyPath, absolute, as_path
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
@@ -44,7 +45,7 @@ class Run:
 
 def is_run(path: str) -> bool:
     """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
-    return Path(path).is_dir() and "stage" in (read_config(path) or {})
+    return as_path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
 def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
@@ -77,7 +78,7 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = Path(workdir).absolute()
+    directory = as_path(absolute(workdir))
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise _not_a_run(workdir)
@@ -91,7 +92,8 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
             "Pass the directory (--workdir) of a run that has saved a checkpoint.",
         )
     *older, newest = found_steps
-    if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
+    checkpoint = as_path(newest.path)
+    if damage := find_damage(checkpoint, (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
             f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
@@ -99,9 +101,9 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
             if older
             else f"Copy the folder again, or delete {newest.path} and give the command of this run again.",
         )
-    found = {name: _read_item(Path(newest.path) / name) for name in ITEMS}
+    found = {name: _read_item(checkpoint / name) for name in ITEMS}
     if average:
-        found["params"] = _read_item(Path(newest.path) / AVERAGE)
+        found["params"] = _read_item(checkpoint / AVERAGE)
         if not found["params"]:
             raise UserError(
                 f"{workdir} has no averaged weights.",
@@ -142,7 +144,7 @@ def weights_hash(tree: PyTree) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_item(path: Path) -> PyTree:
+def _read_item(path: AnyPath) -> PyTree:
     # Orbax cannot save an empty tree, so an item without arrays does not exist
     if not path.is_dir():
         return {}
@@ -159,7 +161,7 @@ def _as_dicts(tree: PyTree) -> PyTree:
 
 
 def _not_a_run(workdir: str) -> UserError:
-    path = Path(workdir)
+    path = as_path(workdir)
     if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return UserError(
             f"{workdir} is not the directory of a run; it is a weights file or a folder with one.",

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import buckets
 
 
 class LeftOut(NamedTuple):
@@ -34,7 +34,7 @@ class BadRecords:
     """
 
     def __init__(self, workdir: str | os.PathLike, process_index: int = 0):
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = buckets.as_path(workdir)
         self.path = self._workdir / (f"bad_records-{process_index}.jsonl" if process_index else "bad_records.jsonl")
         self._known = {_key(record) for record in read_bad_records(workdir)}
         self._unwritten: list[dict[str, Any]] = []
@@ -96,6 +96,11 @@ class BadRecords:
     def _append(self, records: list[dict[str, Any]]) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in records)
+        if buckets.is_remote(self.path):  # nothing can be appended
+            with buckets.os_errors():
+                former = self.path.read_text() if self.path.exists() else ""
+            buckets.write_object(self.path, (former + text).encode())
+            return
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             text = "\n" + text  # a line cut off by a crash is left behind, not glued to the next one
         with self.path.open("a") as file:
@@ -110,8 +115,8 @@ def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     The example id of a file that was left out is None.
     """
     records = []
-    for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
+    for path in sorted(buckets.as_path(workdir).glob("bad_records*.jsonl")):
+        for line in path.read_bytes().decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off or garbled
                 record = json.loads(line)
                 _key(record)

@@ -10,6 +10,7 @@ from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.planning.report import compare_predictions, describe_prediction
 from beitv2_jax.runners.stages import check_writable
 from beitv2_jax.runtime.atomic_files import write_json
+from beitv2_jax.runtime.buckets import as_path
 
 
 def run_plan(
@@ -57,7 +58,7 @@ def run_plan(
         print(describe_prediction(prediction))
         metrics = prediction.metrics()
     if workdir:
-        os.makedirs(workdir, exist_ok=True)
+        as_path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(os.path.join(workdir, "plan.json"), metrics)
     return metrics
 

@@ -6,6 +6,7 @@ import os
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.report.codes import draw_code_rows
+from beitv2_jax.runtime.atomic_files import write_text
 
 
 def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
@@ -29,8 +30,7 @@ def write_pipeline_report(stages: dict, summaries: dict, workdir: str) -> str:
             reader = TargetReader(os.path.join(workdir, name, "centre"), source.split)
             draw_code_rows(source, reader, os.path.join(workdir, "codes.png"))
             text += "\nThe 16 most used codes on the evaluation images, one row each:\n\n![codes](codes.png)\n"
-    with open(os.path.join(workdir, "report.md"), "w") as file:
-        file.write(text)
+    write_text(os.path.join(workdir, "report.md"), text)
     return table
 
 

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
+from beitv2_jax.runtime.atomic_files import replacing
+from beitv2_jax.runtime.buckets import AnyPath
 from beitv2_jax.tasks import inputs, segment
 from beitv2_jax.tasks.api import Task
 
@@ -21,7 +23,7 @@ _COLUMNS = ("image", "true", "predicted", "where wrong")
 
 
 def draw_segmentations(
-    task: Task, config, workdir: str, path: str, *, metrics: Mapping[str, float], num_images: int = 6
+    task: Task, config, workdir: str, path: str | AnyPath, *, metrics: Mapping[str, float], num_images: int = 6
 ) -> None:
     """Write a picture of up to `num_images` validation images: image, true map, predicted map, wrong pixels.
 
@@ -48,7 +50,8 @@ def draw_segmentations(
         lines.append(_line(image, true, predicted))
         seen |= set(np.unique([true, predicted]).tolist()) - {IGNORED}
     if lines:
-        _sheet([*lines, _legend(sorted(seen), metrics, lines[0].width)]).save(path)
+        with replacing(path, "wb") as file:
+            _sheet([*lines, _legend(sorted(seen), metrics, lines[0].width)]).save(file, "PNG")
 
 
 def class_colors(num_colors: int = 256) -> UInt8[np.ndarray, "n 3"]:

@@ -21,6 +21,7 @@ from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks.targets import PARTS
 
 INPUTS_FILE = "inputs.json"
@@ -40,9 +41,9 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     """
     found = {}
     for key, path in paths_of_networks(config).items():
-        if there and not os.path.exists(path):
+        if there and not as_path(path).exists():
             continue
-        if not os.path.exists(path):
+        if not as_path(path).exists():
             raise UserError(
                 f"There is no file or folder {path}, which {key} names.",
                 "The path may be mistyped, or the stage that writes it may not have run yet.",
@@ -109,11 +110,10 @@ def changed_inputs(workdir: str, inputs: dict[str, Any]) -> list[tuple[str, Any,
 
     Of two lists it is the first entry that differs.
     """
-    path = os.path.join(workdir, INPUTS_FILE)
-    if not os.path.exists(path):
+    path = as_path(workdir) / INPUTS_FILE
+    if not path.exists():
         return []
-    with open(path) as file:
-        former = config_lib.flatten(json.load(file))
+    former = config_lib.flatten(json.loads(path.read_text()))
     changes = []
     for key, new in config_lib.flatten(inputs).items():
         old = former.get(key, new)

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +24,15 @@ from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
-from beitv2_jax.runtime import preemption, startup_times, workdir_lock
+from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop, sharding
+from beitv2_jax.training.checkpoint import is_complete
 
 RUNNERS = {
     "finetune": loop.train,
@@ -73,6 +74,7 @@ def run_stage(
         Preempted: the stage was asked to stop; it is saved and can be resumed.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
@@ -105,12 +107,15 @@ def run_stage(
     if config.stage not in TARGET_CACHE_STAGES:
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
-    os.makedirs(workdir, exist_ok=True)
+    as_path(workdir).mkdir(parents=True, exist_ok=True)
+    # Cloud Storage refuses when many processes replace one object within a second
+    writes = jax.process_index() == 0 or not buckets.is_remote(workdir)
     with contextlib.nullcontext() if config.stage in TARGET_CACHE_STAGES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
-        write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-        provenance.write_inputs(workdir, inputs)
+        if writes:
+            write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+            provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
             records = BadRecords(workdir)
             for source in task.sources:
@@ -118,7 +123,8 @@ def run_stage(
         metrics = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "metrics": metrics}
-        write_json(os.path.join(workdir, "summary.json"), summary)
+        if writes:
+            write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 
@@ -132,6 +138,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
         UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         chosen = {name: stage for name, stage in config.stages.items() if stage.stage in TARGET_CACHE_STAGES}
         return {
@@ -190,12 +197,11 @@ def run_pipeline(
 
 def read_summary(workdir: str) -> dict | None:
     """Return the summary of a finished stage, or None; a damaged one is written again by its stage."""
-    path = os.path.join(workdir, "summary.json")
-    if not os.path.exists(path):
+    path = as_path(workdir) / "summary.json"
+    if not path.exists():
         return None
     try:
-        with open(path) as file:
-            summary = json.load(file)
+        summary = json.loads(path.read_text())
         dict(summary["metrics"])
         return summary
     except (ValueError, TypeError, KeyError) as error:
@@ -219,14 +225,14 @@ def refuse_other_config(
     Returns:
         The changes that change the result and are allowed, and those that are harmless.
     """
-    path = os.path.join(workdir, "config.json")
-    if config.stage != "pipeline" and (others := sorted(Path(workdir).glob("*/config.json"))):
+    path = as_path(workdir) / "config.json"
+    if config.stage != "pipeline" and (others := sorted(as_path(workdir).glob("*/config.json"))):
         raise UserError(
             f"{workdir} holds the workdirs of other runs, such as {others[0].parent.name}.",
             "Did you mean a folder inside it, or is it the workdir of a pipeline?",
             f"Write --workdir={os.path.join(workdir, 'NAME')} with a folder that does not exist yet.",
         )
-    if not os.path.exists(path):
+    if not path.exists():
         return [], []
     refusal, found = None, ([], [])
     try:
@@ -246,8 +252,7 @@ def _compared(
 ) -> tuple[Changes, Changes]:
     """Return the changes from the config in `path` as `refuse_other_config` does, and raise as it does."""
     try:
-        with open(path) as file:
-            former = config_lib.from_json(file.read())
+        former = config_lib.from_json(path.read_text())
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({error}), so it does not say which config this run has.",
@@ -314,7 +319,7 @@ def refuse_outdated(config: ConfigDict, workdir: str, *, allowed: bool = False) 
             continue
         resolved = _resolved(stage, folder)
         for key, path in provenance.paths_of_networks(resolved).items():
-            earlier = os.path.relpath(path, os.path.abspath(workdir))
+            earlier = os.path.relpath(path, workdir)
             if earlier in outdated:
                 outdated.append(name)
                 break
@@ -339,7 +344,7 @@ def _has_changed(config: ConfigDict, workdir: str, key: str, path: str, *, own: 
     """
     if key in provenance.CACHES and own and read_summary(path) is None:
         return False
-    if not os.path.exists(path):
+    if not as_path(path).exists():
         return own
     try:
         found = provenance.describe_network(config, key, path)
@@ -379,9 +384,9 @@ def holds_results(workdir: str) -> bool:
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
     that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
     """
-    root = Path(workdir)
+    root = as_path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
-    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
+    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal() and is_complete(path)]
     return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
 
 
@@ -390,7 +395,7 @@ def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
 
     The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
     """
-    return config_lib.resolve(config, os.path.dirname(os.path.abspath(workdir)))
+    return config_lib.resolve(config, os.path.dirname(buckets.absolute(workdir)))
 
 
 def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
@@ -407,10 +412,21 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
     return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 
+def _refuse_remote_workdir(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError for a remote workdir that is in no bucket, or in none that this run can write and use."""
+    stages = config.stages.values() if config.stage == "pipeline" else (config,)
+    has_cache = any(stage.stage in TARGET_CACHE_STAGES for stage in stages)
+    config_lib.refuse_remote("--workdir", workdir, buckets=not has_cache)
+    if buckets.is_remote(workdir):  # one that cannot be reached cannot be read either
+        check_writable(workdir)
+
+
 def check_writable(workdir: str) -> None:
     """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
-    config_lib.refuse_remote("--workdir", workdir)
     refuse_pattern(workdir)
+    if buckets.is_remote(workdir):
+        buckets.refuse_unwritable(workdir)
+        return
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent import futures
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import inference, optim, sharding
 from beitv2_jax.training import state as state_lib
@@ -34,7 +34,7 @@ from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
 from beitv2_jax.typing import PyTree
 
 
-def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(task: Task, config: ConfigDict, workdir: str | AnyPath) -> dict[str, float]:
     """Train `task` to the end of `config.run.duration`, continuing from the newest checkpoint of `workdir` if any.
 
     Returns:
@@ -52,7 +52,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(watchdog.Watch(workdir, config.run.hang_timeout))
         stop = config.run.on_failed_save == "stop"
-        folder = Path(workdir) / "checkpoints"
+        folder = as_path(workdir) / "checkpoints"
         checkpointer = Checkpointer(folder, keep_every=schedule.keep_every, stop_on_failure=stop)
         stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
@@ -61,7 +61,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         if start == schedule.num_steps and not _lacks_evaluation(task, schedule, start, logged):
             logging.info("%s: finished before, at step %d of %d", task.name, start, schedule.num_steps)
             return _final_metrics(logged, start, seconds=0.0)
-        return _run(task, config, schedule, Path(workdir), checkpointer, watch, logged)
+        return _run(task, config, schedule, as_path(workdir), checkpointer, watch, logged)
 
 
 def check(task: Task, config: ConfigDict) -> None:
@@ -77,21 +77,21 @@ def check(task: Task, config: ConfigDict) -> None:
     task.train_batches(*sharding.row_share(mesh)).close()
 
 
-def check_checkpoint(task: Task, config: ConfigDict, workdir: str | Path) -> None:
+def check_checkpoint(task: Task, config: ConfigDict, workdir: str | AnyPath) -> None:
     """Check that the newest checkpoint of `workdir`, if any, has this run's schedule and the structure of its state.
 
     Raises:
         UserError: it has not, or no checkpoint is whole.
     """
     schedule = Schedule.from_config(config, task.num_train_examples)
-    with contextlib.closing(Checkpointer(Path(workdir) / "checkpoints")) as checkpointer:
+    with contextlib.closing(Checkpointer(as_path(workdir) / "checkpoints")) as checkpointer:
         _check_schedule(schedule, checkpointer, workdir)
         if checkpointer.latest_step() is not None:
             _, abstract, _ = _make_step(task, config, schedule, sharding.make_mesh(**config.mesh))
             checkpointer.check_structure(abstract)
 
 
-def _check_schedule(schedule: Schedule, checkpointer: Checkpointer, workdir: str | Path) -> None:
+def _check_schedule(schedule: Schedule, checkpointer: Checkpointer, workdir: str | AnyPath) -> None:
     step, own = checkpointer.latest_step(), schedule.meaning_of_a_step()
     if step is None:
         return
@@ -117,7 +117,7 @@ def _run(
     task: Task,
     config: ConfigDict,
     schedule: Schedule,
-    workdir: Path,
+    workdir: AnyPath,
     checkpointer: Checkpointer,
     watch: watchdog.Watch,
     logged: dict[str, float],
@@ -318,7 +318,7 @@ def _make_evaluation(
     return evaluate
 
 
-def _logged_at(step: int | None, workdir: str | Path) -> dict[str, float]:
+def _logged_at(step: int | None, workdir: str | AnyPath) -> dict[str, float]:
     """Return what `metrics.jsonl` has of `step`."""
     return next((line for line in read_metrics(workdir) if line["step"] == step), {})
 

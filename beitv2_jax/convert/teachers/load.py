@@ -18,6 +18,7 @@ from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
 from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, vit_tokens
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.typing import PyTree
 
 
@@ -62,7 +63,7 @@ def load_teacher(
     _check_choice("grid_match", grid_match, GRID_MATCHES)
     _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
     _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
-    if not Path(weights).exists():
+    if not as_path(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
             "The path may be mistyped, or the stage that trains the teacher has not run yet.",
