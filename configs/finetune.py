@@ -104,7 +104,7 @@ def get_config(arg=""):
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "augment": sections.augment(randaugment_ops=2, mixup=0.8, cutmix=1.0, erasing=0.25),
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 drop_path_rate=0.2,
                 num_classes=1000,  # that of the source

@@ -116,7 +116,7 @@ def get_config(arg=""):
                 "codes": "",  # workdir of the tokenize stage: read stored code ids
                 "run": "",  # run directory of the vqkd stage: run the tokenizer in the step
             },
-            "model": sections.vit(
+            "model": sections.backbone(
                 codebook_size=8192,  # that of the tokenizer
                 position="relative_shared",
                 param_init="clipped",  # as released; 'scaled' by the fan-in suits widths far below 768

@@ -108,7 +108,7 @@ def get_config(arg=""):
                 "auxiliary_weight": 0.4,
                 "count_unlabelled": True,  # in the mean over pixels, where they are 0
             },
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 layer_scale_init=0.1,
                 drop_path_rate=0.15,

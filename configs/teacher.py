@@ -49,7 +49,7 @@ def get_config(arg=""):
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "augment": sections.augment(),
-            "model": sections.vit(
+            "model": sections.backbone(
                 width=192,
                 depth=6,
                 num_heads=3,
