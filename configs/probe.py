@@ -47,8 +47,7 @@ def get_config(arg=""):
             "views": {"image_size": 224},  # pixels; unless set, that of the backbone
             "backbone": {"run": ""},  # required: a run directory or a file of any layout
             "probe": {
-                # blocks, counted from 1, whose tokens are tried; unless set, the early layer and the last of the backbone
-                "layers": (9, 12),
+                "layers": (9, 12),  # blocks, from 1, whose tokens are tried; unless set, the early layer and the last
                 "duration": "100 epochs",
                 "batch_size": 1024,
                 "learning_rates": (1e-3, 4e-3, 1.6e-2),

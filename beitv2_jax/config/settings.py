@@ -54,7 +54,7 @@ class _Setting(FieldReference):
 
 
 def watch(config: ConfigDict) -> None:
-    """Let every value of `config` know from now on whether it is set; those that follow another key stay as they are."""
+    """Let every value of `config` know from now on whether it is set; one that follows another key is set already."""
     with config.unlocked(), config.ignore_type():
         for key, value in config.items(preserve_field_references=True):
             if isinstance(value, ConfigDict):

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import (
     HEAD_WIDTH,
+    MODELS,
     fill_unknown,
     infer_arguments,
     published_early_layer,
@@ -26,9 +27,10 @@ from beitv2_jax.convert.files import read_config, read_weights, write_safetensor
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
-from beitv2_jax.convert.teachers.weights import refuse_plain_vit
+from beitv2_jax.convert.teachers.weights import from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
@@ -48,13 +50,14 @@ class Weights:
     """Trained weights and the arguments of their model.
 
     Attributes:
-        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'.
-        arguments: keyword arguments of the model of that kind.
+        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT, which can
+            start a model or be probed but not be converted.
+        arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
         layout: of the source: 'official', 'timm', 'huggingface' or 'run'.
         dropped: {name: reason} of the entries that were not used.
         assumptions: sentences on what the source does not say and was therefore assumed.
-        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1].
+        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1] (as 'half').
         normalization_known: False if the source does not say which one it is, and the usual one was assumed.
     """
 
@@ -91,6 +94,7 @@ def read(
     normalization: str | None = None,
     average: bool = False,
     state_dict: str = "",
+    plain_vit: bool = False,
 ) -> Weights:
     """Read weights of any layout.
 
@@ -102,6 +106,7 @@ def read(
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
         state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
+        plain_vit: read a transformer that is no BEiT too, as kind 'vit'; otherwise it is refused.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -110,8 +115,11 @@ def read(
         weights = _from_run(path, normalization, average)
     else:
         found = read_weights(path, state_dict)
-        refuse_plain_vit(path, found.arrays)
-        weights = _from_state(path, found.arrays, num_heads, normalization)
+        if plain_vit and is_plain_vit(found.arrays):
+            weights = _from_plain_vit(path, found.arrays, num_heads)
+        else:
+            refuse_plain_vit(path, found.arrays)
+            weights = _from_state(path, found.arrays, num_heads, normalization)
         weights = dataclasses.replace(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
         )
@@ -124,6 +132,26 @@ def read(
     if image_size is None or image_size == weights.arguments["image_size"]:
         return weights
     return resized(weights, image_size)
+
+
+def describe(path: str) -> Weights:
+    """Return what weights of any layout are, plain ViTs included; of a run the config is read and no variables.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return _without_checkpoint(path) if is_run(path) else read(path, plain_vit=True)
+
+
+def backbone_of(weights: Weights) -> Backbone:
+    """Return the transformer in the weights: the encoder of a tokenizer, the backbone of every other model."""
+    if weights.kind == "vit":
+        return Backbone(**weights.arguments)
+    # a run's config leaves the width of the teacher's features open
+    model = MODELS[weights.kind].from_arguments(
+        {"teacher_width": 1, **weights.arguments} if weights.kind == "vqkd" else weights.arguments
+    )
+    return model.encoder if weights.kind == "vqkd" else model.backbone
 
 
 def resized(weights: Weights, image_size: int) -> Weights:
@@ -187,21 +215,45 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
+    described = _without_checkpoint(path)
+    run = read_run(path, average=average)
+    arguments = described.arguments
+    if described.kind == "vqkd":
+        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    return dataclasses.replace(
+        described,
+        arguments=arguments,
+        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(described.kind, "codebook"): run.model_state},
+        normalization=described.normalization and (normalization or described.normalization),
+    )
+
+
+def _without_checkpoint(path: str) -> Weights:
+    """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
     kinds = {stage: kind for kind, stage in STAGES.items()}
     check_stage(path, kinds, "")
-    run = read_run(path, average=average)
-    kind = kinds[run.config["stage"]]
-    arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
-    if kind == "vqkd":
-        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    config = read_config(path)
+    kind = kinds[config["stage"]]
+    arguments = {**config["model"], "image_size": config["views"]["image_size"]}
     if kind == "segmenter":
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
+    normalization = "" if kind == "vqkd" else config["normalization"]
+    return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
+
+
+def _from_plain_vit(path: str, arrays: dict[str, np.ndarray], num_heads: int | None) -> Weights:
+    network = from_state(arrays, read_config(path), output="tokens", num_heads=num_heads or 0)
+    normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
+    assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
-        kind=kind,
-        arguments=arguments,
-        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.model_state},
-        layout="run",
-        normalization="" if kind == "vqkd" else normalization or run.config["normalization"],
+        kind="vit",
+        arguments=network.arguments,
+        variables={"params": network.params},
+        layout="plain ViT",
+        dropped=network.dropped,
+        assumptions=assumptions,
+        normalization=normalization or "imagenet",
+        normalization_known=bool(normalization),
     )
 
 

@@ -71,8 +71,9 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = read_weights(config.init_from)
+    weights = read_weights(config.init_from, plain_vit=True)
     _compare_normalization(config, weights)
+    _note_resized_positions(config, weights)
     for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):
         logging.info("%s: %s", config.init_from, text)
     weights = adapt_weights(weights, kind, flat_arguments(model))
@@ -96,6 +97,18 @@ def _compare_normalization(config, weights: Weights) -> None:
             config.init_from,
             trained,
             trained,
+        )
+
+
+def _note_resized_positions(config, weights: Weights) -> None:
+    """Log that the positions of the initial weights are those of another grid, where they are."""
+    encoder = weights.arguments.get("encoder", weights.arguments)
+    grids = [size // encoder["patch_size"] for size in (weights.arguments["image_size"], config.views.image_size)]
+    if grids[0] != grids[1] and encoder.get("position", "absolute") != "none":
+        logging.info(
+            "the positions of %s are resized from a grid of %d x %d patches to %d x %d",
+            config.init_from,
+            *(side for side in grids for _ in range(2)),
         )
 
 
