@@ -29,6 +29,7 @@ from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
 from beitv2_jax.convert.teachers.weights import from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
+from beitv2_jax.convert.wrappers import StateDict
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.runtime.disk_checks import refuse_pattern
@@ -94,7 +95,6 @@ def read(
     normalization: str | None = None,
     average: bool = False,
     state_dict: str = "",
-    plain_vit: bool = False,
 ) -> Weights:
     """Read weights of any layout.
 
@@ -106,7 +106,6 @@ def read(
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
         state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
-        plain_vit: read a transformer that is no BEiT too, as kind 'vit'; otherwise it is refused.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -115,11 +114,8 @@ def read(
         weights = _from_run(path, normalization, average)
     else:
         found = read_weights(path, state_dict)
-        if plain_vit and is_plain_vit(found.arrays):
-            weights = _from_plain_vit(path, found.arrays, num_heads)
-        else:
-            refuse_plain_vit(path, found.arrays)
-            weights = _from_state(path, found.arrays, num_heads, normalization)
+        refuse_plain_vit(path, found.arrays)
+        weights = _from_state(path, found.arrays, num_heads, normalization)
         weights = dataclasses.replace(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
         )
@@ -134,13 +130,25 @@ def read(
     return resized(weights, image_size)
 
 
-def describe(path: str) -> Weights:
-    """Return what weights of any layout are, plain ViTs included; of a run the config is read and no variables.
+def read_backbone(path: str, *, image_size: int | None = None) -> Weights:
+    """Read weights whose backbone is to be used: those of `read`, and the trunk of a plain ViT as kind 'vit'.
 
     Raises:
         UserError: as `read`.
     """
-    return _without_checkpoint(path) if is_run(path) else read(path, plain_vit=True)
+    if not is_run(path) and is_plain_vit((found := read_weights(path)).arrays):
+        weights = _from_plain_vit(path, found)
+        return weights if image_size is None else resized(weights, image_size)
+    return read(path, image_size=image_size)
+
+
+def describe(path: str) -> Weights:
+    """Return what `read_backbone` would read; of a run only the config is read, and `variables` is empty.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return _without_checkpoint(path) if is_run(path) else read_backbone(path)
 
 
 def backbone_of(weights: Weights) -> Backbone:
@@ -169,7 +177,8 @@ def resized(weights: Weights, image_size: int) -> Weights:
             f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
         )
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
-    flat = resize_positions(flat, (image_size // patch_size,) * 2)
+    has_cls = weights.arguments.get("class_token", True)  # which some plain ViTs lack
+    flat = resize_positions(flat, (image_size // patch_size,) * 2, num_prefix=int(has_cls))
     return dataclasses.replace(
         weights,
         arguments={**weights.arguments, "image_size": image_size},
@@ -241,8 +250,8 @@ def _without_checkpoint(path: str) -> Weights:
     return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
 
 
-def _from_plain_vit(path: str, arrays: dict[str, np.ndarray], num_heads: int | None) -> Weights:
-    network = from_state(arrays, read_config(path), output="tokens", num_heads=num_heads or 0)
+def _from_plain_vit(path: str, found: StateDict) -> Weights:
+    network = from_state(found.arrays, read_config(path), output="tokens")
     normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
     assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
@@ -250,8 +259,8 @@ def _from_plain_vit(path: str, arrays: dict[str, np.ndarray], num_heads: int | N
         arguments=network.arguments,
         variables={"params": network.params},
         layout="plain ViT",
-        dropped=network.dropped,
-        assumptions=assumptions,
+        dropped=network.dropped | found.dropped,
+        assumptions=found.assumptions + assumptions,
         normalization=normalization or "imagenet",
         normalization_known=bool(normalization),
     )

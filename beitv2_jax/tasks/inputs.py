@@ -11,8 +11,7 @@ from absl import logging
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
-from beitv2_jax.convert.weights import Weights
-from beitv2_jax.convert.weights import read as read_weights
+from beitv2_jax.convert.weights import Weights, read_backbone
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
@@ -71,7 +70,7 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = read_weights(config.init_from, plain_vit=True)
+    weights = read_backbone(config.init_from)
     _compare_normalization(config, weights)
     _note_resized_positions(config, weights)
     for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):

@@ -16,8 +16,7 @@ from jaxtyping import Array
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_probed_layers
 from beitv2_jax.convert.arguments import initialised
-from beitv2_jax.convert.weights import backbone_of
-from beitv2_jax.convert.weights import read as read_weights
+from beitv2_jax.convert.weights import backbone_of, read_backbone
 from beitv2_jax.data.sources import Source
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.vit import VisionTransformer
@@ -54,7 +53,7 @@ def build(config) -> Probe:
         UserError: the data set has no labels, or the weights are missing, or their backbone lacks a block that is to be
             probed or cannot see images of this size.
     """
-    weights = read_weights(config.backbone.run, image_size=config.views.image_size, plain_vit=True)
+    weights = read_backbone(config.backbone.run, image_size=config.views.image_size)
     for text in weights.assumptions:
         logging.info("%s: %s", config.backbone.run, text)
     backbone = backbone_of(weights)
