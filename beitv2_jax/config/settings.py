@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FieldReference
 _SIZES = ("patch_size", "stem", "width", "depth", "num_heads", "mlp_dim")
 ARCHITECTURE = (*_SIZES, "position", "layer_scale_init", "qkv_bias", "norm_eps")
 """Keys of a section `model` that say what the backbone is."""
-_HEADS = ("pooling", "patch_aggregation", "early_layer", "head_depth", "shared_head")
+_HEADS = ("pooling", "early_layer", "head_depth", "shared_head")
 _SEGMENTER = ("out_layers", "channels", "aux_channels")
 _TOKENIZER = (
     *(f"{part}.{name}" for part in ("encoder", "decoder") for name in _SIZES),
