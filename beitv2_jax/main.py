@@ -22,7 +22,10 @@ def run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     launch.start_logging(values["verbosity"].present)
     if values.print_config:
-        print(config_lib.to_json(config_lib.resolve(values.config, _absolute(values.workdir or "."))))
+        from beitv2_jax.tasks.initial import completed
+
+        workdir = _absolute(values.workdir or ".")
+        print(config_lib.to_json(config_lib.resolve(completed(values.config, workdir, tolerant=True), workdir)))
         return
     if values.plan:
         launch.check_jax_settings()
@@ -30,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
 
         workdir = _absolute(values.workdir) if values.workdir else ""
         run_plan(
-            config_lib.resolve(values.config, workdir),
+            values.config,
             values.plan,
             workdir,
             num_examples=values.plan_examples,

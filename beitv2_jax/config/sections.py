@@ -74,6 +74,17 @@ def vit(**changes: Any) -> dict[str, Any]:
     }
 
 
+def backbone(**changes: Any) -> dict[str, Any]:
+    """Return what a ViT-B/16 is that may start from weights: its sizes, and what networks of one size differ in."""
+    return vit(
+        **{
+            "qkv_bias": "qv",  # of queries and values, as released; 'full': of the keys too, as in a plain ViT; 'none'
+            "norm_eps": 1e-6,  # of every layer norm
+            **changes,
+        }
+    )
+
+
 def optim(**changes: Any) -> dict[str, Any]:
     """Return AdamW with warm-up and a cosine schedule; `peak_lr`, `min_lr`, `warmup` must be given."""
     return {

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import (
     HEAD_WIDTH,
+    MODELS,
     fill_unknown,
     infer_arguments,
     published_early_layer,
@@ -26,9 +27,11 @@ from beitv2_jax.convert.files import read_config, read_weights, write_safetensor
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
-from beitv2_jax.convert.teachers.weights import refuse_plain_vit
+from beitv2_jax.convert.teachers.weights import from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
+from beitv2_jax.convert.wrappers import StateDict
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
@@ -48,13 +51,14 @@ class Weights:
     """Trained weights and the arguments of their model.
 
     Attributes:
-        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'.
-        arguments: keyword arguments of the model of that kind.
+        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT, which can
+            start a model or be probed but not be converted.
+        arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
         layout: of the source: 'official', 'timm', 'huggingface' or 'run'.
         dropped: {name: reason} of the entries that were not used.
         assumptions: sentences on what the source does not say and was therefore assumed.
-        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1].
+        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1] (as 'half').
         normalization_known: False if the source does not say which one it is, and the usual one was assumed.
     """
 
@@ -126,6 +130,38 @@ def read(
     return resized(weights, image_size)
 
 
+def read_backbone(path: str, *, image_size: int | None = None) -> Weights:
+    """Read weights whose backbone is to be used: those of `read`, and the trunk of a plain ViT as kind 'vit'.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if not is_run(path) and is_plain_vit((found := read_weights(path)).arrays):
+        weights = _from_plain_vit(path, found)
+        return weights if image_size is None else resized(weights, image_size)
+    return read(path, image_size=image_size)
+
+
+def describe(path: str) -> Weights:
+    """Return what `read_backbone` would read; of a run only the config is read, and `variables` is empty.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return _without_checkpoint(path) if is_run(path) else read_backbone(path)
+
+
+def backbone_of(weights: Weights) -> Backbone:
+    """Return the transformer in the weights: the encoder of a tokenizer, the backbone of every other model."""
+    if weights.kind == "vit":
+        return Backbone(**weights.arguments)
+    # a run's config leaves the width of the teacher's features open
+    model = MODELS[weights.kind].from_arguments(
+        {"teacher_width": 1, **weights.arguments} if weights.kind == "vqkd" else weights.arguments
+    )
+    return model.encoder if weights.kind == "vqkd" else model.backbone
+
+
 def resized(weights: Weights, image_size: int) -> Weights:
     """Return the weights for another image size, with positions resized as in the released loaders.
 
@@ -141,7 +177,8 @@ def resized(weights: Weights, image_size: int) -> Weights:
             f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
         )
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
-    flat = resize_positions(flat, (image_size // patch_size,) * 2)
+    has_cls = weights.arguments.get("class_token", True)  # which some plain ViTs lack
+    flat = resize_positions(flat, (image_size // patch_size,) * 2, num_prefix=int(has_cls))
     return dataclasses.replace(
         weights,
         arguments={**weights.arguments, "image_size": image_size},
@@ -187,21 +224,45 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
+    described = _without_checkpoint(path)
+    run = read_run(path, average=average)
+    arguments = described.arguments
+    if described.kind == "vqkd":
+        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    return dataclasses.replace(
+        described,
+        arguments=arguments,
+        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(described.kind, "codebook"): run.model_state},
+        normalization=described.normalization and (normalization or described.normalization),
+    )
+
+
+def _without_checkpoint(path: str) -> Weights:
+    """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
     kinds = {stage: kind for kind, stage in STAGES.items()}
     check_stage(path, kinds, "")
-    run = read_run(path, average=average)
-    kind = kinds[run.config["stage"]]
-    arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
-    if kind == "vqkd":
-        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    config = read_config(path)
+    kind = kinds[config["stage"]]
+    arguments = {**config["model"], "image_size": config["views"]["image_size"]}
     if kind == "segmenter":
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
+    normalization = "" if kind == "vqkd" else config["normalization"]
+    return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
+
+
+def _from_plain_vit(path: str, found: StateDict) -> Weights:
+    network = from_state(found.arrays, read_config(path), output="tokens")
+    normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
+    assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
-        kind=kind,
-        arguments=arguments,
-        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.model_state},
-        layout="run",
-        normalization="" if kind == "vqkd" else normalization or run.config["normalization"],
+        kind="vit",
+        arguments=network.arguments,
+        variables={"params": network.params},
+        layout="plain ViT",
+        dropped=network.dropped | found.dropped,
+        assumptions=found.assumptions + assumptions,
+        normalization=normalization or "imagenet",
+        normalization_known=bool(normalization),
     )
 
 

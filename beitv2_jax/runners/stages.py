@@ -26,8 +26,9 @@ from beitv2_jax.report.pipeline import write_pipeline_report
 from beitv2_jax.runners import probe, provenance, segment, targets, verify
 from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
-from beitv2_jax.runtime.buckets import as_path
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.disk_checks import refuse_pattern
+from beitv2_jax.tasks import initial
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
@@ -62,11 +63,12 @@ def run_stage(
 ) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
-    The same call again continues an interrupted run and returns the summary of a finished one; a target cache
-    is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
-    other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
-    config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
-    their values there.
+    Keys that nobody has set follow from the weights, stored targets and data that the config names (`tasks.initial`).
+    The same call again continues an interrupted run and returns the summary of a finished one; a target cache is
+    extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any other
+    stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another config.
+    `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have their
+    values there.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
@@ -83,6 +85,7 @@ def run_stage(
         logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(changes))
     if harmless:
         logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    config = _completed(config, workdir)
     resolved = _resolved(config, workdir)
     if finished is not None and not _is_to_grow(config, finished):
         networks = provenance.describe_networks(resolved, there=True)
@@ -114,7 +117,7 @@ def run_stage(
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
         if writes:
-            write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+            write_text(_config_path(workdir), config_lib.to_json(config))
             provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
             records = BadRecords(workdir)
@@ -152,7 +155,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
             f"Write the --config and --workdir of a stage of {', '.join(TARGET_CACHE_STAGES)}, or of a pipeline.",
         )
     refuse_other_config(config, workdir, defaults=defaults)
-    resolved = _resolved(config, workdir)
+    resolved = _resolved(_completed(config, workdir), workdir)
     task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
     return verify.verify(task, resolved, workdir)
 
@@ -225,7 +228,7 @@ def refuse_other_config(
     Returns:
         The changes that change the result and are allowed, and those that are harmless.
     """
-    path = as_path(workdir) / "config.json"
+    path = _config_path(workdir)
     if config.stage != "pipeline" and (others := sorted(as_path(workdir).glob("*/config.json"))):
         raise UserError(
             f"{workdir} holds the workdirs of other runs, such as {others[0].parent.name}.",
@@ -248,17 +251,10 @@ def refuse_other_config(
 
 
 def _compared(
-    config: ConfigDict, workdir: str, path: str, allowed: bool, defaults: ConfigDict | None
+    config: ConfigDict, workdir: str, path: AnyPath, allowed: bool, defaults: ConfigDict | None
 ) -> tuple[Changes, Changes]:
     """Return the changes from the config in `path` as `refuse_other_config` does, and raise as it does."""
-    try:
-        former = config_lib.from_json(path.read_text())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}), so it does not say which config this run has.",
-            "The machine may have lost its power, or the disk may have been full.",
-            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
-        ) from error
+    former = _read_config(path)
     if former.stage != config.stage:
         raise UserError(
             f"{workdir} holds a run of the stage '{former.stage}', and this config is of the stage '{config.stage}'.",
@@ -266,10 +262,11 @@ def _compared(
             "Write --workdir=DIR with a folder that does not exist yet, or with that of a run of this stage.",
         )
     finished = read_summary(workdir) is not None
+    open_keys = config_lib.undecided(config)
     changes = [
         (key, old, new)
         for key, old, new in config_lib.changed(former, config, defaults=defaults)
-        if not (config.stage in TARGET_CACHE_STAGES and key == "views.num_views" and new > old)
+        if key not in open_keys and not (config.stage in TARGET_CACHE_STAGES and key == "views.num_views" and new > old)
     ]
     if changes and (finished or not allowed):
         raise UserError(
@@ -390,12 +387,44 @@ def holds_results(workdir: str) -> bool:
     return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
 
 
+def _completed(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return the config of a stage with every key decided: as in the run that is continued, or by what it names.
+
+    Raises:
+        UserError: what it names is not there, or the values do not fit the rest of the config.
+    """
+    path = _config_path(workdir)
+    former = _read_config(path) if path.exists() and holds_results(workdir) else None
+    config = initial.completed(config, _folder_of_pipeline(workdir), former=former)
+    config_lib.validate(config)
+    return config
+
+
+def _config_path(workdir: str) -> AnyPath:
+    return as_path(workdir) / "config.json"
+
+
+def _read_config(path: AnyPath) -> ConfigDict:
+    try:
+        return config_lib.from_json(path.read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so it does not say which config this run has.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
+        ) from error
+
+
+def _folder_of_pipeline(workdir: str) -> str:
+    return os.path.dirname(buckets.absolute(workdir))
+
+
 def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
     """Return the config of a stage in which '{workdir}' is the folder of its pipeline, in which its own workdir lies.
 
     The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
     """
-    return config_lib.resolve(config, os.path.dirname(buckets.absolute(workdir)))
+    return config_lib.resolve(config, _folder_of_pipeline(workdir))
 
 
 def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:

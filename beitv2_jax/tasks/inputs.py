@@ -11,8 +11,7 @@ from absl import logging
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
-from beitv2_jax.convert.weights import Weights
-from beitv2_jax.convert.weights import read as read_weights
+from beitv2_jax.convert.weights import Weights, read_backbone
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
@@ -71,8 +70,9 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = read_weights(config.init_from)
+    weights = read_backbone(config.init_from)
     _compare_normalization(config, weights)
+    _note_resized_positions(config, weights)
     for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):
         logging.info("%s: %s", config.init_from, text)
     weights = adapt_weights(weights, kind, flat_arguments(model))
@@ -96,6 +96,18 @@ def _compare_normalization(config, weights: Weights) -> None:
             config.init_from,
             trained,
             trained,
+        )
+
+
+def _note_resized_positions(config, weights: Weights) -> None:
+    """Log that the positions of the initial weights are those of another grid, where they are."""
+    encoder = weights.arguments.get("encoder", weights.arguments)
+    grids = [size // encoder["patch_size"] for size in (weights.arguments["image_size"], config.views.image_size)]
+    if grids[0] != grids[1] and encoder.get("position", "absolute") != "none":
+        logging.info(
+            "the positions of %s are resized from a grid of %d x %d patches to %d x %d",
+            config.init_from,
+            *(side for side in grids for _ in range(2)),
         )
 
 

@@ -155,9 +155,14 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
     )
 
 
+def is_plain_vit(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Tell whether the weights are those of a transformer that is no BEiT: its keys have a bias."""
+    return any(re.search(_KEY_BIAS, name) for name in arrays)
+
+
 def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT: its keys have a bias."""
-    if not any(re.search(_KEY_BIAS, name) for name in arrays):
+    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT."""
+    if not is_plain_vit(arrays):
         return
     try:
         title = f" ({recognise(arrays)[0].title})"
@@ -166,8 +171,8 @@ def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     raise UserError(
         f"{path} holds the weights of a vision transformer that is not a BEiT{title}.",
         "Did you mean to use it as the teacher of a tokenizer?",
-        f"Write --config.teacher.weights={path} for a vqkd or extract stage; conversion and --config.init_from need "
-        "the weights of a BEiT v1 or v2 model.",
+        f"Write --config.teacher.weights={path} for a vqkd or extract stage, or --config.init_from={path} to fine-tune "
+        "it; conversion needs the weights of a BEiT v1 or v2 model.",
     )
 
 

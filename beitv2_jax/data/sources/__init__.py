@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
-from beitv2_jax.data.sources.folders import FolderSource
+from beitv2_jax.data.sources.folders import FolderSource, class_names_of
 from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
 from beitv2_jax.errors import UserError
 
@@ -88,6 +88,24 @@ def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "t
             "(ArrayRecord files) or embedded.",
         )
     return source
+
+
+def class_names(spec: str, train_split: str, data_dir: str = "") -> tuple[str, ...]:
+    """Return the names of the classes of a data set, as `open_source` numbers them.
+
+    Images in folders are not listed for it, and those of the embedded set not generated.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    if spec.partition("/")[0] == "embedded":
+        from beitv2_jax.data.embedded import scenes
+
+        return scenes.CLASS_NAMES
+    kind, _, location = spec.partition(":")
+    if kind == "folder" and location:
+        return class_names_of(location, train_split)
+    return tuple(open_source(spec, train_split, data_dir, train_split).class_names)
 
 
 def open_with(readers: Mapping[str, Callable], spec: str, split: str, data_dir: str = "") -> Any:

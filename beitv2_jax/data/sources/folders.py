@@ -177,6 +177,16 @@ def digest_of_sizes(paths: Iterable[str | os.PathLike]) -> str:
     return hasher.hexdigest()
 
 
+def class_names_of(path: str, train_split: str) -> tuple[str, ...]:
+    """Return the names of the classes in a folder, in the order of their labels; none if its images have no classes.
+
+    Raises:
+      UserError: no such folder or split.
+    """
+    _, _, directory = _folder_of_split(pathlib.Path(path).expanduser(), train_split, train_split)
+    return tuple(class_folders(directory))
+
+
 class Listing(NamedTuple):
     """What a folder holds: paths of images below it, sorted, and what else is there."""
 
