@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import read_config, run_directory
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
@@ -43,7 +43,7 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
+    """Return whether `path` is the directory of a run, whose config.json has a stage, or one of its checkpoints."""
     return Path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
@@ -70,21 +70,23 @@ def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
 def read_run(workdir: str, *, average: bool = False) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
-    `model_state` is the codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged
-    weights. Nothing in the directory is changed.
+    Where `workdir` is the folder of a checkpoint itself, RUN/checkpoints/STEP, it is that one. `model_state` is the
+    codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged weights. Nothing in the
+    directory is changed.
 
     Raises:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = Path(workdir).absolute()
-    config_file = directory / "config.json"
-    if not config_file.is_file():
+    directory = run_directory(workdir)
+    chosen = int(Path(workdir).name) if directory != Path(workdir).absolute() else None
+    if not (directory / "config.json").is_file():
         raise _not_a_run(workdir)
     checkpoints = directory / "checkpoints"
     steps = ocp.path.step.standard_name_format()
-    newest = (
-        max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
+    complete = steps.find_all(checkpoints) if checkpoints.is_dir() else ()
+    newest = max(
+        (found for found in complete if chosen in (None, found.step)), key=lambda found: found.step, default=None
     )
     if newest is None:
         raise UserError(
@@ -94,7 +96,7 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
         )
     if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
-            f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
+            f"The checkpoint of step {newest.step} in {directory} is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
             f"Copy the folder again, or move {newest.path} away to use the checkpoint before it.",
         )
