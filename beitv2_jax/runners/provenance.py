@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,15 +43,29 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     for key, path in config_lib.flatten(config).items():
         if key not in (*NETWORKS, *CACHES) or not path or (there and not os.path.exists(path)):
             continue
-        if not os.path.exists(path):
-            raise UserError(
-                f"There is no file or folder {path}, which {key} names.",
-                "The path may be mistyped, or the stage that writes it may not have run yet.",
-                f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
-            )
+        _refuse_missing(key, path)
         state_dict = config.teacher.state_dict if key == "teacher.weights" else ""
         found[key] = _cache(path) if key in CACHES else _network(path, state_dict)
     return found
+
+
+def refuse_missing_paths(config: ConfigDict, later: str) -> None:
+    """Raise UserError if a network, target cache or initial weights that the config names are not there.
+
+    Those inside the folder `later` are left out: former stages of a pipeline write them.
+    """
+    for key, path in config_lib.flatten(config).items():
+        if key in (*NETWORKS, *CACHES, "init_from") and path and not Path(path).absolute().is_relative_to(later):
+            _refuse_missing(key, path)
+
+
+def _refuse_missing(key: str, path: str) -> None:
+    if not os.path.exists(path):
+        raise UserError(
+            f"There is no file or folder {path}, which {key} names.",
+            "The path may be mistyped, or the stage that writes it may not have run yet.",
+            f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
+        )
 
 
 def _network(path: str, state_dict: str) -> str:

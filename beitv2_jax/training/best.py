@@ -26,7 +26,7 @@ class BestEvaluation:
     def __init__(self, metric: str, lines: Iterable[Mapping[str, float]] = (), steps: Collection[int] = ()):
         self.metric = metric
         self.step: int | None = None
-        self._value = math.nan
+        self.value = math.nan
         for line in lines:
             if line["step"] in steps and self.is_improved_by(line):
                 self.take(int(line["step"]), line)
@@ -36,12 +36,12 @@ class BestEvaluation:
         value = metrics.get(self.metric)
         if value is None or math.isnan(value):
             return False
-        better = value < self._value if self.metric.endswith("loss") else value > self._value
+        better = value < self.value if self.metric.endswith("loss") else value > self.value
         return self.step is None or better
 
     def take(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the evaluation after `step` for the best one."""
-        self.step, self._value = step, metrics[self.metric]
+        self.step, self.value = step, metrics[self.metric]
 
 
 def check_metric(task: Task, metric: str, averages: bool, rows: tuple[int, int]) -> None:

@@ -1,4 +1,7 @@
-"""What a run tells: metrics to metrics.jsonl, TensorBoard and Weights & Biases, progress to the terminal. Process 0 only."""
+"""What a run tells: metrics to metrics.jsonl, TensorBoard and maybe a service, progress to the terminal.
+
+Process 0 only.
+"""
 
 import contextlib
 import json

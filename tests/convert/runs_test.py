@@ -70,7 +70,7 @@ def test_a_corrupt_newest_checkpoint_is_refused_and_not_changed(tmp_path, item):
     if item == "train":  # of no use here
         assert read_run(str(workdir)).step == 13
         return
-    with pytest.raises(UserError, match=f"step 13, is corrupt: {item}/.* holds other bytes") as caught:
+    with pytest.raises(UserError, match=f"step 13 in {workdir} is corrupt: {item}/.* holds other bytes") as caught:
         read_run(str(workdir))
     assert str(workdir) in caught.value.happened and str(folder) in caught.value.instead
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before

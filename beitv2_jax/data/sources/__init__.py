@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
-from beitv2_jax.data.sources.folders import FolderSource
+from beitv2_jax.data.sources.folders import FolderSource, divided_folder
 from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
 from beitv2_jax.errors import UserError
 
@@ -88,6 +88,17 @@ def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "t
             "(ArrayRecord files) or embedded.",
         )
     return source
+
+
+def open_splits(spec: str, train_split: str, eval_split: str, data_dir: str = "") -> tuple[Source, Source]:
+    """Open the training and the evaluation split as `open_source` does.
+
+    Of an image folder without splits every tenth image of every class is for evaluation, the others for training.
+    """
+    kind, _, location = spec.partition(":")
+    if kind == "folder" and (divided := divided_folder(location, train_split, eval_split)):
+        return divided
+    return tuple(open_source(spec, split, data_dir, train_split) for split in (train_split, eval_split))
 
 
 def open_with(readers: Mapping[str, Callable], spec: str, split: str, data_dir: str = "") -> Any:
