@@ -47,12 +47,12 @@ def _chart(chart: Chart, colors: Mapping[str, str]) -> str:
     parts = [f'<text x="{_LEFT}" y="16" font-size="13" font-weight="600" fill="#111827">{escape(chart.title)}</text>']
     if not points:
         return "".join([*parts, f'<text x="{_LEFT}" y="60" fill="#6b7280">no finite values</text>'])
-    columns, rows = _ticks(*_range([step for step, _ in points])), _ticks(*_range([value for _, value in points]))
-    # the axes end at ticks, so that every value lies between two of them
+    first, last = _range([step for step, _ in points])
+    rows = _ticks(*_range([value for _, value in points]))
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
     def across(step: float) -> float:
-        return _LEFT + (right - _LEFT) * (step - columns[0]) / (columns[-1] - columns[0])
+        return _LEFT + (right - _LEFT) * (step - first) / (last - first)
 
     def up(value: float) -> float:
         return bottom - (bottom - _TOP) * (value - rows[0]) / (rows[-1] - rows[0])
@@ -61,7 +61,7 @@ def _chart(chart: Chart, colors: Mapping[str, str]) -> str:
         y = f"{up(value):.1f}"
         parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#e5e7eb"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy="4" text-anchor="end" fill="#6b7280">{value:.5g}</text>')
-    for step in columns:
+    for step in (step for step in _ticks(first, last) if first <= step <= last):
         parts.append(
             f'<text x="{across(step):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#6b7280">{step:.6g}</text>'
         )

@@ -36,4 +36,4 @@ def draw_examples(source: Source, path: str, *, num_images: int = 8) -> None:
         while name and draw.textlength(name, font=font) > TILE:
             name = name[:-1]
         draw.text((left + 2, TILE + 3), name, fill="black", font=font)
-    sheet.save(path)
+    sheet.save(path, quality=90)

@@ -66,11 +66,12 @@ class Page:
         self._add("\n\n".join(filter(None, [summary, markdown_table(rows)])), table)
 
     def picture(self, path: Path, title: str) -> None:
-        """Add a picture file; HTML holds its bytes."""
+        """Add a PNG or JPEG file; HTML holds its bytes."""
+        kind = "jpeg" if path.suffix == ".jpg" else "png"
         data = base64.b64encode(path.read_bytes()).decode()
         self._add(
             f"![{title}]({os.path.relpath(path, self._folder)})",
-            f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">',
+            f'<img alt="{escape(title)}" src="data:image/{kind};base64,{data}">',
         )
 
     def drawing(self, svg: str, name: str) -> None:

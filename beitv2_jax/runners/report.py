@@ -36,7 +36,7 @@ STARTED_FILE = "started.json"
 """File in a workdir that says how its run was started last: command, versions, devices."""
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 PICTURES = {
-    "examples.png": "Images of the training split",
+    "examples.jpg": "Images of the training split",
     "codes.png": "The 16 most used codes on the evaluation images, one row each",
     "segmentation.png": "Evaluation images: image, true classes, predicted classes, where they differ",
 }
@@ -67,7 +67,7 @@ def write_started(workdir: str, config: ConfigDict, defaults: ConfigDict | None)
     changed: dict[str, Any] | None = None
     if defaults is not None:
         both = (config_lib.changed(defaults, config, harmless=harmless) for harmless in (False, True))
-        changed = {key: default for changes in both for key, default, _ in changes}
+        changed = dict(sorted((key, default) for changes in both for key, default, _ in changes))
     write_json(
         os.path.join(workdir, STARTED_FILE),
         {
@@ -165,25 +165,12 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path) -> Path:
     for name, folder in zip(names, folders, strict=True):
         for stage, run in read_runs(folder).items():
             stages.setdefault(stage, {})[name] = run
-    page = Page(" and ".join(names), out)
+    writer = _Writer(Page(f"Report: {' and '.join(names)}", out), several_stages=len(stages) > 1)
     if len(stages) > 1:
-        page.table(_table_of_stages(stages, several=len(folders) > 1))
+        writer.page.table(_table_of_stages(stages, several=len(folders) > 1))
     for stage, runs in stages.items():
-        level = 2
-        if len(stages) > 1:
-            page.heading(stage)
-            level = 3
-        drawing = f"curves_{stage}.svg" if len(stages) > 1 else "curves.svg"
-        if len(runs) > 1:
-            _compare(page, runs, level, drawing)
-        else:
-            _describe(page, next(iter(runs.values())), level, drawing)
-    return page.write()[1]
-
-
-def table_of_stages(workdir: str | Path) -> str:
-    """Return the table of seconds and key metrics of the stages of a pipeline, as text."""
-    return markdown_table(_table_of_stages({name: {"": run} for name, run in read_runs(workdir).items()}))
+        writer.add_stage(stage, runs)
+    return writer.page.write()[1]
 
 
 def closing(workdir: str, *, alone: bool = True) -> str:
@@ -197,11 +184,24 @@ def closing(workdir: str, *, alone: bool = True) -> str:
     lines = [f"{run.config.stage}: finished in {_duration(run.summary['seconds'])}"]
     lines += [f"  {line}" for line in key_metrics(run.summary, run.config)]
     if run.best is not None:
-        step, value = run.best
-        lines.append(f"  best {run.config.run.keep_best} {value:.4g} at step {step}: {workdir}/checkpoints/{step}")
+        lines.append(f"  {_best_text(run)} is {os.path.join(workdir, 'checkpoints', str(run.best[0]))}")
     lines.append(f"  in {workdir}: {', '.join(_contents(run.workdir))}")
     if alone:
         lines += [f"  next: {command}" for command in next_commands(run, workdir)]
+    return "\n".join(lines)
+
+
+def closing_of_pipeline(workdir: str) -> str:
+    """Return what a pipeline tells at its end: seconds and key metrics of its stages, the report, the next command."""
+    runs = read_runs(workdir)
+    lines = [markdown_table(_table_of_stages({name: {"": run} for name, run in runs.items()}))]
+    lines.append(f"in {workdir}: {', '.join(f'{name}/' for name in runs)}, report.html")
+    lines += [
+        f"next: {command}"
+        for name, run in runs.items()
+        if run.config.stage == "mim"
+        for command in next_commands(run, os.path.join(workdir, name))
+    ]
     return "\n".join(lines)
 
 
@@ -255,62 +255,100 @@ def _table_of_stages(stages: Mapping[str, Mapping[str, Run]], several: bool = Fa
     return rows
 
 
-def _describe(page: Page, run: Run, level: int, drawing: str) -> None:
-    """Add the sections about one run."""
-    if run.summary is None:
-        page.text(f"Not finished: step {run.lines[-1]['step'] if run.lines else 0} is the last one logged.")
-    else:
-        page.text(f"Finished in {_duration(run.summary['seconds'])}.")
-        page.table([("key metrics",), *((line,) for line in key_metrics(run.summary, run.config))])
-    if run.best is not None:
-        metric, (step, value) = run.config.run.keep_best, run.best
-        page.text(f"Best {metric}: {value:.4g} at step {step}, kept as {run.workdir / 'checkpoints' / str(step)}.")
-    if charts := _charts_of(run):
-        page.heading("Curves", level)
-        page.drawing(draw_curves(charts), drawing)
-    page.heading("Data", level)
-    page.table(_table_of_data(run))
-    for name, title in PICTURES.items():
-        if (run.workdir / name).is_file():
-            page.text(f"{title}:")
-            page.picture(run.workdir / name, title)
-    page.table(_table_of_metrics({"value": run}), summary="All metrics at the end")
-    page.heading("How it was started", level)
-    if run.started:
-        page.code(run.started["command"])
-        page.table(_table_of_start(run))
-    _settings(page, run)
+class _Writer:
+    """Write the sections of stages; a table or picture that was shown before on the page is not shown again."""
+
+    def __init__(self, page: Page, *, several_stages: bool):
+        self.page, self._several_stages = page, several_stages
+        self._level = 3 if several_stages else 2
+        self._shown: set[Any] = set()
+
+    def add_stage(self, stage: str, runs: Mapping[str, Run]) -> None:
+        """Add what there is about the runs of a stage, by their names."""
+        page = self.page
+        if self._several_stages:
+            page.heading(stage)
+        if len(runs) == 1:
+            (run,) = runs.values()
+            page.text(_how_far(run))
+            if run.summary is not None:
+                page.table([("key metrics",), *((line,) for line in key_metrics(run.summary, run.config))])
+            if run.best is not None:
+                page.text(f"The checkpoint of the {_best_text(run)} is kept.")
+            self._curves(stage, _charts_of(run))
+            self._data_and_pictures(run)
+            self._settings(run)
+            self._start(run)
+            page.table(_table_of_metrics({"value": run}), summary="All metrics at the end")
+            return
+        page.table(_table_of_metrics(runs))
+        self._curves(stage, _charts_side_by_side(runs))
+        page.heading("Settings that differ", self._level)
+        rows = _settings_that_differ(runs)
+        page.table([("setting", *runs), *rows]) if rows else page.text("None.")
+        self._level += 1
+        for name, run in runs.items():
+            page.heading(name, self._level - 1)
+            page.text(_how_far(run))
+            self._data_and_pictures(run)
+            self._start(run)
+        self._level -= 1
+
+    def _curves(self, stage: str, charts: Sequence[Chart]) -> None:
+        # counts of what went wrong, when nothing did
+        charts = [chart for chart in charts if any(value for curve in chart.curves.values() for _, value in curve)]
+        if charts:
+            self.page.heading("Curves", self._level)
+            self.page.drawing(draw_curves(charts), f"curves_{stage}.svg" if self._several_stages else "curves.svg")
+
+    def _data_and_pictures(self, run: Run) -> None:
+        data = _table_of_data(run)
+        if self._is_new(data):
+            self.page.heading("Data", self._level)
+            self.page.table(data)
+        for name, title in PICTURES.items():
+            path = run.workdir / name
+            if path.is_file() and self._is_new(path.read_bytes()):
+                self.page.text(f"{title}:")
+                self.page.picture(path, title)
+
+    def _settings(self, run: Run) -> None:
+        flat, changed = config_lib.flatten(run.config), run.started.get("changed")
+        self.page.heading("Settings", self._level)
+        if changed:
+            rows = [(key, _text(flat.get(key)), _text(default)) for key, default in changed.items()]
+            self.page.table([("other than by default", "value", "default"), *rows])
+        rows = [(key, _text(value)) for key, value in flat.items()]
+        self.page.table([("setting", "value"), *rows], summary="All settings")
+
+    def _start(self, run: Run) -> None:
+        if run.started and self._is_new(run.started["command"]):
+            self.page.heading("How it was started", self._level)
+            self.page.code(run.started["command"])
+            self.page.table(_table_of_start(run))
+
+    def _is_new(self, shown: Any) -> bool:
+        shown = str(shown)
+        new = shown not in self._shown
+        self._shown.add(shown)
+        return new
 
 
-def _settings(page: Page, run: Run) -> None:
-    flat, changed = config_lib.flatten(run.config), run.started.get("changed")
-    if changed:
-        rows = [(key, _text(flat.get(key)), _text(default)) for key, default in changed.items()]
-        page.table([("setting", "value", "default"), *rows])
-    page.table([("setting", "value"), *((key, _text(value)) for key, value in flat.items())], summary="All settings")
+def _how_far(run: Run) -> str:
+    if run.summary is not None:
+        return f"Finished in {_duration(run.summary['seconds'])}."
+    return f"Not finished: step {run.lines[-1]['step'] if run.lines else 0} is the last one logged."
 
 
-def _compare(page: Page, runs: Mapping[str, Run], level: int, drawing: str) -> None:
-    """Add the sections about several runs of one stage."""
-    page.table(_table_of_metrics(runs))
-    if charts := _charts_side_by_side(runs):
-        page.heading("Curves", level)
-        page.drawing(draw_curves(charts), drawing)
-    page.heading("Settings that differ", level)
+def _best_text(run: Run) -> str:
+    step, value = run.best
+    return f"best {run.config.run.keep_best}, {value:.4g} at step {step},"
+
+
+def _settings_that_differ(runs: Mapping[str, Run]) -> list[tuple[str, ...]]:
     flats = [config_lib.flatten(run.config) for run in runs.values()]
-    keys = sorted({key for flat in flats for key in flat})
-    rows = [(key, *(_text(flat.get(key)) for flat in flats)) for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
-    page.table([("setting", *runs), *rows]) if rows else page.text("None.")
-    for name, run in runs.items():
-        page.heading(name, level)
-        if run.started:
-            page.code(run.started["command"])
-            page.table(_table_of_start(run))
-        for file, title in PICTURES.items():
-            if (run.workdir / file).is_file():
-                page.text(f"{title}:")
-                page.picture(run.workdir / file, title)
+    rows = [(key, *(_text(flat.get(key)) for flat in flats)) for key in sorted({key for flat in flats for key in flat})]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _charts_of(run: Run) -> list[Chart]:

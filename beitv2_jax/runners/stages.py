@@ -135,7 +135,7 @@ def run_stage(
 def _report(stage: str, sources: tuple[Source, Source], workdir: str, alone: bool) -> None:
     """Draw the pictures of a finished stage, write its report, and print what to know at its end."""
     source, eval_source = sources
-    draw_examples(source, os.path.join(workdir, "examples.png"))
+    draw_examples(source, os.path.join(workdir, "examples.jpg"))
     if stage == "tokenize":
         reader = TargetReader(os.path.join(workdir, "centre"), eval_source.split)
         draw_code_rows(eval_source, reader, os.path.join(workdir, "codes.png"))
@@ -213,8 +213,8 @@ def run_pipeline(
         with config_lib.stage_errors(config, name):
             summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name], alone=False)
     if jax.process_index() == 0:
-        page = report.write_report([workdir], workdir)
-        print(f"{report.table_of_stages(workdir)}\n\nthe report: {page}", flush=True)
+        report.write_report([workdir], workdir)
+        print(report.closing_of_pipeline(workdir), flush=True)
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "metrics": summaries}
 
 

@@ -25,10 +25,10 @@ class FolderSource:
     """Images in class folders, `PATH/<split>/<class>/**`, or without classes, `PATH/<split>/*`.
 
     `<split>/` may be missing for the training split, which then has all images; `divided_folder` divides them. Labels
-    number the sorted class names, example ids the sorted files of the sorted classes;
-    without classes the label is -1. Every split takes its class names from the training split,
-    so that a class missing in it shifts no label. The name carries a digest of the relative file names and of the
-    classes without images: it follows the data when they are moved and changes when they do.
+    number the sorted class names, example ids the sorted files of the sorted classes; without classes the label is -1.
+    Every split takes its class names from the training split, so that a class missing in it shifts no label. The name
+    carries a digest of the relative file names and of the classes without images: it follows the data when they are
+    moved and changes when they do.
 
     Costs 8 bytes and its name a file in every process: 0.4 GB for 14 million.
 
