@@ -24,14 +24,15 @@ class Chart:
 
 
 def draw_curves(charts: Sequence[Chart]) -> str:
-    """Return the SVG picture of all charts, two in a row; the same label has the same colour in all of them."""
+    """Return the SVG picture of one or more charts, two in a row; steps and colours of labels are the same in all of them."""
     labels = list(dict.fromkeys(label for chart in charts for label in chart.curves))
     colors = {label: COLORS[number % len(COLORS)] for number, label in enumerate(labels)}
+    last = max(step for chart in charts for curve in chart.curves.values() for step, _ in curve)
     width, (legend, top) = WIDTH * COLUMNS, _legend(colors)
     height = top + HEIGHT * -(-len(charts) // COLUMNS)
     drawn = [legend] + [
         f'<g transform="translate({number % COLUMNS * WIDTH},{top + number // COLUMNS * HEIGHT})">'
-        f"{_chart(chart, colors)}</g>"
+        f"{_chart(chart, colors, last)}</g>"
         for number, chart in enumerate(charts)
     ]
     return (
@@ -41,18 +42,18 @@ def draw_curves(charts: Sequence[Chart]) -> str:
     )
 
 
-def _chart(chart: Chart, colors: Mapping[str, str]) -> str:
+def _chart(chart: Chart, colors: Mapping[str, str], last: int) -> str:
+    """Return the drawing of a chart whose steps end at `last`."""
     curves = {label: _thinned([point for point in curve if _is_finite(point)]) for label, curve in chart.curves.items()}
     points = [point for curve in curves.values() for point in curve]
     parts = [f'<text x="{_LEFT}" y="16" font-size="13" font-weight="600" fill="#111827">{escape(chart.title)}</text>']
     if not points:
         return "".join([*parts, f'<text x="{_LEFT}" y="60" fill="#6b7280">no finite values</text>'])
-    first, last = _range([step for step, _ in points])
     rows = _ticks(*_range([value for _, value in points]))
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
     def across(step: float) -> float:
-        return _LEFT + (right - _LEFT) * (step - first) / (last - first)
+        return _LEFT + (right - _LEFT) * step / last
 
     def up(value: float) -> float:
         return bottom - (bottom - _TOP) * (value - rows[0]) / (rows[-1] - rows[0])
@@ -61,7 +62,7 @@ def _chart(chart: Chart, colors: Mapping[str, str]) -> str:
         y = f"{up(value):.1f}"
         parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#e5e7eb"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy="4" text-anchor="end" fill="#6b7280">{value:.5g}</text>')
-    for step in (step for step in _ticks(first, last) if first <= step <= last):
+    for step in (step for step in _ticks(0, last) if step <= last):
         parts.append(
             f'<text x="{across(step):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#6b7280">{step:.6g}</text>'
         )

@@ -13,7 +13,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def closing(workdir: str, *, alone: bool = True) -> str:
         lines.append(f"  {_best_text(run)} is {os.path.join(workdir, 'checkpoints', str(run.best[0]))}")
     lines.append(f"  in {workdir}: {', '.join(_contents(run.workdir))}")
     if alone:
-        lines += [f"  next: {command}" for command in next_commands(run, workdir)]
+        lines += [f"  next: {command}" for command in _next_commands(run, workdir, workdir)]
     return "\n".join(lines)
 
 
@@ -196,20 +196,23 @@ def closing_of_pipeline(workdir: str) -> str:
     runs = read_runs(workdir)
     lines = [markdown_table(_table_of_stages({name: {"": run} for name, run in runs.items()}))]
     lines.append(f"in {workdir}: {', '.join(f'{name}/' for name in runs)}, report.html")
-    lines += [
-        f"next: {command}"
-        for name, run in runs.items()
-        if run.config.stage == "mim"
-        for command in next_commands(run, os.path.join(workdir, name))
-    ]
+    there = {run.config.stage for run in runs.values()}
+    for name, run in runs.items():
+        if run.config.stage == "mim":
+            commands = _next_commands(run, os.path.join(workdir, name), workdir, there)
+            lines += [f"next: {command}" for command in commands]
     return "\n".join(lines)
 
 
-def next_commands(run: Run, workdir: str) -> list[str]:
-    """Return the commands that use what a finished run has made: of later stages, or of predictions."""
+def _next_commands(run: Run, workdir: str, beside: str, there: Collection[str] = ()) -> list[str]:
+    """Return the commands that use what a finished run has made: those of later stages that are not `there`.
+
+    The workdirs in them are named after the folder `beside`.
+    """
     if run.config.stage in ("finetune", "segment"):
         return [shlex.join(["beitv2", "predict", workdir, "IMAGES"])]
-    return [_command(stage, {key: workdir}, run, workdir) for stage, key in _FOLLOWING.get(run.config.stage, ())]
+    following = _FOLLOWING.get(run.config.stage, ())
+    return [_command(stage, {key: workdir}, run, beside) for stage, key in following if stage not in there]
 
 
 _FOLLOWING = {
@@ -221,7 +224,7 @@ _FOLLOWING = {
 """Stage -> the stages that use it, and the key of theirs that names its workdir."""
 
 
-def _command(stage: str, given: Mapping[str, str], run: Run, workdir: str) -> str:
+def _command(stage: str, given: Mapping[str, str], run: Run, beside: str) -> str:
     defaults, flat = config_lib.flatten(config_lib.load(f"configs/{stage}.py")), config_lib.flatten(run.config)
     # stored targets belong to their views
     views = "views." if run.config.stage in ("extract", "tokenize") else "views.image_size"
@@ -230,8 +233,8 @@ def _command(stage: str, given: Mapping[str, str], run: Run, workdir: str) -> st
     if stage in ("finetune", "probe") and not run.inputs["train"]["classes"]:
         changed["data.source"] = "folder:LABELLED_IMAGES"
     keys = [f"--config.{key}={value}" for key, value in {**given, **changed}.items()]
-    beside = os.path.join(os.path.dirname(workdir), stage)
-    return shlex.join(["python", "-m", "beitv2_jax.main", f"--config=configs/{stage}.py", f"--workdir={beside}", *keys])
+    main = ["python", "-m", "beitv2_jax.main", f"--config=configs/{stage}.py", f"--workdir={beside}-{stage}"]
+    return shlex.join([*main, *keys])
 
 
 def _contents(folder: Path) -> list[str]:
