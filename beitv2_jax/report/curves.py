@@ -24,7 +24,7 @@ class Chart:
 
 
 def draw_curves(charts: Sequence[Chart]) -> str:
-    """Return the SVG picture of one or more charts, two in a row; steps and colours of labels are the same in all of them."""
+    """Return the SVG picture of one or more charts, two in a row; all have the same steps and colours."""
     labels = list(dict.fromkeys(label for chart in charts for label in chart.curves))
     colors = {label: COLORS[number % len(COLORS)] for number, label in enumerate(labels)}
     last = max(step for chart in charts for curve in chart.curves.values() for step, _ in curve)

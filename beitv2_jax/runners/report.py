@@ -196,10 +196,9 @@ def closing_of_pipeline(workdir: str) -> str:
     runs = read_runs(workdir)
     lines = [markdown_table(_table_of_stages({name: {"": run} for name, run in runs.items()}))]
     lines.append(f"in {workdir}: {', '.join(f'{name}/' for name in runs)}, report.html")
-    there = {run.config.stage for run in runs.values()}
     for name, run in runs.items():
         if run.config.stage == "mim":
-            commands = _next_commands(run, os.path.join(workdir, name), workdir, there)
+            commands = _next_commands(run, os.path.join(workdir, name), workdir, runs)
             lines += [f"next: {command}" for command in commands]
     return "\n".join(lines)
 
@@ -207,8 +206,10 @@ def closing_of_pipeline(workdir: str) -> str:
 def _next_commands(run: Run, workdir: str, beside: str, there: Collection[str] = ()) -> list[str]:
     """Return the commands that use what a finished run has made: those of later stages that are not `there`.
 
-    The workdirs in them are named after the folder `beside`.
+    They use the checkpoint that `run.keep_best` keeps, if there is one. Workdirs are named after the folder `beside`.
     """
+    if run.best is not None:
+        workdir = os.path.join(workdir, "checkpoints", str(run.best[0]))
     if run.config.stage in ("finetune", "segment"):
         return [shlex.join(["beitv2", "predict", workdir, "IMAGES"])]
     following = _FOLLOWING.get(run.config.stage, ())

@@ -218,7 +218,9 @@ def _run(
                     }
                     checkpointer.save(step, state, position, last=ends or step == schedule.num_steps, trouble=trouble)
                 if ends:
-                    logging.warning("%s: preempted, saving after step %d", task.name, step)
+                    logging.warning(
+                        "%s: preempted, saving after step %d; a second signal ends it at once", task.name, step
+                    )
                     raise Preempted(
                         f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
                     )
