@@ -65,6 +65,7 @@ setup(
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs
         "tpu": ["jax[tpu]>=0.10"],
+        "wandb": ["wandb>=0.18"],
         "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9"],
     },
 )

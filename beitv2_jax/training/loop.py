@@ -208,6 +208,9 @@ def _run(
                 metric_log.read()
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
                 trouble = writer.flush()
+                if ends:
+                    text = "%s: preempted, saving after step %d; a second signal ends the process at once"
+                    logging.warning(text, task.name, step)
                 if saves or ends:
                     watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
@@ -218,9 +221,6 @@ def _run(
                     }
                     checkpointer.save(step, state, position, last=ends or step == schedule.num_steps, trouble=trouble)
                 if ends:
-                    logging.warning(
-                        "%s: preempted, saving after step %d; a second signal ends it at once", task.name, step
-                    )
                     raise Preempted(
                         f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
                     )

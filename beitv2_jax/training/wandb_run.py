@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from beitv2_jax.runtime.atomic_files import write_text
 
 ID_FILE = "wandb_id.txt"
 """File in the workdir with the identity of the run at Weights & Biases."""
-FINISH_SECONDS = 60.0
-"""How long the end of a run waits for what is not yet sent."""
+START_SECONDS, FINISH_SECONDS = 20.0, 60.0
+"""How long the start of a run waits for an answer, and its end for what is not yet sent."""
 
 
 def check(project: str) -> None:
@@ -28,7 +29,7 @@ def check(project: str) -> None:
 
 
 class WandbRun:
-    """Send metrics to a project of Weights & Biases; nothing that goes wrong there stops or delays the training.
+    """Send metrics to a project of Weights & Biases; what goes wrong there is logged and never stops the training.
 
     Args:
         project: its name.
@@ -43,7 +44,7 @@ class WandbRun:
 
             path = Path(workdir) / ID_FILE
             if not path.exists():
-                write_text(path, wandb.util.generate_id())
+                write_text(path, uuid.uuid4().hex)
             self._run = wandb.init(
                 project=project,
                 id=path.read_text(),
@@ -51,7 +52,7 @@ class WandbRun:
                 dir=workdir,
                 config=dict(config),
                 resume="allow",
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=START_SECONDS),
             )
         except Exception as error:
             self._give_up(error)
