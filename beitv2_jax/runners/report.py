@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -328,7 +329,7 @@ class _Writer:
     def _start(self, run: Run) -> None:
         if run.started and self._is_new(run.started["command"]):
             self.page.heading("How it was started", self._level)
-            self.page.code(run.started["command"])
+            self.page.code(_over_lines(run.started["command"]))
             self.page.table(_table_of_start(run))
 
     def _is_new(self, shown: Any) -> bool:
@@ -336,6 +337,12 @@ class _Writer:
         new = shown not in self._shown
         self._shown.add(shown)
         return new
+
+
+def _over_lines(command: str) -> str:
+    """Return a command with a line for each flag, as a shell takes it."""
+    program, *flags = re.split(r" (?='?--)", command)
+    return " \\\n  ".join([program, *flags])
 
 
 def _how_far(run: Run) -> str:
@@ -440,6 +447,8 @@ def _duration(seconds: float) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):  # what JSON has for a tuple
+        value = tuple(value)
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
