@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources import Source
+from beitv2_jax.runtime.atomic_files import replacing
 
 TILE, TITLE = 120, 20
 """Side of an image and height of the name below it, in pixels."""
@@ -36,4 +37,5 @@ def draw_examples(source: Source, path: str, *, num_images: int = 8) -> None:
         while name and draw.textlength(name, font=font) > TILE:
             name = name[:-1]
         draw.text((left + 2, TILE + 3), name, fill="black", font=font)
-    sheet.save(path, quality=90)
+    with replacing(path, "wb") as file:
+        sheet.save(file, "JPEG", quality=90)

@@ -11,7 +11,11 @@ def key_metrics(summary: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """Return the lines for the summary {stage, seconds, metrics} of a finished stage with this config."""
     # null in JSON is a number that is not finite
     metrics = {key: math.nan if value is None else value for key, value in summary["metrics"].items()}
-    return DESCRIPTIONS[summary["stage"]](metrics, config)
+    return DESCRIPTIONS.get(summary["stage"], _evaluation)(metrics, config)
+
+
+def _evaluation(metrics: dict, stage) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]
 
 
 def _finetune(metrics: dict, stage) -> list[str]:
@@ -65,4 +69,4 @@ DESCRIPTIONS = {
     "probe": _probe,
     "segment": _segment,
 }
-"""Stage -> its lines, from (metrics, config)."""
+"""Stage -> its lines, from (metrics, config); of any other stage they are the metrics of its evaluation."""

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from beitv2_jax.convert.runs import read_run, weights_hash
+from beitv2_jax.convert.runs import check_stage, read_run, weights_hash
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import write_checksums
 
@@ -50,6 +50,17 @@ def test_the_newest_step_is_read_as_numpy(tmp_path):
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((run.params, run.model_state)))
     chex.assert_trees_all_equal(run.params, jax.tree.map(np.asarray, params))
     chex.assert_trees_all_equal(run.model_state, jax.tree.map(np.asarray, codebook))
+
+
+def test_the_folder_of_a_checkpoint_stands_for_its_run(tmp_path):
+    workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
+    chosen = str(workdir / "checkpoints" / "7")
+    check_stage(chosen, ("vqkd",), "")
+    run = read_run(chosen)
+    assert (run.step, run.name, run.config) == (7, "tokenizer@7", CONFIG)
+    chex.assert_trees_all_equal(run.params, jax.tree.map(np.asarray, state(7)[0]))
+    with pytest.raises(UserError, match="checkpoints/9 does not exist"):
+        check_stage(str(workdir / "checkpoints" / "9"), ("vqkd",), "")
 
 
 def test_a_run_without_codebook_has_an_empty_one(tmp_path):
