@@ -1,9 +1,9 @@
 """The metrics of a run at Weights & Biases (`run.wandb`), as one run there however often this one is started."""
 
-import importlib.util
 import threading
 import uuid
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ START_SECONDS, FINISH_SECONDS = 20.0, 60.0
 
 def check(project: str) -> None:
     """Raise UserError if a project is given and the package wandb is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
+    try:
+        if project:
+            metadata.version("wandb")
+    except metadata.PackageNotFoundError as error:
         raise UserError(
             f"run.wandb={project!r} needs the package wandb, which is not installed.",
             "Did you install beitv2_jax without this extra?",
             'Write pip install "beitv2_jax[wandb]", or leave --config.run.wandb out.',
-        )
+        ) from error
 
 
 class WandbRun:

@@ -65,7 +65,10 @@ def test_errors_of_the_service_are_logged_and_the_run_goes_on(tmp_path, monkeypa
 
 
 def test_a_project_needs_the_package(monkeypatch):
-    monkeypatch.setattr(wandb_run.importlib.util, "find_spec", lambda name: None)
+    def version(name):
+        raise wandb_run.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(wandb_run.metadata, "version", version)
     wandb_run.check("")
     with pytest.raises(UserError, match=r"pip install .beitv2_jax\[wandb\]"):
         wandb_run.check("birds")
