@@ -66,6 +66,7 @@ setup(
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs
         "tpu": ["jax[tpu]>=0.10"],
+        "wandb": ["wandb>=0.18"],
         "test": [
             "beartype>=0.20",
             "gcsfs>=2024.2",

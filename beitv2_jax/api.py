@@ -5,10 +5,10 @@
     classifier = beitv2_jax.load_classifier("runs/finetune")
     print(classifier.predict("photo.jpg", top=5)[0])
 
-Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, or a folder in the
-layout of Hugging Face. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
-evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for the devices
-that this process has.
+Weights are a run directory (`--workdir` of a stage) or one of its checkpoints (RUN/checkpoints/STEP), a released .pth,
+.safetensors or .npz file, or a folder in the layout of Hugging Face. Images are paths, PIL images or uint8 arrays of
+any size, one or many; they are prepared as the evaluation of the stages prepares them. A network is compiled once for
+each size of batch and image, for the devices that this process has.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int, UInt8
 from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import read_config, run_directory
 from beitv2_jax.convert.weights import Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
@@ -429,7 +429,7 @@ def _padding(count: int, devices: int) -> int:
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
     """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
-    inputs = as_path(source) / "inputs.json"
+    inputs = run_directory(source) / "inputs.json"
     if inputs.is_file():
         names = json.loads(inputs.read_text())["train"]["classes"]
     else:

@@ -22,6 +22,8 @@ HARMLESS = (
     "run.keep_every",
     "run.hang_timeout",
     "run.on_failed_save",
+    "run.keep_best",
+    "run.wandb",
     "data.num_threads",
     "data.num_workers",
     "data.max_bad_fraction",

@@ -106,6 +106,8 @@ def run(**changes: Any) -> dict[str, Any]:
         "max_nonfinite_steps": 20,  # consecutive steps without a finite loss that stop the run
         "on_failed_save": "continue",  # or 'stop'; the last save must not fail
         "hang_timeout": 600,  # seconds without progress after which the process exits; 0: never
+        "keep_best": "",  # metric, such as eval/accuracy, whose best checkpoint is kept beside the newest; '': none
+        "wandb": "",  # project of Weights & Biases that gets the metrics too; '': none
         **changes,  # batch_size is the global one
     }
 

@@ -70,7 +70,9 @@ def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m beitv2_jax.convert", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument(
-        "source", metavar="SOURCE", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory"
+        "source",
+        metavar="SOURCE",
+        help="weights file (.pth, .safetensors, .npz), Hugging Face folder, run directory or RUN/checkpoints/STEP",
     )
     parser.add_argument("dest", metavar="DEST", help="new file (official, timm) or new folder (huggingface, run)")
     parser.add_argument(

@@ -51,12 +51,21 @@ def read_weights(path: str, state_dict: str = "") -> StateDict:
 def read_config(path: str, name: str = "config.json") -> dict | None:
     """Return the JSON file `name` in the folder `path`, or beside the file `path`; None if there is none.
 
+    The folder of a checkpoint stands for that of its run.
+
     Raises:
         UserError: the file is not a JSON object.
     """
     there = as_path(path)
-    directory = there if there.is_dir() else there.parent
+    directory = run_directory(path) if there.is_dir() else there.parent
     return _read_json(directory / name) if (directory / name).is_file() else None
+
+
+def run_directory(path: str) -> Path:
+    """Return the directory of the run that `path` names: itself, or RUN where it is RUN/checkpoints/STEP."""
+    directory = Path(path).absolute()
+    is_checkpoint = directory.name.isdecimal() and directory.parent.name == "checkpoints"
+    return directory.parents[1] if is_checkpoint else directory
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:

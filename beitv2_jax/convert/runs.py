@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import read_config, run_directory
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.buckets import AnyPath, absolute, as_path
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
@@ -44,7 +44,7 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
+    """Return whether `path` is the directory of a run, whose config.json has a stage, or one of its checkpoints."""
     return as_path(path).is_dir() and "stage" in (read_config(path) or {})
 
 
@@ -71,20 +71,23 @@ def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
 def read_run(workdir: str, *, average: bool = False) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
-    `model_state` is the codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged
-    weights. Nothing in the directory is changed.
+    Where `workdir` is the folder of a checkpoint itself, RUN/checkpoints/STEP, it is that one. `model_state` is the
+    codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged weights. Nothing in the
+    directory is changed.
 
     Raises:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = as_path(absolute(workdir))
+    directory = run_directory(workdir)
+    chosen = int(as_path(workdir).name) if directory != as_path(absolute(workdir)) else None
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise _not_a_run(workdir)
     checkpoints = directory / "checkpoints"
     steps = ocp.path.step.standard_name_format()
-    found_steps = sorted(steps.find_all(checkpoints), key=lambda found: found.step) if checkpoints.is_dir() else []
+    complete = steps.find_all(checkpoints) if checkpoints.is_dir() else ()
+    found_steps = sorted((found for found in complete if chosen in (None, found.step)), key=lambda found: found.step)
     if not found_steps:
         raise UserError(
             f"{workdir} has no complete checkpoint.",
@@ -95,7 +98,7 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
     checkpoint = as_path(newest.path)
     if damage := find_damage(checkpoint, (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
-            f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
+            f"The checkpoint of step {newest.step} in {directory} is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
             f"Copy the folder again, or move {newest.path} away to use the checkpoint before it."
             if older

@@ -21,7 +21,7 @@ from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
-from beitv2_jax.runtime.buckets import as_path
+from beitv2_jax.runtime.buckets import absolute, as_path
 from beitv2_jax.tasks.targets import PARTS
 
 INPUTS_FILE = "inputs.json"
@@ -43,12 +43,7 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     for key, path in paths_of_networks(config).items():
         if there and not as_path(path).exists():
             continue
-        if not as_path(path).exists():
-            raise UserError(
-                f"There is no file or folder {path}, which {key} names.",
-                "The path may be mistyped, or the stage that writes it may not have run yet.",
-                f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
-            )
+        _refuse_missing(key, path)
         found[key] = describe_network(config, key, path)
     return found
 
@@ -67,6 +62,26 @@ def describe_network(config: ConfigDict, key: str, path: str) -> str:
     if key in CACHES:
         return _cache(path)
     return _network(path, config.teacher.state_dict if key == "teacher.weights" else "")
+
+
+def refuse_missing_paths(config: ConfigDict, later: str) -> None:
+    """Raise UserError if a network, target cache or initial weights that the config names are not there.
+
+    Those inside the folder `later` are left out: former stages of a pipeline write them.
+    """
+    named = {**paths_of_networks(config), "init_from": config.get("init_from", "")}
+    for key, path in named.items():
+        if path and not as_path(absolute(path)).is_relative_to(later):
+            _refuse_missing(key, path)
+
+
+def _refuse_missing(key: str, path: str) -> None:
+    if not as_path(path).exists():
+        raise UserError(
+            f"There is no file or folder {path}, which {key} names.",
+            "The path may be mistyped, or the stage that writes it may not have run yet.",
+            f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
+        )
 
 
 def _network(path: str, state_dict: str) -> str:

@@ -1,7 +1,8 @@
-"""Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary.
+"""Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary and a report.
 
-A workdir holds `config.json`, `inputs.json` (see `provenance`), the stage's own outputs, and `summary.json` once it is
-finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what the former wrote.
+A workdir holds `config.json`, `inputs.json` (see `provenance`), `started.json` (see `report`), the stage's own outputs,
+and `summary.json` once it is finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what
+the former wrote.
 """
 
 import contextlib
@@ -19,11 +20,13 @@ from ml_collections import ConfigDict
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
-from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.sources import Source
+from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
-from beitv2_jax.report.pipeline import write_pipeline_report
-from beitv2_jax.runners import probe, provenance, segment, targets, verify
+from beitv2_jax.report.codes import draw_code_rows
+from beitv2_jax.report.examples import draw_examples
+from beitv2_jax.runners import probe, provenance, report, segment, targets, verify
 from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path
@@ -59,7 +62,12 @@ Changes = list[tuple[str, Any, Any]]
 
 
 def run_stage(
-    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+    config: ConfigDict,
+    workdir: str,
+    *,
+    allow_config_change: bool = False,
+    defaults: ConfigDict | None = None,
+    alone: bool = True,
 ) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
@@ -68,7 +76,7 @@ def run_stage(
     extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any other
     stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another config.
     `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have their
-    values there.
+    values there. `alone` is False for a stage of a pipeline, which does not tell what to run next.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
@@ -120,6 +128,7 @@ def run_stage(
             write_text(_config_path(workdir), config_lib.to_json(config))
             provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
+            report.write_started(workdir, config, defaults)
             records = BadRecords(workdir)
             for source in task.sources:
                 records.note_left_out(source)
@@ -128,7 +137,20 @@ def run_stage(
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "metrics": metrics}
         if writes:
             write_json(os.path.join(workdir, "summary.json"), summary)
+        if jax.process_index() == 0:
+            _report(config.stage, task.sources, workdir, alone)
     return summary
+
+
+def _report(stage: str, sources: tuple[Source, Source], workdir: str, alone: bool) -> None:
+    """Draw the pictures of a finished stage, write its report, and print what to know at its end."""
+    source, eval_source = sources
+    draw_examples(source, os.path.join(workdir, "examples.jpg"))
+    if stage == "tokenize":
+        reader = TargetReader(os.path.join(workdir, "centre"), eval_source.split)
+        draw_code_rows(eval_source, reader, os.path.join(workdir, "codes.png"))
+    report.write_report([workdir], workdir)
+    print(report.closing(workdir, alone=alone), flush=True)
 
 
 def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
@@ -165,7 +187,8 @@ def run_pipeline(
 ) -> dict:
     """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
 
-    The workdirs of all stages are compared with their configs, and with each other, before the first stage begins.
+    Before the first stage begins, the workdirs of all stages are compared with their configs and with each other, the
+    networks and the data that they name must be there, and a probe is left out where the data have no labels.
     """
     refuse_other_config(config, workdir)
     stages = config.stages
@@ -173,7 +196,7 @@ def run_pipeline(
         name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
     }
     check_writable(workdir)
-    num_examples = {}
+    unfinished = {}
     for name, stage in stages.items():
         with config_lib.stage_errors(config, name):
             tasks_inputs.check_implementations(stage)
@@ -181,20 +204,29 @@ def run_pipeline(
                 stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
             )
             if read_summary(os.path.join(workdir, name)) is None:
-                data = _resolved(stage, os.path.join(workdir, name)).data
-                split = (data.source, data.train_split, data.data_dir, data.train_split)
-                if split not in num_examples:
-                    num_examples[split] = len(open_source(*split))
-                config_lib.validate(stage, num_examples[split])
+                unfinished[name] = _resolved(stage, os.path.join(workdir, name))
+                provenance.refuse_missing_paths(unfinished[name], workdir)
     refuse_outdated(config, workdir, allowed=allow_config_change)
-    summaries = {}
-    for number, (name, stage) in enumerate(stages.items(), 1):
-        logging.info("stage %d of %d: %s", number, len(stages), name)
+    opened, chosen = {}, dict(stages.items())
+    for name, stage in unfinished.items():
         with config_lib.stage_errors(config, name):
-            summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
+            data = tuple(stage.data.items())
+            if data not in opened:
+                opened[data], _ = tasks_inputs.open_sources(stage)
+            if stage.stage == "probe" and tasks_inputs.num_classes_with_images(opened[data]) < 2:
+                logging.info("the stage %s is left out: %s has no labels to probe", name, opened[data].name)
+                del chosen[name]
+            else:
+                config_lib.validate(stage, len(opened[data]))
+    del opened
+    summaries = {}
+    for number, (name, stage) in enumerate(chosen.items(), 1):
+        logging.info("stage %d of %d: %s", number, len(chosen), name)
+        with config_lib.stage_errors(config, name):
+            summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name], alone=False)
     if jax.process_index() == 0:
-        resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
-        print(write_pipeline_report(resolved, summaries, workdir))
+        report.write_report([workdir], workdir)
+        print(report.closing_of_pipeline(workdir), flush=True)
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "metrics": summaries}
 
 

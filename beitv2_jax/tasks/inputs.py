@@ -16,7 +16,7 @@ from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
-from beitv2_jax.data.sources import LabelledSource, Source, open_source
+from beitv2_jax.data.sources import LabelledSource, Source, open_splits
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
@@ -133,8 +133,7 @@ class Opened:
 def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
-    splits = (data.train_split, data.eval_split)
-    return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
+    return open_splits(data.source, data.train_split, data.eval_split, data.data_dir)
 
 
 def open_labelled_sources(config) -> tuple[Source, Source]:
@@ -145,8 +144,7 @@ def open_labelled_sources(config) -> tuple[Source, Source]:
     """
     sources = open_sources(config)
     source = sources[0]
-    num_classes = source.num_classes - len(source.empty_classes)
-    if num_classes < 2:
+    if (num_classes := num_classes_with_images(source)) < 2:
         raise UserError(
             f"{source.name} has {num_classes} classes with images in its split {source.split}, which leaves nothing to "
             "classify.",
@@ -156,6 +154,11 @@ def open_labelled_sources(config) -> tuple[Source, Source]:
             "records.",
         )
     return tuple(map(LabelledSource, sources))
+
+
+def num_classes_with_images(source: Source) -> int:
+    """Return how many classes can be learnt from a source; below two there is nothing to classify."""
+    return source.num_classes - len(source.empty_classes)
 
 
 def train_batches(

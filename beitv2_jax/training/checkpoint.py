@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import buckets
@@ -39,8 +39,19 @@ ITEMS = ("params", "model_state", "averaged_params", "train")
 """Parts of a checkpoint that are trees of arrays; the position in the data is JSON."""
 
 
+class _TheBest(PreservationPolicy):
+    """Preserve the checkpoint of `step`, which changes while the manager is open."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpointer:
     """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
+
+    So does the one that `preserve` names, until the next one that it names.
 
     A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.corrupt`, and named in the log.
     A save that fails leaves nothing behind and the others as they were; it is logged, or an error where
@@ -54,6 +65,7 @@ class Checkpointer:
         self._directory = buckets.as_path(buckets.absolute(directory))
         self._keep_every, self._stop_on_failure = keep_every, stop_on_failure
         self._saving: int | None = None
+        self._best = _TheBest()
         _clear_unfinished(self._directory)
         _quarantine_corrupt(self._directory)
         self._manager: ocp.CheckpointManager | None = self._open()
@@ -62,6 +74,21 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Return the number of finished steps in the newest complete checkpoint, None if there is none."""
         return self._newest
+
+    def steps(self) -> list[int]:
+        """Return the number of finished steps of every complete checkpoint."""
+        self._settle()
+        return [] if self._manager is None else list(self._manager.all_steps())
+
+    def preserve(self, step: int) -> bool:
+        """Let the checkpoint of `step` stay, in place of the one before; False if there is none, and nothing changes.
+
+        A save that is under way is waited for.
+        """
+        if step not in self.steps():
+            return False
+        self._best.step = step
+        return True
 
     def save(
         self,
@@ -168,7 +195,7 @@ class Checkpointer:
             _clear_unfinished(self._directory, QUIET_LOOKS)
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = [LatestN(KEPT)] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
+        policies = [LatestN(KEPT), self._best] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ITEMS:
             handler = ocp.StandardCheckpointHandler()

@@ -1,4 +1,7 @@
-"""What a run tells: metrics to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
+"""What a run tells: metrics to metrics.jsonl, TensorBoard and maybe a service, progress to the terminal.
+
+Process 0 only.
+"""
 
 import contextlib
 import json
@@ -17,6 +20,7 @@ from tqdm import tqdm
 
 from beitv2_jax.runtime.atomic_files import json_text, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path, is_remote, write_object
+from beitv2_jax.training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 REWRITE_SECONDS = 60.0
@@ -48,10 +52,13 @@ class MetricWriter:
         workdir: holds metrics.jsonl and tensorboard/.
         enabled: False on every process but one; then nothing is written.
         resume_step: finished steps of the state the run continues from; lines beyond it are dropped.
+        service: also gets the metrics, where the run has one.
     """
 
-    def __init__(self, workdir: str | AnyPath, *, enabled: bool = True, resume_step: int = 0):
-        self._enabled = enabled
+    def __init__(
+        self, workdir: str | AnyPath, *, enabled: bool = True, resume_step: int = 0, service: WandbRun | None = None
+    ):
+        self._enabled, self._service = enabled, service
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self._unwritten = b""
@@ -99,8 +106,10 @@ class MetricWriter:
         return None
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close all."""
         self.flush()
+        if self._service is not None:
+            self._service.close()
         if self._enabled and self._tensorboard is not None:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
@@ -111,6 +120,8 @@ class MetricWriter:
         if self._enabled and metrics:
             self._unwritten += (json_text({"step": step, **metrics}) + "\n").encode()
             self._show(lambda tensorboard: tensorboard.write(step, metrics))
+            if self._service is not None:
+                self._service.write(step, metrics)
 
     def _append(self, text: bytes) -> None:
         if self._whole is not None:
@@ -209,6 +220,18 @@ class Progress:
             parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
             parts += [] if (eta := self._eta()) is None else [f"eta {eta}"]
             print("  ".join(parts), flush=True)
+
+    def show_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Print the metrics of an evaluation as a line that stays, without those of every single class."""
+        if not self._enabled:
+            return
+        parts = [f"{self._label} {self._done}/{self._total} {self._unit}"]
+        parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") < 2]
+        line = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
 
     def close(self) -> None:
         """Release the terminal line."""

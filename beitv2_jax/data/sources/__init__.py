@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
-from beitv2_jax.data.sources.folders import FolderSource, class_names_of
+from beitv2_jax.data.sources.folders import FolderSource, class_names_of, divided_folder
 from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
 from beitv2_jax.errors import UserError
 
@@ -106,6 +106,17 @@ def class_names(spec: str, train_split: str, data_dir: str = "") -> tuple[str, .
     if kind == "folder" and location:
         return class_names_of(location, train_split)
     return tuple(open_source(spec, train_split, data_dir, train_split).class_names)
+
+
+def open_splits(spec: str, train_split: str, eval_split: str, data_dir: str = "") -> tuple[Source, Source]:
+    """Open the training and the evaluation split as `open_source` does.
+
+    Of an image folder without splits every tenth image of every class is for evaluation, the others for training.
+    """
+    kind, _, location = spec.partition(":")
+    if kind == "folder" and (divided := divided_folder(location, train_split, eval_split)):
+        return divided
+    return tuple(open_source(spec, split, data_dir, train_split) for split in (train_split, eval_split))
 
 
 def open_with(readers: Mapping[str, Callable], spec: str, split: str, data_dir: str = "") -> Any:
