@@ -5,8 +5,8 @@
     classifier = beitv2_jax.load_classifier("runs/finetune")
     print(classifier.predict("photo.jpg", top=5)[0])
 
-Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, or a folder in the
-layout of Hugging Face. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
+Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, a folder in the layout
+of Hugging Face or timm, or hf:OWNER/NAME[@REVISION][/FILE], a repository of the Hugging Face hub. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
 evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for the devices
 that this process has.
 """
@@ -28,6 +28,7 @@ from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.hub import local_path
 from beitv2_jax.convert.weights import Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
@@ -378,7 +379,7 @@ def _read(
             "Did you mean the path of another run or file?",
             f"Pass the path of {wanted}, or use load_backbone for the tokens of these weights.",
         )
-    return weights, os.fspath(source)
+    return weights, local_path(os.fspath(source))
 
 
 def _pixels(images: Images, image_size: int) -> UInt8[np.ndarray, "b S S 3"]:
@@ -427,11 +428,17 @@ def _padding(count: int, devices: int) -> int:
 
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
+    """Return the names of the classes in a run's `inputs.json`, or in a config.json of Hugging Face or timm, or numbers.
+
+    timm lists names, maybe synsets, and may have a description of each, which is preferred.
+    """
     inputs = Path(source) / "inputs.json"
     if inputs.is_file():
         names = json.loads(inputs.read_text())["train"]["classes"]
     else:
-        config: Any = (read_config(source) or {}) if Path(source).is_dir() else {}
-        names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
+        config: Any = read_config(source) or {}
+        labels = config.get("id2label") or config.get("label_names") or {}
+        labels = labels if isinstance(labels, dict) else {str(number): name for number, name in enumerate(labels)}
+        names = [labels.get(str(number), str(number)) for number in range(num_classes)]
+        names = [config.get("label_descriptions", {}).get(name, name) for name in names]
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
-from beitv2_jax.config.paths import PATH_KEYS, refuse_remote
+from beitv2_jax.config.paths import PATH_KEYS, WEIGHT_KEYS, refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
 from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
@@ -105,7 +105,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
         raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}{other}.")
 
     for key in PATH_KEYS:
-        refuse_remote(f"--config.{key}", flat.get(key, ""))
+        refuse_remote(f"--config.{key}", flat.get(key, ""), weights=key in WEIGHT_KEYS)
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
             names = tuple(filter(None, valid))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from typing import NamedTuple
 
 from beitv2_jax.errors import UserError
 
@@ -16,10 +17,51 @@ PATH_KEYS = (
     "backbone.run",
 )
 """Keys of a stage's config whose value is a path, or a path after the kind of a data source."""
+WEIGHT_KEYS = ("init_from", "teacher.weights", "tokenizer.run", "backbone.run")
+"""Those of them that name weights, which may also lie on the Hugging Face hub."""
+HUB = "hf:"
+"""Start of an address of the Hugging Face hub."""
 
 
-def refuse_remote(flag: str, path: str) -> None:
-    """Raise UserError if the `path` that `flag` gives is a remote address such as gs://bucket/runs."""
+class HubAddress(NamedTuple):
+    """Weights on the Hugging Face hub; without a `revision` those of its main branch, without a `file` the usual one."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+def parse_hub(flag: str, address: str) -> HubAddress:
+    """Return the parts of hf:OWNER/NAME[@REVISION][/FILE], which `flag` gives.
+
+    Raises:
+        UserError: it is written otherwise.
+    """
+    part = r"[\w-][\w.-]*"
+    found = re.fullmatch(rf"{HUB}({part}/{part})(?:@([^/]+))?(?:/(.*[^/]))?", address)
+    if found is None:
+        raise UserError(
+            f"{flag}={address} is no address of the Hugging Face hub.",
+            "Did you leave out the owner of the repository, or take the address from a browser?",
+            f"Write {flag}={HUB}OWNER/NAME, if needed with @REVISION and then /FILE after it.",
+        )
+    return HubAddress(*found.groups())
+
+
+def refuse_remote(flag: str, path: str, *, weights: bool = False) -> None:
+    """Raise UserError if the `path` that `flag` gives is a remote address such as gs://bucket/runs.
+
+    Of `weights` an address of the Hugging Face hub may be given, as `parse_hub` reads it.
+    """
+    if path.startswith(HUB) and weights:
+        parse_hub(flag, path)
+        return
+    if path.startswith(HUB):
+        raise UserError(
+            f"{flag}={path} is an address of the Hugging Face hub, from which weights alone are read.",
+            "Did you mean a file or a folder on this machine?",
+            f"Download what is needed with hf download, and write {flag}=PATH.",
+        )
     scheme = re.search(r"[A-Za-z][\w+.-]*://", path)
     if scheme is None:
         return

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.hub import local_path
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
@@ -44,7 +45,7 @@ class Run:
 
 def is_run(path: str) -> bool:
     """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
-    return Path(path).is_dir() and "stage" in (read_config(path) or {})
+    return Path(local_path(path)).is_dir() and "stage" in (read_config(path) or {})
 
 
 def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
@@ -77,7 +78,7 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = Path(workdir).absolute()
+    directory = Path(local_path(workdir)).absolute()
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise _not_a_run(workdir)
@@ -158,7 +159,7 @@ def _as_dicts(tree: PyTree) -> PyTree:
 
 
 def _not_a_run(workdir: str) -> UserError:
-    path = Path(workdir)
+    path = Path(local_path(workdir))
     if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return UserError(
             f"{workdir} is not the directory of a run; it is a weights file or a folder with one.",

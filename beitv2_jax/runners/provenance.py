@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.files import read_weights
+from beitv2_jax.convert.hub import local_path
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
@@ -40,9 +41,9 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     """
     found = {}
     for key, path in config_lib.flatten(config).items():
-        if key not in (*NETWORKS, *CACHES) or not path or (there and not os.path.exists(path)):
+        if key not in (*NETWORKS, *CACHES) or not path or (there and not os.path.exists(local_path(path))):
             continue
-        if not os.path.exists(path):
+        if not os.path.exists(local_path(path)):
             raise UserError(
                 f"There is no file or folder {path}, which {key} names.",
                 "The path may be mistyped, or the stage that writes it may not have run yet.",
