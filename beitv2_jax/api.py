@@ -6,9 +6,9 @@
     print(classifier.predict("photo.jpg", top=5)[0])
 
 Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, a folder in the layout
-of Hugging Face or timm, or hf:OWNER/NAME[@REVISION][/FILE], a repository of the Hugging Face hub. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
-evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for the devices
-that this process has.
+of Hugging Face or timm, or hf:OWNER/NAME[@REVISION][/FILE], a repository of the Hugging Face hub. Images are paths, PIL
+images or uint8 arrays of any size, one or many; they are prepared as the evaluation of the stages prepares them. A
+network is compiled once for each size of batch and image, for the devices that this process has.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import segment
+from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.common import normalized
 from beitv2_jax.training import sharding
 from beitv2_jax.typing import PyTree
@@ -195,19 +196,32 @@ class Backbone(_Network):
         self._check_layers(*layers, *attention)
         return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
 
-    def tokens(self, crops: UInt8[np.ndarray, "b S S 3"], layer: int) -> Float32[np.ndarray, "b l d"]:
-        """Return all tokens after `layer` (from 1), [CLS] first, of images that are cropped already.
+    def token_function(
+        self, tokens: Sequence[str], layers: Sequence[int]
+    ) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+        """Return the pure function (variables, batch) -> features, float32, of the crops in `batch["images"]`.
+
+        Args:
+            tokens: 'cls' ('b d'), 'mean' of the patches ('b d') and 'patches' ('b l d').
+            layers: after which blocks (from 1). If they are several, the names of the features end in theirs: 'cls_9'.
 
         Raises:
             UserError: a layer that the network does not have.
         """
-        self._check_layers(layer)
-        return Features(*self._apply(self._function((layer,), (), False), crops)).hidden[layer]
+        self._check_layers(*layers)
+        function, first = self._function(tuple(layers), (), False), self._fields.num_prefix_tokens
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
-        return self._fields.num_prefix_tokens
+        def apply(variables, batch):
+            _, _, hidden, _ = function(variables, batch["images"])
+            found = {}
+            for layer in layers:
+                patches = hidden[layer][:, first:]
+                of_layer = {"cls": hidden[layer][:, 0], "mean": patches.mean(axis=1), "patches": patches}
+                ending = f"_{layer}" if len(layers) > 1 else ""
+                found |= {f"{name}{ending}": of_layer[name] for name in tokens}
+            return found
+
+        return apply
 
     def _check_layers(self, *layers: int) -> None:
         for layer in layers:
@@ -294,14 +308,25 @@ class Segmenter(_Network):
 
     def predict(self, images: Images) -> list[UInt8[np.ndarray, "H W"]]:
         """Return the class of every pixel of each image, at the size of the image."""
-        return [self._label_map(_bytes(image)) for image in _listed(images)]
+        images, found = _listed(images), []
+        for start in range(0, len(images), self._mesh.size):
+            found += self._label_maps([_bytes(image) for image in images[start : start + self._mesh.size]])
+        return found
 
-    def _label_map(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-        height, width = pixels.shape[:2]
-        example = {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": 0}
-        (row,) = map(window_row([example], LabelIds(num_classes=256 - 1, ignored=()), self.sliding), [0])
-        batch = {name: array[None] for name, array in row.items() if name != "faults"}
-        return np.asarray(self._predict(self._variables, batch))[0, :height, :width]
+    def _label_maps(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> list[UInt8[np.ndarray, "H W"]]:
+        """Return the label maps of one image for each device, or fewer."""
+        examples = [
+            {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": number}
+            for number, pixels in enumerate(images)
+        ]
+        # rows come sorted by windows, so each is asked for by its example
+        rows = window_row(examples, LabelIds(num_classes=256 - 1, ignored=()), self.sliding)
+        of_example = {int(row["example_ids"]): row for row in map(rows, range(len(images)))}
+        filled = [of_example[number % len(images)] for number in range(self._mesh.size)]
+        batch = {name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "faults"}
+        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        maps = np.asarray(self._predict(self._variables, batch))
+        return [maps[number, : len(pixels), : pixels.shape[1]] for number, pixels in enumerate(images)]
 
     @functools.cached_property
     def _predict(self):
@@ -428,7 +453,7 @@ def _padding(count: int, devices: int) -> int:
 
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names of the classes in a run's `inputs.json`, or in a config.json of Hugging Face or timm, or numbers.
+    """Return the names of the classes in a run's `inputs.json` or in a config.json of Hugging Face or timm, or numbers.
 
     timm lists names, maybe synsets, and may have a description of each, which is preferred.
     """

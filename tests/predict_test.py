@@ -73,7 +73,7 @@ def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image(photos, runs, tm
 
 def test_embedded_features_are_those_of_the_api(photos, runs, tmp_path, capsys):
     out = tmp_path / "features.npz"
-    arguments = [str(runs / "mim"), f"folder:{photos}", f"--out={out}", "--tokens=cls,mean,patches", "--layer=1"]
+    arguments = [str(runs / "mim"), f"folder:{photos}", f"--out={out}", "--tokens=cls,mean,patches", "--layers=1"]
     assert embed.main(arguments) == 0
     assert "1 of 5 images cannot be read" in capsys.readouterr().err
     found = np.load(out)
@@ -114,9 +114,9 @@ def test_labels_of_a_split_are_numbered_by_the_training_split(photos, runs, tmp_
         (predict, ["RUNS/mim", "PHOTOS"], "predict no classes"),
         (predict, ["RUNS/segmenter", "PHOTOS"], "--out is missing"),
         (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--tokens=all"], "no tokens 'all'"),
-        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.csv"], "not an .npz file"),
+        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.csv"], "neither an .npz nor"),
         (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--split=nope"], "no split 'nope'"),
-        (embed, ["RUNS/mim", "folder:PHOTOS/a", "--out=x.npz", "--layer=9"], "no layer 9"),
+        (embed, ["RUNS/mim", "folder:PHOTOS/a", "--out=x.npz", "--layers=9"], "no layer 9"),
     ],
 )
 def test_mistakes_end_with_2_and_write_nothing(

@@ -24,7 +24,7 @@ HUB = "hf:"
 
 
 class HubAddress(NamedTuple):
-    """Weights on the Hugging Face hub; without a `revision` those of its main branch, without a `file` the usual one."""
+    """Weights on the Hugging Face hub; `revision` None is the main branch, `file` None the usual file."""
 
     repo: str
     revision: str | None

@@ -19,8 +19,9 @@ from beitv2_jax.errors import UserError
 def read_weights(path: str, state_dict: str = "") -> StateDict:
     """Return the state dict in a file (.npz, .safetensors, .pth, .pth.tar, .pt, .bin, .ckpt) or a folder.
 
-    The folder is that of a model of Hugging Face or timm; either may lie on the Hugging Face hub (`convert.hub`). What training scripts put around it is removed (`convert.wrappers`); of several state dicts `state_dict` names the
-    one to read. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
+    The folder is that of a model of Hugging Face or timm; either may lie on the Hugging Face hub (`convert.hub`). What
+    training scripts put around the state dict is removed (`convert.wrappers`); of several `state_dict` names the one to
+    read. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
 
     Raises:
         UserError: the file does not exist, is damaged or of another format, needs code to be run, holds something
