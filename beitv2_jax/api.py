@@ -276,7 +276,11 @@ class Classifier(_Network):
 
     def predict(self, images: Images, top: int = 5) -> list[list[Prediction]]:
         """Return, for each image, the `top` most probable classes, the most probable first."""
-        logits = self.logits(images).astype(np.float64)
+        return self.best(self.logits(images), top)
+
+    def best(self, logits: Float32[np.ndarray, "b k"], top: int) -> list[list[Prediction]]:
+        """Return the `top` most probable classes of each row of logits."""
+        logits = logits.astype(np.float64)
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
@@ -285,13 +289,14 @@ class Classifier(_Network):
             for row, best in zip(probabilities, order, strict=True)
         ]
 
+    def logits_function(self, variables: PyTree, crops: UInt8[jax.Array, "b S S 3"]) -> Float32[jax.Array, "b k"]:
+        """Return the logits of images that are cropped already: a pure function, to be compiled by the caller."""
+        crops = normalized(crops, self.weights.normalization)
+        return self._model.apply({"params": variables["params"]}, crops, train=False)
+
     @functools.cached_property
     def _logits(self):
-        return jax.jit(
-            lambda variables, images: self._model.apply(
-                {"params": variables["params"]}, normalized(images, self.weights.normalization), train=False
-            )
-        )
+        return jax.jit(self.logits_function)
 
 
 class Segmenter(_Network):

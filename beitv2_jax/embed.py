@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beitv2_jax.command_line import Parser, report_errors
+from beitv2_jax.command_line import Parser, positive, report_errors
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.transform import EvalRow, EvalTransform
@@ -50,7 +50,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the features that `argv` asks for, and return the exit code."""
     code = _embed(argv)
-    if launch.in_cluster(os.environ):
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         launch.leave(code)
     return code
 
@@ -64,6 +64,8 @@ def _embed(argv: Sequence[str] | None) -> None:
     if launch.in_cluster(os.environ):
         launch.start_jax(True, "")
     # imported here: a mistake in an argument is reported before jax is loaded
+    import jax
+
     from beitv2_jax import api
     from beitv2_jax.convert.runs import weights_hash
     from beitv2_jax.runners.parts import Parts
@@ -74,30 +76,29 @@ def _embed(argv: Sequence[str] | None) -> None:
     apply = backbone.token_function(wanted, layers)
     made_from = {
         "weights": weights_hash(backbone.weights.variables),
+        "model": backbone.weights.arguments,
+        "normalization": backbone.weights.normalization,
         "data": {"location": options.data, **describe_data((source,))["train"]},
-        "image_size": backbone.image_size,
         "tokens": wanted,
         "layers": layers,
     }
     refuse_disagreement(made_from)
     rows_per_part = max(1, min(PART_ROWS, PART_BYTES // _bytes_per_image(backbone, apply)))
     parts = Parts(out, made_from, len(source), rows_per_part, ".npz")
-    if not parts.finished:
-        parts.fill(
-            EvalRow(source, EvalTransform(backbone.image_size, eval_crop_fraction(backbone.image_size))),
-            apply,
-            backbone.weights.variables,
-            functools.partial(_save, source),
-            batch_size=options.batch_size,
-            num_threads=os.cpu_count() or 1,
-            label="embed",
-        )
-    if not parts.is_first:
+    parts.fill(
+        EvalRow(source, EvalTransform(backbone.image_size, eval_crop_fraction(backbone.image_size))),
+        apply,
+        backbone.weights.variables,
+        functools.partial(_save, source),
+        batch_size=options.batch_size,
+        num_threads=os.cpu_count() or 1,
+        label="embed",
+    )
+    if jax.process_index() > 0:
         return
-    if not parts.finished:
-        join(out, parts.paths, parts.folder, {"class_names": list(source.class_names), "made_from": made_from})
-    bad = sum(int((~_array(path, "readable")).sum()) for path in parts.paths if path.exists())
-    parts.remove()
+    bad = sum(int((~_array(path, "readable")).sum()) for path in parts.paths)
+    join(parts.joined, parts.paths, {"class_names": list(source.class_names), "made_from": made_from})
+    parts.finish()
     print(f"{out} holds the features of {len(source)} images")
     if bad:
         print_error(f"{bad} of {len(source)} images cannot be read; `readable` is False for them.")
@@ -123,7 +124,7 @@ def _save(source: Source, path: Path, part: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
-def _join_npz(out: Path, paths: list[Path], folder: Path, about: dict) -> None:
+def _join_npz(out: Path, paths: list[Path], about: dict) -> None:
     """Write one .npz file, array by array and part by part: it may be larger than the memory."""
     with replacing(out, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in _names(paths[0]):
@@ -141,7 +142,7 @@ def _join_npz(out: Path, paths: list[Path], folder: Path, about: dict) -> None:
                 np.lib.format.write_array(entry, np.array(value, str))
 
 
-def _join_parquet(out: Path, paths: list[Path], folder: Path, about: dict) -> None:
+def _join_parquet(out: Path, paths: list[Path], about: dict) -> None:
     """Write one Parquet file with a row group for each part; features are fixed-shape tensors."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -166,17 +167,16 @@ def _join_parquet(out: Path, paths: list[Path], folder: Path, about: dict) -> No
         writer.close()
 
 
-def _join_array_records(out: Path, paths: list[Path], folder: Path, about: dict) -> None:
+def _join_array_records(out: Path, paths: list[Path], about: dict) -> None:
     """Write a folder of ArrayRecord files, one record an image, and `about.json`."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    unfinished = folder / "joined"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    shutil.rmtree(out, ignore_errors=True)  # what a process left that was killed here
+    out.mkdir()
     parts_per_shard = max(1, SHARD_BYTES // paths[0].stat().st_size)
     shards = [paths[first : first + parts_per_shard] for first in range(0, len(paths), parts_per_shard)]
     for number, shard in enumerate(shards):
-        file = unfinished / f"features-{number:05d}-of-{len(shards):05d}.array_record"
+        file = out / f"features-{number:05d}-of-{len(shards):05d}.array_record"
         writer = ArrayRecordWriter(str(file), "group_size:1")
         for path in shard:
             arrays = {name: _array(path, name) for name in _names(path)}
@@ -186,8 +186,7 @@ def _join_array_records(out: Path, paths: list[Path], folder: Path, about: dict)
                 writer.write(record.getvalue())
         writer.close()
         sync(file)
-    write_json(unfinished / "about.json", about)
-    unfinished.rename(out)
+    write_json(out / "about.json", about)
 
 
 def _names(path: Path) -> list[str]:
@@ -200,7 +199,7 @@ def _array(path: Path, name: str) -> np.ndarray:
         return file[name]
 
 
-_JOINS: dict[str, Callable[[Path, list[Path], Path, dict], None]] = {
+_JOINS: dict[str, Callable[[Path, list[Path], dict], None]] = {
     ".npz": _join_npz,
     ".parquet": _join_parquet,
     "": _join_array_records,
@@ -208,7 +207,7 @@ _JOINS: dict[str, Callable[[Path, list[Path], Path, dict], None]] = {
 """Ending of --out -> the function that writes it from the parts."""
 
 
-def _checked_format(out: Path) -> Callable[[Path, list[Path], Path, dict], None]:
+def _checked_format(out: Path) -> Callable[[Path, list[Path], dict], None]:
     if out.suffix not in _JOINS or not out.absolute().parent.is_dir():
         raise UserError(
             f"--out={out} is neither an .npz nor a .parquet file nor a name without ending, in a folder that exists.",
@@ -242,12 +241,6 @@ def _layers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,9") from None
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="beitv2 embed", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument(
@@ -268,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
     parser.add_argument(
-        "--batch_size", type=_positive, default=64, metavar="N", help="images at once in a process (default: 64)"
+        "--batch_size", type=positive, default=64, metavar="N", help="images at once in a process (default: 64)"
     )
     return parser
 

@@ -17,6 +17,7 @@ import numpy as np
 from beitv2_jax.data.pipeline import finite_batches
 from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.runners.provenance import digest
+from beitv2_jax.runtime.atomic_files import sync
 from beitv2_jax.tasks.api import Batch
 from beitv2_jax.training.inference import apply_batches
 from beitv2_jax.training.sharding import make_mesh
@@ -38,16 +39,14 @@ class Parts:
         suffix: of the files.
 
     Raises:
-        UserError: `out` exists, and is not the result of these parts.
+        UserError: `out` exists, in the first process, which joins the parts; others may come when it has done so.
     """
 
     def __init__(self, out: Path, made_from: dict[str, Any], num_rows: int, rows_per_part: int, suffix: str):
         self.out, self.num_rows, self.rows_per_part = out, num_rows, rows_per_part
-        self.folder = out.with_name(f"{out.name}.{digest(made_from)}.parts")
+        self.folder = out.with_name(f"{out.name}.{digest({**made_from, 'rows_per_part': rows_per_part})}.parts")
         self.paths = [self.folder / f"{number:06d}{suffix}" for number in range(-(-num_rows // rows_per_part))]
-        # the folder is removed last; a process that is not the first may come when all is done
-        self.finished = out.exists() and (self.folder.exists() or jax.process_index() > 0)
-        if out.exists() and not self.finished:
+        if out.exists() and jax.process_index() == 0:
             raise UserError(
                 f"{out} exists already.",
                 "Did you give this command before, or another one with the same --out?",
@@ -64,6 +63,7 @@ class Parts:
         batch_size: int,
         num_threads: int,
         label: str,
+        show: bool = True,
     ) -> None:
         """Compute the parts that are missing, of several processes each its own, and wait until all are there.
 
@@ -74,9 +74,11 @@ class Parts:
             save: is given the path and all arrays of a part, and writes the file complete or not at all.
             batch_size: rows that this process computes at once, rounded up to a multiple of its devices.
             num_threads: batches that are prepared at the same time.
-            label: what is shown to run.
+            label: what is shown to run, if `show`.
         """
         index, count = jax.process_index(), jax.process_count()
+        if self.out.exists():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         own = range(index, len(self.paths), count)
         missing = [number for number in own if not self.paths[number].exists()]
@@ -84,7 +86,7 @@ class Parts:
         rows, done = sum(sizes), sum(map(self._size, own)) - sum(sizes)
         if count > 1:
             label = f"{label}, process {index} of {count},"
-        progress = Progress(rows + done, label, "images", done=done, enabled=index == 0)
+        progress = Progress(rows + done, label, "images", done=done, enabled=show and index == 0)
         mesh = make_mesh(devices=jax.local_devices())
         batches = finite_batches(
             _MissingRows(load, tuple(missing), self.rows_per_part),
@@ -97,19 +99,22 @@ class Parts:
             save(self.paths[number], part)
         progress.close()
         awaited = self.paths if index == 0 else [self.out]
-        while not all(path.exists() for path in awaited):
+        # the parts are gone when the first process has joined them
+        while not (self.out.exists() or all(path.exists() for path in awaited)):
             time.sleep(POLL_SECONDS)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process joins the parts."""
-        return jax.process_index() == 0
 
     def _size(self, number: int) -> int:
         return min(self.rows_per_part, self.num_rows - number * self.rows_per_part)
 
-    def remove(self) -> None:
-        """Remove the parts, after `out` was written."""
+    @property
+    def joined(self) -> Path:
+        """Where the first process writes what the parts become."""
+        return self.folder / f"joined{self.out.suffix}"
+
+    def finish(self) -> None:
+        """Make `joined` be `out`, and remove the parts."""
+        self.joined.rename(self.out)
+        sync(self.out.absolute().parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

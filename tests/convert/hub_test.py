@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
         folder = snapshot("timm", commit)
         weights = drawn_weights("classifier", position="relative", seed=seed)
         write(weights, str(folder / "model.safetensors"), "timm")
-        labels = {"label_names": ["n1", "n2"], "label_descriptions": {"n2": "a cat"}}
+        labels = {"label_names": [f"n{number}" for number in range(17)], "label_descriptions": {"n1": "a cat"}}
         (folder / "config.json").write_text(json.dumps(IMAGENET | labels))
     folder = snapshot("files")
     for seed, name in enumerate(("a.pth", "b.pth", "c/d.pth")):
@@ -71,7 +71,7 @@ def test_a_repository_of_timm_is_a_classifier_with_the_names_of_its_classes():
     expected = drawn_weights("classifier", position="relative", seed=0)
     assert_same(classifier.weights.variables["params"], expected.variables["params"])
     assert (classifier.weights.layout, classifier.weights.normalization_known) == ("timm", True)
-    assert classifier.class_names == ("n1", "a cat", *map(str, range(2, 17)))
+    assert classifier.class_names == ("n0", "a cat", *(f"n{number}" for number in range(2, 17)))
 
 
 def test_a_revision_and_a_file_choose(caplog):
