@@ -3,13 +3,14 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 from convert_states import drawn_weights
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import embed, predict
+from beitv2_jax import api, embed, predict
 from beitv2_jax.convert.weights import write
 
 
@@ -59,14 +60,58 @@ def test_predictions_are_those_of_the_api_in_json_and_csv(photos, runs, tmp_path
             assert float(row[2 + 2 * place]) == pytest.approx(probability, rel=1e-4)
 
 
+def ended_at(monkeypatch, owner, name, call):
+    """Let call number `call` of a method act as Ctrl-C; return the list that grows with each other call."""
+    method, calls = getattr(owner, name), []
+
+    def ending(self, *arguments):
+        if len(calls) + 1 == call:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, ending)
+    return calls
+
+
+def test_predictions_go_on_where_they_were_ended(photos, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "PART_ROWS", 2)
+    command = [str(runs / "classifier"), str(photos), f"--out={tmp_path / 'found.jsonl'}", "--top=1"]
+    with monkeypatch.context() as patch:
+        calls = ended_at(patch, api.Classifier, "best", 2)
+        assert predict.main(command) == 130 and len(calls) == 1
+    assert predict.main([*command[:-1], "--top=2"]) == 0  # which does not use the part that is there
+    assert "probability" in (tmp_path / "found.jsonl").read_text()
+    (tmp_path / "found.jsonl").unlink()
+    calls = ended_at(monkeypatch, api.Classifier, "best", 9)
+    assert predict.main(command) == 0 and len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["found.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == sorted(map(str, photos.rglob("*.png")))
+    classifier = beitv2_jax.load_classifier(runs / "classifier")
+    for line in lines[:4]:
+        (expected,) = classifier.predict(line["file"], top=1)
+        assert [prediction["name"] for prediction in line["classes"]] == [expected[0].name]
+
+
 def test_one_image_is_predicted_on_the_terminal(photos, runs, capsys):
     assert predict.main([str(runs / "classifier"), str(photos / "a" / "0.png"), "--top=1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert len(json.loads(line)["classes"]) == 1
 
 
-def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image(photos, runs, tmp_path):
-    assert predict.main([str(runs / "segmenter"), str(photos / "a"), f"--out={tmp_path / 'maps'}"]) == 0
+def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image_and_goes_on_where_it_was_ended(
+    photos, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)  # images at once
+    command = [str(runs / "segmenter"), str(photos / "a"), f"--out={tmp_path / 'maps'}"]
+    with monkeypatch.context() as patch:
+        ended_at(patch, api.Segmenter, "predict", 2)
+        assert predict.main(command) == 130
+    (left,) = tmp_path.iterdir()
+    assert sorted(path.name for path in left.glob("*[024].png")) == ["000000_0.png", "000001_2.png"]
+    calls = ended_at(monkeypatch, api.Segmenter, "predict", 9)
+    assert predict.main(command) == 0 and len(calls) == 1 and not left.exists()
     names = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert names == sorted(f"{k:06d}_{n}{end}.png" for k, n in enumerate("024") for end in ("", ".overlay"))
     (expected,) = beitv2_jax.load_segmenter(runs / "segmenter").predict(photos / "a" / "2.png")
