@@ -32,7 +32,7 @@ from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import replacing, sync, write_json
 
 TOKENS = ("cls", "mean", "patches")
-PART_ROWS, PART_BYTES = 1024, 1 << 26
+PART_ROWS, PART_BYTES = 256, 1 << 26
 """Most rows and bytes of a part, which is what a kill may lose and what is held in memory."""
 SHARD_BYTES = 1 << 28
 """Size of an ArrayRecord file."""
@@ -96,6 +96,7 @@ def _embed(argv: Sequence[str] | None) -> None:
     )
     if jax.process_index() > 0:
         return
+    print(f"joining {len(parts.paths)} parts", flush=True)
     bad = sum(int((~_array(path, "readable")).sum()) for path in parts.paths)
     join(parts.joined, parts.paths, {"class_names": list(source.class_names), "made_from": made_from})
     parts.finish()
@@ -126,11 +127,11 @@ def _save(source: Source, path: Path, part: dict[str, np.ndarray]) -> None:
 
 def _join_npz(out: Path, paths: list[Path], about: dict) -> None:
     """Write one .npz file, array by array and part by part: it may be larger than the memory."""
+    rows = sum(len(_array(path, "labels")) for path in paths)
     with replacing(out, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in _names(paths[0]):
             found = [_array(path, name).dtype for path in paths] if name == "files" else [_array(paths[0], name).dtype]
             dtype = np.result_type(*found)
-            rows = sum(len(_array(path, "labels")) for path in paths)
             shape = (rows, *_array(paths[0], name).shape[1:])
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:

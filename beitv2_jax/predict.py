@@ -30,7 +30,7 @@ from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.runtime.atomic_files import replacing
 from beitv2_jax.training.writer import Progress
 
-PART_ROWS = 1024
+PART_ROWS = 256
 """Images of a part: what a kill may lose."""
 _EXAMPLES = """\
 examples:

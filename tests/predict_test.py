@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for kind in ("classifier", "mim"):
         write(drawn_weights(kind), str(root / kind), "run")
+    write(drawn_weights("classifier", position="relative"), str(root / "released.pth"), "official")
     write(drawn_weights("segmenter", position="relative", patch_size=8, grid=4), str(root / "segmenter"), "run")
     config = json.loads((root / "segmenter" / "config.json").read_text())
     config["evaluation"] = {"short_side": 40, "long_side": 80, "stride": 20}  # as published it takes many windows
@@ -94,10 +95,12 @@ def test_predictions_go_on_where_they_were_ended(photos, runs, tmp_path, monkeyp
         assert [prediction["name"] for prediction in line["classes"]] == [expected[0].name]
 
 
-def test_one_image_is_predicted_on_the_terminal(photos, runs, capsys):
-    assert predict.main([str(runs / "classifier"), str(photos / "a" / "0.png"), "--top=1"]) == 0
+def test_one_image_is_predicted_on_the_terminal_with_released_weights(photos, runs, capsys):
+    image = photos / "a" / "0.png"
+    assert predict.main([str(runs / "released.pth"), str(image), "--top=1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert len(json.loads(line)["classes"]) == 1
+    logits = beitv2_jax.load_classifier(runs / "released.pth").logits(image)
+    assert [prediction["name"] for prediction in json.loads(line)["classes"]] == [str(logits.argmax())]
 
 
 def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image_and_goes_on_where_it_was_ended(

@@ -26,6 +26,8 @@ from beitv2_jax.typing import PyTree
 
 POLL_SECONDS = 0.2
 """Time between two looks at what the other processes have written."""
+SHOW_SECONDS = 5.0
+"""Time between two lines of progress, at least."""
 
 
 class Parts:
@@ -137,6 +139,7 @@ def _cut(
     """Yield the rows of one part after the other, without those that fill up the last batch."""
     held: dict[str, np.ndarray] = {}
     left, started = sum(sizes), time.monotonic()
+    shown = started
     sizes, computed = iter(sizes), 0
     size = next(sizes, 0)
     for batch, outputs in results:
@@ -150,4 +153,7 @@ def _cut(
         while size and len(held["weight"]) >= size:
             yield {name: array[:size] for name, array in held.items()}
             held, size = {name: array[size:] for name, array in held.items()}, next(sizes, 0)
-            progress.show({"images/s": computed / (time.monotonic() - started)})
+            now = time.monotonic()
+            if now - shown > SHOW_SECONDS or not left:
+                progress.show({"images/s": computed / (now - started)})
+                shown = now
