@@ -62,6 +62,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
         "gcs": ["array-record>=0.8.3", "fsspec>=2024.2", "gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # gs://
+        "hub": ["huggingface_hub>=0.24"],
+        "parquet": ["pyarrow>=15"],
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs
@@ -70,7 +72,9 @@ setup(
         "test": [
             "beartype>=0.20",
             "gcsfs>=2024.2",
+            "huggingface_hub>=0.24",
             "hypothesis>=6.100",
+            "pyarrow>=15",
             "pytest>=8.0",
             "pytest-xdist>=3.8",
             "ruff>=0.9",

@@ -6,9 +6,10 @@
     print(classifier.predict("photo.jpg", top=5)[0])
 
 Weights are a run directory (`--workdir` of a stage) or one of its checkpoints (RUN/checkpoints/STEP), a released .pth,
-.safetensors or .npz file, or a folder in the layout of Hugging Face. Images are paths, PIL images or uint8 arrays of
-any size, one or many; they are prepared as the evaluation of the stages prepares them. A network is compiled once for
-each size of batch and image, for the devices that this process has.
+.safetensors or .npz file, a folder in the layout of Hugging Face or timm, or hf:OWNER/NAME[@REVISION][/FILE], a
+repository of the Hugging Face hub. Images are paths, PIL images or uint8 arrays of any size, one or many; they are
+prepared as the evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for
+the devices that this process has.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jaxtyping import Float32, Int, UInt8
 from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.files import read_config, run_directory
+from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.convert.weights import Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
@@ -41,8 +42,8 @@ from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks import segment
+from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.common import normalized
 from beitv2_jax.training import sharding
 from beitv2_jax.typing import PyTree
@@ -195,19 +196,32 @@ class Backbone(_Network):
         self._check_layers(*layers, *attention)
         return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
 
-    def tokens(self, crops: UInt8[np.ndarray, "b S S 3"], layer: int) -> Float32[np.ndarray, "b l d"]:
-        """Return all tokens after `layer` (from 1), [CLS] first, of images that are cropped already.
+    def token_function(
+        self, tokens: Sequence[str], layers: Sequence[int]
+    ) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+        """Return the pure function (variables, batch) -> features, float32, of the crops in `batch["images"]`.
+
+        Args:
+            tokens: 'cls' ('b d'), 'mean' of the patches ('b d') and 'patches' ('b l d').
+            layers: after which blocks (from 1). If they are several, the names of the features end in theirs: 'cls_9'.
 
         Raises:
             UserError: a layer that the network does not have.
         """
-        self._check_layers(layer)
-        return Features(*self._apply(self._function((layer,), (), False), crops)).hidden[layer]
+        self._check_layers(*layers)
+        function, first = self._function(tuple(layers), (), False), self._fields.num_prefix_tokens
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
-        return self._fields.num_prefix_tokens
+        def apply(variables, batch):
+            _, _, hidden, _ = function(variables, batch["images"])
+            found = {}
+            for layer in layers:
+                patches = hidden[layer][:, first:]
+                of_layer = {"cls": hidden[layer][:, 0], "mean": patches.mean(axis=1), "patches": patches}
+                ending = f"_{layer}" if len(layers) > 1 else ""
+                found |= {f"{name}{ending}": of_layer[name] for name in tokens}
+            return found
+
+        return apply
 
     def _check_layers(self, *layers: int) -> None:
         for layer in layers:
@@ -262,7 +276,11 @@ class Classifier(_Network):
 
     def predict(self, images: Images, top: int = 5) -> list[list[Prediction]]:
         """Return, for each image, the `top` most probable classes, the most probable first."""
-        logits = self.logits(images).astype(np.float64)
+        return self.best(self.logits(images), top)
+
+    def best(self, logits: Float32[np.ndarray, "b k"], top: int) -> list[list[Prediction]]:
+        """Return the `top` most probable classes of each row of logits."""
+        logits = logits.astype(np.float64)
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
@@ -271,13 +289,14 @@ class Classifier(_Network):
             for row, best in zip(probabilities, order, strict=True)
         ]
 
+    def logits_function(self, variables: PyTree, crops: UInt8[jax.Array, "b S S 3"]) -> Float32[jax.Array, "b k"]:
+        """Return the logits of images that are cropped already: a pure function, to be compiled by the caller."""
+        crops = normalized(crops, self.weights.normalization)
+        return self._model.apply({"params": variables["params"]}, crops, train=False)
+
     @functools.cached_property
     def _logits(self):
-        return jax.jit(
-            lambda variables, images: self._model.apply(
-                {"params": variables["params"]}, normalized(images, self.weights.normalization), train=False
-            )
-        )
+        return jax.jit(self.logits_function)
 
 
 class Segmenter(_Network):
@@ -286,7 +305,7 @@ class Segmenter(_Network):
     @functools.cached_property
     def sliding(self) -> Sliding:
         """How the network is moved over an image: as the run was evaluated, for a released file as published."""
-        config = read_config(self.source) if as_path(self.source).is_dir() else None
+        config = read_config(self.source) if located(self.source).is_dir() else None
         evaluation = (config or {}).get("evaluation", {})
         published = {"stride": 2 * self.image_size // 3, "long_side": 2048, "short_side": 512, "scales": (1.0,)}
         given = {name: evaluation.get(name, value) for name, value in {**published, "flip": False}.items()}
@@ -294,14 +313,25 @@ class Segmenter(_Network):
 
     def predict(self, images: Images) -> list[UInt8[np.ndarray, "H W"]]:
         """Return the class of every pixel of each image, at the size of the image."""
-        return [self._label_map(_bytes(image)) for image in _listed(images)]
+        images, found = _listed(images), []
+        for start in range(0, len(images), self._mesh.size):
+            found += self._label_maps([_bytes(image) for image in images[start : start + self._mesh.size]])
+        return found
 
-    def _label_map(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-        height, width = pixels.shape[:2]
-        example = {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": 0}
-        (row,) = map(window_row([example], LabelIds(num_classes=256 - 1, ignored=()), self.sliding), [0])
-        batch = {name: array[None] for name, array in row.items() if name != "faults"}
-        return np.asarray(self._predict(self._variables, batch))[0, :height, :width]
+    def _label_maps(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> list[UInt8[np.ndarray, "H W"]]:
+        """Return the label maps of one image for each device, or fewer."""
+        examples = [
+            {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": number}
+            for number, pixels in enumerate(images)
+        ]
+        # rows come sorted by windows, so each is asked for by its example
+        rows = window_row(examples, LabelIds(num_classes=256 - 1, ignored=()), self.sliding)
+        of_example = {int(row["example_ids"]): row for row in map(rows, range(len(images)))}
+        filled = [of_example[number % len(images)] for number in range(self._mesh.size)]
+        batch = {name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "faults"}
+        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        maps = np.asarray(self._predict(self._variables, batch))
+        return [maps[number, : len(pixels), : pixels.shape[1]] for number, pixels in enumerate(images)]
 
     @functools.cached_property
     def _predict(self):
@@ -428,11 +458,17 @@ def _padding(count: int, devices: int) -> int:
 
 
 def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
+    """Return the names of the classes in a run's `inputs.json` or in a config.json of Hugging Face or timm, or numbers.
+
+    timm lists names, maybe synsets, and may have a description of each, which is preferred.
+    """
     inputs = run_directory(source) / "inputs.json"
     if inputs.is_file():
         names = json.loads(inputs.read_text())["train"]["classes"]
     else:
-        config: Any = (read_config(source) or {}) if as_path(source).is_dir() else {}
-        names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
+        config: Any = read_config(source) or {}
+        labels = config.get("id2label") or config.get("label_names") or {}
+        labels = labels if isinstance(labels, dict) else {str(number): name for number, name in enumerate(labels)}
+        names = [labels.get(str(number), str(number)) for number in range(num_classes)]
+        names = [config.get("label_descriptions", {}).get(name, name) for name in names]
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

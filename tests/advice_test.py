@@ -38,6 +38,8 @@ FLAGS = {
 }
 CONFIGS = [
     ("finetune", "--config.data.source=folder:gs://bucket/images"),
+    ("finetune", "--config.init_from=hf:beitv2"),
+    ("mim", "--config.tokenizer.codes=hf:owner/codes"),
     ("mim", "--config.efficiency.dtype=bf16"),
     ("mim", "--config.efficiency.dtype=x"),
     ("segment", "--config.evaluation.batch_size=0"),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
-from beitv2_jax.config.paths import PATH_KEYS, may_be_in_bucket, refuse_remote
+from beitv2_jax.config.paths import PATH_KEYS, WEIGHT_KEYS, may_be_in_bucket, refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
 from beitv2_jax.config.settings import undecided
 from beitv2_jax.errors import UserError, did_you_mean, nearest
@@ -111,7 +111,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
 
     for key in PATH_KEYS:
         buckets = may_be_in_bucket(key, flat["data.source"])
-        refuse_remote(f"--config.{key}", flat.get(key, ""), buckets=buckets)
+        refuse_remote(f"--config.{key}", flat.get(key, ""), buckets=buckets, weights=key in WEIGHT_KEYS)
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
             names = tuple(filter(None, valid))

@@ -32,8 +32,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the conversion that `argv` describes."""
     options = _parser().parse_args(argv)
-    for name, path in (("SOURCE", options.source), ("DEST", options.dest)):
-        refuse_remote(name, path)
+    refuse_remote("SOURCE", options.source, weights=True)
+    refuse_remote("DEST", options.dest)
     # converting needs no accelerator, so none is initialised
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from beitv2_jax.convert import weights as weights_lib
@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="weights file (.pth, .safetensors, .npz), Hugging Face folder, run directory or RUN/checkpoints/STEP",
+        help="weights file (.pth, .safetensors, .npz), folder of Hugging Face or timm, run directory, "
+        "RUN/checkpoints/STEP, or hf:OWNER/NAME",
     )
     parser.add_argument("dest", metavar="DEST", help="new file (official, timm) or new folder (huggingface, run)")
     parser.add_argument(

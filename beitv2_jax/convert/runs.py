@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from beitv2_jax.convert.files import read_config, run_directory
+from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime.buckets import AnyPath, absolute, as_path
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
@@ -45,7 +45,7 @@ class Run:
 
 def is_run(path: str) -> bool:
     """Return whether `path` is the directory of a run, whose config.json has a stage, or one of its checkpoints."""
-    return as_path(path).is_dir() and "stage" in (read_config(path) or {})
+    return located(path).is_dir() and "stage" in (read_config(path) or {})
 
 
 def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
@@ -79,8 +79,8 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = run_directory(workdir)
-    chosen = int(as_path(workdir).name) if directory != as_path(absolute(workdir)) else None
+    directory, place = run_directory(workdir), located(workdir)
+    chosen = int(place.name) if directory != place else None
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise _not_a_run(workdir)
@@ -164,7 +164,7 @@ def _as_dicts(tree: PyTree) -> PyTree:
 
 
 def _not_a_run(workdir: str) -> UserError:
-    path = as_path(workdir)
+    path = located(workdir)
     if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return UserError(
             f"{workdir} is not the directory of a run; it is a weights file or a folder with one.",

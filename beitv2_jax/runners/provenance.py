@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import read_weights
+from beitv2_jax.convert.files import located, read_weights
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
@@ -41,7 +41,7 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     """
     found = {}
     for key, path in paths_of_networks(config).items():
-        if there and not as_path(path).exists():
+        if there and not located(path).exists():
             continue
         _refuse_missing(key, path)
         found[key] = describe_network(config, key, path)
@@ -76,7 +76,7 @@ def refuse_missing_paths(config: ConfigDict, later: str) -> None:
 
 
 def _refuse_missing(key: str, path: str) -> None:
-    if not as_path(path).exists():
+    if not located(path).exists():
         raise UserError(
             f"There is no file or folder {path}, which {key} names.",
             "The path may be mistyped, or the stage that writes it may not have run yet.",

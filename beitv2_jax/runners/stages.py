@@ -18,6 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.files import located
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
 from beitv2_jax.data.sources import Source
@@ -373,7 +374,7 @@ def _has_changed(config: ConfigDict, workdir: str, key: str, path: str, *, own: 
     """
     if key in provenance.CACHES and own and read_summary(path) is None:
         return False
-    if not as_path(path).exists():
+    if not located(path).exists():
         return own
     try:
         found = provenance.describe_network(config, key, path)

@@ -7,7 +7,7 @@ from paths import CONFIGS, ROOT
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import _CHOICES, _DURATION_KEYS
 from beitv2_jax.config.flags import parse_flags
-from beitv2_jax.config.paths import PATH_KEYS, refuse_remote
+from beitv2_jax.config.paths import PATH_KEYS, WEIGHT_KEYS, refuse_remote
 from beitv2_jax.convert.__main__ import main as convert
 from beitv2_jax.data.prepare.__main__ import main as prepare
 from beitv2_jax.errors import UserError
@@ -53,6 +53,20 @@ def test_every_key_that_holds_a_path_refuses_a_remote_one(name):
                 config_lib.validate(config)
             assert f"{key}={value}" in caught.value.happened
             assert f"{key}={value.replace('s3://', '/mnt/')}." in caught.value.instead
+
+
+def test_addresses_of_the_hub_pass_for_weights_alone():
+    stages_of_name = {key: name for name in NAMES for key in PATH_KEYS if key in config_lib.flatten(stages_of(name)[0])}
+    assert set(stages_of_name) == set(PATH_KEYS)
+    for key, name in stages_of_name.items():
+        config, _ = stages_of(name)
+        config.update_from_flattened_dict({key: "hf:org"})
+        expected = "is no address of the" if key in WEIGHT_KEYS else "from which weights alone are read"
+        with pytest.raises(UserError, match=expected) as caught:
+            config_lib.validate(config)
+        assert f"{key}=hf:org" in caught.value.happened
+    for address in ("hf:org/name", "hf:org/name@v1/file.pth"):
+        refuse_remote("--config.init_from", address, weights=True)
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--compilation_cache", "--config"])

@@ -84,8 +84,8 @@ def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "t
         raise UserError(
             f"There is no data source {spec!r}.",
             "Did you leave out the kind of the source, or mistype it?",
-            "Write --config.data.source=folder:PATH (images), tfds:NAME (a prepared TFDS set), arrayrecord:GLOB "
-            "(ArrayRecord files) or embedded.",
+            "Write folder:PATH (images), tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files) or "
+            "embedded; for a stage --config.data.source=folder:PATH, for example.",
         )
     return source
 
