@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, report_errors
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.pipeline import eval_batches
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # imported here: a mistake in an argument is reported before jax is loaded
     from beitv2_jax import api
 
-    backbone = api.load_backbone(options.weights, image_size=options.image_size)
+    backbone = api.load_backbone(options.weights, image_size=options.image_size, normalization=options.normalization)
     layer = options.layer or backbone.depth
     batches = eval_batches(
         source,
@@ -100,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", default="cls,mean", help=f"some of {','.join(TOKENS)} (default: cls,mean)")
     parser.add_argument("--layer", type=int, default=0, metavar="N", help="block, from 1 (default: the last one)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
+    )
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, report_errors
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources.folders import list_images
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # imported here: a mistake in an argument is reported before jax is loaded
     from beitv2_jax import api
 
-    network = api.load(options.weights, image_size=options.image_size)
+    network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
     if isinstance(network, api.Segmenter):
         _segment(network, files, options)
     elif isinstance(network, api.Classifier):
@@ -168,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
+    )
     return parser
 
 
