@@ -23,6 +23,8 @@ from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import json_text, write_json
 
+MAX_LINES = 40
+"""Classes up to which the IoU of each is printed."""
 _EXAMPLES = """\
 examples:
   # a fine-tuned run on its validation split, with confusion matrix and mistakes in a folder
@@ -87,6 +89,9 @@ def _main(argv: Sequence[str] | None = None) -> None:
     result, source = found.result, found.source
     for record in result.bad_records[:10]:
         print_error(f"{record['where']} cannot be read: {record['cause']}")
+    if source.left_out:
+        first = source.left_out[0]
+        print_error(f"{len(source.left_out)} files are left out, such as {first.where}: {first.cause}")
     if bad := len(result.bad_records):
         print_error(f"{bad} of {len(source)} images cannot be read; no metric has them.")
     print(f"{options.weights} on {result.num_examples} images, split {source.split} of {source.name}")
@@ -124,9 +129,6 @@ def _classifier(network, options) -> _Evaluated:
         network.weights, source, classes, _passing(options, 64), crop_fraction=_crop_fraction(network, options)
     )
     data_names, details = source.class_names, result.details
-    shown_names = list(names)
-    for number, name in zip(classes.numbers, data_names, strict=True):
-        shown_names[number] = name
 
     def write(folder: Path) -> None:
         confusion, accuracies = details["confusion"], details["class_accuracy"]
@@ -135,7 +137,7 @@ def _classifier(network, options) -> _Evaluated:
         rows = [(name, *counts) for name, counts in zip(data_names, confusion.tolist(), strict=True)]
         report.write_csv(folder / "confusion.csv", [header, *rows])
         report.draw_confusion(confusion, data_names, folder / "confusion.png")
-        mistakes = report.most_confident_mistakes(source, details, shown_names)
+        mistakes = report.most_confident_mistakes(source, details, classes.names)
         report.write_csv(folder / "mistakes.csv", [report.Mistake._fields, *mistakes])
         if mistakes:
             report.draw_mistakes(source, mistakes, folder / "mistakes.png")
@@ -283,7 +285,9 @@ def _segmenter(network, options) -> _Evaluated:
         draw_segmentations(rows, predict, os.fspath(folder / "segmentation.png"), iou=iou, names=names)
 
     extra = {"class_iou": {names[number]: value for number, value in iou.items()}}
-    lines = [f"{name}: IoU {iou[number]:.1%}" for number, name in enumerate(names) if number in iou]
+    lines = [f"{names[number]}: IoU {value:.1%}" for number, value in iou.items()]
+    if len(lines) > MAX_LINES:
+        lines = [f"IoU of {len(lines)} classes: in classes.csv of --out"]
     return _Evaluated(result._replace(metrics=summary), source, lines, write, extra)
 
 
@@ -337,9 +341,9 @@ def _write(out: Path, network, options, found: _Evaluated, published) -> None:
         if published:
             report["published"] = published._asdict()
         write_json(unfinished / "metrics.json", report)
-        if result.bad_records:
-            lines = "".join(json_text(record) + "\n" for record in result.bad_records)
-            (unfinished / "bad_records.jsonl").write_text(lines)
+        left_out = [{"split": source.split, "example_id": None, **entry._asdict()} for entry in source.left_out]
+        if records := [*left_out, *result.bad_records]:
+            (unfinished / "bad_records.jsonl").write_text("".join(json_text(record) + "\n" for record in records))
         found.write(unfinished)
         unfinished.rename(out)
     finally:

@@ -15,9 +15,16 @@ _MAX_LISTED = 5
 
 
 class ClassMap(NamedTuple):
-    """`numbers[i]` is the class of the weights that class i of the data is; `stated` says how that was found."""
+    """Which class of a classifier each class of a data set is.
+
+    Attributes:
+        numbers: class of the classifier, by class of the data.
+        names: of all classes of the classifier, those of the data as the data call them.
+        stated: how it was found, as a sentence without an end.
+    """
 
     numbers: Int[np.ndarray, "k"]
+    names: tuple[str, ...]
     stated: str
 
 
@@ -57,19 +64,25 @@ def match_classes(names: Sequence[str], data_names: Sequence[str]) -> ClassMap:
     Raises:
         UserError: a class of the data is none, or several, of the classifier's.
     """
+
+    def found(numbers: Sequence[int], stated: str, names: Sequence[str] = names) -> ClassMap:
+        of_data = dict(zip(numbers, data_names, strict=True))
+        shown = tuple(of_data.get(number, name) for number, name in enumerate(names))
+        return ClassMap(np.array(numbers), shown, stated)
+
+    in_order = range(len(names))
     if tuple(names) == tuple(data_names):
-        return ClassMap(np.arange(len(names)), "the data have the classes of the weights, in the same order")
+        return found(in_order, "the data have the classes of the weights, in the same order")
     places: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         places.setdefault(name, []).append(number)
     unknown = [name for name in data_names if name not in places]
     has_names = tuple(names) != tuple(map(str, range(len(names))))
     if unknown and len(names) == NUM_IMAGENET_CLASSES and set(data_names) <= set(ids := imagenet_ids()):
-        numbers = np.array([ids.index(name) for name in data_names])
-        return ClassMap(numbers, f"the {_count(data_names)} of the data are WordNet ids, counted in the ImageNet order")
+        stated = f"the {_count(data_names)} of the data are WordNet ids, counted in the ImageNet order"
+        return found([ids.index(name) for name in data_names], stated, names if has_names else ids)
     if unknown and not has_names and len(data_names) == len(names):
-        stated = "the weights do not name their classes; those of the data are taken in their order"
-        return ClassMap(np.arange(len(names)), stated)
+        return found(in_order, "the weights do not name their classes; those of the data are taken in their order")
     if unknown:
         listed = ", ".join(map(repr, unknown[:_MAX_LISTED])) + (", ..." if len(unknown) > _MAX_LISTED else "")
         guess = nearest(unknown[0], names) if has_names else None
@@ -86,9 +99,9 @@ def match_classes(names: Sequence[str], data_names: Sequence[str]) -> ClassMap:
             "Some data sets give two classes one name, as ImageNet does with 'crane'.",
             "Write --classes=FILE with a name of its own for each class, those of the data among them.",
         )
-    numbers = np.array([places[name][0] for name in data_names])
-    relation = "in another order" if len(names) == len(data_names) else f"of the {len(names)} of the weights"
-    return ClassMap(numbers, f"the {_count(data_names)} of the data were found by name, {relation}")
+    relation = "in another order" if len(names) == len(data_names) else f"among the {len(names)} of the weights"
+    numbers = [places[name][0] for name in data_names]
+    return found(numbers, f"the {_count(data_names)} of the data were found by name, {relation}")
 
 
 def imagenet_ids() -> tuple[str, ...]:

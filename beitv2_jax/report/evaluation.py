@@ -14,6 +14,7 @@ from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.sources import Source
 from beitv2_jax.data.transform import readable_image
 from beitv2_jax.errors import UserError
+from beitv2_jax.report.captions import fitted
 from beitv2_jax.report.pipeline import markdown_table
 
 _TITLES = {
@@ -120,8 +121,9 @@ def draw_confusion(confusion: Int[np.ndarray, "k k_and_other"], names: Sequence[
         for row, column in np.argwhere(confusion):
             color = "white" if fractions[row, column] > 0.5 else "black"
             axes.text(column, row, confusion[row, column], ha="center", va="center", color=color, fontsize=8)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    numbered = "" if is_named else ", numbered as the rows of classes.csv"
+    axes.set_xlabel(f"predicted class{numbered}")
+    axes.set_ylabel(f"true class{numbered}")
     figure.colorbar(picture, label="fraction of the images of the true class", shrink=0.7)
     figure.savefig(path, dpi=110)
 
@@ -162,20 +164,11 @@ def draw_mistakes(source: Source, mistakes: Sequence[Mistake], path: Path) -> No
         sheet.paste(Image.fromarray(center_crop(image, TILE - 8, 1.0)), (left + 4, top + 4))
         lines = [
             (f"true: {mistake.true}", "black"),
-            (f"{mistake.probability:.0%} {mistake.predicted}", (190, 30, 30)),
+            (f"{mistake.probability:.0%}: {mistake.predicted}", (190, 30, 30)),
         ]
         for place, (text, color) in enumerate(lines):
-            draw.text((left + 6, top + TILE - 2 + 18 * place), _fitted(text, font, TILE - 12), fill=color, font=font)
+            draw.text((left + 6, top + TILE - 2 + 18 * place), fitted(text, font, TILE - 12), fill=color, font=font)
     sheet.save(path)
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return the text, cut off with dots where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
 
 
 def class_rows(

@@ -10,11 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.data.segmentation.transforms import WindowRow
+from beitv2_jax.report.captions import fitted
 from beitv2_jax.tasks.api import Batch
 
 TILE_WIDTH = 300
 """Width of one picture, in pixels."""
-_TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 170
+_TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 200
 _COLUMNS = ("image", "true", "predicted", "where wrong")
 
 
@@ -90,7 +91,8 @@ def _legend(classes: list[int], iou: Mapping[int, float], names: Sequence[str], 
         left, top = place % in_row * _ENTRY_WIDTH, place // in_row * _TITLE
         draw.rectangle((left + 2, top + 4, left + 16, top + 18), fill=tuple(colors[number].tolist()))
         name = names[number] if names else f"class {number}"
-        text = name + (f"  IoU {iou[number]:.1%}" if number in iou else "")
+        measured = f"  IoU {iou[number]:.1%}" if number in iou else ""
+        text = fitted(name, font, _ENTRY_WIDTH - 28 - int(font.getlength(measured))) + measured
         draw.text((left + 22, top + 3), text, fill="black", font=font)
     return legend
 
