@@ -57,6 +57,10 @@ def runs(tmp_path_factory):
         write(drawn_weights(kind), str(root / kind), "run")
     write(drawn_weights("segmenter", position="relative", patch_size=8, grid=4), str(root / "segmenter"), "run")
     (root / "classifier" / "inputs.json").write_text(json.dumps({"train": {"classes": NAMES}}))
+    # one window an image, which is not enlarged to 512 pixels as published
+    config = json.loads((root / "segmenter" / "config.json").read_text())
+    evaluation = {"stride": 20, "long_side": 32, "short_side": 32}
+    (root / "segmenter" / "config.json").write_text(json.dumps({**config, "evaluation": evaluation}))
     return root
 
 
@@ -166,6 +170,7 @@ def test_a_masked_model_on_the_codes_of_its_tokenizer(photos, runs, tmp_path):
     assert found["majority_accuracy"] == pytest.approx(np.bincount(codes[masks]).max() / len(codes[masks]))
 
 
+@pytest.mark.long
 def test_a_segmenter_against_its_label_maps(photos, runs, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
     found = run(
@@ -199,6 +204,7 @@ def test_a_segmenter_against_its_label_maps(photos, runs, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "segmentation.png").height > 100
 
 
+@pytest.mark.long
 def test_batches_and_devices_move_no_count(photos, runs, tmp_path):
     arguments = (runs / "classifier", f"folder:{photos}/photos", "--split=train")
     reports = [run(tmp_path / str(size), *arguments, f"--batch_size={size}") for size in (1, 64)]
