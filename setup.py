@@ -60,6 +60,7 @@ setup(
         "benchmarks": ["matplotlib>=3.8", "opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "evaluate": ["matplotlib>=3.8"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
         "gcs": ["array-record>=0.8.3", "fsspec>=2024.2", "gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # gs://
         "hub": ["huggingface_hub>=0.24"],
@@ -74,10 +75,12 @@ setup(
             "gcsfs>=2024.2",
             "huggingface_hub>=0.24",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "pyarrow>=15",
             "pytest>=8.0",
             "pytest-xdist>=3.8",
             "ruff>=0.9",
+            "scikit-learn>=1.4",
         ],
     },
 )

@@ -262,13 +262,15 @@ class Backbone(_Network):
         return jax.jit(features)
 
 
-class Classifier(_Network):
-    """An image classifier."""
-
+class _WithClasses(_Network):
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes as the run or the file states them, else their numbers."""
         return _class_names(self.source, self.weights.arguments["num_classes"])
+
+
+class Classifier(_WithClasses):
+    """An image classifier."""
 
     def logits(self, images: Images) -> Float32[np.ndarray, "b k"]:
         """Return the logits of every class."""
@@ -299,7 +301,7 @@ class Classifier(_Network):
         return jax.jit(self.logits_function)
 
 
-class Segmenter(_Network):
+class Segmenter(_WithClasses):
     """A semantic segmentation network."""
 
     @functools.cached_property
@@ -353,56 +355,87 @@ def load_tokenizer(source: str | os.PathLike, *, image_size: int | None = None, 
     Raises:
         UserError: nothing readable is there, or no tokenizer.
     """
-    return Tokenizer(*_read(source, image_size, ("vqkd",), "a tokenizer"), dtype)
+    return Tokenizer(*_read(source, image_size, None, ("vqkd",), "a tokenizer"), dtype)
 
 
-def load_backbone(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Backbone:
+def load_backbone(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Backbone:
     """Load the transformer of a pre-trained, fine-tuned or segmentation model, or the encoder of a tokenizer.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_tokenizer`, and `normalization`, the name of the input normalisation ('imagenet', 'half' or
+    'clip') of weights that do not state theirs; tokenizers have a fixed one.
 
     Raises:
         UserError: nothing readable is there.
     """
-    return Backbone(*_read(source, image_size, tuple(MODELS), "a backbone"), dtype)
+    return Backbone(*_read(source, image_size, normalization, tuple(MODELS), "a backbone"), dtype)
 
 
-def load_classifier(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Classifier:
-    """Load a classifier: a run of teacher or finetune, or a released fine-tuned model.
+def load_classifier(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Classifier:
+    """Load a classifier: a run of teacher or finetune, a released fine-tuned model, or a ViT of timm or Hugging Face.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_backbone`.
 
     Raises:
         UserError: nothing readable is there, or no classifier.
     """
-    return Classifier(*_read(source, image_size, ("classifier",), "a classifier"), dtype)
+    return Classifier(*_read(source, image_size, normalization, ("classifier",), "a classifier"), dtype)
 
 
-def load(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> _Network:
+def load(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> _Network:
     """Load what the weights are: a tokenizer, a backbone, a classifier or a segmentation network.
 
     Arguments and errors as `load_backbone`.
     """
-    weights, path = _read(source, image_size, tuple(MODELS), "known")
+    weights, path = _read(source, image_size, normalization, tuple(MODELS), "known")
     kinds = {"vqkd": Tokenizer, "mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
     return kinds[weights.kind](weights, path, dtype)
 
 
-def load_segmenter(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Segmenter:
+def load_segmenter(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Segmenter:
     """Load a semantic segmentation network: a segment run, or a released UPerNet.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_backbone`.
 
     Raises:
         UserError: nothing readable is there, or no segmentation network.
     """
-    return Segmenter(*_read(source, image_size, ("segmenter",), "a segmentation network"), dtype)
+    return Segmenter(*_read(source, image_size, normalization, ("segmenter",), "a segmentation network"), dtype)
 
 
 def _read(
-    source: str | os.PathLike, image_size: int | None, kinds: tuple[str, ...], wanted: str
+    source: str | os.PathLike,
+    image_size: int | None,
+    normalization: str | None,
+    kinds: tuple[str, ...],
+    wanted: str,
 ) -> tuple[Weights, str]:
-    weights = read(os.fspath(source), image_size=image_size)
+    weights = read(
+        os.fspath(source), image_size=image_size, normalization=normalization, plain_vit="classifier" in kinds
+    )
     if weights.kind not in kinds:
         raise UserError(
             f"{source} holds weights of kind {weights.kind!r}, which is not {wanted}.",

@@ -8,6 +8,7 @@ from beitv2_jax.errors import UserError, did_you_mean, print_error
 
 VERBS = {
     "train": ("beitv2_jax.main", "run or resume a stage, or predict what it needs on other chips"),
+    "evaluate": ("beitv2_jax.evaluate", "measure accuracy, reconstruction or IoU of trained weights on a data set"),
     "predict": ("beitv2_jax.predict", "predict classes of images, or of their pixels"),
     "embed": ("beitv2_jax.embed", "write the features of images to a file"),
     "convert": ("beitv2_jax.convert.__main__", "convert weights between layouts"),

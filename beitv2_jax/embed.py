@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, positive, report_errors
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.sources import Source, open_source
@@ -71,7 +72,7 @@ def _embed(argv: Sequence[str] | None) -> None:
     from beitv2_jax.runners.parts import Parts
     from beitv2_jax.runners.provenance import describe_data, refuse_disagreement
 
-    backbone = api.load_backbone(options.weights, image_size=options.image_size)
+    backbone = api.load_backbone(options.weights, image_size=options.image_size, normalization=options.normalization)
     layers = options.layers or [backbone.depth]
     apply = backbone.token_function(wanted, layers)
     made_from = {
@@ -263,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
     parser.add_argument(
         "--batch_size", type=positive, default=64, metavar="N", help="images at once in a process (default: 64)"
+    )
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
     )
     return parser
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, positive, report_errors
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.augment import eval_crop_fraction
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from beitv2_jax import api
     from beitv2_jax.convert.runs import weights_hash
 
-    network = api.load(options.weights, image_size=options.image_size)
+    network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
     if not isinstance(network, api.Classifier | api.Segmenter):
         raise UserError(
             f"{options.weights} holds weights of kind {network.weights.kind!r}, which predict no classes.",
@@ -227,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
+    )
     return parser
 
 

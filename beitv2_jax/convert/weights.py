@@ -27,7 +27,7 @@ from beitv2_jax.convert.files import read_config, read_weights, write_safetensor
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
-from beitv2_jax.convert.teachers.weights import from_state, is_plain_vit, refuse_plain_vit
+from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.convert.wrappers import StateDict
 from beitv2_jax.errors import UserError
@@ -55,7 +55,8 @@ class Weights:
             start a model or be probed but not be converted.
         arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
-        layout: of the source: 'official', 'timm', 'huggingface' or 'run'.
+        layout: of the source: 'official', 'timm', 'huggingface' or 'run'; 'plain' for a vision transformer that is no
+            BEiT.
         dropped: {name: reason} of the entries that were not used.
         assumptions: sentences on what the source does not say and was therefore assumed.
         normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1] (as 'half').
@@ -95,6 +96,7 @@ def read(
     normalization: str | None = None,
     average: bool = False,
     state_dict: str = "",
+    plain_vit: bool = False,
 ) -> Weights:
     """Read weights of any layout.
 
@@ -106,6 +108,8 @@ def read(
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
         state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
+        plain_vit: also read image classifiers that are plain vision transformers (timm, Hugging Face), which cannot be
+            written or trained here.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -114,8 +118,10 @@ def read(
         weights = _from_run(path, normalization, average)
     else:
         found = read_weights(path, state_dict)
-        refuse_plain_vit(path, found.arrays)
-        weights = _from_state(path, found.arrays, num_heads, normalization)
+        weights = _classifier_from_plain_vit(path, found.arrays, num_heads, normalization) if plain_vit else None
+        if weights is None:
+            refuse_plain_vit(path, found.arrays)
+            weights = _from_state(path, found.arrays, num_heads, normalization)
         weights = dataclasses.replace(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
         )
@@ -258,11 +264,38 @@ def _from_plain_vit(path: str, found: StateDict) -> Weights:
         kind="vit",
         arguments=network.arguments,
         variables={"params": network.params},
-        layout="plain ViT",
+        layout="plain",
         dropped=network.dropped | found.dropped,
         assumptions=found.assumptions + assumptions,
         normalization=normalization or "imagenet",
         normalization_known=bool(normalization),
+    )
+
+
+def _classifier_from_plain_vit(
+    path: str, arrays: dict[str, np.ndarray], num_heads: int | None, normalization: str | None
+) -> Weights | None:
+    """Return the classifier in the state dict of a plain vision transformer; None for another state dict."""
+    if not is_plain_vit(arrays):
+        return None
+    network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or 0)
+    if network is None:
+        return None
+    usual = network.normalization
+    normalization = normalization_of(path, given=normalization or "", usual=usual, option="--normalization")
+    if not normalization:
+        raise UserError(
+            f"{path} does not say how its input images are normalised.",
+            "Classifiers with these names were trained with different normalisations.",
+            "Write --normalization=half (AugReg and most of timm), imagenet (DeiT, MAE) or clip.",
+        )
+    return Weights(
+        kind="classifier",
+        arguments=network.arguments,
+        variables={"params": network.params, "codebook": {}},
+        layout="plain",
+        dropped=network.dropped,
+        normalization=normalization,
     )
 
 

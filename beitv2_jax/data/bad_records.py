@@ -135,20 +135,29 @@ def bad_record(split: str, example_id: int, fault: str) -> dict[str, Any]:
     return {"split": split, "example_id": example_id, "where": where, "cause": cause}
 
 
-def refuse_too_many(unreadable: int, count: int, max_bad_fraction: float, *, of: str, listed: str) -> None:
+def refuse_too_many(
+    unreadable: int,
+    count: int,
+    max_bad_fraction: float,
+    *,
+    of: str,
+    listed: str,
+    flag: str = "--config.data.max_bad_fraction",
+) -> None:
     """Raise UserError if more than `max_bad_fraction` of `count` images are unreadable, or all of them.
 
     Args:
         of: which images were counted: "of split validation".
         listed: where the unreadable ones can be found: "listed in PATH".
+        flag: what sets `max_bad_fraction`.
     """
     if unreadable <= max_bad_fraction * count and unreadable < count:
         return
     enough = math.ceil(unreadable / count * 1000) / 1000  # rounded up: the advice must be enough
-    leave_out = f", or leave them out with --config.data.max_bad_fraction={enough:g}" if unreadable < count else ""
+    leave_out = f", or leave them out with {flag}={enough:g}" if unreadable < count else ""
     raise UserError(
-        f"{unreadable} of {count} images {of} are unreadable; data.max_bad_fraction allows {max_bad_fraction:.3%}, and "
-        "at least one has to be readable.",
+        f"{unreadable} of {count} images {of} are unreadable; {flag.removeprefix('--config.')} allows "
+        f"{max_bad_fraction:.3%}, and at least one has to be readable.",
         "The data set may be damaged or copied only in part.",
         f"Repair or replace the files {listed}{leave_out}.",
     )

@@ -243,11 +243,11 @@ def eval_batches_with(extra: Callable[[dict], dict], source: Source, config, pro
         yield {**batch, **extra(batch)}
 
 
-def eval_masks(config, grid: tuple[int, int], masking: dict) -> Callable[[dict], dict]:
+def eval_masks(seed: int, grid: tuple[int, int], masking: dict) -> Callable[[dict], dict]:
     """Return an `extra` for `eval_batches_with` that adds one mask per example, a function of (seed, example id)."""
 
     def extra(batch: dict) -> dict:
-        rngs = (host_rng(config.seed, "eval_mask", int(i)) for i in batch["example_ids"])
+        rngs = (host_rng(seed, "eval_mask", int(i)) for i in batch["example_ids"])
         return {"mask": np.stack([block_mask(rng, grid, **masking).reshape(-1) for rng in rngs])}
 
     return extra
