@@ -61,10 +61,14 @@ setup(
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
+        "export": ["flatbuffers>=24.3"],  # jax needs it to write a function
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9"],
+        "test": [
+            *("beartype>=0.20", "flatbuffers>=24.3", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8"),
+            "ruff>=0.9",
+        ],
     },
 )

@@ -14,11 +14,10 @@ that this process has.
 import dataclasses
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +252,7 @@ class Classifier(_Network):
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes as the run or the file states them, else their numbers."""
-        return _class_names(self.source, self.weights.arguments["num_classes"])
+        return self.weights.class_names or tuple(map(str, range(self.weights.arguments["num_classes"])))
 
     def logits(self, images: Images) -> Float32[np.ndarray, "b k"]:
         """Return the logits of every class."""
@@ -424,14 +423,3 @@ def _padding(count: int, devices: int) -> int:
     """Return how many rows to add, so that few sizes of batches are compiled and all devices have as many."""
     size = 1 << (count - 1).bit_length()
     return -(-size // devices) * devices - count
-
-
-def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
-    inputs = Path(source) / "inputs.json"
-    if inputs.is_file():
-        names = json.loads(inputs.read_text())["train"]["classes"]
-    else:
-        config: Any = (read_config(source) or {}) if Path(source).is_dir() else {}
-        names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
-    return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))
