@@ -94,6 +94,7 @@ _STAGES = {
 """Stage -> heading of its table."""
 _MADE_FROM = ("init_from", "tokenizer.run", "tokenizer.codes", "teacher.features", "teacher.weights")
 """Keys of a config that name weights or targets that a run was made from."""
+_CACHE_MANIFEST = os.path.join("views", "manifest.json")
 _RECIPE = {
     "run.duration": "duration",
     "run.batch_size": "batch size",
@@ -172,6 +173,8 @@ def _origin(source: str, licenses: Licenses) -> list[str]:
     runs, others = _lineage(_Run(source))
     sections = [f"## {_STAGES[run.config['stage']]}\n\n{_table(_facts(run))}" for run in runs]
     teachers = [Path(path).name for key, path in others if key == "teacher.weights"]
+    stored = [_Run(path).json(_CACHE_MANIFEST) for key, path in others if key == "teacher.features"]
+    teachers += [manifest["teacher"] for manifest in stored if "teacher" in manifest]
     if teachers or any(run.config["stage"] in ("extract", "vqkd") for run in runs):
         stated = licenses.teacher or "not recorded by the runs; see where the teacher was published"
         sections.append(f"## Teacher\n\n{_table({'weights': ', '.join(teachers) or 'a run above', 'licence': stated})}")
@@ -209,7 +212,7 @@ def _facts(run: _Run) -> dict[str, str]:
     for key in _MADE_FROM:
         if run.path(key):
             facts[key] = Path(run.path(key)).name
-    manifest = run.json(os.path.join("views", "manifest.json"))
+    manifest = run.json(_CACHE_MANIFEST)
     facts |= {name: str(manifest[name]) for name in ("teacher", "teacher_output", "dtype") if name in manifest}
     metrics = summary.get("metrics", {})
     if "run" not in config:
