@@ -62,6 +62,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
         "export": ["flatbuffers>=24.3"],  # jax needs it to write a function
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # in an environment of its own: it needs an older Orbax
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
         "plan-gpu": ["jax-cuda13-plugin>=0.10", "jax-cuda13-pjrt>=0.10"],  # the compiler alone; "cuda" runs on GPUs

@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory"
     )
     parser.add_argument(
-        "dest", metavar="DEST", help="new file (official, timm) or new folder (run, huggingface, timm, stablehlo)"
+        "dest", metavar="DEST", help="new file (official, timm) or new folder (all layouts but official)"
     )
-    layouts = ("run", "official", "timm", "huggingface", "stablehlo")
+    layouts = ("run", "official", "timm", "huggingface", "stablehlo", "onnx")
     parser.add_argument("--layout", default="run", choices=layouts, help="of DEST (default: run)")
     parser.add_argument(
         "--image_size", type=int, metavar="PIXELS", help="resize position embeddings and tables to this image size"

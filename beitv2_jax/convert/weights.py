@@ -2,10 +2,11 @@
 
 A layout is how a file names its arrays: 'official' (the released PyTorch code), 'timm', 'huggingface' (a folder with
 config.json), or 'run' (a run directory of this package). The kind of model is recognised from the names. 'stablehlo'
-can only be written: a compiled function with the weights in it.
+and 'onnx' can only be written: a function with the weights in it.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -164,8 +165,9 @@ def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING
     """Write weights to a new file or folder and return {name: reason} of what the layout cannot store.
 
     'official' and 'timm' are files: .safetensors, .npz or .pth ({'model': state dict}, as the released scripts load
-    it). 'huggingface', 'run', 'stablehlo', and 'timm' for a path without a suffix, are folders; those of Hugging Face
-    and timm have a model card, which states `licenses`. Nothing is left at `path` unless all of it was written.
+    it). 'huggingface', 'run', 'stablehlo', 'onnx', and 'timm' for a path without a suffix, are folders; those of
+    Hugging Face and timm have a model card, which states `licenses`. Nothing is left at `path` unless all of it was
+    written.
 
     Raises:
         UserError: `path` exists or cannot be written, or the layout has no such model.
@@ -306,14 +308,14 @@ def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Sa
     return save, {}
 
 
-def _stablehlo_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
-    from beitv2_jax.convert import stablehlo  # it takes weights, and so imports this module
+def _function_writer(layout: str, weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
+    from beitv2_jax.convert import functions  # it takes weights, and so imports this module
 
-    function, manifest = stablehlo.export_function(weights)
+    function = functions.EXPORTS[layout](weights)
     reason = "the exported function returns tokens" if weights.kind == "mim" else "the exported function returns codes"
     unused = {"mim": r"(norm|lm_head|aggregation)", "vqkd": r"(decoder|decode_task)"}.get(weights.kind, "(?!)")
     not_written = {name: reason for name in weights.variables["params"] if re.match(unused, name)}
-    return lambda path: stablehlo.save(path, function, manifest), not_written
+    return lambda path: functions.save(path, function), not_written
 
 
 _WRITERS = {
@@ -321,9 +323,10 @@ _WRITERS = {
     "timm": _timm_writer,
     "huggingface": _huggingface_writer,
     "run": _run_writer,
-    "stablehlo": _stablehlo_writer,
+    "stablehlo": functools.partial(_function_writer, "stablehlo"),
+    "onnx": functools.partial(_function_writer, "onnx"),
 }
-_LAYOUTS_OF_ANY_MODEL = ("run", "stablehlo")
+_LAYOUTS_OF_ANY_MODEL = ("run", "stablehlo", "onnx")
 
 
 def _card(weights: Weights, library: str, licenses: Licenses) -> str:

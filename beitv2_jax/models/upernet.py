@@ -254,7 +254,7 @@ class Segmenter(nn.Module):
             self.fpn1(maps[0], train=train, weight=weight),
             self.fpn2(maps[1]),
             maps[2],
-            nn.max_pool(maps[3], (2, 2), strides=(2, 2)),
+            nn.max_pool(maps[3], window_shape=(2, 2), strides=(2, 2)),
         )
         return SegmenterOutput(
             self.decode_head(features, train=train, weight=weight),

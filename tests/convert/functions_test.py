@@ -10,7 +10,7 @@ import pytest
 from convert_states import KINDS, drawn_weights
 
 from beitv2_jax import api
-from beitv2_jax.convert import stablehlo
+from beitv2_jax.convert import functions
 from beitv2_jax.convert.weights import write
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.segmentation.windows import Sliding
@@ -75,12 +75,12 @@ def test_the_manifest_says_what_the_function_takes_and_returns(tmp_path):
     manifest = json.loads((tmp_path / "w" / "manifest.json").read_text())
     assert manifest["input"]["shape"] == ["b", 12, 12, 3] and manifest["input"]["dtype"] == "uint8"
     assert manifest["input"]["resize_shorter_side_to"] == 13  # int(12 / 0.875)
-    assert manifest["outputs"]["logits"]["shape"] == ["b", "17"]
+    assert manifest["outputs"]["logits"]["shape"] == ["b", 17]
     assert manifest["written"] < manifest["guaranteed_until"]
 
 
 def test_weights_that_are_too_large_for_one_file_are_refused_before_the_export(tmp_path, monkeypatch):
-    monkeypatch.setattr(stablehlo, "MAX_BYTES", 1000)
-    with pytest.raises(UserError, match="2 GiB"):
+    monkeypatch.setattr(functions, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="can have 2 GiB"):
         write(drawn_weights("classifier"), str(tmp_path / "w"), "stablehlo")
     assert not list(tmp_path.iterdir())
