@@ -38,8 +38,6 @@ MODEL_FILES = {"stablehlo": "model.stablehlo", "onnx": "model.onnx"}
 MANIFEST_FILE = "manifest.json"
 OPSET = 23
 """Version of the operators in ONNX files."""
-GUARANTEE_DAYS = 180
-"""jax reads a function for six months after the release that wrote it."""
 MAX_BYTES = 2**31 - 1
 """Largest file that either format can have."""
 _COMPUTE = Compute(attention="reference", nearest_code="reference")
@@ -70,12 +68,11 @@ def export_stablehlo(weights: Weights) -> Function:
     (batch,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
     exported = export.export(jax.jit(_function(weights)), platforms=PLATFORMS)(images)
-    today = datetime.datetime.now(datetime.UTC).date()
     details = {
         "jax_version": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
-        "written": today.isoformat(),
-        "guaranteed_until": (today + datetime.timedelta(days=GUARANTEE_DAYS)).isoformat(),
+        "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "expiry": "read by releases of jax up to six months newer than jax_version; later ones may refuse it",
         "platforms": list(PLATFORMS),
     }
     return Function(exported.serialize(), _manifest(weights, "stablehlo", "b", details))

@@ -209,6 +209,8 @@ def _facts(run: _Run) -> dict[str, str]:
     if train.get("classes"):
         facts["classes"] = str(len(train["classes"]))
     facts |= {title: str(_value(config, key)) for key, title in _RECIPE.items() if _value(config, key) is not None}
+    if facts.get(_RECIPE["views.num_views"]) == "0":
+        facts[_RECIPE["views.num_views"]] = "none, a new view each epoch"
     for key in _MADE_FROM:
         if run.path(key):
             facts[key] = Path(run.path(key)).name

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from convert_states import KINDS, drawn_weights
@@ -76,7 +77,17 @@ def test_the_manifest_says_what_the_function_takes_and_returns(tmp_path):
     assert manifest["input"]["shape"] == ["b", 12, 12, 3] and manifest["input"]["dtype"] == "uint8"
     assert manifest["input"]["resize_shorter_side_to"] == 13  # int(12 / 0.875)
     assert manifest["outputs"]["logits"]["shape"] == ["b", 17]
-    assert manifest["written"] < manifest["guaranteed_until"]
+    assert manifest["jax_version"] == jax.__version__ and "six months" in manifest["expiry"]
+
+
+@pytest.mark.parametrize(
+    "layout, package, extra", (("stablehlo", "flatbuffers", "export"), ("onnx", "jax2onnx", "onnx"))
+)
+def test_a_missing_package_is_named_with_its_extra(layout, package, extra, tmp_path, monkeypatch):
+    monkeypatch.setattr(functions.importlib.util, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=rf"{package}, which is not installed(.|\n)*beitv2_jax\[{extra}\]"):
+        write(drawn_weights("classifier"), str(tmp_path / "w"), layout)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_too_large_for_one_file_are_refused_before_the_export(tmp_path, monkeypatch):
