@@ -1,6 +1,7 @@
 """Which layout holds which model, as the table of docs/export.md has it, and the class names in each."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -19,10 +20,13 @@ HELD = {
 """Layout -> the kinds that it holds; that stablehlo holds all is tested with what its functions compute."""
 
 
-def weights_of(kind, **sizes):
+@functools.cache
+def weights_of(kind, stem="linear"):
     """Return a drawn model; a segmenter with the sizes that Hugging Face can build."""
+    if stem == "conv":
+        return drawn_weights(kind, stem="conv", patch_size=4)
     position = "absolute" if kind == "vqkd" else "relative"
-    weights = drawn_weights(kind, **{"position": position, "depth": 3, **sizes})
+    weights = drawn_weights(kind, position=position, depth=3)
     if kind == "segmenter":
         arguments = {**weights.arguments, "channels": 10, "out_layers": (1, 1, 2, 2)}
         weights = drawn_weights(kind, arguments=arguments)
@@ -46,7 +50,7 @@ def test_a_layout_holds_a_kind_or_says_why_not(layout, kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ("official", "timm", "huggingface"))
 def test_layouts_of_others_refuse_a_convolutional_stem(layout, kind, tmp_path):
-    weights = drawn_weights(kind, stem="conv", patch_size=4)
+    weights = weights_of(kind, stem="conv")
     with pytest.raises(UserError, match=rf"model\.stem=conv.* layout '{layout}' cannot hold"):
         write(weights, str(tmp_path / FILES[layout]), layout)
     assert not list(tmp_path.iterdir())

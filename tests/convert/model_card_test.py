@@ -98,3 +98,13 @@ def test_what_is_not_known_is_not_stated(classifier, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "Converted from model.safetensors, which does not say how they were trained." in card
     assert "## Teacher" not in card
+
+
+def test_a_teacher_of_ones_own_is_named_as_its_features_are(classifier, tmp_path):
+    manifest = classifier.parent / "own" / "views" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"teacher": "my network"}))
+    leave_run(classifier.parent / "vqkd", smoke("vqkd", teacher__features="{workdir}/own"))
+    write(read(str(classifier)), str(tmp_path / "hub"), "huggingface")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| weights | my network |" in card and "ViT-B-16" not in card
