@@ -62,8 +62,10 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "evaluate": ["matplotlib>=3.8"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
+        "export": ["flatbuffers>=24.3"],  # jax needs it to write a function
         "gcs": ["array-record>=0.8.3", "fsspec>=2024.2", "gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # gs://
         "hub": ["huggingface_hub>=0.24"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # in an environment of its own: it needs an older Orbax
         "parquet": ["pyarrow>=15"],
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
@@ -72,6 +74,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "test": [
             "beartype>=0.20",
+            "flatbuffers>=24.3",
             "gcsfs>=2024.2",
             "huggingface_hub>=0.24",
             "hypothesis>=6.100",

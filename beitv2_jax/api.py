@@ -15,11 +15,10 @@ the devices that this process has.
 import dataclasses
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from jaxtyping import Float32, Int, UInt8
 from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.files import located, read_config, run_directory
+from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.weights import Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
@@ -266,7 +265,7 @@ class _WithClasses(_Network):
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes as the run or the file states them, else their numbers."""
-        return _class_names(self.source, self.weights.arguments["num_classes"])
+        return self.weights.class_names or tuple(map(str, range(self.weights.arguments["num_classes"])))
 
 
 class Classifier(_WithClasses):
@@ -488,20 +487,3 @@ def _padding(count: int, devices: int) -> int:
     """Return how many rows to add, so that few sizes of batches are compiled and all devices have as many."""
     size = 1 << (count - 1).bit_length()
     return -(-size // devices) * devices - count
-
-
-def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names of the classes in a run's `inputs.json` or in a config.json of Hugging Face or timm, or numbers.
-
-    timm lists names, maybe synsets, and may have a description of each, which is preferred.
-    """
-    inputs = run_directory(source) / "inputs.json"
-    if inputs.is_file():
-        names = json.loads(inputs.read_text())["train"]["classes"]
-    else:
-        config: Any = read_config(source) or {}
-        labels = config.get("id2label") or config.get("label_names") or {}
-        labels = labels if isinstance(labels, dict) else {str(number): name for number, name in enumerate(labels)}
-        names = [labels.get(str(number), str(number)) for number in range(num_classes)]
-        names = [config.get("label_descriptions", {}).get(name, name) for name in names]
-    return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

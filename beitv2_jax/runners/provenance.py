@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_weights
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
@@ -24,7 +25,6 @@ from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.runtime.buckets import absolute, as_path
 from beitv2_jax.tasks.targets import PARTS
 
-INPUTS_FILE = "inputs.json"
 NETWORKS = ("teacher.weights", "tokenizer.run", "backbone.run")
 """Keys of a config that name a frozen network."""
 CACHES = ("teacher.features", "tokenizer.codes")
