@@ -61,7 +61,7 @@ def run_stage(
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache
-    is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
+    is extended where `views.num_views` has been raised. Processes that fill one target cache divide the work; any
     other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
     config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
     their values there.
@@ -277,7 +277,7 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
 
 
 def _can_resume(stage: str, changes: Changes) -> bool:
-    """Tell whether a run can go on from its results with other values of these keys, if that is allowed."""
+    """Return whether a run can continue from its results with other values of these keys, if that is allowed."""
     keys = [key for key, _, _ in changes]
     if stage in TARGET_CACHE_STAGES:
         return keys == ["run.batch_size"]
@@ -302,7 +302,7 @@ def check_start(task, config: ConfigDict) -> None:
 
 
 def holds_results(workdir: str) -> bool:
-    """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
+    """Return whether an earlier start left something in `workdir` that a later one continues from, or is finished.
 
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
     that a process is writing.
@@ -334,7 +334,7 @@ def _listed(changes: Changes) -> str:
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
-    """Tell whether a finished target cache is to hold more views than it does."""
+    """Return whether a finished target cache must be extended by more views."""
     return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 

@@ -64,14 +64,14 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Give `name` up, unless another worker took it from us."""
+        """Release `name`, unless another worker has taken it over."""
         with self._lock:
             self._held.discard(name)
             if self._is_ours(self._path(name)):
                 self._path(name).unlink(missing_ok=True)
 
     def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
-        """Return whether there is a lease that nobody renews. The first look at a heartbeat only starts its clock."""
+        """Return whether there is a lease that is not renewed. The first look at a heartbeat only starts its clock."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:

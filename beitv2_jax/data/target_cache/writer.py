@@ -90,7 +90,7 @@ class TargetCache:
                 self._remove_work()
 
     def _remove_work(self) -> None:
-        # renamed first, so that no half of it can be taken for work to go on with
+        # renamed first, so that a half-deleted folder is never taken for unfinished work
         cleared = self.directory / f"{_CLEARED}{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.work, cleared)
@@ -99,7 +99,7 @@ class TargetCache:
     def _join_plan(self, plan: dict[str, Any]) -> None:
         path = self.work / "plan.json"
         self.work.mkdir(parents=True, exist_ok=True)
-        # a plan of which no shard is done or leased binds nobody
+        # a plan of which no shard is done or leased may be replaced
         if not path.exists() or all(other == path for other in self.work.iterdir()):
             write_json(path, plan)
         try:
@@ -126,7 +126,7 @@ class TargetCache:
         return example_id // len(self.shards[0])
 
     def is_done(self, shard: int) -> bool:
-        """Tell whether all views of an input shard are written."""
+        """Return whether all views of an input shard are written."""
         return self.done_path(shard).exists()
 
     def remaining(self) -> list[int]:
