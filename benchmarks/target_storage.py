@@ -2,7 +2,7 @@
 
     python -m benchmarks.target_storage
 
-prints the table of docs/target-cache.md. Sizes are those of the files, ArrayRecord's and the record's own bytes included; only
+prints the table of docs/target-cache.md. Sizes are those of the files, ArrayRecord's and the record's bytes included; only
 what every file adds, `FILE_BYTES` at most, is left out.
 """
 

@@ -73,7 +73,8 @@ def site_links(markdown: str, folder: Path) -> str:
         if path in REPOSITORY_PAGES:
             return f"{mark}[{text}]({REPOSITORY_PAGES[path]}{hash_}{anchor})"
         if path.startswith("docs/"):
-            return f"{mark}[{text}]({os.path.relpath(path, folder if folder.parts[:1] == ('docs',) else 'docs')}{hash_}{anchor})"
+            page = os.path.relpath(path, folder if folder.parts[:1] == ("docs",) else "docs")
+            return f"{mark}[{text}]({page}{hash_}{anchor})"
         return text
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", replaced, markdown)
@@ -105,9 +106,12 @@ def _config_section(stage: str) -> str:
             lines.append(f"| **{section}** | | {_cell(comments[section])} |")
         sections.add(section)
         lines.append(f"| `{key}` | `{_cell(json.dumps(value))}` | {_cell(comments.get(key, ''))} |")
-    if "stages" in config_lib.load(str(path)):
-        names = ", ".join(f"`{name}`" for name in config_lib.load(str(path)).stages)
-        lines += ["", f"`stages.NAME.KEY` are the keys of the stages {names}; `--print_config` shows their values here."]
+    if stages := config_lib.load(str(path)).get("stages"):
+        names = ", ".join(f"`{name}`" for name in stages)
+        lines += [
+            "",
+            f"`stages.NAME.KEY` are the keys of the stages {names}; `--print_config` shows their values here.",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -201,10 +205,13 @@ def errors_page() -> str:
 
 def _messages(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("UserError", "refuse"):
-            texts = [_text(argument) for argument in node.args[-3:]]
-            if len(texts) == 3 and re.search(r"\w{3}", texts[0]):
-                yield f"- **{texts[0]}** {texts[1]} {texts[2]}"
+        if not isinstance(node, ast.Call) or len(node.args) < 3:
+            continue
+        happened, meant, instead = map(_text, node.args[:3])
+        if ast.unparse(node.func) == "refuse":  # (key, problem, meant, values)
+            yield f"- **{happened}=… is not valid: {meant}.** {instead} Write --config.{happened}=…."
+        elif ast.unparse(node.func) == "UserError":
+            yield f"- **{happened}** {meant} {instead}"
 
 
 def _text(node: ast.expr) -> str:

@@ -77,7 +77,7 @@ class RecordRange:
 class RecordFiles(Sequence[bytes]):
     """The records of many files under one numbering, from threads too.
 
-    Files are opened when they are first read. At most a fraction of the files that the process may open stay open; beyond that
+    Files are opened when they are first read. A fixed fraction of the process's limit stays open; beyond that
     those that were not read for longest are closed.
     """
 

@@ -125,7 +125,7 @@ def center_crop(
 
 
 def eval_crop_fraction(image_size: int) -> float:
-    """Return the fraction of the resized shorter side that the evaluation crop keeps: 0.875, and all from 384 pixels on.
+    """Return the fraction of the resized shorter side that the evaluation crop keeps: 0.875; 1 from 384 pixels on.
 
     Source: the released evaluation.
     """
@@ -151,7 +151,7 @@ def jitter_gray(
 ) -> np.float32:
     """Return the mean grey level of the whole `image` at the moment when colour jitter changes its contrast.
 
-    The published recipe jitters the image before it is cropped, so contrast blends with this level, after the operations that
+    The published recipe jitters the image before it is cropped, so contrast blends with this level, after what
     `order` puts before it; `models.preprocess.color_jitter`, which sees the crop, is given it. `factors` and
     `order` as `jitter_draw` returns them. Estimated on a regular grid of at most 32 x 32 pixels, hence exact up to
     that size; docs/decoding.md has the error for larger ones.

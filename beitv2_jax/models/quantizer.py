@@ -1,6 +1,6 @@
 """The codebook: nearest unit code, its moving average, and its k-means start.
 
-Sits between encoder and decoder of the tokenizer. Everything here is float32, independent of the dtype of the model. A lookup
+Sits between encoder and decoder of the tokenizer. Everything here is float32 for any dtype of the model. A lookup
 returns statistics, plain sums over the rows that jit sees; those of a whole batch, summed over its micro-batches, move
 the codebook once, so the update is the same for any number of devices and of micro-batches.
 """

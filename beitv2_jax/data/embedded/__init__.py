@@ -1,9 +1,10 @@
-"""The data set that needs no download: 9 000 drawn scenes with ten classes of objects, as a TFDS data set of this project.
+"""The data set that needs no download: 9 000 drawn scenes with ten classes of objects, as a TFDS data set.
 
 For the quickstart and for tests. Every picture, 96 x 96 pixels, shows one object (bird, butterfly, car, cat, fish,
 flower, house, mushroom, sailboat or tree) in varied surroundings and comes with its class and a segmentation mask.
-Classes differ by parts and patterns; pose, colours, background, light, distractors and occluders are drawn
-from the same distribution for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as `embedded[/CONFIG]`.
+Classes differ by parts and patterns; pose, colours, background, light, distractors and occluders are drawn from the
+same distribution for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as
+`embedded[/CONFIG]`.
 
 Example `index` of a split is a pure function of (seed, split, index): the same bytes in every run and for every number
 of processes. The class is index % 10, so each is equally frequent.

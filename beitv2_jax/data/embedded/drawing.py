@@ -21,7 +21,7 @@ Shapes = Float[np.ndarray, "k p 2"]
 
 
 class Palette(NamedTuple):
-    """The colours of one object, drawn from the same distribution for every class, so that colour does not reveal the class."""
+    """The colours of one object, from one distribution for all classes, so that colour does not reveal the class."""
 
     main: Color
     second: Color

@@ -176,7 +176,7 @@ def _light(
 def _develop(image: Float[np.ndarray, "96 96 3"], rng: np.random.Generator) -> Float[np.ndarray, "96 96 3"]:
     """Bring the brightnesses of the picture to one bell-shaped distribution, its mean and width drawn per picture.
 
-    Otherwise the fraction of dark or light pixels would separate classes (tyres, whiskers, eye spots) without any look at shapes.
+    Otherwise the fraction of dark or light pixels would separate classes (tyres, whiskers, eye spots) without shapes.
     """
     luma = (image @ np.array([0.3, 0.59, 0.11], np.float32)).astype(np.uint8)
     counts = np.bincount(luma.ravel(), minlength=256)

@@ -41,7 +41,7 @@ def prepare(archive_dir: str | os.PathLike, data_dir: str | os.PathLike = "") ->
 
     Training and validation images and the devkit must be there; test images are taken if they are. The directory
     appears complete or not at all, and an existing one is left as it is. `data_dir` is the TFDS directory
-    ("" = TFDS's default). Images that are not RGB or grey JPEGs are re-encoded (`as_plain_jpeg`); unreadable ones are kept
+    ("" = TFDS's default). Images that are not RGB or grey JPEGs are re-encoded (`as_plain_jpeg`); unreadable ones stay
     as they are, as TFDS does, and named in a warning.
 
     Raises:
