@@ -210,7 +210,7 @@ def _messages(tree: ast.Module) -> Iterator[str]:
         happened, meant, instead = map(_text, node.args[:3])
         if ast.unparse(node.func) == "refuse":  # (key, problem, meant, values)
             yield f"- **{happened}=… is not valid: {meant}.** {instead} Write --config.{happened}=…."
-        elif ast.unparse(node.func) == "UserError":
+        elif ast.unparse(node.func) == "UserError" and re.search(r"\w{3}", happened):  # not a text from elsewhere
             yield f"- **{happened}** {meant} {instead}"
 
 
