@@ -214,6 +214,12 @@ def _messages(tree: ast.Module) -> Iterator[str]:
             yield f"- **{happened}** {meant} {instead}"
 
 
+def texts(path: Path) -> str:
+    """Return all texts in a file's source, one a line, with '…' for what is known only when the program runs."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr | ast.Constant)]
+    return "\n".join(map(_text, nodes)).replace("\\", "") + "\n"
+
+
 def _text(node: ast.expr) -> str:
     """Return the text of an expression; what is known only when the program runs is '…'."""
     if isinstance(node, ast.Constant):
