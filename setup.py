@@ -60,6 +60,8 @@ setup(
         "benchmarks": ["matplotlib>=3.8", "opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+        "notebooks": ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu of the version that this jax compiles with; no TPU is needed
