@@ -139,7 +139,7 @@ def check_run(arguments: list[str]) -> None:
     """Parse flags and resolve the config, without running anything."""
     values = flags.FlagValues()
     parse_flags(["docs", *arguments], values)
-    if values.task == "run" and not values.print_config:
+    if values.task == "run" and not values.print_config and not values.plan:
         config_lib.validate(values.config)
     config_lib.resolve(values.config, "workdir")
 
