@@ -205,7 +205,7 @@ class Backbone(_Network):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens before the patches."""
+        """Number of tokens in front of the patches."""
         return self._fields.num_prefix_tokens
 
     def _check_layers(self, *layers: int) -> None:

@@ -61,7 +61,7 @@ def run_stage(
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache
-    is extended where `views.num_views` has been raised. Processes that fill one target cache divide the work; any
+    is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
     other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
     config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
     their values there.

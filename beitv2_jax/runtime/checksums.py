@@ -1,6 +1,6 @@
 """Checksums of the files of a checkpoint: written into its folder, checked before it is used.
 
-Orbax detects a damaged index, but not a byte that changed inside a large array.
+Orbax finds a damaged index by itself; a byte that changed inside a large array it hands over.
 """
 
 import json

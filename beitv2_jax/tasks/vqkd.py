@@ -161,7 +161,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return reconstruction loss, codebook usage (fraction of codes hit) and perplexity of an evaluation."""
+    """Return reconstruction loss, codebook usage (share of codes hit by the pass) and perplexity of an evaluation."""
     return {
         "reconstruction_loss": float(sums["reconstruction"] / sums["examples"]),
         "codebook_usage": float(codebook_usage(sums["counts"])),

@@ -1,4 +1,4 @@
-"""What a run reports: metrics to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
+"""What a run tells: metrics to metrics.jsonl and TensorBoard, progress to the terminal. Process 0 only."""
 
 import contextlib
 import json

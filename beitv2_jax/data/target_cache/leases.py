@@ -71,7 +71,7 @@ class Leases:
                 self._path(name).unlink(missing_ok=True)
 
     def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
-        """Return whether there is a lease that is not renewed. The first look at a heartbeat only starts its clock."""
+        """Return whether there is a lease that nobody renews. The first look at a heartbeat only starts its clock."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:

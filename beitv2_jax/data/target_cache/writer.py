@@ -99,7 +99,7 @@ class TargetCache:
     def _join_plan(self, plan: dict[str, Any]) -> None:
         path = self.work / "plan.json"
         self.work.mkdir(parents=True, exist_ok=True)
-        # a plan of which no shard is done or leased may be replaced
+        # a plan of which no shard is done or leased binds nobody
         if not path.exists() or all(other == path for other in self.work.iterdir()):
             write_json(path, plan)
         try:

@@ -1,4 +1,4 @@
-"""The notebooks of the documentation run from top to bottom and give the kinds of outputs that they were saved with."""
+"""Needs ipykernel, matplotlib and nbclient (extra "notebooks"): the notebooks run and give outputs like the saved ones."""
 
 import os
 
