@@ -1,4 +1,4 @@
-"""Needs ipykernel, matplotlib and nbclient (extra "notebooks"): the notebooks run and give outputs like the saved ones."""
+"""Needs ipykernel, matplotlib and nbclient (extra "notebooks"): the notebooks run, with outputs like the saved ones."""
 
 import os
 
