@@ -5,6 +5,7 @@ where it is the caller.
 """
 
 import ast
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ REPOSITORY_PAGES = {
     "launch/README.md": "launch.md",
 }
 """File outside of docs/ -> the page of the site that shows it, or stands for it."""
+SECTIONS = ROOT / "beitv2_jax" / "config" / "sections.py"
 CONFIGURATION_MARK = "<!-- every key -->"
 
 
@@ -145,14 +147,14 @@ def key_comments(path: Path) -> dict[str, str]:
 def _collect(node: ast.expr, prefix: str, comments: dict[int, str], found: dict[str, str]) -> None:
     if isinstance(node, ast.Dict):
         for key, value in zip(node.keys, node.values, strict=True):
-            if key is None:  # **changes,  # min_scale: what it is
-                if match := re.match(r"(\w+)(?::| is) (.+)", comments.get(value.lineno, "")):
-                    found[prefix + match[1]] = match[2]
-            else:
+            if key is not None:
                 _add(prefix + key.value, comments.get(key.lineno, ""), value, comments, found)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sections."):
-        body, its_comments = _common_section(node.func.attr)
-        _collect(body, prefix, its_comments, found)
+            elif match := re.match(r"(\w+)(?::| is) (.+)", comments.get(value.lineno, "")):
+                found[prefix + match[1]] = match[2]  # **changes,  # min_scale: what it is
+            else:
+                _collect(value, prefix, comments, found)
+    elif isinstance(node, ast.Call) and (section := _common_sections().get(ast.unparse(node.func).split(".")[-1])):
+        _collect(section.body[-1].value, prefix, _comments(SECTIONS), found)
         for keyword in node.keywords:
             if keyword.arg is None:
                 _collect(keyword.value, prefix, comments, found)
@@ -169,12 +171,12 @@ def _add(key: str, comment: str, value: ast.expr, comments: dict[int, str], foun
         found[key] = comment
 
 
-def _common_section(name: str) -> tuple[ast.expr, dict[int, str]]:
-    path = ROOT / "beitv2_jax" / "config" / "sections.py"
-    (function,) = (node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == name)
-    return function.body[-1].value, _comments(path)
+@functools.cache
+def _common_sections() -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(SECTIONS.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
+@functools.cache
 def _comments(path: Path) -> dict[int, str]:
     with path.open("rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
