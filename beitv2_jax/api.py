@@ -64,7 +64,7 @@ class Prediction(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a backbone says of images, float32.
+    """The features of images, float32.
 
     Attributes:
         cls: [CLS] after the last block, 'b d'; None for a network without [CLS].
@@ -349,7 +349,7 @@ def load_tokenizer(source: str | os.PathLike, *, image_size: int | None = None, 
     Args:
         source: path of a vqkd run or of a released tokenizer.
         image_size: positions are resized to it; None keeps the size of the weights.
-        dtype: of the matrix products, 'float32' or 'bfloat16'; codes are decided in float32 whatever it is.
+        dtype: of the matrix products, 'float32' or 'bfloat16'; codes are always computed in float32.
 
     Raises:
         UserError: nothing readable is there, or no tokenizer.

@@ -1,4 +1,4 @@
-"""What the command lines of this package share: the parser, and how mistakes are reported."""
+"""Common to the command lines of this package: the parser, and how mistakes are reported."""
 
 import argparse
 import functools

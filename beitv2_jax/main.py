@@ -1,4 +1,4 @@
-"""The command line: parse flags, start jax, hand over to the stage.
+"""The command line: parse flags, start jax, run the stage.
 
 python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqkd --config.optim.peak_lr=1e-3
 """

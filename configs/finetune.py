@@ -2,14 +2,14 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366), 3.1; augmentation after BEiT and DeiT
 Command   python -m beitv2_jax.main --config=configs/finetune.py --workdir=runs/finetune --config.init_from=runs/mim
-          init_from is a run of configs/mim.py or a published file; '' starts from nothing
+          init_from is a run of configs/mim.py or a published file; '': random weights
           at 384 pixels: --config.views.image_size=384, position tables are interpolated, evaluation sees whole images
 Published ImageNet-1k, 8 GPUs, global batch 1024 (ImageNet-21k: 32 GPUs, 4096); time not published
 Expected  top-1 on ImageNet-1k: base1600 (this file) 85.5 %, base300 85.0 %, large300 86.6 %, large1600 87.3 %;
           after fine-tuning on ImageNet-21k first: base21k 86.5 % (top-5 98.0 %), large21k 88.4 % (98.6 %)
 
 The learning rates are absolute. Relative positions have one table a block; the shared one of pre-training is copied to
-each. Patch tokens are averaged, [CLS] is not used, and the norm behind them and the head start anew. The warm-up of the
+each. Patch tokens are averaged, [CLS] is not used, and the norm after them and the head start anew. The warm-up of the
 presets without 21k in their name is that of the published commands for ImageNet-21k; theirs is not published. Where
 RandAugment is on, colour jitter is off, as released.
 

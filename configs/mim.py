@@ -10,7 +10,7 @@ Expected  top-1 on ImageNet-1k after fine-tuning: base 85.5 % (this file), 85.0 
           large; chance loss is ln 8192 = 9.01 nats per head
 
 The learning rate is absolute. 75 of 196 patches are hidden (38 %; the paper says 40 %). The colour jitter of 0.4 is
-what the released code applies whatever its flag says, and the tokenizer sees the jittered pixels too.
+what the released code applies regardless of its flag, and the tokenizer sees the jittered pixels too.
 
 Presets
   tiny        ViT-Ti/16; unpublished, like small

@@ -2,10 +2,10 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366); recipes, hardware and expected numbers as in the files of the stages
 Command   python -m beitv2_jax.main --config=configs/pipeline.py --workdir=runs/base --config.teacher.weights=PATH
-          started again, it goes on where it stopped
+          started again, it continues where it stopped
 
-`data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` stand here once and reach every stage
-they belong to; a stage's own key (--config.stages.mim.efficiency.remat=full) goes before them.
+`data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` are set here once for every stage
+they belong to; a key of a stage (--config.stages.mim.efficiency.remat=full) takes precedence.
 
 The released code sees a new crop each epoch because both frozen networks run inside the step. Stored targets mean a
 fixed number of views per image instead (4 for the tokenizer: 0.5 TB of features; 16 for MIM: 9 GB of codes). The preset

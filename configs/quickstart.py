@@ -4,7 +4,7 @@ Generated pictures with ten kinds of objects, a teacher trained on their labels,
 every stage and every figure the big runs report; its numbers say nothing about the published ones.
 
 Command   sh launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart
-          started again, it goes on where it stopped; each stage has its folder in the workdir
+          started again, it continues where it stopped; each stage has its folder in the workdir
 Hardware  a laptop CPU
 
 Presets
@@ -24,7 +24,7 @@ NUM_VIEWS = 2  # stored views per image, of features and of codes
 VIT = {"patch_size": 16, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
 DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 64, "code_dim": 16}
-MASKING = {"num_masked": 6, "min_patches": 2}  # 6 of 16, the published share
+MASKING = {"num_masked": 6, "min_patches": 2}  # 6 of 16, the published fraction
 HEAD = {"early_layer": 3, "head_depth": 2}
 # so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
 START = {"stem": "conv", "position": "absolute", "param_init": "scaled", "layer_scale_init": 1.0}

@@ -2,9 +2,9 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366), 3.1; UPerNet is Xiao et al. 2018 (arXiv 1807.10221)
 Command   python -m beitv2_jax.main --config=configs/segment.py --workdir=runs/segment --config.init_from=runs/mim
-          init_from is a run of configs/mim.py or configs/finetune.py, or a published file; '' starts from nothing
+          init_from is a run of configs/mim.py or configs/finetune.py, or a published file; '': random weights
           data.source is the folder of ADEChallengeData2016 as published: images/ and annotations/, training/ and
-          validation/ in each; docs/data.md tells of other sets
+          validation/ in each; docs/data.md describes other sets
           one look at each image, without windows: --config.evaluation.long_side=512 (short_side stays 512)
           several scales and mirrored views: --config.evaluation.scales='(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)'
           --config.evaluation.flip=true

@@ -1,10 +1,10 @@
-"""A small teacher from scratch: train a ViT classifier on labels where no pretrained network is at hand.
+"""A small teacher from scratch: train a ViT classifier on labels where no pretrained network is available.
 
 Not part of the published method, whose teachers are CLIP and DINO; the quickstart needs one that trains in minutes.
 Any run of this stage serves as teacher: --config.teacher.weights=<workdir> of configs/extract.py or configs/vqkd.py.
 
 Command   python -m beitv2_jax.main --config=configs/teacher.py --workdir=runs/teacher
-Hardware  one GPU, or a CPU with patience
+Hardware  one GPU; a CPU takes hours
 Expected  no published number
 
 Presets

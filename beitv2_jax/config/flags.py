@@ -42,7 +42,7 @@ TYPE_NAMES = {
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Define this program's flags in `values`; `argv` tells which config keys will be overridden."""
+    """Define this program's flags in `values`; `argv` shows which config keys will be overridden."""
     config_flags.DEFINE_config_file(
         "config", None, "Config file and its presets, such as configs/mim.py:large,300ep.", values, sys_argv=list(argv)
     )

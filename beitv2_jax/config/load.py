@@ -108,7 +108,7 @@ def _config_files(folder: Path) -> list[Path]:
 
 
 def link(target: ConfigDict, source: ConfigDict) -> None:
-    """Let each key of `target` follow the key of that name in `source`, until it is set itself; pipelines share so."""
+    """Let each key of `target` follow the key of that name in `source`, until it is set itself, as in pipelines."""
     for key in target:
         if key in source:
             target[key] = source.get_oneway_ref(key)

@@ -78,7 +78,7 @@ class RecordRange:
 class RecordFiles(Sequence[bytes]):
     """The records of many files under one numbering, from threads too.
 
-    Files are opened when they are first read. No more stay open than a share of what the process may open; beyond that
+    Files are opened when they are first read. A fixed fraction of the process's limit stays open; beyond that
     those that were not read for longest are closed.
     """
 
@@ -155,7 +155,7 @@ class RecordFiles(Sequence[bytes]):
         reader = _open_reader(self._ranges[file])
         with self._lock:
             self._readers[file] = reader
-            # not closed here: another thread may be reading; a reader closes its file when nobody refers to it
+            # not closed here: another thread may be reading; a reader closes its file when it is garbage-collected
             while len(self._readers) > self._most_open():
                 self._readers.popitem(last=False)
         return reader

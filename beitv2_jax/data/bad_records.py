@@ -30,7 +30,7 @@ class BadRecords:
     """Append every unreadable example, and every file that is left out, to a file, once in the life of the workdir.
 
     Process k of several writes `bad_records-k.jsonl`, since appends of several machines to one file can be lost;
-    process 0 and a lone process write `bad_records.jsonl`. An example stands in one of the files only.
+    process 0 and a lone process write `bad_records.jsonl`. An example is listed in one of the files only.
     """
 
     def __init__(self, workdir: str | os.PathLike, process_index: int = 0):

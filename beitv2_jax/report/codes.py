@@ -1,4 +1,4 @@
-"""Draw the codebook: one row of image patches per code, so that one sees what a code stands for."""
+"""Draw the codebook: one row of image patches per code, which shows what a code represents."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

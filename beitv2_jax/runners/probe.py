@@ -65,7 +65,7 @@ def cached_features(
 ) -> dict[str, np.ndarray]:
     """Return the features and labels of a whole split, computed once for its data and network and kept in the workdir.
 
-    Of several processes each computes its share of the rows, on its own devices; process 0 joins what all have
+    Of several processes each computes its part of the rows on its devices; process 0 concatenates what all have
     written, and the others wait for that.
 
     Raises:

@@ -155,5 +155,5 @@ def refuse_disagreement(inputs: dict[str, Any]) -> None:
 
 
 def digest(value: Any) -> str:
-    """Return twelve hex digits that stand for a tree of lists, mappings and plain values."""
+    """Return twelve hex digits that identify a tree of lists, mappings and plain values."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()

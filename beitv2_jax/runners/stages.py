@@ -384,7 +384,7 @@ def _has_changed(config: ConfigDict, workdir: str, key: str, path: str, *, own: 
 
 
 def _can_resume(stage: str, changes: Changes) -> bool:
-    """Tell whether a run can go on from its results with other values of these keys, if that is allowed."""
+    """Return whether a run can continue from its results with other values of these keys, if that is allowed."""
     keys = [key for key, _, _ in changes]
     if stage in TARGET_CACHE_STAGES:
         return keys == ["run.batch_size"]
@@ -409,7 +409,7 @@ def check_start(task, config: ConfigDict) -> None:
 
 
 def holds_results(workdir: str) -> bool:
-    """Tell whether a former start left something in `workdir` that a later one goes on from, or is finished.
+    """Return whether an earlier start left something in `workdir` that a later one continues from, or is finished.
 
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
     that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
@@ -470,7 +470,7 @@ def _listed(changes: Changes) -> str:
 
 
 def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
-    """Tell whether a finished target cache is to hold more views than it does."""
+    """Return whether a finished target cache must be extended by more views."""
     return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 

@@ -1,7 +1,7 @@
 """Fill a target cache: run a frozen network over every fixed view of a data set, write its outputs as TFDS data sets.
 
 Any number of processes on one file system run the same stage in the same workdir at the same time, each on its own
-devices; they share nothing but files.
+devices; they communicate only through files.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def explained(workdir: str) -> Iterator[None]:
         raise UserError(
             f"The targets could not be written to {workdir}: {cause} ({free_space(workdir)}).",
             meant,
-            f"{instead} The same command goes on: the shards that are finished stay.",
+            f"{instead} The same command continues: finished shards are kept.",
         ) from error
 
 
@@ -144,7 +144,7 @@ class Filler:
         split: name of the source's split, for the list of unreadable examples.
         batch_size: examples in a batch, which never crosses the border of a shard.
         reading: `num_threads` and `num_workers` of `view_stream`.
-        max_bad_fraction: largest share of unreadable examples with which the cache is published.
+        max_bad_fraction: largest fraction of unreadable examples with which the cache is published.
         label: what is shown to run.
         on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
     """
@@ -192,7 +192,7 @@ class Filler:
         shown.close()
 
     def _fill_free_shards(self, leases: Leases, shown: "_ShownProgress") -> bool:
-        """Fill every shard that is free; tell whether there was one."""
+        """Fill every shard that is free; return whether there was one."""
         cache, chunks = self._cache, self._claimed_chunks(leases)
         first = next(chunks, None)
         if first is None:
@@ -206,7 +206,7 @@ class Filler:
         )
         writer: ShardWriter | None = None
         for batch, shrunk in self._apply(batches):
-            startup_times.tell("first batch of targets")
+            startup_times.report("first batch of targets")
             examples = batch["example_ids"][batch["example_ids"] >= 0]
             shard, view = cache.shard_of(int(examples[0])), int(batch["views"][0])
             at_start = int(examples[0]) == cache.shards[shard].start and view == cache.views.start

@@ -1,4 +1,4 @@
-"""What the stages share: how they compute, their initial weights, their sources, and their batches."""
+"""Common to all stages: how they compute, their initial weights, their sources, and their batches."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Stage 2, MIM: predict the codes of hidden patches, from the last layer and through the patch-aggregation head.
 
 Code ids come either from the cache that the tokenize stage wrote (`tokenizer.codes`) or from the tokenizer inside the
-step (`tokenizer.run`), which may have a view of its own, the same box at another size or resized otherwise. Every view
+step (`tokenizer.run`), which may have a separate view: the same box at another size or with another filter. Every view
 is seen with its colour jitter, as in the released recipe.
 """
 

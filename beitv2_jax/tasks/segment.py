@@ -188,7 +188,7 @@ def label_ids(config) -> LabelIds:
 
 
 def no_decay(path: str) -> bool:
-    """Tell whether the released recipe exempts the parameter at `path` from weight decay: all vectors.
+    """Return whether the released recipe exempts the parameter at `path` from weight decay: all vectors.
 
     Unlike the other released recipes it decays [CLS], as its list of exemptions misses the prefix of the backbone.
     """

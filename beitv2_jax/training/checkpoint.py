@@ -123,7 +123,7 @@ class Checkpointer:
             self._start(step, state, position)
         except Exception as error:
             _wait_for_stragglers()
-            # several processes do not know of each other here, so they cannot go on together
+            # several processes cannot agree here, so none of them can continue
             self._fail(step, cause_of(error), last or jax.process_count() > 1)
         if last:
             self._settle(last=True)
@@ -183,7 +183,7 @@ class Checkpointer:
                 )
 
     def reached_preemption(self, step: int) -> bool:
-        """Tell whether the processes of a run, one of which is to end, agreed to save after `step`."""
+        """Return whether the processes of a run, one of which must end, agreed to save after `step`."""
         return ocp.utils.reached_preemption(step)
 
     def close(self) -> None:

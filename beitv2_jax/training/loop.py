@@ -194,7 +194,7 @@ def _run(
             if improved and checkpointer.preserve(step):
                 best_evaluation.take(step, found)
 
-        # a run that ended between a save and the evaluation behind it
+        # a run that ended between a save and the evaluation after it
         if _lacks_evaluation(task, schedule, start, logged):
             evaluate_at(start)
             metric_log.restart_clock()
@@ -263,7 +263,7 @@ def _make_step(
 def _start(
     task: Task, abstract: TrainState, create: Callable[[], TrainState], checkpointer: Checkpointer
 ) -> tuple[Callable[[], TrainState], dict[str, int]]:
-    """Return what gives the state to go on from, and the position in the data that belongs to it."""
+    """Return a function that gives the state to start from, and the position in the data that belongs to it."""
     if unmatched := sharding.unmatched(abstract.params):
         logging.info("%s: replicated, as no partition rule names them: %s", task.name, ", ".join(unmatched))
     step = checkpointer.latest_step()
@@ -344,7 +344,7 @@ def _logged_at(step: int | None, workdir: str | AnyPath) -> dict[str, float]:
 
 
 def _lacks_evaluation(task: Task, schedule: Schedule, step: int, logged: dict[str, float]) -> bool:
-    """Tell whether the evaluation that follows `step` is not among what was `logged` of it."""
+    """Return whether the evaluation that follows `step` is missing in what was `logged` of it."""
     evaluates = step > 0 and task.eval_batches is not None and schedule.evaluates(step)
     return evaluates and not any(name.startswith("eval/") for name in logged)
 

@@ -43,7 +43,7 @@ def load_teacher(
         state_dict: which of several state dicts in a file to read ('teacher', 'model_ema'); '' takes the usual one.
         grid: rows and columns of the features; None uses the patch size of the teacher.
         num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
-        normalization: name of the input normalisation; '' uses the one that stands beside the weights or in the run, or
+        normalization: name of the input normalisation; '' uses the one stored next to the weights or in the run, or
             else that of the family of networks.
         output: 'projected' or 'tokens' (normalised tokens of the last block); '' uses the published choice: projected
             for CLIP, tokens for all others.

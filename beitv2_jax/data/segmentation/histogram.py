@@ -33,7 +33,7 @@ class Histogram(NamedTuple):
     fault: str
 
     def listed(self) -> str:
-        """Return the numbers with their share of the pixels, as "0: 61.2%, 255: 38.8%"; the most frequent ones."""
+        """Return the numbers with their fraction of the pixels, as "0: 61.2%, 255: 38.8%"; the most frequent ones."""
         present = np.flatnonzero(self.pixels)
         kept = np.sort(present[np.argsort(-self.pixels[present], kind="stable")][:_MAX_LISTED])
         text = ", ".join(f"{number}: {self.pixels[number] / self.pixels.sum():.1%}" for number in kept)

@@ -35,7 +35,7 @@ _FILES_AT_ONCE = 32
 class ArrayRecordSource:
     """Records of the files that match a glob, in the order of their names.
 
-    `{split}` in the glob stands for the split (validation, val and test are tried for each other). Without it the
+    `{split}` in the glob is replaced by the split (validation, val and test are tried for each other). Without it the
     files of a TFDS data set are chosen by the split in their names; any others are taken for the split that is asked
     for, unless that is one to evaluate on. The name is a digest of the files' names below the folder they share, their
     sizes and their numbers of records: it follows the data when they are moved and changes when they do.
@@ -57,7 +57,7 @@ class ArrayRecordSource:
             self.split, files = _files_of_split(files, split, pattern)
         elif "{split}" not in pattern and split in EVALUATION_SPLITS:
             raise UserError(
-                f"Nothing tells which records of {pattern} are the split {split!r}.",
+                f"The address {pattern} does not say which records are the split {split!r}.",
                 "Did you mean to train and to evaluate on the same images, which this glob would give?",
                 "Write {split} in the glob where the names of the files or folders hold the split.",
             )
@@ -132,7 +132,7 @@ def _files_of_split(files: list[str], split: str, pattern: str) -> tuple[str, li
 
     files_of: dict[str, list[str]] = {}
     for file in files:
-        # what else a glob may take, such as features.json, is no shard
+        # other files that a glob may match, such as features.json, are not shards
         if naming.FilenameInfo.is_valid(name := os.path.basename(file)):
             files_of.setdefault(naming.FilenameInfo.from_str(name).split, []).append(file)
     found = resolve_split(split, files_of, f"What matches {pattern}")

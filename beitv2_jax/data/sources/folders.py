@@ -178,7 +178,7 @@ class _Names:
         return bytes(self._text[self._ends[index] : self._ends[index + 1]])
 
     def digest(self, prefixes: Iterable[str], empty: Iterable[str] = ()) -> str:
-        """Return a digest of all names, each behind the prefix of its group, and of the names of `empty` folders."""
+        """Return a digest of all names, each after the prefix of its group, and of the names of `empty` folders."""
         hasher, separator = hashlib.blake2b(digest_size=6), b""
         for prefix, start, end in zip(prefixes, self._group_ends[:-1], self._group_ends[1:], strict=True):
             encoded = os.fsencode(prefix)

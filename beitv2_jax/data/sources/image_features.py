@@ -74,7 +74,7 @@ class ImageFeatures:
         """
         try:
             return self._features.deserialize_example_np(record, decoders=self.decoders)
-        except Exception as error:  # what TFDS and protobuf raise on foreign bytes is not documented
+        except Exception as error:  # what TFDS and protobuf raise on unknown bytes is not documented
             raise RecordError(f"the record is none of this data set ({error!r})") from error
 
 
