@@ -3,7 +3,7 @@
     pip install -e '.[benchmarks]'
     python -m benchmarks.decode --images=DIR_OR_TAR [--threads] [--out=table.md] [--quick]
 
-Writes the tables of docs/data.md, section "Decoding and augmentation". All candidates of a table take turns in one
+Writes the tables of docs/decoding.md. All candidates of a table take turns in one
 process that is pinned to one core, several rounds long; a rate is images per second of processor time, the median of
 the rounds with their range, so that what else the machine does moves it little. Packages that are not installed are
 left out. `--threads` measures, unpinned and by the clock, how many images a second several threads prepare.

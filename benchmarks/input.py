@@ -3,7 +3,7 @@
     python -m benchmarks.input --config=configs/mim.py:small --source=folder:PATH --config.run.batch_size=64
         [--threads=8] [--workers=0] [--steps=20] [--tokenizer=configs/vqkd.py] [--out=FILE.json] [--quick]
 
-Writes the table of docs/data.md, section "Order, processes and bad records". Every stage that trains can be measured;
+Writes the table of docs/data-at-scale.md. Every stage that trains can be measured;
 the pixels count, not the weights, so a mim config that names neither codes nor a tokenizer gets an untrained one of the
 sizes of `--tokenizer`. Each measurement is warmed before it is taken:
 
@@ -169,7 +169,7 @@ def _devices() -> str:
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Define this program's flags in `values`; `argv` tells which config keys will be overridden."""
+    """Define this program's flags in `values`; `argv` shows which config keys will be overridden."""
     config_flags.DEFINE_config_file("config", None, "Stage to measure.", values, sys_argv=list(argv))
     flags.DEFINE_string("source", None, "In place of config.data.source.", flag_values=values)
     flags.DEFINE_integer("threads", None, "In place of config.data.num_threads.", flag_values=values)

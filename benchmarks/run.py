@@ -134,7 +134,7 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command += ["--quick"] * arguments.quick + [f"--set={text}" for text in arguments.set]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        # memory is taken as it is needed, so that what was in use at most tells of the step
+        # memory is taken as it is needed, so that the peak is that of the step
         variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         try:
             done = subprocess.run(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.target_storage
 
-prints the table of docs/data.md. Sizes are those of the files, ArrayRecord's and the record's own bytes included; only
-what every file adds, `FILE_BYTES` at most, is left out.
+prints the table of docs/target-cache.md. Sizes are those of the files, ArrayRecord's and the record's bytes included;
+only what every file adds, `FILE_BYTES` at most, is left out.
 """
 
 import math

@@ -92,7 +92,7 @@ def work(arithmetic: int, counted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Return the most memory that was in use, as the device tells, or what the compiled program asks for."""
+    """Return the peak memory, as the device reports it, or what the compiled program asks for."""
     in_use = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     planned = planned_bytes(compiled)
     if in_use:

@@ -6,7 +6,7 @@ when its `views`, seed and data source are the same and its `teacher.features` i
 Command   python -m beitv2_jax.main --config=configs/extract.py --workdir=runs/extract --config.teacher.weights=PATH
 Published nothing: the released code runs the teacher inside every training step, on a new crop each epoch
 Storage   a view of ImageNet-1k takes 101 kB an image (196 x 512 8-bit numbers and 196 scales): 135 GB
-Workers   the same command any number of times, on any machines that share the workdir; see docs/data.md
+Workers   the same command any number of times, on any machines that share the workdir; see docs/target-cache.md
 Check     --task=verify added to the command, when it has finished
 
 Presets

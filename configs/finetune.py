@@ -2,14 +2,14 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366), 3.1; augmentation after BEiT and DeiT
 Command   python -m beitv2_jax.main --config=configs/finetune.py --workdir=runs/finetune --config.init_from=runs/mim
-          init_from is a run of configs/mim.py or a published file; '' starts from nothing
+          init_from is a run of configs/mim.py or a published file; '': random weights
           at 384 pixels: --config.views.image_size=384, position tables are interpolated, evaluation sees whole images
 Published ImageNet-1k, 8 GPUs, global batch 1024 (ImageNet-21k: 32 GPUs, 4096); time not published
 Expected  top-1 on ImageNet-1k: base1600 (this file) 85.5 %, base300 85.0 %, large300 86.6 %, large1600 87.3 %;
           after fine-tuning on ImageNet-21k first: base21k 86.5 % (top-5 98.0 %), large21k 88.4 % (98.6 %)
 
 The learning rates are absolute. Relative positions have one table a block; the shared one of pre-training is copied to
-each. Patch tokens are averaged, [CLS] is not used, and the norm behind them and the head start anew. The warm-up of the
+each. Patch tokens are averaged, [CLS] is not used, and the norm after them and the head start anew. The warm-up of the
 presets without 21k in their name is that of the published commands for ImageNet-21k; theirs is not published. Where
 RandAugment is on, colour jitter is off, as released.
 
@@ -98,16 +98,18 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(min_scale=0.08),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "augment": sections.augment(randaugment_ops=2, mixup=0.8, cutmix=1.0, erasing=0.25),
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 drop_path_rate=0.2,
-                num_classes=1000,  # that of the source
+                num_classes=1000,  # unless set, that of the source
                 pooling="mean",  # of the patches; 'cls' takes [CLS]
                 layer_scale_init=0.1,
                 head_init_scale=0.001,

@@ -10,7 +10,7 @@ Expected  top-1 on ImageNet-1k after fine-tuning: base 85.5 % (this file), 85.0 
           large; chance loss is ln 8192 = 9.01 nats per head
 
 The learning rate is absolute. 75 of 196 patches are hidden (38 %; the paper says 40 %). The colour jitter of 0.4 is
-what the released code applies whatever its flag says, and the tokenizer sees the jittered pixels too.
+what the released code applies regardless of its flag, and the tokenizer sees the jittered pixels too.
 
 Presets
   tiny        ViT-Ti/16; unpublished, like small
@@ -98,7 +98,9 @@ def get_config(arg=""):
         {
             "stage": "mim",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(
                 min_scale=0.2,
@@ -116,8 +118,8 @@ def get_config(arg=""):
                 "codes": "",  # workdir of the tokenize stage: read stored code ids
                 "run": "",  # run directory of the vqkd stage: run the tokenizer in the step
             },
-            "model": sections.vit(
-                codebook_size=8192,  # that of the tokenizer
+            "model": sections.backbone(
+                codebook_size=8192,  # unless set, that of the tokenizer
                 position="relative_shared",
                 param_init="clipped",  # as released; 'scaled' by the fan-in suits widths far below 768
                 layer_scale_init=0.1,

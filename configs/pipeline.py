@@ -2,10 +2,10 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366); recipes, hardware and expected numbers as in the files of the stages
 Command   python -m beitv2_jax.main --config=configs/pipeline.py --workdir=runs/base --config.teacher.weights=PATH
-          started again, it goes on where it stopped
+          started again, it continues where it stopped
 
-`data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` stand here once and reach every stage
-they belong to; a stage's own key (--config.stages.mim.efficiency.remat=full) goes before them.
+`data`, `mesh`, `efficiency`, `seed`, `teacher`, `tokenizer_views` and `mim_views` are set here once for every stage
+they belong to; a key of a stage (--config.stages.mim.efficiency.remat=full) takes precedence.
 
 The released code sees a new crop each epoch because both frozen networks run inside the step. Stored targets mean a
 fixed number of views per image instead (4 for the tokenizer: 0.5 TB of features; 16 for MIM: 9 GB of codes). The preset
@@ -24,8 +24,9 @@ from beitv2_jax.config import apply_presets, link, load, sections
 
 
 def large(config):
-    config.stages.mim.model = load("mim:large").model
-    config.stages.probe.probe.layers = load("probe:large").probe.layers
+    model = load("mim:large").model
+    config.stages.mim.model.update({key: model[key] for key in model if key != "codebook_size"})
+    config.stages.probe.probe.layers = (model.early_layer, model.depth)
 
 
 def live(config):
@@ -46,7 +47,7 @@ def mini(config):
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(vit, depth=1)
     stages.vqkd.model.update(codebook_size=256, code_dim=16, ema_decay=0.9)  # a few hundred steps: codes must follow
-    stages.mim.model.update(vit, codebook_size=256, early_layer=3, drop_path_rate=0.0)
+    stages.mim.model.update(vit, early_layer=3, drop_path_rate=0.0)
     # so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
     stages.mim.model.update(stem="conv", position="absolute", param_init="scaled", layer_scale_init=1.0)
     stages.probe.probe.update(layers=(2, 3, 4), duration="1000 steps", batch_size=256)
@@ -94,5 +95,6 @@ def get_config(arg=""):
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"
+    stages.mim.model.codebook_size = stages.vqkd.model.get_oneway_ref("codebook_size")
     stages.probe.backbone.run = "{workdir}/mim"
     return apply_presets(config.lock(), arg, PRESETS)

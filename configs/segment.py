@@ -2,9 +2,9 @@
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366), 3.1; UPerNet is Xiao et al. 2018 (arXiv 1807.10221)
 Command   python -m beitv2_jax.main --config=configs/segment.py --workdir=runs/segment --config.init_from=runs/mim
-          init_from is a run of configs/mim.py or configs/finetune.py, or a published file; '' starts from nothing
+          init_from is a run of configs/mim.py or configs/finetune.py, or a published file; '': random weights
           data.source is the folder of ADEChallengeData2016 as published: images/ and annotations/, training/ and
-          validation/ in each; docs/data.md tells of other sets
+          validation/ in each; docs/data.md describes other sets
           one look at each image, without windows: --config.evaluation.long_side=512 (short_side stays 512)
           several scales and mirrored views: --config.evaluation.scales='(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)'
           --config.evaluation.flip=true
@@ -73,7 +73,9 @@ def get_config(arg=""):
         {
             "stage": "segment",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": {
                 "offset": 1,  # number of class 0 in the label maps
@@ -108,11 +110,11 @@ def get_config(arg=""):
                 "auxiliary_weight": 0.4,
                 "count_unlabelled": True,  # in the mean over pixels, where they are 0
             },
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 layer_scale_init=0.1,
                 drop_path_rate=0.15,
-                num_classes=150,
+                num_classes=150,  # unless set, that of the source
                 out_layers=(4, 6, 8, 12),  # blocks, counted from 1, that give the four feature maps
                 channels=768,  # of the head
                 aux_channels=256,

@@ -7,7 +7,7 @@ workdir.
 Command   python -m beitv2_jax.main --config=configs/tokenize.py --workdir=runs/codes --config.tokenizer.run=runs/vqkd
 Published nothing: the released code runs the tokenizer inside every training step, on a new crop each epoch
 Storage   a view of ImageNet-1k takes 410 bytes an image (196 ids of 13 bits, and the record around them): 0.5 GB
-Workers   the same command any number of times, on any machines that share the workdir; see docs/data.md
+Workers   the same command any number of times, on any machines that share the workdir; see docs/target-cache.md
 Check     --task=verify added to the command, when it has finished
 
 Presets

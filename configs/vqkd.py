@@ -4,7 +4,7 @@ Paper     Peng et al., BEiT v2: Masked Image Modeling with Vector-Quantized Visu
 Command   python -m beitv2_jax.main --config=configs/vqkd.py --workdir=runs/vqkd --config.teacher.weights=PATH
           with precomputed targets: --config.teacher.features=DIR, the workdir of configs/extract.py
 Published 8 x V100-32G, fp16, ImageNet-1k, 100 epochs = 250 200 steps of 512 images; time not published
-Expected  share of codes used on the validation set: 97 % (this file), 100 % (decoder1), 100 % (dino)
+Expected  fraction of codes used on the validation set: 97 % (this file), 100 % (decoder1), 100 % (dino)
 
 The learning rate is absolute: the released command's 5e-5 x 512 / 128 = 2e-4.
 
@@ -89,7 +89,9 @@ def get_config(arg=""):
         {
             "stage": "vqkd",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(min_scale=0.08),
             "teacher": sections.teacher(features=""),  # features: workdir of the extract stage; give it or weights

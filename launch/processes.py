@@ -47,11 +47,11 @@ def explain(processes: list[Popen]) -> int:
     code, number = min(ended, default=(0, 0))
     code = 128 - code if code < 0 else code
     if code and len(processes) > 1:
-        tell(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped\n")
+        report(f"process {number} of {len(processes)} ended with exit code {code}; all are stopped\n")
     return code
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     """Write to stderr; a full disk or a closed pipe does not stop the processes."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
@@ -64,6 +64,6 @@ if __name__ == "__main__":
     code = run(start(count, arguments))
     while not stop_requests and restarts and (code == os.EX_TEMPFAIL or code > 128):
         restarts -= 1
-        tell(f"ended with exit code {code}: starting again, {restarts} restarts left\n")
+        report(f"ended with exit code {code}: starting again, {restarts} restarts left\n")
         code = run(start(count, arguments))
     sys.exit(code)

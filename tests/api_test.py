@@ -162,10 +162,14 @@ def test_a_segmenter_gives_the_label_maps_of_the_stage(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (43, 61, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "data/images/train/1.png")
     Image.fromarray(image[..., 0] % 17).save(tmp_path / "data/annotations/train/1.png")
-    segmenter = beitv2_jax.load_segmenter(tmp_path / "run")
     config = config_lib.load(f"{CONFIGS / 'segment'}.py").unlock()
     config.views.image_size = 32
     config.evaluation.update(stride=21)
+    assert beitv2_jax.load_segmenter(tmp_path / "run").sliding == segment.sliding_of(config)  # as published
+    config.evaluation.update(long_side=80, short_side=50)
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"evaluation": config.evaluation.to_dict()}))
+    segmenter = beitv2_jax.load_segmenter(tmp_path / "run")
     config.model.num_classes = 17
     config.labels.update(offset=0, ignored=())
     (batch,) = segment.EvalBatches(config, FolderLabelMaps(str(tmp_path / "data"), "train"))(0, 1)

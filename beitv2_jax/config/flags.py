@@ -42,7 +42,7 @@ TYPE_NAMES = {
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Define this program's flags in `values`; `argv` tells which config keys will be overridden."""
+    """Define this program's flags in `values`; `argv` shows which config keys will be overridden."""
     config_flags.DEFINE_config_file(
         "config", None, "Config file and its presets, such as configs/mim.py:large,300ep.", values, sys_argv=list(argv)
     )
@@ -128,7 +128,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             "Write every argument as --NAME=VALUE, with the value in quotes if it has spaces.",
         )
     for name in ("workdir", "compilation_cache"):
-        refuse_remote(f"--{name}", values[name].value or "")
+        refuse_remote(f"--{name}", values[name].value or "", buckets=True)
     if not values.workdir and not values.plan and not values.print_config:
         raise UserError(
             "The flag --workdir is missing.",

@@ -1,4 +1,4 @@
-"""The mean and standard deviation of the input images that stand in a JSON file beside published weights."""
+"""The mean and standard deviation of the input images, read from a JSON file next to published weights."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -18,6 +18,7 @@ from absl import logging
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import open_files
+from beitv2_jax.runtime.buckets import as_path
 
 _FILES_AT_ONCE = 32
 _SHARE_OF_LIMIT = 4
@@ -77,7 +78,7 @@ class RecordRange:
 class RecordFiles(Sequence[bytes]):
     """The records of many files under one numbering, from threads too.
 
-    Files are opened when they are first read. No more stay open than a share of what the process may open; beyond that
+    Files are opened when they are first read. A fixed fraction of the process's limit stays open; beyond that
     those that were not read for longest are closed.
     """
 
@@ -154,7 +155,7 @@ class RecordFiles(Sequence[bytes]):
         reader = _open_reader(self._ranges[file])
         with self._lock:
             self._readers[file] = reader
-            # not closed here: another thread may be reading; a reader closes its file when nobody refers to it
+            # not closed here: another thread may be reading; a reader closes its file when it is garbage-collected
             while len(self._readers) > self._most_open():
                 self._readers.popitem(last=False)
         return reader
@@ -182,7 +183,7 @@ def _fault_of(entry: RecordRange) -> str:
     except Exception as error:  # the library's own class, which it does not export
         if open_files.is_exhausted(error):
             raise open_files.too_many(error) from error
-        return f"{entry.path}: {error if os.path.exists(entry.path) else 'there is no such file'}"
+        return f"{entry.path}: {error if as_path(entry.path).exists() else 'there is no such file'}"
     return "" if found == entry.total else f"{entry.path}: it holds {found} of {entry.total} records"
 
 

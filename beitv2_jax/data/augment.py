@@ -125,7 +125,7 @@ def center_crop(
 
 
 def eval_crop_fraction(image_size: int) -> float:
-    """Return the share of the resized shorter side that the evaluation crop keeps: 0.875, and all from 384 pixels on.
+    """Return the fraction of the resized shorter side that the evaluation crop keeps: 0.875; 1 from 384 pixels on.
 
     Source: the released evaluation.
     """
@@ -151,10 +151,10 @@ def jitter_gray(
 ) -> np.float32:
     """Return the mean grey level of the whole `image` at the moment when colour jitter changes its contrast.
 
-    The published recipe jitters the image before it is cropped, so contrast blends with this level, after whatever
-    `order` puts in front of it; `models.preprocess.color_jitter`, which sees the crop, is given it. `factors` and
+    The published recipe jitters the image before it is cropped, so contrast blends with this level, after what
+    `order` puts before it; `models.preprocess.color_jitter`, which sees the crop, is given it. `factors` and
     `order` as `jitter_draw` returns them. Estimated on a regular grid of at most 32 x 32 pixels, hence exact up to
-    that size; the error of larger ones stands in docs/data.md.
+    that size; docs/decoding.md has the error for larger ones.
     """
     pixels = image.reshape(-1, 3).take(_spread_pixels(*image.shape[:2]), axis=0).astype(np.float32)
     for operation in order.tolist():

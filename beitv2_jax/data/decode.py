@@ -1,7 +1,7 @@
-"""Encoded bytes -> pixels: the first step of the data pipeline after a source, in front of the random view.
+"""Encoded bytes -> pixels: the first step of the data pipeline after a source, before the random view.
 
 JPEGs, nearly all there is, go through libjpeg-turbo (simplejpeg), which gives Pillow's pixels bit for bit in about half
-the time. Everything else, and every JPEG that it finds any fault with, goes to Pillow, whose word is final: an image
+the time. Everything else, and every JPEG that it finds any fault with, goes to Pillow, the reference: an image
 is readable here if and only if Pillow reads it.
 """
 

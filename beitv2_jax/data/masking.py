@@ -25,7 +25,7 @@ def block_mask(
 
     a uniform place, and is accepted if it is smaller than the grid in both directions and hides between 1 and m
     new patches. After ten refusals in a row the rest is drawn patch by patch. Hence the count is always exact.
-    `max_patches` None or 0 stands for `num_masked`. `rng` is consumed; the caller derives it from
+    `max_patches` None or 0 means `num_masked`. `rng` is consumed; the caller derives it from
     (seed, "mask", example id, epoch).
 
     Raises:

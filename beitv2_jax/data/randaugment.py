@@ -99,7 +99,7 @@ class RandAugment:
     std: float = 0.5
 
     def draw(self, rng: np.random.Generator) -> list[Operation]:
-        """Draw the operations that are applied, in order. `rng` is consumed; as many numbers whatever they are."""
+        """Draw the operations that are applied, in order. `rng` is consumed; the number of draws is constant."""
         which = rng.integers(len(OPERATIONS), size=self.ops)
         applied, negative = rng.random((2, self.ops)) < 0.5
         magnitudes = np.clip(rng.normal(self.magnitude, self.std, self.ops), 0.0, MAX_MAGNITUDE)

@@ -33,7 +33,7 @@ class TrainTransform:
 
     Attributes:
       image_size: side of the view in pixels.
-      min_scale: smallest area of a view, as a share of the image.
+      min_scale: smallest area of a view, as a fraction of the image.
       interpolation: "bicubic", "lanczos" or "bilinear".
       tokenizer_image_size, tokenizer_interpolation: of a second view for the tokenizer, the same box and flip resized
         once more; 0 and "" are those of the first. Where nothing differs there is no second view.
@@ -158,7 +158,7 @@ def _identity(example: dict[str, Any], fault: str) -> Example:
 
 
 def identity(example: dict[str, Any], fault: str) -> Example:
-    """Return what tells a row from others and whether it counts: `example_ids`, `weight` and `faults`."""
+    """Return what identifies a row and whether it counts: `example_ids`, `weight` and `faults`."""
     return {
         "example_ids": np.int64(example["example_id"]),
         "weight": np.float32(not fault),

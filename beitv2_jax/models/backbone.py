@@ -30,7 +30,7 @@ class Backbone:
         patch_bias: give the patch embedding a bias.
         activation: of the MLPs (`layers.ACTIVATIONS`, or 'swiglu').
         stem: how a patch is embedded, 'linear' (as released) or 'conv' (`vit.ConvStem`).
-        class_token: put [CLS] in front; SigLIP has none.
+        class_token: prepend [CLS]; SigLIP has none.
         num_registers: learned tokens without position between [CLS] and the patches, as in DINOv2.
 
     Raises:
@@ -72,7 +72,7 @@ class Backbone:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
+        """Number of tokens before the patches."""
         return self.class_token + self.num_registers
 
     @property

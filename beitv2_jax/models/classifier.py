@@ -63,6 +63,6 @@ class Classifier(nn.Module):
         return self.head(self.norm(tokens[:, 0]))
 
     def features(self, images: Images) -> Tokens:
-        """Return all tokens, [CLS] first, each normalised by the norm in front of the head."""
+        """Return all tokens, [CLS] first, each normalised by the norm before the head."""
         tokens = self.vit(images).tokens
         return self.fc_norm(tokens) if self.pooling == "mean" else self.norm(tokens)

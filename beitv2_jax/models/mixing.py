@@ -59,12 +59,12 @@ def mix(
     probability: float,
     switch_probability: float,
 ) -> tuple[NormalizedImages, Targets]:
-    """Mix every image and its target with that of its partner, one way and one share for the whole batch.
+    """Mix every image and its target with that of its partner, with one method and one lambda for the whole batch.
 
         partner of i = B - 1 - i;   lambda ~ Beta(a, a)
         mixup:   lambda image + (1 - lambda) partner
         CutMix:  a box of the partner in the image, its sides sqrt(1 - lambda) of the image's, its centre uniform, cut
-                 at the border; lambda is then the share of the image that is left
+                 at the border; lambda is then the fraction of the image that is left
         targets: lambda target + (1 - lambda) partner's target
 
     An image whose partner has weight 0 (it could not be read) stays as it is. `mixup` and `cutmix` are the parameters a

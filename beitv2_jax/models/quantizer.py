@@ -1,8 +1,8 @@
 """The codebook: nearest unit code, its moving average, and its k-means start.
 
-Sits between encoder and decoder of the tokenizer. Everything here is float32 whatever the model computes in. A lookup
+Sits between encoder and decoder of the tokenizer. Everything here is float32 for any dtype of the model. A lookup
 returns statistics, plain sums over the rows that jit sees; those of a whole batch, summed over its micro-batches, move
-the codebook once, so any number of devices and of micro-batches moves it alike.
+the codebook once, so the update is the same for any number of devices and of micro-batches.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ MIN_NORM = 1e-12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerOptions:
-    """What defines a quantizer, passed whole to whatever needs it.
+    """The options of a quantizer, passed as one object.
 
     Attributes:
         codebook_size: number of codes.
@@ -178,7 +178,7 @@ def kmeans(
     The initial means are distinct random samples, or samples drawn with replacement when there are fewer than
     `num_clusters`. `key` owns the draw. Samples of `weight` 0 take no part.
 
-    **Source** the released start, which each process runs on its own images, so that their codebooks begin unlike;
+    **Source** the released start, which each process runs on its own images, so that their codebooks start differently;
     this one sees the global batch and gives one codebook.
     """
     unit = l2_normalise(samples)
@@ -226,7 +226,7 @@ def kmeans_from(
 
 
 def codebook_usage(counts: Float[Array, "k"]) -> Scalar:
-    """Return the share of codes hit at least once, in [0, 1]."""
+    """Return the fraction of codes hit at least once, in [0, 1]."""
     return jnp.mean((counts > 0).astype(jnp.float32))
 
 

@@ -36,7 +36,7 @@ class Teacher:
         network_grid: rows and columns of its network's patches.
         grid: rows and columns of the features it returns; those of another network grid are resampled.
         width: of a feature.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens: tokens before the patches.
         tokens: (params, normalised images) -> all its tokens.
     """
 
@@ -107,7 +107,7 @@ def vit_tokens(model: NormalisedViT) -> Callable[[PyTree, Images], Tokens]:
 
 
 def classifier_tokens(model: Classifier) -> Callable[[PyTree, Images], Tokens]:
-    """Return (params, images) -> normalised tokens in front of the head of a classifier."""
+    """Return (params, images) -> the normalised tokens that the head of a classifier reads."""
     return lambda params, images: model.apply({"params": params}, images, method=Classifier.features)
 
 

@@ -69,7 +69,7 @@ class Instruction:
 class Program:
     """Computations by name; that of the entry is ''.
 
-    `times` tells how often a step runs each. The body of a loop whose length the text does not tell counts once.
+    `times` is how often a step runs each. The body of a loop whose length the text does not state counts once.
     `fused` are the computations inside of fusions, whose results never reach the memory.
     """
 
@@ -166,7 +166,7 @@ def _times(computations: Mapping[str, Sequence[Instruction]]) -> tuple[dict[str,
 def _rounds(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> int:
     """Return how often a loop runs: as the compiler notes, or by its condition, since jax's loops count up from 0.
 
-    Where neither tells, it counts once.
+    Where neither states it, it counts once.
     """
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])

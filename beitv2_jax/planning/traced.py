@@ -4,7 +4,7 @@ Nothing here knows the architecture. Flax writes the path of each module into th
 traces, and jax marks the backward pass there with `transpose(...)`; both are read back.
 
 The step is traced for `PROBE_BATCH` images, a prime that divides no size of a network: an array whose size it divides
-grows with the batch, any other does not. So one trace, which takes seconds, tells the cost of every batch size.
+grows with the batch, any other does not. So one trace, which takes seconds, gives the cost of every batch size.
 """
 
 import dataclasses

@@ -16,14 +16,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import read_weights
+from beitv2_jax.convert.class_names import INPUTS_FILE
+from beitv2_jax.convert.files import located, read_weights
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.buckets import absolute, as_path
 from beitv2_jax.tasks.targets import PARTS
 
-INPUTS_FILE = "inputs.json"
 NETWORKS = ("teacher.weights", "tokenizer.run", "backbone.run")
 """Keys of a config that name a frozen network."""
 CACHES = ("teacher.features", "tokenizer.codes")
@@ -40,14 +41,9 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
     """
     found = {}
     for key, path in paths_of_networks(config).items():
-        if there and not os.path.exists(path):
+        if there and not located(path).exists():
             continue
-        if not os.path.exists(path):
-            raise UserError(
-                f"There is no file or folder {path}, which {key} names.",
-                "The path may be mistyped, or the stage that writes it may not have run yet.",
-                f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
-            )
+        _refuse_missing(key, path)
         found[key] = describe_network(config, key, path)
     return found
 
@@ -66,6 +62,26 @@ def describe_network(config: ConfigDict, key: str, path: str) -> str:
     if key in CACHES:
         return _cache(path)
     return _network(path, config.teacher.state_dict if key == "teacher.weights" else "")
+
+
+def refuse_missing_paths(config: ConfigDict, later: str) -> None:
+    """Raise UserError if a network, target cache or initial weights that the config names are not there.
+
+    Those inside the folder `later` are left out: former stages of a pipeline write them.
+    """
+    named = {**paths_of_networks(config), "init_from": config.get("init_from", "")}
+    for key, path in named.items():
+        if path and not as_path(absolute(path)).is_relative_to(later):
+            _refuse_missing(key, path)
+
+
+def _refuse_missing(key: str, path: str) -> None:
+    if not located(path).exists():
+        raise UserError(
+            f"There is no file or folder {path}, which {key} names.",
+            "The path may be mistyped, or the stage that writes it may not have run yet.",
+            f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
+        )
 
 
 def _network(path: str, state_dict: str) -> str:
@@ -109,11 +125,10 @@ def changed_inputs(workdir: str, inputs: dict[str, Any]) -> list[tuple[str, Any,
 
     Of two lists it is the first entry that differs.
     """
-    path = os.path.join(workdir, INPUTS_FILE)
-    if not os.path.exists(path):
+    path = as_path(workdir) / INPUTS_FILE
+    if not path.exists():
         return []
-    with open(path) as file:
-        former = config_lib.flatten(json.load(file))
+    former = config_lib.flatten(json.loads(path.read_text()))
     changes = []
     for key, new in config_lib.flatten(inputs).items():
         old = former.get(key, new)
@@ -140,5 +155,5 @@ def refuse_disagreement(inputs: dict[str, Any]) -> None:
 
 
 def digest(value: Any) -> str:
-    """Return twelve hex digits that stand for a tree of lists, mappings and plain values."""
+    """Return twelve hex digits that identify a tree of lists, mappings and plain values."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()

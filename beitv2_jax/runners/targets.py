@@ -1,7 +1,7 @@
 """Fill a target cache: run a frozen network over every fixed view of a data set, write its outputs as TFDS data sets.
 
 Any number of processes on one file system run the same stage in the same workdir at the same time, each on its own
-devices; they share nothing but files.
+devices; they communicate only through files.
 """
 
 import contextlib
@@ -51,12 +51,21 @@ def run(task: TargetCacheTask, config, workdir: str) -> dict[str, float]:
             network gives values that cannot be stored.
         Preempted: this process was asked to stop; finished shards stay, the current shard is written again.
     """
+    apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
+    return fill(task, config, workdir, lambda part: apply, shard_examples=config.output.shard_examples)
+
+
+def fill(
+    task: TargetCacheTask, config, workdir: str, apply_to: Callable[[str], Apply], *, shard_examples: int
+) -> dict[str, float]:
+    """Do what `run` does with targets that `apply_to(part)` computes in place of `task.apply`."""
     with (
         preemption.stops(task.name) as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
         explained(workdir),
     ):
-        return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+        on_move = watchdog.moving(watch, stop_if_signalled)
+        return _fill(task, config, workdir, apply_to, shard_examples, on_move)
 
 
 @contextlib.contextmanager
@@ -70,12 +79,18 @@ def explained(workdir: str) -> Iterator[None]:
         raise UserError(
             f"The targets could not be written to {workdir}: {cause} ({free_space(workdir)}).",
             meant,
-            f"{instead} The same command goes on: the shards that are finished stay.",
+            f"{instead} The same command continues: finished shards are kept.",
         ) from error
 
 
-def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
-    apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
+def _fill(
+    task: TargetCacheTask,
+    config,
+    workdir: str,
+    apply_to: Callable[[str], Apply],
+    shard_examples: int,
+    on_move: Callable[[str], None],
+) -> dict[str, float]:
     unreadable = 0
     for part, source in zip(targets_lib.PARTS, task.sources, strict=True):
         directory = os.path.join(workdir, part)
@@ -83,12 +98,12 @@ def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], 
             directory,
             name=task.name,
             manifest={**targets_lib.cache_manifest(config, source, part), **task.manifest},
-            shard_examples=config.output.shard_examples,
+            shard_examples=shard_examples,
         )
         filler = Filler(
             cache,
             load=targets_lib.view_rows(config, source, part, cache.views),
-            apply=apply,
+            apply=apply_to(part),
             encoding=task.encoding,
             split=source.split,
             batch_size=config.run.batch_size,
@@ -129,7 +144,7 @@ class Filler:
         split: name of the source's split, for the list of unreadable examples.
         batch_size: examples in a batch, which never crosses the border of a shard.
         reading: `num_threads` and `num_workers` of `view_stream`.
-        max_bad_fraction: largest share of unreadable examples with which the cache is published.
+        max_bad_fraction: largest fraction of unreadable examples with which the cache is published.
         label: what is shown to run.
         on_move: called with what comes next, at least once a batch; it may raise `Preempted`.
     """
@@ -177,7 +192,7 @@ class Filler:
         shown.close()
 
     def _fill_free_shards(self, leases: Leases, shown: "_ShownProgress") -> bool:
-        """Fill every shard that is free; tell whether there was one."""
+        """Fill every shard that is free; return whether there was one."""
         cache, chunks = self._cache, self._claimed_chunks(leases)
         first = next(chunks, None)
         if first is None:
@@ -191,7 +206,7 @@ class Filler:
         )
         writer: ShardWriter | None = None
         for batch, shrunk in self._apply(batches):
-            startup_times.tell("first batch of targets")
+            startup_times.report("first batch of targets")
             examples = batch["example_ids"][batch["example_ids"] >= 0]
             shard, view = cache.shard_of(int(examples[0])), int(batch["views"][0])
             at_start = int(examples[0]) == cache.shards[shard].start and view == cache.views.start

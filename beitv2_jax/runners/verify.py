@@ -24,7 +24,7 @@ from beitv2_jax.tasks.api import TargetCacheTask
 MIN_COSINE = {"int8": 0.9995, "bfloat16": 0.99999, "float16": 0.99999, "float32": 0.999999}
 """Least mean cosine over the tokens of any view of the sample, by the type of the stored features."""
 MIN_AGREEMENT = 0.99
-"""Least share of the sample's code ids that are equal. On the machine that made them all are; another one rounds the
+"""Least fraction of the sample's code ids that are equal. On the machine that made them all are; another one rounds the
 projections otherwise, which decides between codes that are nearly as near."""
 VERIFY_FILE = "verify.json"
 

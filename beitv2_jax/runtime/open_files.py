@@ -31,7 +31,7 @@ def limit() -> int:
 
 
 def is_exhausted(error: BaseException | str) -> bool:
-    """Tell whether `error`, of the system or in words that quote it, says that no more files can be opened."""
+    """Return whether `error`, of the system or a message that quotes it, says that no more files can be opened."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _EXHAUSTED
     return any(os.strerror(number) in str(error) for number in _EXHAUSTED)

@@ -17,7 +17,7 @@ from beitv2_jax.errors import Preempted
 
 @contextlib.contextmanager
 def notices(agreed_step: Callable[[int], bool]) -> Iterator[Callable[[int], bool]]:
-    """Yield the function that tells whether the run is to save after the step it is given, and end.
+    """Yield a function of the step that returns whether the run must save after that step and end.
 
     It has to be asked after every step, by every process. A lone process listens itself, until the context ends. Where
     `jax.distributed` is on, jax listens, and `agreed_step` (of the checkpoint manager) is True at the step on which all

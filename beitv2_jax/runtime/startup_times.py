@@ -1,6 +1,6 @@
 """Where the time from the command to the first step goes: seconds by phase and for XLA, one line in the log of a run.
 
-A process has one timeline at a time, from `begin` to `tell`; in a pipeline every stage has its own. Imports no jax.
+A process has one timeline at a time, from `begin` to `report`; in a pipeline every stage has its own. Imports no jax.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def begin(at: float | None = None) -> None:
 
 
 def process_start() -> float:
-    """Return when this process was started, as `time.monotonic` counts; where the system does not tell, now."""
+    """Return when this process was started, as `time.monotonic` counts; now, where the system does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -60,7 +60,7 @@ def watch_compiler() -> None:
     jax.monitoring.register_event_listener(happened)
 
 
-def tell(phase: str, at: float | None = None) -> None:
+def report(phase: str, at: float | None = None) -> None:
     """End the timeline with `phase`, which is over now or was `at` a time of `time.monotonic`, and log it."""
     if not _marks:
         return

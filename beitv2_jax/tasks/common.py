@@ -1,4 +1,4 @@
-"""What several stages share: initial variables, pixels and input range, weight decay and layer decay groups."""
+"""Common to several stages: initial variables, pixels and input range, weight decay and layer decay groups."""
 
 import re
 
@@ -16,7 +16,7 @@ def init_variables(model, key, *args, **kwargs) -> dict[str, PyTree]:
 
 
 def released_no_decay(path: str) -> bool:
-    """Tell whether the released recipes exempt the parameter at `path` ('a/b/c') from weight decay.
+    """Return whether the released recipes exempt the parameter at `path` ('a/b/c') from weight decay.
 
     Exempt are all vectors (biases, norms, layer scale), `cls_token` and `pos_embed`. Relative position tables and the
     mask token are decayed, as released.

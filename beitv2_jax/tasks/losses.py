@@ -56,7 +56,7 @@ def soft_cross_entropy(logits: Float[Array, "b k"], targets: Float[Array, "b k"]
 
 
 def accuracy(logits: Float[Array, "*b k"], labels: Int[Array, "*b"]) -> Scalar:
-    """Return the share of arg-max hits, in [0, 1]."""
+    """Return the fraction of arg-max hits, in [0, 1]."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 

@@ -40,7 +40,7 @@ def load_tokenizer(
 ) -> tuple[Tokenizer, PyTree]:
     """Load the tokenizer that a vqkd run left in `run_dir`, with its variables {"params", "codebook"}.
 
-    `dtype` is that of its matrix products here; codes are decided in float32 whatever it is. `size_key` is the config
+    `dtype` is that of its matrix products here; codes are always computed in float32. `size_key` is the config
     key of `image_size`.
 
     Raises:

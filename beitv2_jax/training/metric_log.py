@@ -1,6 +1,6 @@
 """The metrics of the steps: fetched asynchronously, checked and logged, with the rate of the steps.
 
-Between the training loop, which hands over the metrics of each step, and the writer, which shows them.
+Between the training loop, which passes the metrics of each step, and the writer, which shows them.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class MetricLog:
         while len(self._running) > leave:
             oldest = self._running.pop(0)
             ended = oldest.ended.result()
-            startup_times.tell("first step", ended)
+            startup_times.report("first step", ended)
             self._lap(ended, oldest.waited)
             self._progress.advance()
             self._unread.append(oldest)

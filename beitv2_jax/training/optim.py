@@ -64,7 +64,7 @@ SCHEDULES = {"cosine": learning_rate, "linear": linear_rate}
 
 
 def layer_scale(layer: int | None, *, layer_decay: float, num_layers: int) -> float:
-    """Return `layer_decay ** (num_layers + 1 - layer)`, the share of the rate that a layer gets; None gets all of it.
+    """Return `layer_decay ** (num_layers + 1 - layer)`, the fraction of the rate for a layer; 1 for None.
 
     Source: released fine-tuning: layer 0 is the embeddings, `i + 1` is block i, `num_layers + 1` is everything after.
     """

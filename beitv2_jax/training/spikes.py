@@ -29,7 +29,7 @@ def none_yet() -> Spikes:
 
 
 def is_spike(spikes: Spikes, loss: Float[Array, ""], grad_norm: Float[Array, ""], factor: float) -> Bool[Array, ""]:
-    """Tell whether loss or gradient norm is above `factor` times its running mean; meant for losses above 0."""
+    """Return whether loss or gradient norm is above `factor` times its running mean; meant for losses above 0."""
     learnt = spikes.taken >= LEARNING_STEPS
     return learnt & ((loss > factor * spikes.loss) | (grad_norm > factor * spikes.grad_norm))
 

@@ -24,6 +24,7 @@ def test_a_step_may_only_take_time(monkeypatch):
     assert 0 <= pace["data_wait_share"] <= 1
 
 
+@pytest.mark.long
 def test_the_loop_runs_on_made_images(monkeypatch):
     monkeypatch.setitem(loading.NUM_IMAGES, True, 16)
     monkeypatch.setitem(loading.STEPS, True, 2)

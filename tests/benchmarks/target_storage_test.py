@@ -63,4 +63,4 @@ def test_the_table_has_every_teacher_and_encoding():
 
 def test_the_documentation_holds_this_table():
 
-    assert target_storage.table() in (ROOT / "docs" / "data.md").read_text()
+    assert target_storage.table() in (ROOT / "docs" / "target-cache.md").read_text()

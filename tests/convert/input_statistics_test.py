@@ -1,4 +1,4 @@
-"""The input normalisation that stands beside weights: which file has it, what goes before it, and odd contents."""
+"""The input normalisation stored next to weights: which file has it, what takes precedence, and unusual contents."""
 
 import json
 

@@ -30,7 +30,7 @@ WHOLE_RUNS = [
     for stage in TRAINED
     for mesh in MESHES
 ]
-"""The stages on the mesh that uses all three axes, without segment, the slowest; with --long every stage on every mesh."""
+"""Stages on the mesh that uses all three axes, without segment, the slowest; with --long every stage on every mesh."""
 
 
 @pytest.mark.parametrize(("stage", "mesh"), WHOLE_RUNS)

@@ -9,7 +9,7 @@ import scipy.io
 from PIL import Image
 
 SYNSETS = {"n02077923": 3, "n02105855": 2, "n01440764": 5}
-"""Training images of each class that are drawn, in the order of the archive; the first two have a mended one too."""
+"""Training images of each class that are drawn, in the order of the archive; the first two also re-encoded ones."""
 CMYK, PNG = "n02077923_14822.JPEG", "n02105855_2933.JPEG"
 MARKED = {CMYK: ("JPEG", "CMYK"), PNG: ("PNG", "RGB")}
 """Two of the official images that are no plain JPEG: name -> format and mode."""

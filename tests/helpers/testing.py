@@ -1,4 +1,4 @@
-"""What several test files share: compiling without optimisation, parameters drawn without running the model."""
+"""Common to several test files: compiling without optimisation, parameters drawn without running the model."""
 
 import functools
 

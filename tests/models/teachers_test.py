@@ -159,6 +159,6 @@ def test_published_sizes_have_the_published_number_of_parameters(name):
         model = NormalisedViT(Backbone(**{**arguments, "depth": depth}), projection_dim)
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), images)))
 
-    # all blocks are alike, so two of them tell what the others hold
+    # all blocks have the same structure, so two of them are enough
     one, two = count(1), count(2)
     assert one + (arguments["depth"] - 1) * (two - one) == expected

@@ -189,7 +189,7 @@ def test_remat_computes_again_what_it_does_not_keep(dtype):
         model = build(remat=remat, dtype=dtype, layer_scale_init=0.0)
         return str(jax.make_jaxpr(jax.grad(loss_of(model)))(variables)).count("dot_general")
 
-    # of the six products of a block: none; those of two activations; all but the last, whose output nobody needs again
+    # of the six products of a block: none; those of two activations; all but the last, whose output is not needed again
     assert products("dots") == products("none") + 2 * DEPTH
     assert products("full") == products("none") + 5 * DEPTH
 

@@ -16,7 +16,7 @@ from beitv2_jax.training.writer import read_metrics
 from tests.training.loop_test import assert_same_outcome, outcome, start_elsewhere
 
 FULL, ROOM = {"6": 1200}, {"14": -1}
-"""From batch 6 on the checkpoints have no room, of which that of step 10 is the first, while the metrics still have."""
+"""From batch 6 on there is no space for checkpoints, first for that of step 10, but still for metrics."""
 RARELY = {"run.log_every": "5 steps"}
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
 

@@ -38,7 +38,7 @@ def test_in_cluster(environment, expected):
         ({}, {}),
         ({"JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": " "}, {}),
         ({"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}, {"num_processes": 3, "process_id": 0}),
-        ({"JAX_NUM_PROCESSES": "3"}, {"num_processes": 3}),  # the cluster tells jax the rest
+        ({"JAX_NUM_PROCESSES": "3"}, {"num_processes": 3}),  # the cluster gives jax the rest
     ],
 )
 def test_process_place(environment, expected):

@@ -45,14 +45,14 @@ def test_phases_add_up_and_a_timeline_that_runs_goes_on(logged):
     startup_times.ended("flags", 103.5)
     startup_times.begin(104.0)
     startup_times.ended("jax", 105.75)
-    startup_times.tell("first step", 112.0)
-    startup_times.tell("first step", 113.0)
+    startup_times.report("first step", 112.0)
+    startup_times.report("first step", 113.0)
     startup_times.ended("jax", 114.0)
     startup_times.begin(150.0)
     startup_times.drop()
-    startup_times.tell("first step", 160.0)
+    startup_times.report("first step", 160.0)
     startup_times.begin(200.0)
-    startup_times.tell("first step", 207.25)
+    startup_times.report("first step", 207.25)
     assert [line[:2] for line in logged()] == [
         (12.0, {"flags": 3.5, "jax": 2.2, "first step": 6.2}),
         (7.2, {"first step": 7.2}),
@@ -78,7 +78,7 @@ def test_compilations_are_counted_and_those_from_the_cache(logged, tmp_path, mon
     durations[0](startup_times.COMPILED, 1.0)
     events[0](startup_times.FOUND_IN_CACHE)
     events[0]("/jax/other")
-    startup_times.tell("first step", 4.0)
+    startup_times.report("first step", 4.0)
     assert logged() == [(4.0, {"first step": 4.0}, "2", "1")]
 
 

@@ -1,4 +1,4 @@
-"""What the stages share: which implementations can run on a platform, and data with fewer than two classes."""
+"""Common to all stages: which implementations can run on a platform, and data with fewer than two classes."""
 
 import importlib
 

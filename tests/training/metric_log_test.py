@@ -87,7 +87,7 @@ def test_a_pass_over_nothing_readable_is_refused_whatever_is_allowed():
 
 
 def test_one_unreadable_record_in_a_thousand_is_allowed_from_the_first_step(tmp_path):
-    """The share is one of the data set at first: a bad record in the first batch is no reason to stop."""
+    """The fraction is one of the data set at first: a bad record in the first batch is no reason to stop."""
     config = toy.config(**{"run.duration": "1 step", "optim.warmup": "0 steps", "data.max_bad_fraction": 2 / 61})
     first = next(toy.batches(8, seed=3))["example_ids"]
     loop.train(toy.make_task(unreadable=first[:2].tolist(), evaluation=False), config, tmp_path / "two")

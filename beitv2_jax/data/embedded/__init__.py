@@ -1,9 +1,10 @@
-"""The data set that needs no download: 9 000 drawn scenes with ten classes of objects, as a TFDS set of our own.
+"""The data set that needs no download: 9 000 drawn scenes with ten classes of objects, as a TFDS data set.
 
 For the quickstart and for tests. Every picture, 96 x 96 pixels, shows one object (bird, butterfly, car, cat, fish,
 flower, house, mushroom, sailboat or tree) in varied surroundings and comes with its class and a segmentation mask.
-Classes differ by parts and patterns; pose, colours, background, light, distractors and what stands in front are drawn
-alike for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as `embedded[/CONFIG]`.
+Classes differ by parts and patterns; pose, colours, background, light, distractors and occluders are drawn from the
+same distribution for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as
+`embedded[/CONFIG]`.
 
 Example `index` of a split is a pure function of (seed, split, index): the same bytes in every run and for every number
 of processes. The class is index % 10, so each is equally frequent.
@@ -48,7 +49,7 @@ class Beitv2Scenes(tfds.core.GeneratorBasedBuilder):
 
     name = "beitv2_scenes"
     VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Stronger light and backgrounds, more places: raw pixels tell less."}  # noqa: RUF012
+    RELEASE_NOTES = {"1.1.0": "Stronger light and backgrounds, more places: raw pixels reveal less of the class."}  # noqa: RUF012
     BUILDER_CONFIGS = [  # noqa: RUF012
         ScenesConfig(name="scenes", description="8 000 + 1 000 scenes", num_train=8000, num_test=1000),
         ScenesConfig(name="tiny", description="400 + 100 scenes, for smoke tests", num_train=400, num_test=100),

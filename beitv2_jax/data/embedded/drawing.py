@@ -1,4 +1,4 @@
-"""Draw filled and patterned shapes under an affine pose: the pen behind the embedded data set.
+"""Draw filled and patterned shapes under an affine pose, for the embedded data set.
 
 Serves `scene_objects` (what a class looks like) and `scenes` (the picture around it). Shapes are arrays of
 points `p 2`, many shapes of one kind `k p 2`; x points right, y down, an object fills about [-1, 1] in both.
@@ -21,7 +21,7 @@ Shapes = Float[np.ndarray, "k p 2"]
 
 
 class Palette(NamedTuple):
-    """The colours of one object, drawn alike for every class so that colour never tells the class."""
+    """The colours of one object, from one distribution for all classes, so that colour does not reveal the class."""
 
     main: Color
     second: Color

@@ -134,7 +134,7 @@ def _object_pose(rng: np.random.Generator, tilt: float) -> tuple[Float[np.ndarra
 
 
 def _occlude(canvas: Image.Image, rng: np.random.Generator, base: Color) -> Image.Image:
-    """Put blades, sticks or stones in front; take them away again where they would hide too much of the object."""
+    """Draw blades, sticks or stones over the scene; remove those that would hide too much of the object."""
     covered = canvas.copy()
     if rng.random() < 0.4:
         _draw_ground_cover(covered, rng, round(0.75 * CANVAS_SIZE), base)
@@ -176,12 +176,12 @@ def _light(
 def _develop(image: Float[np.ndarray, "96 96 3"], rng: np.random.Generator) -> Float[np.ndarray, "96 96 3"]:
     """Bring the brightnesses of the picture to one bell-shaped distribution, its mean and width drawn per picture.
 
-    Else the share of dark or light pixels would tell classes (tyres, whiskers, eye spots) without any look at shapes.
+    Otherwise the fraction of dark or light pixels would separate classes (tyres, whiskers, eye spots) without shapes.
     """
     luma = (image @ np.array([0.3, 0.59, 0.11], np.float32)).astype(np.uint8)
     counts = np.bincount(luma.ravel(), minlength=256)
     rank = np.clip((np.cumsum(counts) - counts / 2) / luma.size, 0.002, 0.998)
-    # the logistic quantile function at this width stands in for the normal one
+    # the logistic quantile function of this width approximates the normal one
     target = 255 * (rng.uniform(0.42, 0.58) + 0.5513 * rng.uniform(0.15, 0.22) * np.log(rank / (1 - rank)))
     return image + (target - np.arange(256)).astype(np.float32)[luma][..., None]
 

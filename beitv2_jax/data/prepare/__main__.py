@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare the data set that `argv` names."""
     options = _parser().parse_args(argv)
     logging.set_verbosity(logging.INFO)
-    # imported here: a slip in an argument should show before TFDS is loaded
+    # imported here: a mistake in an argument is reported before TFDS is loaded
     from beitv2_jax.data.prepare import imagenet
 
     for name in ("archives", "data_dir"):

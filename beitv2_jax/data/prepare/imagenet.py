@@ -29,7 +29,7 @@ from beitv2_jax.errors import UserError
 
 NAME = "imagenet2012"
 JPEG_QUALITY = 100
-"""Of mended images, as in TFDS."""
+"""Of re-encoded images, as in TFDS."""
 _UNKNOWN_LABEL = -1
 # bytes of a record beside its image: label, file name, and the names of the features
 _RECORD_BYTES = 80
@@ -40,13 +40,13 @@ def prepare(archive_dir: str | os.PathLike, data_dir: str | os.PathLike = "") ->
     """Write the archives in `archive_dir` as <data_dir>/imagenet2012/<version>; return that directory.
 
     Training and validation images and the devkit must be there; test images are taken if they are. The directory
-    appears whole or not at all, and one that is there already is left as it is. `data_dir` is the TFDS directory
-    ("" = TFDS's default). Images that are no RGB or grey JPEG are mended (`as_plain_jpeg`); unreadable ones are kept
+    appears complete or not at all, and an existing one is left as it is. `data_dir` is the TFDS directory
+    ("" = TFDS's default). Images that are not RGB or grey JPEGs are re-encoded (`as_plain_jpeg`); unreadable ones stay
     as they are, as TFDS does, and named in a warning.
 
     Raises:
       UserError: an archive is missing, damaged or not the official one; too little space on the disk; or another
-        process is at it.
+        process is writing it.
     """
     import tensorflow_datasets as tfds
 

@@ -29,11 +29,11 @@ _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Devkit:
-    """What the development kit tells.
+    """The contents of the development kit.
 
     Attributes:
       synset_of_id: {ILSVRC2012_ID: synset such as "n01440764"} of the classes, not of the synsets above them.
-      num_train: {synset: number of training images}; empty if the kit does not tell.
+      num_train: {synset: number of training images}; empty if the kit does not list them.
       truth: ILSVRC2012_ID of every validation image, in the order of their names.
     """
 
@@ -47,7 +47,7 @@ class Images:
     """Images of one split inside its archive, in archive order.
 
     Attributes:
-      archive: uncompressed tar that holds their bytes, maybe inside tars of its own.
+      archive: uncompressed tar that holds their bytes, possibly inside nested tars.
       names: file name of each.
       synsets: class of each; "" = unknown.
       offsets, sizes: first byte of each in the archive, and number of bytes.
@@ -105,7 +105,7 @@ def train_images(path: pathlib.Path, devkit: Devkit) -> Images:
     """Find the training images: a tar of one tar a class, named after its synset.
 
     Raises:
-      UserError: not there, cut off, or other classes or numbers of images than the devkit tells.
+      UserError: missing, truncated, or other classes or numbers of images than in the devkit.
     """
     expected = set(devkit.synset_of_id.values())
     names, synsets, offsets, sizes = [], [], [], []

@@ -1,4 +1,4 @@
-"""Encoded label maps -> class ids of every pixel: what goes with an image where each pixel has a class of its own.
+"""Decode label maps: the class id of every pixel of an image.
 
 Beside `decode` in the data pipeline. Files number their classes as they like; `LabelIds` says what their numbers mean.
 """

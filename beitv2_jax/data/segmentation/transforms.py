@@ -44,7 +44,7 @@ def resize_label_map(label_map: LabelMap, size: tuple[int, int]) -> LabelMap:
 def crop_corner(rng: np.random.Generator, label_map: LabelMap, crop: int, max_class_fraction: float) -> tuple[int, int]:
     """Draw the upper left corner of a crop where no class has `max_class_fraction` or more of the labelled pixels.
 
-    After ten further draws the last one is taken, whatever it shows. A fraction of 1 takes the first draw.
+    After ten further draws the last one is taken in any case. A fraction of 1 takes the first draw.
 
     Source: mmsegmentation's `RandomCrop` with `cat_max_ratio`.
     """

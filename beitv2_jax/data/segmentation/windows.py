@@ -27,7 +27,7 @@ class SizedView(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Room in a batch: rows and columns of label maps, windows of a view."""
+    """Size of a batch: rows and columns of label maps, windows of a view."""
 
     height: int
     width: int

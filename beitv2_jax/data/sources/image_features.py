@@ -1,7 +1,6 @@
 """Features of a TFDS set of images: the encoded image and the label of a record, and nothing else decoded."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import as_path
 
 NAMES_FILE = "labels.txt"
 """Beside the records: the names of the classes, one a line, where the data set does not give them."""
@@ -74,13 +74,13 @@ class ImageFeatures:
         """
         try:
             return self._features.deserialize_example_np(record, decoders=self.decoders)
-        except Exception as error:  # what TFDS and protobuf raise on foreign bytes is not documented
+        except Exception as error:  # what TFDS and protobuf raise on unknown bytes is not documented
             raise RecordError(f"the record is none of this data set ({error!r})") from error
 
 
 def listed_class_names(directory: str | os.PathLike) -> tuple[str, ...]:
     """Return the class names in `NAMES_FILE`, in the order of their numbers; none if there is no such file."""
-    file = pathlib.Path(directory, NAMES_FILE)
+    file = as_path(directory) / NAMES_FILE
     return tuple(file.read_text(encoding="utf-8").rstrip("\n").split("\n")) if file.is_file() else ()
 
 

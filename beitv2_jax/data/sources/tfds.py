@@ -5,7 +5,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -15,6 +14,7 @@ from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
 from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import as_path
 
 
 class TfdsSource:
@@ -162,7 +162,7 @@ def _prepared(name: str, data_dir: str) -> list[str]:
     found = []
     for root in file_utils.list_data_dirs(given_data_dir=data_dir or None):
         for depth in ("*", "*/*"):
-            for features in pathlib.Path(os.path.expanduser(root)).glob(f"{stem}/{depth}/features.json"):
+            for features in as_path(os.path.expanduser(root)).glob(f"{stem}/{depth}/features.json"):
                 config, version = features.parts[-3], features.parts[-2]
                 found.append(f"{stem}:{version}" if config == stem else f"{stem}/{config}:{version}")
     return sorted(found)

@@ -8,7 +8,7 @@ from beitv2_jax.runtime import open_files
 
 
 def unreadable(example_id: int, where: str, cause: object) -> dict[str, Any]:
-    """Return the example that stands for one that cannot be read; `fault` says why."""
+    """Return the placeholder of an example that cannot be read; `fault` is the reason."""
     return {"image": b"", "label": -1, "example_id": int(example_id), "where": where, "fault": str(cause)}
 
 

@@ -47,7 +47,7 @@ class FeatureEncoding:
         return {FEATURES: (shape, "uint16" if self.dtype == "bfloat16" else self.dtype)}
 
     def shrink(self, features, xp=np) -> dict[str, Any]:
-        """Return the arrays that stand for `features` 'b n t'; `xp` is numpy, or jax.numpy inside a compiled step."""
+        """Return the arrays that encode `features` 'b n t'; `xp` is numpy, or jax.numpy inside a compiled step."""
         features = xp.asarray(features, np.float32)
         if self.dtype != "int8":
             return {FEATURES: features.astype(_BFLOAT16 if self.dtype == "bfloat16" else self.dtype)}
@@ -95,7 +95,7 @@ def decode_features(entries: Mapping[str, Any]) -> Any:
 class CodeEncoding:
     """Store the code ids 'n' of a view in ceil(log2 codebook_size) bits each: 319 bytes for 196 ids of 8192 codes.
 
-    The ids stand one after the other, lowest bit first, and fill bytes from the lowest bit; the last byte is filled up
+    The ids follow each other, lowest bit first, and fill bytes from the lowest bit; the last byte is filled up
     with zeros.
     """
 
@@ -160,7 +160,7 @@ def unpack_ids(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the `count` ids 'n', int32, that `pack_ids` wrote to `packed`, uint8 of one record.
 
     Raises:
-      ValueError: another number of bytes, another type, or bits set behind the last id.
+      ValueError: another number of bytes, another type, or bits set after the last id.
     """
     expected = -(-count * bits // 8)
     if packed.dtype != np.uint8 or packed.shape != (expected,):
@@ -169,7 +169,7 @@ def unpack_ids(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         )
     spread = np.unpackbits(packed, bitorder="little")
     if spread[count * bits :].any():
-        raise ValueError(f"bits are set behind the last of {count} ids")
+        raise ValueError(f"bits are set after the last of {count} ids")
     weights = np.int32(1) << np.arange(bits, dtype=np.int32)
     return spread[: count * bits].reshape(count, bits) @ weights
 

@@ -66,7 +66,7 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Give `name` up, unless another worker took it from us."""
+        """Release `name`, unless another worker has taken it over."""
         with self._lock:
             self._held.discard(name)
             if self._is_ours(self._path(name)):

@@ -121,7 +121,7 @@ class TargetReader:
         return entries
 
     def readable(self, example_id: int, view: int) -> tuple[dict[str, np.ndarray], str]:
-        """Return `entries` and "", or what stands for them and why: the image was unreadable, the record is damaged."""
+        """Return `entries` and "", or placeholders and the reason: the image was unreadable, the record is damaged."""
         entries, fault = self._read(example_id, view)
         return entries, "unreadable when the stored targets were made" if example_id in self.unreadable else fault
 
@@ -134,7 +134,7 @@ class TargetReader:
             return self.encoding.unpack(self._builder.info.features.deserialize_example_np(record)), ""
         except UserError:
             raise
-        except Exception as error:  # what protobuf raises on foreign bytes is not documented
+        except Exception as error:  # what protobuf raises on unknown bytes is not documented
             fault = f"its stored targets are damaged, {records.where(int(example_id))}: {error}"
             return zero_entries(self.encoding), fault
 

@@ -107,7 +107,7 @@ class TargetCache:
                 self._remove_work()
 
     def _remove_work(self) -> None:
-        # renamed first, so that no half of it can be taken for work to go on with
+        # renamed first, so that a half-deleted folder is never taken for unfinished work
         cleared = self.directory / f"{_CLEARED}{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.work, cleared)
@@ -151,7 +151,7 @@ class TargetCache:
         return example_id // len(self.shards[0])
 
     def is_done(self, shard: int) -> bool:
-        """Tell whether all views of an input shard are written."""
+        """Return whether all views of an input shard are written."""
         return self.done_path(shard).exists()
 
     def remaining(self) -> list[int]:

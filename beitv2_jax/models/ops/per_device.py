@@ -17,10 +17,10 @@ from beitv2_jax.typing import PyTree
 def on_own_rows(
     function: Callable, rows: Sequence[jax.Array], whole: Sequence[jax.Array] = (), *, summed: bool = False
 ) -> PyTree:
-    """Return `function(*rows, *whole)`, computed by every device on its share of the leading axis of `rows`.
+    """Return `function(*rows, *whole)`, computed by every device on its part of the leading axis of `rows`.
 
     The outputs have the same leading axis, or with `summed` are sums over it, which are added up over the devices.
-    Gradients pass; those of `whole` are sums over the devices. Where nothing tells of a mesh, or rows cannot be divided
+    Gradients pass; those of `whole` are sums over the devices. Where no mesh is set, or rows cannot be divided
     over it, every device computes everything.
     """
     mesh = jax.sharding.get_abstract_mesh()

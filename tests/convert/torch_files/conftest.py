@@ -1,4 +1,4 @@
-"""What the tests of torch's files share."""
+"""Common to the tests of torch's files."""
 
 import pytest
 from torch_files import reader

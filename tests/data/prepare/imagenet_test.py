@@ -1,4 +1,4 @@
-"""ImageNet-1k from archives to the official layout: TFDS's records in TFDS's order, whole or not at all."""
+"""ImageNet-1k from archives to the official layout: TFDS's records in TFDS's order, complete or not at all."""
 
 import hashlib
 import io
@@ -86,14 +86,14 @@ def test_validation_and_test_records(directory):
 def test_disguised_images_become_rgb_jpegs(directory, name):
     (record,) = [record for record in records(directory, "train") if record["file_name"] == name]
     original = next(files[name] for files in made.train_files().values() if name in files)
-    with Image.open(io.BytesIO(record["image"])) as mended, Image.open(io.BytesIO(original)) as image:
-        assert (mended.format, mended.mode, mended.size) == ("JPEG", "RGB", image.size)
-        difference = np.abs(np.asarray(mended, int) - np.asarray(image.convert("RGB"), int))
+    with Image.open(io.BytesIO(record["image"])) as converted, Image.open(io.BytesIO(original)) as image:
+        assert (converted.format, converted.mode, converted.size) == ("JPEG", "RGB", image.size)
+        difference = np.abs(np.asarray(converted, int) - np.asarray(image.convert("RGB"), int))
     # quality 100 with half the colour resolution
     assert difference.mean() < 3
 
 
-def test_what_is_mended():
+def test_what_is_re_encoded():
     plain, grey = made.encode(1), made.encode(2, mode="L")
     assert imagenet.as_plain_jpeg(plain, "any.JPEG") is plain
     assert imagenet.as_plain_jpeg(grey, "any.JPEG") is grey
@@ -209,7 +209,7 @@ def test_the_estimate_of_room_covers_the_files(directory, archives):
     splits = imagenet._splits(archives, tfds.builder_from_directory(str(directory)).info.features["label"].names)
     for images in splits.values():
         sizes = sum(map(len, (record for record in _raw(directory, images))))
-        assert sizes <= imagenet._num_bytes(images) + 4000  # a mended image may grow
+        assert sizes <= imagenet._num_bytes(images) + 4000  # a re-encoded image may be larger
 
 
 def _raw(directory, images):

@@ -1,4 +1,4 @@
-"""Which windows there are: the published arithmetic, the room in a batch, the order of an evaluation."""
+"""Which windows there are: the published arithmetic, the size of a batch, the order of an evaluation."""
 
 import io
 

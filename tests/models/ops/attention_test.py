@@ -88,7 +88,7 @@ def test_programs_take_several_images_but_no_more_than_fit():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_padding_changes_nothing(dtype):
-    """What cuDNN is given: a longer sequence whose last keys nobody sees."""
+    """What cuDNN is given: a longer sequence whose last keys are masked out."""
     qkv, bias, cotangent = arrays((3, 13, 2, 8), dtype)
 
     def with_padding(qkv, bias):

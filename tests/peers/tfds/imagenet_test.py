@@ -47,7 +47,7 @@ def test_descriptions_are_the_same(directories):
     described = [json.loads((directory / "dataset_info.json").read_text()) for directory in directories]
     for info in described:
         for split in info["splits"]:
-            split.pop("numBytes")  # mended images differ in size
+            split.pop("numBytes")  # re-encoded images differ in size
     assert described[0] == described[1]
 
 
