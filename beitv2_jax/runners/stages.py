@@ -359,7 +359,7 @@ def refuse_outdated(config: ConfigDict, workdir: str, *, allowed: bool = False) 
                 break
     if outdated:
         raise UserError(
-            f"What {', '.join(outdated)} in {workdir} hold was made from {', '.join(changed)}, which changed "
+            f"The results of {', '.join(outdated)} in {workdir} were made from {', '.join(changed)}, which changed "
             "afterwards or is not finished any more.",
             "Did you delete an earlier stage or train it again, and mean to make the later ones again too?",
             f"Delete {', '.join(os.path.join(workdir, name) for name in outdated)} and run the same command again, or "

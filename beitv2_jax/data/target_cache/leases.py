@@ -75,8 +75,8 @@ class Leases:
     def any_is_held(self, poll_seconds: float = 0.5) -> bool:
         """Tell whether a worker holds a lease in the directory, and remove those of workers that have died.
 
-        A worker of this machine is looked up. Of another machine's only the heartbeat tells, so that this may take
-        `stale_seconds`, during which no other call is made for the same `Leases`.
+        A worker of this machine is looked up. Of one of another machine only the heartbeat tells, so that this may take
+        `stale_seconds`.
         """
         first = {path: _read(path) for path in self._directory.glob("*.lease")}
         while True:
