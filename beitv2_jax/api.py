@@ -5,20 +5,20 @@
     classifier = beitv2_jax.load_classifier("runs/finetune")
     print(classifier.predict("photo.jpg", top=5)[0])
 
-Weights are a run directory (`--workdir` of a stage), a released .pth, .safetensors or .npz file, or a folder in the
-layout of Hugging Face. Images are paths, PIL images or uint8 arrays of any size, one or many; they are prepared as the
-evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for the devices
-that this process has.
+Weights are a run directory (`--workdir` of a stage) or one of its checkpoints (RUN/checkpoints/STEP), a released .pth,
+.safetensors or .npz file, a folder in the layout of Hugging Face or timm, or hf:OWNER/NAME[@REVISION][/FILE], a
+repository of the Hugging Face hub. Images are paths, PIL images or uint8 arrays of any size, one or many; they are
+prepared as the evaluation of the stages prepares them. A network is compiled once for each size of batch and image, for
+the devices that this process has.
 """
 
 import dataclasses
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int, UInt8
 from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.weights import Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
@@ -42,6 +42,7 @@ from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import segment
+from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.common import normalized
 from beitv2_jax.training import sharding
 from beitv2_jax.typing import PyTree
@@ -194,19 +195,32 @@ class Backbone(_Network):
         self._check_layers(*layers, *attention)
         return Features(*self._run(self._function(tuple(layers), tuple(attention), norm), images))
 
-    def tokens(self, crops: UInt8[np.ndarray, "b S S 3"], layer: int) -> Float32[np.ndarray, "b l d"]:
-        """Return all tokens after `layer` (from 1), [CLS] first, of images that are cropped already.
+    def token_function(
+        self, tokens: Sequence[str], layers: Sequence[int]
+    ) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+        """Return the pure function (variables, batch) -> features, float32, of the crops in `batch["images"]`.
+
+        Args:
+            tokens: 'cls' ('b d'), 'mean' of the patches ('b d') and 'patches' ('b l d').
+            layers: after which blocks (from 1). If they are several, the names of the features end in theirs: 'cls_9'.
 
         Raises:
             UserError: a layer that the network does not have.
         """
-        self._check_layers(layer)
-        return Features(*self._apply(self._function((layer,), (), False), crops)).hidden[layer]
+        self._check_layers(*layers)
+        function, first = self._function(tuple(layers), (), False), self._fields.num_prefix_tokens
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
-        return self._fields.num_prefix_tokens
+        def apply(variables, batch):
+            _, _, hidden, _ = function(variables, batch["images"])
+            found = {}
+            for layer in layers:
+                patches = hidden[layer][:, first:]
+                of_layer = {"cls": hidden[layer][:, 0], "mean": patches.mean(axis=1), "patches": patches}
+                ending = f"_{layer}" if len(layers) > 1 else ""
+                found |= {f"{name}{ending}": of_layer[name] for name in tokens}
+            return found
+
+        return apply
 
     def _check_layers(self, *layers: int) -> None:
         for layer in layers:
@@ -247,13 +261,15 @@ class Backbone(_Network):
         return jax.jit(features)
 
 
-class Classifier(_Network):
-    """An image classifier."""
-
+class _WithClasses(_Network):
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes as the run or the file states them, else their numbers."""
-        return _class_names(self.source, self.weights.arguments["num_classes"])
+        return self.weights.class_names or tuple(map(str, range(self.weights.arguments["num_classes"])))
+
+
+class Classifier(_WithClasses):
+    """An image classifier."""
 
     def logits(self, images: Images) -> Float32[np.ndarray, "b k"]:
         """Return the logits of every class."""
@@ -261,7 +277,11 @@ class Classifier(_Network):
 
     def predict(self, images: Images, top: int = 5) -> list[list[Prediction]]:
         """Return, for each image, the `top` most probable classes, the most probable first."""
-        logits = self.logits(images).astype(np.float64)
+        return self.best(self.logits(images), top)
+
+    def best(self, logits: Float32[np.ndarray, "b k"], top: int) -> list[list[Prediction]]:
+        """Return the `top` most probable classes of each row of logits."""
+        logits = logits.astype(np.float64)
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
@@ -270,22 +290,23 @@ class Classifier(_Network):
             for row, best in zip(probabilities, order, strict=True)
         ]
 
+    def logits_function(self, variables: PyTree, crops: UInt8[jax.Array, "b S S 3"]) -> Float32[jax.Array, "b k"]:
+        """Return the logits of images that are cropped already: a pure function, to be compiled by the caller."""
+        crops = normalized(crops, self.weights.normalization)
+        return self._model.apply({"params": variables["params"]}, crops, train=False)
+
     @functools.cached_property
     def _logits(self):
-        return jax.jit(
-            lambda variables, images: self._model.apply(
-                {"params": variables["params"]}, normalized(images, self.weights.normalization), train=False
-            )
-        )
+        return jax.jit(self.logits_function)
 
 
-class Segmenter(_Network):
+class Segmenter(_WithClasses):
     """A semantic segmentation network."""
 
     @functools.cached_property
     def sliding(self) -> Sliding:
         """How the network is moved over an image: as the run was evaluated, for a released file as published."""
-        config = read_config(self.source) if Path(self.source).is_dir() else None
+        config = read_config(self.source) if located(self.source).is_dir() else None
         evaluation = (config or {}).get("evaluation", {})
         published = {"stride": 2 * self.image_size // 3, "long_side": 2048, "short_side": 512, "scales": (1.0,)}
         given = {name: evaluation.get(name, value) for name, value in {**published, "flip": False}.items()}
@@ -293,14 +314,25 @@ class Segmenter(_Network):
 
     def predict(self, images: Images) -> list[UInt8[np.ndarray, "H W"]]:
         """Return the class of every pixel of each image, at the size of the image."""
-        return [self._label_map(_bytes(image)) for image in _listed(images)]
+        images, found = _listed(images), []
+        for start in range(0, len(images), self._mesh.size):
+            found += self._label_maps([_bytes(image) for image in images[start : start + self._mesh.size]])
+        return found
 
-    def _label_map(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-        height, width = pixels.shape[:2]
-        example = {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": 0}
-        (row,) = map(window_row([example], LabelIds(num_classes=256 - 1, ignored=()), self.sliding), [0])
-        batch = {name: array[None] for name, array in row.items() if name != "faults"}
-        return np.asarray(self._predict(self._variables, batch))[0, :height, :width]
+    def _label_maps(self, images: list[UInt8[np.ndarray, "H W 3"]]) -> list[UInt8[np.ndarray, "H W"]]:
+        """Return the label maps of one image for each device, or fewer."""
+        examples = [
+            {"image": _png(pixels), "label_map": _png(pixels[..., 0] * 0), "label": -1, "example_id": number}
+            for number, pixels in enumerate(images)
+        ]
+        # rows come sorted by windows, so each is asked for by its example
+        rows = window_row(examples, LabelIds(num_classes=256 - 1, ignored=()), self.sliding)
+        of_example = {int(row["example_ids"]): row for row in map(rows, range(len(images)))}
+        filled = [of_example[number % len(images)] for number in range(self._mesh.size)]
+        batch = {name: np.stack([row[name] for row in filled]) for name in filled[0] if name != "faults"}
+        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        maps = np.asarray(self._predict(self._variables, batch))
+        return [maps[number, : len(pixels), : pixels.shape[1]] for number, pixels in enumerate(images)]
 
     @functools.cached_property
     def _predict(self):
@@ -322,56 +354,87 @@ def load_tokenizer(source: str | os.PathLike, *, image_size: int | None = None, 
     Raises:
         UserError: nothing readable is there, or no tokenizer.
     """
-    return Tokenizer(*_read(source, image_size, ("vqkd",), "a tokenizer"), dtype)
+    return Tokenizer(*_read(source, image_size, None, ("vqkd",), "a tokenizer"), dtype)
 
 
-def load_backbone(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Backbone:
+def load_backbone(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Backbone:
     """Load the transformer of a pre-trained, fine-tuned or segmentation model, or the encoder of a tokenizer.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_tokenizer`, and `normalization`, the name of the input normalisation ('imagenet', 'half' or
+    'clip') of weights that do not state theirs; tokenizers have a fixed one.
 
     Raises:
         UserError: nothing readable is there.
     """
-    return Backbone(*_read(source, image_size, tuple(MODELS), "a backbone"), dtype)
+    return Backbone(*_read(source, image_size, normalization, tuple(MODELS), "a backbone"), dtype)
 
 
-def load_classifier(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Classifier:
-    """Load a classifier: a run of teacher or finetune, or a released fine-tuned model.
+def load_classifier(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Classifier:
+    """Load a classifier: a run of teacher or finetune, a released fine-tuned model, or a ViT of timm or Hugging Face.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_backbone`.
 
     Raises:
         UserError: nothing readable is there, or no classifier.
     """
-    return Classifier(*_read(source, image_size, ("classifier",), "a classifier"), dtype)
+    return Classifier(*_read(source, image_size, normalization, ("classifier",), "a classifier"), dtype)
 
 
-def load(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> _Network:
+def load(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> _Network:
     """Load what the weights are: a tokenizer, a backbone, a classifier or a segmentation network.
 
     Arguments and errors as `load_backbone`.
     """
-    weights, path = _read(source, image_size, tuple(MODELS), "known")
+    weights, path = _read(source, image_size, normalization, tuple(MODELS), "known")
     kinds = {"vqkd": Tokenizer, "mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
     return kinds[weights.kind](weights, path, dtype)
 
 
-def load_segmenter(source: str | os.PathLike, *, image_size: int | None = None, dtype: str = "float32") -> Segmenter:
+def load_segmenter(
+    source: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    dtype: str = "float32",
+) -> Segmenter:
     """Load a semantic segmentation network: a segment run, or a released UPerNet.
 
-    Arguments as `load_tokenizer`.
+    Arguments as `load_backbone`.
 
     Raises:
         UserError: nothing readable is there, or no segmentation network.
     """
-    return Segmenter(*_read(source, image_size, ("segmenter",), "a segmentation network"), dtype)
+    return Segmenter(*_read(source, image_size, normalization, ("segmenter",), "a segmentation network"), dtype)
 
 
 def _read(
-    source: str | os.PathLike, image_size: int | None, kinds: tuple[str, ...], wanted: str
+    source: str | os.PathLike,
+    image_size: int | None,
+    normalization: str | None,
+    kinds: tuple[str, ...],
+    wanted: str,
 ) -> tuple[Weights, str]:
-    weights = read(os.fspath(source), image_size=image_size)
+    weights = read(
+        os.fspath(source), image_size=image_size, normalization=normalization, plain_vit="classifier" in kinds
+    )
     if weights.kind not in kinds:
         raise UserError(
             f"{source} holds weights of kind {weights.kind!r}, which is not {wanted}.",
@@ -424,14 +487,3 @@ def _padding(count: int, devices: int) -> int:
     """Return how many rows to add, so that few sizes of batches are compiled and all devices have as many."""
     size = 1 << (count - 1).bit_length()
     return -(-size // devices) * devices - count
-
-
-def _class_names(source: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names that a run's `inputs.json` or a Hugging Face config.json has for the classes, or numbers."""
-    inputs = Path(source) / "inputs.json"
-    if inputs.is_file():
-        names = json.loads(inputs.read_text())["train"]["classes"]
-    else:
-        config: Any = (read_config(source) or {}) if Path(source).is_dir() else {}
-        names = [config.get("id2label", {}).get(str(number), str(number)) for number in range(num_classes)]
-    return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

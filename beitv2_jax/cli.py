@@ -8,9 +8,11 @@ from beitv2_jax.errors import UserError, did_you_mean, print_error
 
 VERBS = {
     "train": ("beitv2_jax.main", "run or resume a stage, or predict what it needs on other chips"),
+    "evaluate": ("beitv2_jax.evaluate", "measure accuracy, reconstruction or IoU of trained weights on a data set"),
     "predict": ("beitv2_jax.predict", "predict classes of images, or of their pixels"),
     "embed": ("beitv2_jax.embed", "write the features of images to a file"),
     "convert": ("beitv2_jax.convert.__main__", "convert weights between layouts"),
+    "report": ("beitv2_jax.runners.report", "write a page on a run, or on several side by side"),
     "prepare": ("beitv2_jax.data.prepare.__main__", "prepare ImageNet as a TFDS data set"),
 }
 """Verb -> the module that has its `main`, and what it does."""

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -23,8 +24,15 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def positive(text: str) -> int:
+    """Return the whole number from 1 on that an argument holds; the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
 def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Let `main` return 0, or 2 after a `UserError` was printed."""
+    """Let `main` return 0, 2 after a `UserError` was printed, or 130 after Ctrl-C."""
 
     @functools.wraps(main)
     def reported(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +41,9 @@ def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[...,
         except UserError as error:
             print_error(f"Error: {error}")
             return 2
+        except KeyboardInterrupt:
+            print_error("Interrupted.")
+            return 128 + signal.SIGINT
         return 0
 
     return reported

@@ -3,7 +3,6 @@
 python -m beitv2_jax.main --config=configs/vqkd.py:imagenette --workdir=runs/vqkd --config.optim.peak_lr=1e-3
 """
 
-import os
 import signal
 import traceback
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from ml_collections import config_flags
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.errors import Resumable, UserError, print_error
-from beitv2_jax.runtime import launch, open_files, startup_times
+from beitv2_jax.runtime import buckets, launch, open_files, startup_times
 
 
 def run(argv: Sequence[str]) -> None:
@@ -23,7 +22,10 @@ def run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     launch.start_logging(values["verbosity"].present)
     if values.print_config:
-        print(config_lib.to_json(config_lib.resolve(values.config, _absolute(values.workdir or "."))))
+        from beitv2_jax.tasks.initial import completed
+
+        workdir = _absolute(values.workdir or ".")
+        print(config_lib.to_json(config_lib.resolve(completed(values.config, workdir, tolerant=True), workdir)))
         return
     if values.plan:
         launch.check_jax_settings()
@@ -31,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
 
         workdir = _absolute(values.workdir) if values.workdir else ""
         run_plan(
-            config_lib.resolve(values.config, workdir),
+            values.config,
             values.plan,
             workdir,
             num_examples=values.plan_examples,
@@ -58,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _absolute(workdir: str) -> str:
-    return os.path.abspath(config_lib.expand_home(workdir))
+    return buckets.absolute(config_lib.expand_home(workdir))
 
 
 def main() -> None:
@@ -77,8 +79,8 @@ def main() -> None:
         print_error("Interrupted before there was anything to save; the same command starts again.")
         launch.leave(128 + signal.SIGINT)
     except Exception as error:
-        if failed_write := launch.failed_write(error):
-            print_error(f"Error: {failed_write}")
+        if explained := launch.failed_write(error) or buckets.unusable(error):
+            print_error(f"Error: {explained}")
             launch.leave(2)
         traceback.print_exc()
         launch.leave(1)

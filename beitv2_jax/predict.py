@@ -1,14 +1,17 @@
 """Predict the classes of images: beitv2 predict WEIGHTS IMAGES [--out=FILE].
 
 Classifiers give the most probable classes of each image, as JSON lines or CSV; segmentation networks give the class of
-every pixel, as PNG files.
+every pixel, as PNG files. A command with --out that was killed goes on with the parts that it left beside it.
 """
 
 import argparse
 import csv
-import io
+import dataclasses
+import hashlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.command_line import Parser, report_errors
+from beitv2_jax.choices import NORMALIZATIONS
+from beitv2_jax.command_line import Parser, positive, report_errors
+from beitv2_jax.data.array_files import RecordError
+from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources.folders import list_images
+from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
+from beitv2_jax.data.transform import EvalRow, EvalTransform
 from beitv2_jax.errors import UserError, print_error
-from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.atomic_files import replacing
 from beitv2_jax.training.writer import Progress
 
+PART_ROWS = 256
+"""Images of a part: what a kill may lose."""
 _EXAMPLES = """\
 examples:
   # the five most probable classes of every image below a folder
@@ -40,78 +50,143 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_out(options.out)
     # imported here: a mistake in an argument is reported before jax is loaded
     from beitv2_jax import api
+    from beitv2_jax.convert.runs import weights_hash
 
-    network = api.load(options.weights, image_size=options.image_size)
-    if isinstance(network, api.Segmenter):
-        _segment(network, files, options)
-    elif isinstance(network, api.Classifier):
-        _classify(network, files, options)
-    else:
+    network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
+    if not isinstance(network, api.Classifier | api.Segmenter):
         raise UserError(
             f"{options.weights} holds weights of kind {network.weights.kind!r}, which predict no classes.",
             "Did you mean the run of finetune or segment that was started from them?",
             "Pass the path of a classifier or of a segmentation network.",
         )
-
-
-def _classify(network, files: list[Path], options) -> None:
-    from beitv2_jax.api import BATCH_SIZE
-
-    lines, bad, progress = [], 0, Progress(len(files), "predict", "images", enabled=bool(options.out))
-    for chunk in _chunks(files, BATCH_SIZE):
-        images = {path: image for path in chunk if (image := _decoded(path)) is not None}
-        predicted = iter(network.predict(list(images.values()), options.top) if images else [])
-        for path in chunk:
-            classes = [prediction._asdict() for prediction in next(predicted)] if path in images else None
-            lines.append({"file": str(path), "classes": classes})
-        bad += len(chunk) - len(images)
-        progress.advance(len(chunk))
-        progress.show({})
-    progress.close()
-    text = _as_csv(lines, options.top) if options.out.endswith(".csv") else "".join(json.dumps(x) + "\n" for x in lines)
-    if options.out:
-        write_text(options.out, text)
-    else:
-        sys.stdout.write(text)
-    _report(len(files), bad)
-
-
-def _as_csv(lines: list[dict[str, Any]], top: int) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["file", *(f"{part}_{place}" for place in range(1, top + 1) for part in ("class", "probability"))])
-    for line in lines:
-        classes = line["classes"] or []
-        writer.writerow([line["file"], *(value for found in classes for value in found.values())])
-    return buffer.getvalue()
-
-
-def _segment(network, files: list[Path], options) -> None:
-    from beitv2_jax.report.segmentation import class_colors
-
-    if not options.out:
+    is_segmenter = isinstance(network, api.Segmenter)
+    if is_segmenter and not options.out:
         raise UserError(
             "The option --out is missing.",
             "A segmentation network writes one picture for each image.",
             "Write --out=FOLDER with a folder that does not exist yet.",
         )
-    folder, colors, bad = Path(options.out), class_colors(), 0
-    folder.mkdir(parents=True)
-    progress = Progress(len(files), "predict", "images")
-    for number, path in enumerate(files):
-        image = _decoded(path)
-        bad += image is None
-        if image is not None:
-            (label_map,) = network.predict(image)
-            name = f"{number:06d}_{path.stem}"
-            Image.fromarray(label_map).save(folder / f"{name}.png")
-            blended = (image.astype(np.uint16) + colors[label_map]) // 2
-            Image.fromarray(blended.astype(np.uint8)).save(folder / f"{name}.overlay.png")
-        progress.advance()
-        if (number + 1) % 10 == 0:
-            progress.show({})
+    made_from = {
+        "weights": weights_hash(network.weights.variables),
+        "model": network.weights.arguments,
+        "normalization": network.weights.normalization,
+        "files": hashlib.sha256(os.fsencode("\0".join(map(str, files)))).hexdigest(),
+        "top": options.top,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(options.out or f"{temporary}/predictions.jsonl")
+        predict = _segment if is_segmenter else _classify
+        bad = predict(network, files, out, made_from, show=bool(options.out))
+        if not options.out:
+            sys.stdout.write(out.read_text())
+    if bad:
+        print_error(f"{bad} of {len(files)} images cannot be read; they have no prediction.")
+
+
+def _classify(network, files: list[Path], out: Path, made_from: dict[str, Any], *, show: bool) -> int:
+    """Write a file of predictions, and return how many images cannot be read."""
+    from beitv2_jax.api import BATCH_SIZE
+    from beitv2_jax.runners.parts import Parts
+
+    top = made_from["top"]
+
+    def save(path: Path, part: dict[str, np.ndarray]) -> None:
+        predictions = network.best(part["logits"], top)
+        with replacing(path) as file:
+            for number, weight, best in zip(part["example_ids"], part["weight"], predictions, strict=True):
+                classes = [prediction._asdict() for prediction in best] if weight else None
+                file.write(json.dumps({"file": str(files[number]), "classes": classes}) + "\n")
+
+    parts = Parts(out, {**made_from, "classes": network.class_names}, len(files), PART_ROWS, ".jsonl")
+    parts.fill(
+        EvalRow(_Files(files), EvalTransform(network.image_size, eval_crop_fraction(network.image_size))),
+        lambda variables, batch: {"logits": network.logits_function(variables, batch["images"])},
+        network.weights.variables,
+        save,
+        batch_size=BATCH_SIZE,
+        num_threads=os.cpu_count() or 1,
+        label="predict",
+        show=show,
+    )
+    bad = 0
+    with replacing(parts.joined) as file:
+        writer = csv.writer(file, lineterminator="\n") if out.suffix == ".csv" else None
+        if writer:
+            ranks = range(1, top + 1)
+            writer.writerow(["file", *(f"{part}_{rank}" for rank in ranks for part in ("class", "probability"))])
+        for text in _lines(parts.paths):
+            line = json.loads(text)
+            bad += line["classes"] is None
+            if writer:
+                values = (value for prediction in line["classes"] or [] for value in prediction.values())
+                writer.writerow([line["file"], *values])
+            else:
+                file.write(text)
+    parts.finish()
+    return bad
+
+
+def _lines(paths: list[Path]) -> Iterator[str]:
+    for path in paths:
+        with path.open() as file:
+            yield from file
+
+
+class _Files:
+    """Image files as a source of data."""
+
+    def __init__(self, files: list[Path]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        where = str(self._files[number])
+        try:
+            image = file_bytes(self._files[number])
+        except RecordError as error:
+            return unreadable(number, where, error)
+        return {"image": image, "label": -1, "example_id": number, "where": where}
+
+
+def _segment(network, files: list[Path], out: Path, made_from: dict[str, Any], *, show: bool) -> int:
+    """Write a folder of pictures, and return how many images cannot be read."""
+    import jax
+
+    from beitv2_jax.report.segmentation import class_colors
+    from beitv2_jax.runners.parts import Parts
+
+    names = [f"{number:06d}_{path.stem}" for number, path in enumerate(files)]
+    made_from = made_from | {"sliding": dataclasses.asdict(network.sliding)}
+    folder, colors, bad = Parts(out, made_from, len(files), 1, ".png").folder, class_colors(), 0
+    folder.mkdir(exist_ok=True)
+    missing = [number for number, name in enumerate(names) if not (folder / f"{name}.png").exists()]
+    progress = Progress(len(files), "predict", "images", done=len(files) - len(missing), enabled=show)
+    at_once = jax.local_device_count()
+    for chunk in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
+        images = {number: image for number in chunk if (image := _decoded(files[number])) is not None}
+        bad += len(chunk) - len(images)
+        label_maps = network.predict(list(images.values())) if images else []
+        for (number, image), label_map in zip(images.items(), label_maps, strict=True):
+            overlay = ((image.astype(np.uint16) + colors[label_map]) // 2).astype(np.uint8)
+            # the map last: where it is, the image is done
+            for ending, pixels in ((".overlay.png", overlay), (".png", label_map)):
+                with replacing(folder / f"{names[number]}{ending}", "wb") as file:
+                    Image.fromarray(pixels).save(file, "PNG")
+        progress.advance(len(chunk))
+        progress.show({})
     progress.close()
-    _report(len(files), bad)
+    folder.rename(out)
+    return bad
+
+
+def _decoded(path: Path) -> np.ndarray | None:
+    try:
+        return decode_image(file_bytes(path), str(path))
+    except (CorruptImageError, RecordError) as error:
+        print_error(f"cannot be read: {path}: {getattr(error, 'cause', error)}")
+        return None
 
 
 def _files(images: Path) -> list[Path]:
@@ -142,32 +217,20 @@ def _check_out(out: str) -> None:
         )
 
 
-def _decoded(path: Path) -> np.ndarray | None:
-    try:
-        return decode_image(path.read_bytes(), str(path))
-    except (CorruptImageError, OSError) as error:
-        print_error(f"{path} cannot be read: {getattr(error, 'cause', error)}")
-        return None
-
-
-def _chunks(files: list[Path], size: int) -> Iterator[list[Path]]:
-    yield from (files[start : start + size] for start in range(0, len(files), size))
-
-
-def _report(count: int, bad: int) -> None:
-    if bad:
-        print_error(f"{bad} of {count} images cannot be read; they have no prediction.")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="beitv2 predict", description=__doc__, epilog=_EXAMPLES)
-    parser.add_argument("weights", metavar="WEIGHTS", help="run directory, weights file or Hugging Face folder")
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="run directory, weights file, Hugging Face or timm folder, or hf:OWNER/NAME"
+    )
     parser.add_argument("images", metavar="IMAGES", help="image, or folder that is searched for images at any depth")
     parser.add_argument(
         "--out", default="", help=".csv or .jsonl file; for segmentation a folder (default: JSON lines on the terminal)"
     )
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
+    )
     return parser
 
 

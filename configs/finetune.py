@@ -98,16 +98,18 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(min_scale=0.08),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "augment": sections.augment(randaugment_ops=2, mixup=0.8, cutmix=1.0, erasing=0.25),
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 drop_path_rate=0.2,
-                num_classes=1000,  # that of the source
+                num_classes=1000,  # unless set, that of the source
                 pooling="mean",  # of the patches; 'cls' takes [CLS]
                 layer_scale_init=0.1,
                 head_init_scale=0.001,

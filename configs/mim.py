@@ -98,7 +98,9 @@ def get_config(arg=""):
         {
             "stage": "mim",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(
                 min_scale=0.2,
@@ -116,8 +118,8 @@ def get_config(arg=""):
                 "codes": "",  # workdir of the tokenize stage: read stored code ids
                 "run": "",  # run directory of the vqkd stage: run the tokenizer in the step
             },
-            "model": sections.vit(
-                codebook_size=8192,  # that of the tokenizer
+            "model": sections.backbone(
+                codebook_size=8192,  # unless set, that of the tokenizer
                 position="relative_shared",
                 param_init="clipped",  # as released; 'scaled' by the fan-in suits widths far below 768
                 layer_scale_init=0.1,

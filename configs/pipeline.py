@@ -24,8 +24,9 @@ from beitv2_jax.config import apply_presets, link, load, sections
 
 
 def large(config):
-    config.stages.mim.model = load("mim:large").model
-    config.stages.probe.probe.layers = load("probe:large").probe.layers
+    model = load("mim:large").model
+    config.stages.mim.model.update({key: model[key] for key in model if key != "codebook_size"})
+    config.stages.probe.probe.layers = (model.early_layer, model.depth)
 
 
 def live(config):
@@ -46,7 +47,7 @@ def mini(config):
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(vit, depth=1)
     stages.vqkd.model.update(codebook_size=256, code_dim=16, ema_decay=0.9)  # a few hundred steps: codes must follow
-    stages.mim.model.update(vit, codebook_size=256, early_layer=3, drop_path_rate=0.0)
+    stages.mim.model.update(vit, early_layer=3, drop_path_rate=0.0)
     # so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
     stages.mim.model.update(stem="conv", position="absolute", param_init="scaled", layer_scale_init=1.0)
     stages.probe.probe.update(layers=(2, 3, 4), duration="1000 steps", batch_size=256)
@@ -94,5 +95,6 @@ def get_config(arg=""):
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"
+    stages.mim.model.codebook_size = stages.vqkd.model.get_oneway_ref("codebook_size")
     stages.probe.backbone.run = "{workdir}/mim"
     return apply_presets(config.lock(), arg, PRESETS)

@@ -1,13 +1,14 @@
-"""Probe: measure what the frozen backbone of a mim run knows about labels, by a linear layer and by nearest neighbours.
+"""Probe: measure what a frozen backbone knows about labels, by a linear layer and by nearest neighbours.
 
 Paper     Peng et al., BEiT v2 (arXiv 2208.06366), linear probing; weighted kNN as in DINO (arXiv 2104.14294)
 Command   python -m beitv2_jax.main --config=configs/probe.py --workdir=runs/probe --config.backbone.run=runs/mim
+          backbone.run is a run of configs/mim.py, of another stage, or a published file; the image size and the layers
+          follow from it
 Published 8 GPUs; AdamW 4e-3 at batch 1024, weight decay 1e-4, 100 epochs (the released script, written for BEiT v1)
 Expected  80.1 % for base after 300 epochs of pre-training; the layer and optimizer behind that number were not
           published, and the released script chooses on the validation set, which this stage never does
 
 Presets
-  large       layers 21 and 24 of ViT-L instead of 9 and 12 of ViT-B
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images)
   smoke       a few steps on generated pictures
 """
@@ -15,10 +16,6 @@ Presets
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets, sections
-
-
-def large(config):
-    config.probe.layers = (21, 24)
 
 
 def imagenette(config):
@@ -37,7 +34,7 @@ def smoke(config):
     config.efficiency.dtype = "float32"
 
 
-PRESETS = {"large": large, "imagenette": imagenette, "smoke": smoke}
+PRESETS = {"imagenette": imagenette, "smoke": smoke}
 
 
 def get_config(arg=""):
@@ -47,10 +44,10 @@ def get_config(arg=""):
             "stage": "probe",
             "seed": 0,
             "data": sections.data(),
-            "views": {"image_size": 224},  # pixels, that of the run
-            "backbone": {"run": ""},  # required: run directory of the mim stage
+            "views": {"image_size": 224},  # pixels; unless set, that of the backbone
+            "backbone": {"run": ""},  # required: a run directory or a file of any layout
             "probe": {
-                "layers": (9, 12),  # blocks, counted from 1, whose tokens are tried: the early layer and the last
+                "layers": (9, 12),  # blocks, from 1, whose tokens are tried; unless set, the early layer and the last
                 "duration": "100 epochs",
                 "batch_size": 1024,
                 "learning_rates": (1e-3, 4e-3, 1.6e-2),

@@ -49,7 +49,7 @@ def imagenette(config):
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=384, num_heads=6, mlp_dim=1536)
     stages.vqkd.model.update(codebook_size=1024, code_dim=32)
-    stages.mim.model.update(vit, codebook_size=1024, early_layer=6)
+    stages.mim.model.update(vit, early_layer=6)
     stages.mim.model.update(position="relative_shared", param_init="clipped", layer_scale_init=0.1)
     stages.mim.masking.update(num_masked=38, min_patches=9)
     stages.probe.probe.layers = (4, 6, 8)
@@ -67,7 +67,7 @@ def smoke(config):
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
     stages.vqkd.model.update(codebook_size=16, code_dim=8)
-    stages.mim.model.update(vit, codebook_size=16, early_layer=2, head_depth=1)
+    stages.mim.model.update(vit, early_layer=2, head_depth=1)
     stages.probe.probe.update(layers=(2, 3), duration="10 steps", batch_size=16)
     _set_durations(config, teacher="4 steps", vqkd="4 steps", mim="4 steps", warmup="2 steps")
     _set_rhythm(config, batch_size=8, log="1 step", checkpoint="2 steps", evaluate="4 steps")
@@ -110,6 +110,7 @@ def _build_stages(config):
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"
+    stages.mim.model.codebook_size = stages.vqkd.model.get_oneway_ref("codebook_size")
     stages.probe.backbone.run = "{workdir}/mim"
     return stages
 
@@ -133,7 +134,7 @@ def get_config(arg=""):
     stages.vqkd.model.encoder.update(VIT)
     stages.vqkd.model.decoder.update(DECODER)
     stages.vqkd.model.update(CODEBOOK)
-    stages.mim.model.update(VIT, codebook_size=CODEBOOK["codebook_size"], drop_path_rate=0.0, **HEAD, **START)
+    stages.mim.model.update(VIT, drop_path_rate=0.0, **HEAD, **START)
     stages.mim.masking.update(MASKING)
     stages.probe.probe.update(PROBE)
     for name, schedule in (("teacher", TEACHER), ("vqkd", VQKD), ("mim", MIM)):

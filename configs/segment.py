@@ -73,7 +73,9 @@ def get_config(arg=""):
         {
             "stage": "segment",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": {
                 "offset": 1,  # number of class 0 in the label maps
@@ -108,11 +110,11 @@ def get_config(arg=""):
                 "auxiliary_weight": 0.4,
                 "count_unlabelled": True,  # in the mean over pixels, where they are 0
             },
-            "model": sections.vit(
+            "model": sections.backbone(
                 position="relative",  # a table per block
                 layer_scale_init=0.1,
                 drop_path_rate=0.15,
-                num_classes=150,
+                num_classes=150,  # unless set, that of the source
                 out_layers=(4, 6, 8, 12),  # blocks, counted from 1, that give the four feature maps
                 channels=768,  # of the head
                 aux_channels=256,

@@ -43,20 +43,22 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(source="embedded", num_threads=8),
             "views": sections.views(image_size=96, min_scale=0.35),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
             "augment": sections.augment(),
-            "model": sections.vit(
+            "model": sections.backbone(
                 width=192,
                 depth=6,
                 num_heads=3,
                 mlp_dim=768,
                 position="absolute",
                 drop_path_rate=0.0,
-                num_classes=10,  # that of the source
+                num_classes=10,  # unless set, that of the source
                 pooling="mean",
                 layer_scale_init=0.0,  # 0: no layer scale
                 head_init_scale=1.0,

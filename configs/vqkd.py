@@ -89,7 +89,9 @@ def get_config(arg=""):
         {
             "stage": "vqkd",
             "seed": 0,
-            "init_from": "",  # weights to start from: a run directory or a file of any layout; '': random weights
+            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
+            # are set here; '': random weights
+            "init_from": "",
             "data": sections.data(),
             "views": sections.views(min_scale=0.08),
             "teacher": sections.teacher(features=""),  # features: workdir of the extract stage; give it or weights

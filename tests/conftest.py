@@ -92,6 +92,22 @@ def _free_compiled_programs_after_each_module():
 
 
 @pytest.fixture(scope="session")
+def server():
+    """Return the buckets of a server that this process takes for Cloud Storage from now on: one, named `bucket`."""
+    from fake_bucket import serving
+
+    with serving("bucket") as buckets:
+        os.environ.update(buckets.environment)
+        yield buckets
+
+
+@pytest.fixture
+def bucket(server):
+    """Return {name of an object: its bytes} of gs://bucket."""
+    return server["bucket"]
+
+
+@pytest.fixture(scope="session")
 def equality_runs(tmp_path_factory):
     """Return the small runs of every stage that the equality tests share."""
     from equality_runs import Runs

@@ -30,6 +30,7 @@ LAYERS = {
     "runners": 8,
     "api": 8,
     "embed": 9,
+    "evaluate": 9,
     "planning": 9,
     "predict": 9,
     "main": 10,

@@ -3,13 +3,14 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 from convert_states import drawn_weights
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import embed, predict
+from beitv2_jax import api, embed, predict
 from beitv2_jax.convert.weights import write
 
 
@@ -31,6 +32,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for kind in ("classifier", "mim"):
         write(drawn_weights(kind), str(root / kind), "run")
+    write(drawn_weights("classifier", position="relative"), str(root / "released.pth"), "official")
     write(drawn_weights("segmenter", position="relative", patch_size=8, grid=4), str(root / "segmenter"), "run")
     config = json.loads((root / "segmenter" / "config.json").read_text())
     config["evaluation"] = {"short_side": 40, "long_side": 80, "stride": 20}  # as published it takes many windows
@@ -59,14 +61,60 @@ def test_predictions_are_those_of_the_api_in_json_and_csv(photos, runs, tmp_path
             assert float(row[2 + 2 * place]) == pytest.approx(probability, rel=1e-4)
 
 
-def test_one_image_is_predicted_on_the_terminal(photos, runs, capsys):
-    assert predict.main([str(runs / "classifier"), str(photos / "a" / "0.png"), "--top=1"]) == 0
+def ended_at(monkeypatch, owner, name, call):
+    """Let call number `call` of a method act as Ctrl-C; return the list that grows with each other call."""
+    method, calls = getattr(owner, name), []
+
+    def ending(self, *arguments):
+        if len(calls) + 1 == call:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, ending)
+    return calls
+
+
+def test_predictions_go_on_where_they_were_ended(photos, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "PART_ROWS", 2)
+    command = [str(runs / "classifier"), str(photos), f"--out={tmp_path / 'found.jsonl'}", "--top=1"]
+    with monkeypatch.context() as patch:
+        calls = ended_at(patch, api.Classifier, "best", 2)
+        assert predict.main(command) == 130 and len(calls) == 1
+    assert predict.main([*command[:-1], "--top=2"]) == 0  # which does not use the part that is there
+    assert "probability" in (tmp_path / "found.jsonl").read_text()
+    (tmp_path / "found.jsonl").unlink()
+    calls = ended_at(monkeypatch, api.Classifier, "best", 9)
+    assert predict.main(command) == 0 and len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["found.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == sorted(map(str, photos.rglob("*.png")))
+    classifier = beitv2_jax.load_classifier(runs / "classifier")
+    for line in lines[:4]:
+        (expected,) = classifier.predict(line["file"], top=1)
+        assert [prediction["name"] for prediction in line["classes"]] == [expected[0].name]
+
+
+def test_one_image_is_predicted_on_the_terminal_with_released_weights(photos, runs, capsys):
+    image = photos / "a" / "0.png"
+    assert predict.main([str(runs / "released.pth"), str(image), "--top=1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert len(json.loads(line)["classes"]) == 1
+    logits = beitv2_jax.load_classifier(runs / "released.pth").logits(image)
+    assert [prediction["name"] for prediction in json.loads(line)["classes"]] == [str(logits.argmax())]
 
 
-def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image(photos, runs, tmp_path):
-    assert predict.main([str(runs / "segmenter"), str(photos / "a"), f"--out={tmp_path / 'maps'}"]) == 0
+def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image_and_goes_on_where_it_was_ended(
+    photos, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)  # images at once
+    command = [str(runs / "segmenter"), str(photos / "a"), f"--out={tmp_path / 'maps'}"]
+    with monkeypatch.context() as patch:
+        ended_at(patch, api.Segmenter, "predict", 2)
+        assert predict.main(command) == 130
+    (left,) = tmp_path.iterdir()
+    assert sorted(path.name for path in left.glob("*[024].png")) == ["000000_0.png", "000001_2.png"]
+    calls = ended_at(monkeypatch, api.Segmenter, "predict", 9)
+    assert predict.main(command) == 0 and len(calls) == 1 and not left.exists()
     names = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert names == sorted(f"{k:06d}_{n}{end}.png" for k, n in enumerate("024") for end in ("", ".overlay"))
     (expected,) = beitv2_jax.load_segmenter(runs / "segmenter").predict(photos / "a" / "2.png")
@@ -76,7 +124,7 @@ def test_a_segmenter_writes_a_map_and_an_overlay_of_every_image(photos, runs, tm
 
 def test_embedded_features_are_those_of_the_api(photos, runs, tmp_path, capsys):
     out = tmp_path / "features.npz"
-    arguments = [str(runs / "mim"), f"folder:{photos}", f"--out={out}", "--tokens=cls,mean,patches", "--layer=1"]
+    arguments = [str(runs / "mim"), f"folder:{photos}", f"--out={out}", "--tokens=cls,mean,patches", "--layers=1"]
     assert embed.main(arguments) == 0
     assert "1 of 5 images cannot be read" in capsys.readouterr().err
     found = np.load(out)
@@ -117,9 +165,9 @@ def test_labels_of_a_split_are_numbered_by_the_training_split(photos, runs, tmp_
         (predict, ["RUNS/mim", "PHOTOS"], "predict no classes"),
         (predict, ["RUNS/segmenter", "PHOTOS"], "--out is missing"),
         (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--tokens=all"], "no tokens 'all'"),
-        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.csv"], "not an .npz file"),
+        (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.csv"], "neither an .npz nor"),
         (embed, ["RUNS/mim", "folder:PHOTOS", "--out=x.npz", "--split=nope"], "no split 'nope'"),
-        (embed, ["RUNS/mim", "folder:PHOTOS/a", "--out=x.npz", "--layer=9"], "no layer 9"),
+        (embed, ["RUNS/mim", "folder:PHOTOS/a", "--out=x.npz", "--layers=9"], "no layer 9"),
     ],
 )
 def test_mistakes_end_with_2_and_write_nothing(

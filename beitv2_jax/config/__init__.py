@@ -20,12 +20,14 @@ from beitv2_jax.config.load import (
 )
 from beitv2_jax.config.paths import refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
+from beitv2_jax.config.settings import decided, undecided
 
 __all__ = [
     "HARMLESS",
     "UNITS",
     "apply_presets",
     "changed",
+    "decided",
     "expand_home",
     "flatten",
     "from_json",
@@ -37,5 +39,6 @@ __all__ = [
     "stage_errors",
     "steps",
     "to_json",
+    "undecided",
     "validate",
 ]

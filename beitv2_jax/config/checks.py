@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from beitv2_jax import choices
 from beitv2_jax.config.durations import parse_duration, steps
 from beitv2_jax.config.load import flatten
-from beitv2_jax.config.paths import PATH_KEYS, refuse_remote
+from beitv2_jax.config.paths import PATH_KEYS, WEIGHT_KEYS, may_be_in_bucket, refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
+from beitv2_jax.config.settings import undecided
 from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
@@ -28,6 +29,7 @@ _CHOICES = {
     "model.position": choices.POSITIONS,
     "model.pooling": choices.POOLING,
     "model.stem": choices.STEMS,
+    "model.qkv_bias": choices.QKV_BIASES,
     "model.param_init": choices.PARAM_INITS,
     "model.encoder.stem": choices.STEMS,
     "run.on_failed_save": choices.ON_FAILED_SAVE,
@@ -80,6 +82,8 @@ _AT_LEAST_ONE = {
 def validate(config: ConfigDict, num_examples: int | None = None) -> None:
     """Check what can be checked before any computation: choices, durations, sizes that must fit each other.
 
+    Keys that weights, stored targets or data will decide (`settings.undecided`) are not looked at.
+
     Args:
         config: one stage, or a pipeline, whose stages are then checked one by one.
         num_examples: examples of the training split where known; needed to compare durations of different units, and
@@ -98,14 +102,16 @@ def validate(config: ConfigDict, num_examples: int | None = None) -> None:
 
 
 def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
-    flat = flatten(config)
+    later = undecided(config)
+    flat = {key: value for key, value in flatten(config).items() if key not in later}
 
     def refuse(key: str, problem: str, meant: str, *values, other: str = "") -> None:
         instead = " or ".join(f"--config.{key}={value}" for value in values)
         raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}{other}.")
 
     for key in PATH_KEYS:
-        refuse_remote(f"--config.{key}", flat.get(key, ""))
+        buckets = may_be_in_bucket(key, flat["data.source"])
+        refuse_remote(f"--config.{key}", flat.get(key, ""), buckets=buckets, weights=key in WEIGHT_KEYS)
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
             names = tuple(filter(None, valid))
@@ -172,7 +178,7 @@ def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int |
 def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
     for section in ("model.", "model.encoder.", "model.decoder."):
         width, heads = flat.get(f"{section}width"), flat.get(f"{section}num_heads")
-        if width is None:
+        if None in (width, heads):
             continue
         if heads < 1:
             fitting = max(1, width // 64)
@@ -190,7 +196,8 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
     patch_keys = ("model.encoder.patch_size", "teacher.tokenizer_patch_size")
     patch_key = next((key for key in patch_keys if key in flat), "model.patch_size")
     image_size, patch_size = flat.get("views.image_size"), flat.get(patch_key)
-    if patch_size is not None and image_size % patch_size:
+    are_known = None not in (image_size, patch_size)
+    if are_known and image_size % patch_size:
         refuse(
             "views.image_size",
             f"it must be divisible by {patch_key}={patch_size}",
@@ -205,7 +212,7 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
             "Did you mean the usual pair?",
             "'(0.9, 0.999)'",
         )
-    if "masking.num_masked" in flat:
+    if are_known and "masking.num_masked" in flat:
         num_patches = (image_size // patch_size) ** 2
         if not 1 <= flat["masking.num_masked"] <= num_patches:
             refuse(
@@ -215,7 +222,7 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
                 max(1, round(num_patches * MASKED_FRACTION)),
             )
     for section in ("model.", "model.encoder."):
-        if flat.get(f"{section}stem") == "conv" and patch_size & (patch_size - 1):
+        if flat.get(f"{section}stem") == "conv" and patch_size is not None and patch_size & (patch_size - 1):
             problem = (
                 f"small convolutions cannot make patches of {patch_key}={patch_size} pixels, which is no power of two"
             )
@@ -224,10 +231,11 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
 
 def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
     """Check that the first batch has a patch for each code: k-means cannot start more codes than it has samples."""
-    if not flat.get("kmeans_start") or flat["init_from"]:
+    image_size, patch_size = flat.get("views.image_size"), flat.get("model.encoder.patch_size")
+    if not flat.get("kmeans_start") or flat["init_from"] or None in (image_size, patch_size):
         return
     batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]
-    patches = batch_size * (flat["views.image_size"] // flat["model.encoder.patch_size"]) ** 2
+    patches = batch_size * (image_size // patch_size) ** 2
     if patches < codes:
         refuse(
             "run.batch_size",
@@ -241,8 +249,10 @@ def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
 
 def _check_layers(flat: dict[str, Any], refuse: Callable) -> None:
     """Check keys that name blocks of the backbone, counted from 1."""
-    depth = flat.get("model.depth")
-    if flat.get("model.patch_aggregation") and not 1 <= flat["model.early_layer"] <= depth:
+    depth, early_layer = flat.get("model.depth"), flat.get("model.early_layer")
+    if depth is None:
+        return
+    if flat.get("model.patch_aggregation") and early_layer is not None and not 1 <= early_layer <= depth:
         refuse(
             "model.early_layer",
             f"the backbone has model.depth={depth} blocks, counted from 1",
@@ -335,8 +345,8 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
     """Check what a segmentation cuts out of its images, to train on and to evaluate."""
     if "evaluation.stride" not in flat:
         return
-    side = flat["views.image_size"]
-    if not 1 <= flat["evaluation.stride"] <= side:
+    side = flat.get("views.image_size")
+    if side is not None and not 1 <= flat["evaluation.stride"] <= side:
         refuse(
             "evaluation.stride",
             f"windows of {side} pixels would leave gaps",
@@ -385,7 +395,7 @@ def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
                 value,
                 other=f" or --config.{live_key}={value if stored else 'PATH'}",
             )
-    if stored and flat["views.num_views"] < 1:
+    if stored and flat.get("views.num_views", 1) < 1:
         refuse(
             "views.num_views",
             "stored targets belong to numbered views",

@@ -128,7 +128,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             "Write every argument as --NAME=VALUE, with the value in quotes if it has spaces.",
         )
     for name in ("workdir", "compilation_cache"):
-        refuse_remote(f"--{name}", values[name].value or "")
+        refuse_remote(f"--{name}", values[name].value or "", buckets=True)
     if not values.workdir and not values.plan and not values.print_config:
         raise UserError(
             "The flag --workdir is missing.",

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from beitv2_jax.config.settings import watch
 from beitv2_jax.errors import UserError, did_you_mean
 
 HARMLESS = (
@@ -21,6 +22,8 @@ HARMLESS = (
     "run.keep_every",
     "run.hang_timeout",
     "run.on_failed_save",
+    "run.keep_best",
+    "run.wandb",
     "data.num_threads",
     "data.num_workers",
     "data.max_bad_fraction",
@@ -39,9 +42,12 @@ def apply_presets(
 ) -> ConfigDict:
     """Apply the comma separated preset names in `arg` to `config`, in the order they are written, and return it.
 
+    From here on `config` knows which of its keys are set (`config.settings`), by presets first.
+
     Raises:
         UserError: `arg` names no preset of this file.
     """
+    watch(config)
     for name in (part.strip() for part in arg.split(",")) if arg else ():
         if name not in presets:
             raise UserError(

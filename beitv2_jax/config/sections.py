@@ -74,6 +74,17 @@ def vit(**changes: Any) -> dict[str, Any]:
     }
 
 
+def backbone(**changes: Any) -> dict[str, Any]:
+    """Return what a ViT-B/16 is that may start from weights: its sizes, and what networks of one size differ in."""
+    return vit(
+        **{
+            "qkv_bias": "qv",  # of queries and values, as released; 'full': of the keys too, as in a plain ViT; 'none'
+            "norm_eps": 1e-6,  # of every layer norm
+            **changes,
+        }
+    )
+
+
 def optim(**changes: Any) -> dict[str, Any]:
     """Return AdamW with warm-up and a cosine schedule; `peak_lr`, `min_lr`, `warmup` must be given."""
     return {
@@ -95,6 +106,8 @@ def run(**changes: Any) -> dict[str, Any]:
         "max_nonfinite_steps": 20,  # consecutive steps without a finite loss that stop the run
         "on_failed_save": "continue",  # or 'stop'; the last save must not fail
         "hang_timeout": 600,  # seconds without progress after which the process exits; 0: never
+        "keep_best": "",  # metric, such as eval/accuracy, whose best checkpoint is kept beside the newest; '': none
+        "wandb": "",  # project of Weights & Biases that gets the metrics too; '': none
         **changes,  # batch_size is the global one
     }
 

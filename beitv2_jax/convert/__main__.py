@@ -25,6 +25,8 @@ examples:
   python -m beitv2_jax.convert runs/mim mim.pth --layout=official
   # a classifier to a Hugging Face folder, with positions resized to 384 pixels
   python -m beitv2_jax.convert runs/finetune hub --layout=huggingface --image_size=384
+  # a compiled function for CPUs, GPUs and TPUs that needs jax alone
+  python -m beitv2_jax.convert runs/finetune classifier --layout=stablehlo
 """
 
 
@@ -32,8 +34,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the conversion that `argv` describes."""
     options = _parser().parse_args(argv)
-    for name, path in (("SOURCE", options.source), ("DEST", options.dest)):
-        refuse_remote(name, path)
+    refuse_remote("SOURCE", options.source, weights=True)
+    refuse_remote("DEST", options.dest)
     # converting needs no accelerator, so none is initialised
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from beitv2_jax.convert import weights as weights_lib
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         average=options.weights == "average",
         state_dict=options.state_dict,
     )
-    not_written = weights_lib.write(weights, options.dest, options.layout)
+    licenses = weights_lib.Licenses(options.license, options.teacher_license)
+    not_written = weights_lib.write(weights, options.dest, options.layout, licenses)
     try:
         print(summary(weights, options.dest, options.layout, not_written), flush=True)
     except BrokenPipeError:
@@ -70,12 +73,16 @@ def summary(weights, dest: str, layout: str, not_written: dict[str, str]) -> str
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m beitv2_jax.convert", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument(
-        "source", metavar="SOURCE", help="weights file (.pth, .safetensors, .npz), Hugging Face folder or run directory"
+        "source",
+        metavar="SOURCE",
+        help="weights file (.pth, .safetensors, .npz), folder of Hugging Face or timm, run directory, "
+        "RUN/checkpoints/STEP, or hf:OWNER/NAME",
     )
-    parser.add_argument("dest", metavar="DEST", help="new file (official, timm) or new folder (huggingface, run)")
     parser.add_argument(
-        "--layout", default="run", choices=("run", "official", "timm", "huggingface"), help="of DEST (default: run)"
+        "dest", metavar="DEST", help="new file (official, timm) or new folder (all layouts but official)"
     )
+    layouts = ("run", "official", "timm", "huggingface", "stablehlo", "onnx")
+    parser.add_argument("--layout", default="run", choices=layouts, help="of DEST (default: run)")
     parser.add_argument(
         "--image_size", type=int, metavar="PIXELS", help="resize position embeddings and tables to this image size"
     )
@@ -99,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("last", "average"),
         help="of a run: those of its last step, or their average (optim.weight_average)",
     )
+    parser.add_argument(
+        "--license", default="", metavar="ID", help="of the weights, for the model card, such as apache-2.0"
+    )
+    parser.add_argument("--teacher_license", default="", metavar="ID", help="of the teacher, for the model card")
     return parser
 
 

@@ -10,17 +10,22 @@ import re
 import numpy as np
 from flax import traverse_util
 
-from beitv2_jax.convert.arguments import shapes
+from beitv2_jax.convert.arguments import MODELS, shapes
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS
-from beitv2_jax.convert.weights import Weights, resized
+from beitv2_jax.convert.weights import Weights, backbone_of, resized
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 
-_TITLES = {
+TITLES = {
     "vqkd": "a tokenizer",
     "mim": "a masked image model",
     "classifier": "a classifier",
     "segmenter": "a segmentation model",
+    "vit": "a plain vision transformer",
 }
+_SIZES = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem", "qkv_bias")
+_FIXED = ("activation", "pre_norm", "patch_bias", "class_token", "num_registers")
+"""Fields of `Backbone` that no stage of this package has a key for."""
 _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
 
 _NEWLY_INITIALISED = {
@@ -71,10 +76,11 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     """
     if kind == "vqkd" and weights.kind != "vqkd":
         raise UserError(
-            f"The weights of init_from are those of {_TITLES[weights.kind]}, which cannot initialise a tokenizer.",
+            f"The weights of init_from are those of {TITLES[weights.kind]}, which cannot initialise a tokenizer.",
             "The path may be that of other weights.",
             "Write --config.init_from=PATH with the path of a tokenizer, a run of stage 'vqkd'.",
         )
+    _check_backbone(weights, kind, arguments)
     if weights.arguments["image_size"] not in (None, arguments["image_size"]):
         weights = resized(weights, arguments["image_size"])
     flat = traverse_util.flatten_dict(weights.variables, sep="/")
@@ -120,6 +126,44 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     )
 
 
+def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
+    """Raise UserError, with both values, unless the backbone of the weights is that of the model but for its grid."""
+    theirs = backbone_of(weights)
+    model = MODELS[kind].from_arguments(arguments)
+    ours = model.encoder if kind == "vqkd" else model.backbone
+    if different := [name for name in _FIXED if getattr(theirs, name) != getattr(ours, name)]:
+        raise UserError(
+            f"The weights of init_from are those of {TITLES[weights.kind]} with {_values(theirs, different)}, which no "
+            "stage can train.",
+            "Did you mean to use them as the teacher of a tokenizer?",
+            "Write --config.teacher.weights=PATH for a vqkd or extract stage, or another --config.init_from: a BEiT "
+            "model, or a plain ViT such as those of AugReg, DeiT and DINO.",
+        )
+    assumed = [text.partition("=")[0] for text in weights.assumptions]
+    different = [name for name in _SIZES if name not in assumed and getattr(theirs, name) != getattr(ours, name)]
+    if theirs.position.removesuffix("_shared") != ours.position.removesuffix("_shared"):
+        different.append("position")
+    if bool(theirs.layer_scale_init) != bool(ours.layer_scale_init):
+        different.append("layer_scale_init")
+    if different:
+        section = "model.encoder" if kind == "vqkd" else "model"
+        fitting = dataclasses.asdict(theirs) | {"layer_scale_init": theirs.layer_scale_init or 0.0}
+        flags = " ".join(f"--config.{section}.{name}={fitting[name]}" for name in different)
+        raise UserError(
+            f"The weights of init_from, those of {TITLES[weights.kind]}, do not fit {TITLES[kind]} with the sizes of "
+            f"the config: they have {_values(theirs, different)}, the config {_values(ours, different)}.",
+            "Did you mean the pre-trained model and not its tokenizer?"
+            if kind != weights.kind == "vqkd"
+            else "Did you mean a preset of another size, or other weights?",
+            f"Write {flags}, or leave out the preset and the flags that set these keys; or write "
+            "--config.init_from=PATH of other weights, such as a run of stage 'mim'.",
+        )
+
+
+def _values(backbone: Backbone, names: list[str]) -> str:
+    return ", ".join(f"{name}={getattr(backbone, name)!r}" for name in names)
+
+
 def _encoder_as_backbone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a tokenizer's params with the encoder and its norm renamed to backbone and norm of a classifier."""
     renamed = {"params/encoder/": "params/backbone/", "params/encoder_norm/": "params/fc_norm/"}
@@ -139,19 +183,9 @@ def _begins(path: str, starts: tuple[str, ...]) -> bool:
 
 
 def _mismatch(weights: Weights, kind: str, problem: str) -> UserError:
-    happened = (
-        f"The weights of init_from, those of {_TITLES[weights.kind]}, do not fit {_TITLES[kind]} with the sizes of the "
-        f"config: they have {problem}."
-    )
-    if kind != weights.kind == "vqkd":
-        return UserError(
-            happened,
-            "Did you mean the pre-trained model and not its tokenizer?",
-            "Write --config.init_from=PATH with a run of stage 'mim'; the encoder of a tokenizer fits only a model of "
-            "its own sizes with --config.model.position=absolute and --config.model.layer_scale_init=0.",
-        )
     return UserError(
-        happened,
-        "The position, layer_scale_init, depth, width, patch_size or code_dim of the config may differ from theirs.",
+        f"The weights of init_from, those of {TITLES[weights.kind]}, do not fit {TITLES[kind]} with the sizes of the "
+        f"config: they have {problem}.",
+        "The sizes of the heads or the code_dim of the config may differ from theirs.",
         "Write --config.model.KEY=VALUE with the values that `python -m beitv2_jax.convert SOURCE DEST` prints.",
     )

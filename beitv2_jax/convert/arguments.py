@@ -6,19 +6,23 @@ the published value.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import traverse_util
 
 from beitv2_jax.convert.positions import grid_of_table
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.typing import PyTree
 
 Shape = tuple[int, ...]
 
@@ -47,15 +51,21 @@ class ShapeMismatch(Exception):
 def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
     """Return {our path: shape} of every variable of the model; for `None` in `arguments` any valid value is used."""
     arguments = _filled(arguments, lambda width: 1)
-    image_size = arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
-    model = MODELS[kind].from_arguments(arguments)
-    inputs = [jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)]
-    options = {"train": False}
-    if kind == "mim":
-        inputs.append(jax.ShapeDtypeStruct((1, (image_size // _patch_size(arguments)) ** 2), np.bool_))
-        options["num_masked"] = 1
-    tree = jax.eval_shape(lambda key, *inputs: model.init(key, *inputs, **options), jax.random.key(0), *inputs)
+    arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
+    tree = jax.eval_shape(functools.partial(initialised, kind, arguments), jax.random.key(0))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def initialised(kind: str, arguments: dict, key: jax.Array) -> PyTree:
+    """Return the variables of a new model of this kind; a 'vit' has no head, and the arguments of a `Backbone`."""
+    rngs, image_size = {"params": key, "drop_path": key}, arguments["image_size"]
+    inputs, options = [jnp.zeros((1, image_size, image_size, 3))], {"train": False}
+    if kind == "vit":
+        return NormalisedViT(Backbone(**arguments)).init(rngs, *inputs)
+    if kind == "mim":
+        inputs.append(jnp.zeros((1, (image_size // _patch_size(arguments)) ** 2), bool))
+        options["num_masked"] = 1
+    return MODELS[kind].from_arguments(arguments).init(rngs, *inputs, **options)
 
 
 def with_defaults(kind: str, arguments: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Read weights files of any format, and Hugging Face folders, as flat state dicts of NumPy arrays.
+"""Read weights files of any format, and folders of Hugging Face and timm, as flat state dicts of NumPy arrays.
 
 This is the first step of every conversion: names and shapes are still those of the file.
 """
@@ -10,33 +10,29 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from beitv2_jax.convert.hub import FILES_IN_FOLDER, local_path
 from beitv2_jax.convert.torch_files.reader import read_torch
 from beitv2_jax.convert.wrappers import Selection, StateDict, select, unwrap
 from beitv2_jax.errors import UserError
-
-_FILES_IN_FOLDER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from beitv2_jax.runtime.buckets import AnyPath, absolute, as_path, local_copy
 
 
 def read_weights(path: str, state_dict: str = "") -> StateDict:
-    """Return the state dict in a file (.npz, .safetensors, .pth, .pth.tar, .pt, .bin, .ckpt) or a Hugging Face folder.
+    """Return the state dict in a file (.npz, .safetensors, .pth, .pth.tar, .pt, .bin, .ckpt) or a folder.
 
-    What training scripts put around it is removed (`convert.wrappers`); of several state dicts `state_dict` names the
-    one to read. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
+    The folder is that of a model of Hugging Face or timm; either may lie on the Hugging Face hub (`convert.hub`). What
+    training scripts put around the state dict is removed (`convert.wrappers`); of several `state_dict` names the one to
+    read. Floating-point arrays become float32; integers and booleans stay. No code in the file is run.
 
     Raises:
         UserError: the file does not exist, is damaged or of another format, needs code to be run, holds something
             other than named tensors, or has no such state dict.
     """
-    file = Path(path)
+    file = local_copy(local_path(path))
     if file.is_dir():
-        file = next((file / name for name in _FILES_IN_FOLDER if (file / name).is_file()), file)
+        file = next((file / name for name in FILES_IN_FOLDER if (file / name).is_file()), file)
     if not file.is_file():
-        folder_lacks = f", or the folder has none of {', '.join(_FILES_IN_FOLDER)}" if file.is_dir() else ""
+        folder_lacks = f", or the folder has none of {', '.join(FILES_IN_FOLDER)}" if file.is_dir() else ""
         raise UserError(
             f"There is no weights file at {path}.",
             f"The path may be mistyped{folder_lacks}.",
@@ -50,11 +46,26 @@ def read_weights(path: str, state_dict: str = "") -> StateDict:
 def read_config(path: str, name: str = "config.json") -> dict | None:
     """Return the JSON file `name` in the folder `path`, or beside the file `path`; None if there is none.
 
+    The folder of a checkpoint stands for that of its run.
+
     Raises:
         UserError: the file is not a JSON object.
     """
-    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    place = located(path)
+    directory = run_directory(path) if place.is_dir() else place.parent
     return _read_json(directory / name) if (directory / name).is_file() else None
+
+
+def located(source: str) -> AnyPath:
+    """Return the path that `source` names, also in a bucket; what it names on the hub is fetched."""
+    return as_path(absolute(local_path(source)))
+
+
+def run_directory(path: str) -> AnyPath:
+    """Return the directory of the run that `path` names: itself, or RUN where it is RUN/checkpoints/STEP."""
+    directory = located(path)
+    is_checkpoint = directory.name.isdecimal() and directory.parent.name == "checkpoints"
+    return directory.parent.parent if is_checkpoint else directory
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -139,7 +150,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: AnyPath) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
 
@@ -43,8 +44,8 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Return whether `path` is the directory of a run: a folder whose config.json has a stage."""
-    return Path(path).is_dir() and "stage" in (read_config(path) or {})
+    """Return whether `path` is the directory of a run, whose config.json has a stage, or one of its checkpoints."""
+    return located(path).is_dir() and "stage" in (read_config(path) or {})
 
 
 def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
@@ -70,37 +71,42 @@ def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
 def read_run(workdir: str, *, average: bool = False) -> Run:
     """Read the newest checkpoint under `workdir`/checkpoints and the config beside it.
 
-    `model_state` is the codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged
-    weights. Nothing in the directory is changed.
+    Where `workdir` is the folder of a checkpoint itself, RUN/checkpoints/STEP, it is that one. `model_state` is the
+    codebook, the statistics of batch norm, or empty. With `average`, `params` are the averaged weights. Nothing in the
+    directory is changed.
 
     Raises:
         UserError: no such directory, no config.json, no complete checkpoint, or the newest checkpoint is corrupt. It is
             the result of the run, so an older one is not used in its place.
     """
-    directory = Path(workdir).absolute()
+    directory, place = run_directory(workdir), located(workdir)
+    chosen = int(place.name) if directory != place else None
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise _not_a_run(workdir)
     checkpoints = directory / "checkpoints"
     steps = ocp.path.step.standard_name_format()
-    newest = (
-        max(steps.find_all(checkpoints), key=lambda found: found.step, default=None) if checkpoints.is_dir() else None
-    )
-    if newest is None:
+    complete = steps.find_all(checkpoints) if checkpoints.is_dir() else ()
+    found_steps = sorted((found for found in complete if chosen in (None, found.step)), key=lambda found: found.step)
+    if not found_steps:
         raise UserError(
             f"{workdir} has no complete checkpoint.",
             "The run may not have saved one yet.",
             "Pass the directory (--workdir) of a run that has saved a checkpoint.",
         )
-    if damage := find_damage(Path(newest.path), (*ITEMS, AVERAGE) if average else ITEMS):
+    *older, newest = found_steps
+    checkpoint = as_path(newest.path)
+    if damage := find_damage(checkpoint, (*ITEMS, AVERAGE) if average else ITEMS):
         raise UserError(
-            f"The newest checkpoint of {workdir}, that of step {newest.step}, is corrupt: {damage}.",
+            f"The checkpoint of step {newest.step} in {directory} is corrupt: {damage}.",
             "The disk may have failed, or the folder may have been copied only in part.",
-            f"Copy the folder again, or move {newest.path} away to use the checkpoint before it.",
+            f"Copy the folder again, or move {newest.path} away to use the checkpoint before it."
+            if older
+            else f"Copy the folder again, or delete {newest.path} and give the command of this run again.",
         )
-    found = {name: _read_item(Path(newest.path) / name) for name in ITEMS}
+    found = {name: _read_item(checkpoint / name) for name in ITEMS}
     if average:
-        found["params"] = _read_item(Path(newest.path) / AVERAGE)
+        found["params"] = _read_item(checkpoint / AVERAGE)
         if not found["params"]:
             raise UserError(
                 f"{workdir} has no averaged weights.",
@@ -141,7 +147,7 @@ def weights_hash(tree: PyTree) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_item(path: Path) -> PyTree:
+def _read_item(path: AnyPath) -> PyTree:
     # Orbax cannot save an empty tree, so an item without arrays does not exist
     if not path.is_dir():
         return {}
@@ -158,7 +164,7 @@ def _as_dicts(tree: PyTree) -> PyTree:
 
 
 def _not_a_run(workdir: str) -> UserError:
-    path = Path(workdir)
+    path = located(workdir)
     if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return UserError(
             f"{workdir} is not the directory of a run; it is a weights file or a folder with one.",

@@ -1,10 +1,14 @@
 """Read trained weights of any layout, resize them to another image size, and write them in any layout.
 
 A layout is how a file names its arrays: 'official' (the released PyTorch code), 'timm', 'huggingface' (a folder with
-config.json), or 'run' (a run directory of this package). The kind of model is recognised from the names.
+config.json), or 'run' (a run directory of this package). The kind of model is recognised from the names. 'stablehlo'
+and 'onnx' can only be written: a function with the weights in it.
 """
 
 import dataclasses
+import functools
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ from flax import traverse_util
 
 from beitv2_jax.convert.arguments import (
     HEAD_WIDTH,
+    MODELS,
     fill_unknown,
     infer_arguments,
     published_early_layer,
@@ -22,13 +27,17 @@ from beitv2_jax.convert.arguments import (
 )
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
+from beitv2_jax.convert.class_names import INPUTS_FILE, class_names_of
 from beitv2_jax.convert.files import read_config, read_weights, write_safetensors
 from beitv2_jax.convert.input_statistics import normalization_of
+from beitv2_jax.convert.model_card import CARD_FILE, NOTHING_STATED, Licenses, make_card
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
-from beitv2_jax.convert.teachers.weights import refuse_plain_vit
+from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
+from beitv2_jax.convert.wrappers import StateDict
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
@@ -48,14 +57,18 @@ class Weights:
     """Trained weights and the arguments of their model.
 
     Attributes:
-        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'.
-        arguments: keyword arguments of the model of that kind.
+        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT, which can
+            start a model or be probed but not be converted.
+        arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
-        layout: of the source: 'official', 'timm', 'huggingface' or 'run'.
+        layout: of the source: 'official', 'timm', 'huggingface' or 'run'; 'plain' for a vision transformer that is no
+            BEiT.
         dropped: {name: reason} of the entries that were not used.
         assumptions: sentences on what the source does not say and was therefore assumed.
-        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1].
+        normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1] (as 'half').
         normalization_known: False if the source does not say which one it is, and the usual one was assumed.
+        class_names: of the classes that the model predicts, in the order of its outputs; () if the source has none.
+        source: the path that the weights were read from; '' if they were not read.
     """
 
     kind: str
@@ -66,6 +79,8 @@ class Weights:
     assumptions: tuple[str, ...] = ()
     normalization: str = ""
     normalization_known: bool = True
+    class_names: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def model_state(self) -> PyTree:
@@ -91,6 +106,7 @@ def read(
     normalization: str | None = None,
     average: bool = False,
     state_dict: str = "",
+    plain_vit: bool = False,
 ) -> Weights:
     """Read weights of any layout.
 
@@ -102,6 +118,8 @@ def read(
             for tokenizers, which have a fixed one.
         average: read the averaged weights of a run; ignored for files.
         state_dict: which of several state dicts in a file to read, as in `files.read_weights`; ignored for runs.
+        plain_vit: also read image classifiers that are plain vision transformers (timm, Hugging Face), which cannot be
+            written or trained here.
 
     Raises:
         UserError: nothing readable at `path`; an unknown, missing or wrongly shaped entry; or sizes that do not fit.
@@ -110,11 +128,15 @@ def read(
         weights = _from_run(path, normalization, average)
     else:
         found = read_weights(path, state_dict)
-        refuse_plain_vit(path, found.arrays)
-        weights = _from_state(path, found.arrays, num_heads, normalization)
+        weights = _classifier_from_plain_vit(path, found.arrays, num_heads, normalization) if plain_vit else None
+        if weights is None:
+            refuse_plain_vit(path, found.arrays)
+            weights = _from_state(path, found.arrays, num_heads, normalization)
         weights = dataclasses.replace(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
         )
+    num_classes = weights.arguments.get("num_classes", 0)
+    weights = dataclasses.replace(weights, class_names=class_names_of(path, num_classes), source=path)
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
             f"The image size of {path} is unknown: the model has no position embeddings or tables.",
@@ -124,6 +146,38 @@ def read(
     if image_size is None or image_size == weights.arguments["image_size"]:
         return weights
     return resized(weights, image_size)
+
+
+def read_backbone(path: str, *, image_size: int | None = None) -> Weights:
+    """Read weights whose backbone is to be used: those of `read`, and the trunk of a plain ViT as kind 'vit'.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if not is_run(path) and is_plain_vit((found := read_weights(path)).arrays):
+        weights = _from_plain_vit(path, found)
+        return weights if image_size is None else resized(weights, image_size)
+    return read(path, image_size=image_size)
+
+
+def describe(path: str) -> Weights:
+    """Return what `read_backbone` would read; of a run only the config is read, and `variables` is empty.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return _without_checkpoint(path) if is_run(path) else read_backbone(path)
+
+
+def backbone_of(weights: Weights) -> Backbone:
+    """Return the transformer in the weights: the encoder of a tokenizer, the backbone of every other model."""
+    if weights.kind == "vit":
+        return Backbone(**weights.arguments)
+    # a run's config leaves the width of the teacher's features open
+    model = MODELS[weights.kind].from_arguments(
+        {"teacher_width": 1, **weights.arguments} if weights.kind == "vqkd" else weights.arguments
+    )
+    return model.encoder if weights.kind == "vqkd" else model.backbone
 
 
 def resized(weights: Weights, image_size: int) -> Weights:
@@ -141,7 +195,8 @@ def resized(weights: Weights, image_size: int) -> Weights:
             f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
         )
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
-    flat = resize_positions(flat, (image_size // patch_size,) * 2)
+    has_cls = weights.arguments.get("class_token", True)  # which some plain ViTs lack
+    flat = resize_positions(flat, (image_size // patch_size,) * 2, num_prefix=int(has_cls))
     return dataclasses.replace(
         weights,
         arguments={**weights.arguments, "image_size": image_size},
@@ -149,11 +204,13 @@ def resized(weights: Weights, image_size: int) -> Weights:
     )
 
 
-def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
+def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING_STATED) -> dict[str, str]:
     """Write weights to a new file or folder and return {name: reason} of what the layout cannot store.
 
     'official' and 'timm' are files: .safetensors, .npz or .pth ({'model': state dict}, as the released scripts load
-    it). 'huggingface' and 'run' are folders. Nothing is left at `path` unless all of it was written.
+    it). 'huggingface', 'run', 'stablehlo', 'onnx', and 'timm' for a path without a suffix, are folders; those of
+    Hugging Face and timm have a model card, which states `licenses`. Nothing is left at `path` unless all of it was
+    written.
 
     Raises:
         UserError: `path` exists or cannot be written, or the layout has no such model.
@@ -165,7 +222,9 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
             "An earlier conversion may have written it.",
             "Pass another path, or remove the existing one first.",
         )
-    save, not_written = _WRITERS[layout](weights, target)
+    if layout not in _LAYOUTS_OF_ANY_MODEL:
+        _refuse_stem(weights, layout)
+    save, not_written = _WRITERS[layout](weights, target, licenses)
     # written beside the target, so that it is renamed on one disk; the suffix is kept, as it determines the format
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:
@@ -187,21 +246,72 @@ def write(weights: Weights, path: str, layout: str) -> dict[str, str]:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
+    described = _without_checkpoint(path)
+    run = read_run(path, average=average)
+    arguments = described.arguments
+    if described.kind == "vqkd":
+        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    return dataclasses.replace(
+        described,
+        arguments=arguments,
+        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(described.kind, "codebook"): run.model_state},
+        normalization=described.normalization and (normalization or described.normalization),
+    )
+
+
+def _without_checkpoint(path: str) -> Weights:
+    """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
     kinds = {stage: kind for kind, stage in STAGES.items()}
     check_stage(path, kinds, "")
-    run = read_run(path, average=average)
-    kind = kinds[run.config["stage"]]
-    arguments = {**run.config["model"], "image_size": run.config["views"]["image_size"]}
-    if kind == "vqkd":
-        arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    config = read_config(path)
+    kind = kinds[config["stage"]]
+    arguments = {**config["model"], "image_size": config["views"]["image_size"]}
     if kind == "segmenter":
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
+    normalization = "" if kind == "vqkd" else config["normalization"]
+    return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
+
+
+def _from_plain_vit(path: str, found: StateDict) -> Weights:
+    network = from_state(found.arrays, read_config(path), output="tokens")
+    normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
+    assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
-        kind=kind,
-        arguments=arguments,
-        variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(kind, "codebook"): run.model_state},
-        layout="run",
-        normalization="" if kind == "vqkd" else normalization or run.config["normalization"],
+        kind="vit",
+        arguments=network.arguments,
+        variables={"params": network.params},
+        layout="plain",
+        dropped=network.dropped | found.dropped,
+        assumptions=found.assumptions + assumptions,
+        normalization=normalization or "imagenet",
+        normalization_known=bool(normalization),
+    )
+
+
+def _classifier_from_plain_vit(
+    path: str, arrays: dict[str, np.ndarray], num_heads: int | None, normalization: str | None
+) -> Weights | None:
+    """Return the classifier in the state dict of a plain vision transformer; None for another state dict."""
+    if not is_plain_vit(arrays):
+        return None
+    network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or 0)
+    if network is None:
+        return None
+    usual = network.normalization
+    normalization = normalization_of(path, given=normalization or "", usual=usual, option="--normalization")
+    if not normalization:
+        raise UserError(
+            f"{path} does not say how its input images are normalised.",
+            "Classifiers with these names were trained with different normalisations.",
+            "Write --normalization=half (AugReg and most of timm), imagenet (DeiT, MAE) or clip.",
+        )
+    return Weights(
+        kind="classifier",
+        arguments=network.arguments,
+        variables={"params": network.params, "codebook": {}},
+        layout="plain",
+        dropped=network.dropped,
+        normalization=normalization,
     )
 
 
@@ -216,6 +326,7 @@ def _from_state(path: str, state: dict[str, np.ndarray], num_heads: int | None, 
     variables = from_official(kind, state, name_in_file)
     if layout == "official" and timm.is_timm(kind, state):
         layout = "timm"
+    num_heads = num_heads or timm.stated_heads(read_config(path) or {})
     flat = traverse_util.flatten_dict(variables, sep="/")
     inferred = infer_arguments(kind, {path: array.shape for path, array in flat.items()})
     inferred |= {name: value for name, value in known.items() if name in inferred or name == "norm_eps"}
@@ -248,31 +359,57 @@ def _usual_normalization(kind: str, arguments: dict) -> str:
 _Save = Callable[[Path], None]
 
 
-def _official_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
+def _official_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
     state = to_official(weights.kind, weights.variables)
     counters = {path: "a counter of the training run" for path in USAGE_COUNTERS if weights.kind == "vqkd"}
     return _state_saver(state, target), counters | _not_stored(weights, weights.kind)
 
 
-def _timm_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
+def _timm_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
     state, not_written = timm.to_timm(weights.kind, to_official(weights.kind, weights.variables))
-    return _state_saver(state, target), not_written | _not_stored(weights, "classifier")
+    not_stored = _not_stored(weights, "classifier")
+    if target.suffix:
+        return _state_saver(state, target), not_written | not_stored
+    arguments = with_defaults(weights.kind, weights.arguments)
+    config = timm.make_config(weights.kind, arguments, weights.normalization, weights.class_names)
+    in_config = ("normalization", "num_heads")
+    not_stored = {name: reason for name, reason in not_stored.items() if name not in in_config}
+    state, card = _contiguous(state), _card(weights, "timm", licenses)
+    return lambda path: _save_folder(path, card, timm.save, state, config), not_written | not_stored
 
 
-def _huggingface_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
+def _huggingface_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
     official = to_official(weights.kind, weights.variables)
     state, not_written = huggingface.to_huggingface(weights.kind, official)
-    config = huggingface.make_config(weights.kind, with_defaults(weights.kind, weights.arguments))
-    preprocessor = huggingface.make_preprocessor(weights.normalization, weights.arguments["image_size"])
-    state = _contiguous(state)
-    return lambda path: huggingface.save(path, state, config, preprocessor), not_written
+    arguments = with_defaults(weights.kind, weights.arguments)
+    config = huggingface.make_config(weights.kind, arguments, weights.class_names)
+    preprocessor = huggingface.make_preprocessor(weights.kind, weights.normalization, weights.arguments["image_size"])
+    state, card = _contiguous(state), _card(weights, "transformers", licenses)
+    return lambda path: _save_folder(path, card, huggingface.save, state, config, preprocessor), not_written
 
 
-def _run_writer(weights: Weights, target: Path) -> tuple[_Save, dict[str, str]]:
+def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
     refuse_pattern(target)
     config = run_config(weights)
     variables = {"params": weights.variables["params"], "model_state": weights.model_state}
-    return lambda path: write_run(str(path), config, variables), {}
+
+    def save(path: Path) -> None:
+        write_run(str(path), config, variables)
+        if weights.class_names:
+            inputs = {"train": {"classes": list(weights.class_names)}}
+            (path / INPUTS_FILE).write_text(json.dumps(inputs, indent=2) + "\n")
+
+    return save, {}
+
+
+def _function_writer(layout: str, weights: Weights, target: Path, licenses: Licenses) -> tuple[_Save, dict[str, str]]:
+    from beitv2_jax.convert import functions  # it takes weights, and so imports this module
+
+    function = functions.EXPORTS[layout](weights)
+    reason = "the exported function returns tokens" if weights.kind == "mim" else "the exported function returns codes"
+    unused = {"mim": r"(norm|lm_head|aggregation)", "vqkd": r"(decoder|decode_task)"}.get(weights.kind, "(?!)")
+    not_written = {name: reason for name in weights.variables["params"] if re.match(unused, name)}
+    return lambda path: functions.save(path, function), not_written
 
 
 _WRITERS = {
@@ -280,7 +417,33 @@ _WRITERS = {
     "timm": _timm_writer,
     "huggingface": _huggingface_writer,
     "run": _run_writer,
+    "stablehlo": functools.partial(_function_writer, "stablehlo"),
+    "onnx": functools.partial(_function_writer, "onnx"),
 }
+_LAYOUTS_OF_ANY_MODEL = ("run", "stablehlo", "onnx")
+
+
+def _card(weights: Weights, library: str, licenses: Licenses) -> str:
+    arguments = with_defaults(weights.kind, weights.arguments)
+    kind = "backbone" if arguments.get("num_classes") == 0 else weights.kind
+    return make_card(kind, arguments, weights.normalization, weights.source, library, licenses)
+
+
+def _save_folder(path: Path, card: str, save: Callable[..., None], *content) -> None:
+    save(path, *content)
+    (path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _refuse_stem(weights: Weights, layout: str) -> None:
+    parts = (weights.arguments, *(part for part in weights.arguments.values() if isinstance(part, dict)))
+    if all(part.get("stem", "linear") == "linear" for part in parts):
+        return
+    raise UserError(
+        f"The model embeds patches by small convolutions (model.stem=conv), which the layout {layout!r} cannot hold: "
+        "its models embed a patch by one linear map.",
+        "Did you mean to use the model without this package?",
+        "Write --layout=stablehlo, which holds every model, or train one with --config.model.stem=linear.",
+    )
 
 
 def run_config(weights: Weights) -> dict:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beitv2_jax.errors import UserError, nearest
+from beitv2_jax.errors import UserError, did_you_mean, nearest
 
 WRAPPERS = (
     *("model", "module", "state_dict", "model_state_dict", "network", "net", "backbone"),
@@ -178,10 +178,11 @@ def _dictionaries(tree: Mapping) -> dict[str, Mapping]:
 def _no_such(chosen: str, available: list[str], where: str) -> UserError:
     shown = ", ".join(map(repr, available[:5])) or "none"
     guess = (nearest(chosen, available) or available[0]) if available else "NAME"
+    meant = did_you_mean(chosen, available) if chosen else f"Did you mean {guess!r}?"
     return UserError(
         f"{where} has no state dict {chosen!r}; it has {shown}."
         if chosen
         else f"{where} holds state dicts under keys that are not known: {shown}.",
-        f"Did you mean {guess!r}?" if available else "The file may hold one network only.",
+        meant if available else "The file may hold one network only.",
         f"Write {STATE_DICT_OPTIONS.format(guess)}." if available else "Leave the name of the state dict out.",
     )

@@ -18,6 +18,7 @@ from absl import logging
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import open_files
+from beitv2_jax.runtime.buckets import as_path
 
 _FILES_AT_ONCE = 32
 _SHARE_OF_LIMIT = 4
@@ -182,7 +183,7 @@ def _fault_of(entry: RecordRange) -> str:
     except Exception as error:  # the library's own class, which it does not export
         if open_files.is_exhausted(error):
             raise open_files.too_many(error) from error
-        return f"{entry.path}: {error if os.path.exists(entry.path) else 'there is no such file'}"
+        return f"{entry.path}: {error if as_path(entry.path).exists() else 'there is no such file'}"
     return "" if found == entry.total else f"{entry.path}: it holds {found} of {entry.total} records"
 
 

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import buckets
 
 
 class LeftOut(NamedTuple):
@@ -34,7 +34,7 @@ class BadRecords:
     """
 
     def __init__(self, workdir: str | os.PathLike, process_index: int = 0):
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = buckets.as_path(workdir)
         self.path = self._workdir / (f"bad_records-{process_index}.jsonl" if process_index else "bad_records.jsonl")
         self._known = {_key(record) for record in read_bad_records(workdir)}
         self._unwritten: list[dict[str, Any]] = []
@@ -96,6 +96,11 @@ class BadRecords:
     def _append(self, records: list[dict[str, Any]]) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in records)
+        if buckets.is_remote(self.path):  # nothing can be appended
+            with buckets.os_errors():
+                former = self.path.read_text() if self.path.exists() else ""
+            buckets.write_object(self.path, (former + text).encode())
+            return
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             text = "\n" + text  # a line cut off by a crash is left behind, not glued to the next one
         with self.path.open("a") as file:
@@ -110,8 +115,8 @@ def read_bad_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     The example id of a file that was left out is None.
     """
     records = []
-    for path in sorted(pathlib.Path(workdir).glob("bad_records*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
+    for path in sorted(buckets.as_path(workdir).glob("bad_records*.jsonl")):
+        for line in path.read_bytes().decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off or garbled
                 record = json.loads(line)
                 _key(record)
@@ -130,20 +135,29 @@ def bad_record(split: str, example_id: int, fault: str) -> dict[str, Any]:
     return {"split": split, "example_id": example_id, "where": where, "cause": cause}
 
 
-def refuse_too_many(unreadable: int, count: int, max_bad_fraction: float, *, of: str, listed: str) -> None:
+def refuse_too_many(
+    unreadable: int,
+    count: int,
+    max_bad_fraction: float,
+    *,
+    of: str,
+    listed: str,
+    flag: str = "--config.data.max_bad_fraction",
+) -> None:
     """Raise UserError if more than `max_bad_fraction` of `count` images are unreadable, or all of them.
 
     Args:
         of: which images were counted: "of split validation".
         listed: where the unreadable ones can be found: "listed in PATH".
+        flag: what sets `max_bad_fraction`.
     """
     if unreadable <= max_bad_fraction * count and unreadable < count:
         return
     enough = math.ceil(unreadable / count * 1000) / 1000  # rounded up: the advice must be enough
-    leave_out = f", or leave them out with --config.data.max_bad_fraction={enough:g}" if unreadable < count else ""
+    leave_out = f", or leave them out with {flag}={enough:g}" if unreadable < count else ""
     raise UserError(
-        f"{unreadable} of {count} images {of} are unreadable; data.max_bad_fraction allows {max_bad_fraction:.3%}, and "
-        "at least one has to be readable.",
+        f"{unreadable} of {count} images {of} are unreadable; {flag.removeprefix('--config.')} allows "
+        f"{max_bad_fraction:.3%}, and at least one has to be readable.",
         "The data set may be damaged or copied only in part.",
         f"Repair or replace the files {listed}{leave_out}.",
     )

@@ -14,13 +14,13 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from beitv2_jax.choices import QKV_BIASES
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.ops.attention import attend, attention_weights, pad_tokens
 from beitv2_jax.models.ops.custom_vjp import PRODUCT, add_bias, gelu, layer_norm, product
 from beitv2_jax.typing import AttentionBias, Tokens
 
 INIT_STD = 0.02
-QKV_BIASES = ("qv", "full", "none")
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

@@ -249,12 +249,12 @@ class Segmenter(nn.Module):
 
     def __call__(self, images: Images, *, train: bool = False, weight: Weight | None = None) -> SegmenterOutput:
         hidden = self.vit(images, train=train).hidden
-        maps = [hidden[layer - 1][:, 1:].reshape(len(images), *self.backbone.grid, -1) for layer in self.out_layers]
+        maps = [hidden[layer - 1][:, 1:].reshape(images.shape[0], *self.backbone.grid, -1) for layer in self.out_layers]
         features = (
             self.fpn1(maps[0], train=train, weight=weight),
             self.fpn2(maps[1]),
             maps[2],
-            nn.max_pool(maps[3], (2, 2), strides=(2, 2)),
+            nn.max_pool(maps[3], window_shape=(2, 2), strides=(2, 2)),
         )
         return SegmenterOutput(
             self.decode_head(features, train=train, weight=weight),

@@ -139,11 +139,11 @@ class VisionTransformer(nn.Module):
             patches = jnp.where(mask[:, :, None], mask_token, patches)
         tokens = patches
         if backbone.class_token:
-            tokens = jnp.concatenate([self._special_tokens("cls_token", 1, len(patches)), tokens], axis=1)
+            tokens = jnp.concatenate([self._special_tokens("cls_token", 1, patches.shape[0]), tokens], axis=1)
         if backbone.position == "absolute":
             tokens = add_position(tokens, self.param("pos_embed", draw, (1, tokens.shape[1], backbone.width)))
         if backbone.num_registers:
-            registers = self._special_tokens("register_tokens", backbone.num_registers, len(patches))
+            registers = self._special_tokens("register_tokens", backbone.num_registers, patches.shape[0])
             first = int(backbone.class_token)
             tokens = jnp.concatenate([tokens[:, :first], registers, tokens[:, first:]], axis=1)
         if backbone.pre_norm:

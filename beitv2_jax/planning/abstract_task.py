@@ -10,7 +10,6 @@ import importlib
 import io
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.sizes import SIZES
 from beitv2_jax.tasks import inputs, targets, vqkd
 from beitv2_jax.tasks.api import Batch, Task
@@ -84,7 +84,7 @@ def complete(config):
     }.get(config.stage, ("", "", "", ""))
     if section and not config[section][stored_key]:
         given = config[section][live_key]
-        if not Path(given or PUBLISHED).exists():
+        if not as_path(given or PUBLISHED).exists():
             missing = f"{section}.{live_key} nor {section}.{stored_key}"
             why = f"{section}.{live_key}={given!r} does not exist" if given else f"Neither {missing} is given"
             notes.append(f"{why}, so {live} is assumed to run in the step.")

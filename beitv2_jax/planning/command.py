@@ -5,11 +5,14 @@ import os
 
 from ml_collections import ConfigDict
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.planning import planner, search, topologies
 from beitv2_jax.planning.prediction import Prediction
 from beitv2_jax.planning.report import compare_predictions, describe_prediction
 from beitv2_jax.runners.stages import check_writable
 from beitv2_jax.runtime.atomic_files import write_json
+from beitv2_jax.runtime.buckets import as_path
+from beitv2_jax.tasks.initial import completed
 
 
 def run_plan(
@@ -36,6 +39,7 @@ def run_plan(
     if workdir:
         check_writable(workdir)
     planner.start_compilers()
+    config = config_lib.resolve(completed(config, workdir, tolerant=True), workdir)
     chip = topologies.chip_of(wanted.removeprefix("auto:"))
     step = planner.prepare(config, num_examples, platform=chip.platform)
     if wanted.startswith("auto:"):
@@ -57,7 +61,7 @@ def run_plan(
         print(describe_prediction(prediction))
         metrics = prediction.metrics()
     if workdir:
-        os.makedirs(workdir, exist_ok=True)
+        as_path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(os.path.join(workdir, "plan.json"), metrics)
     return metrics
 

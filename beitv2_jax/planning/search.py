@@ -96,11 +96,13 @@ def find_best(step: PlannedStep, kind: str, *, make: Make | None, minutes: float
             f"Pass --config.run.batch_size={chosen[0].count}, or a multiple of it.",
         )
     if not fitting:
-        least = min(prediction.memory.excess for prediction in tried)
+        least, size = min(prediction.memory.excess for prediction in tried), _fitting_batch(step, chosen[-1])
         raise UserError(
             f"None of {len(tried)} plans for {kind} fits into memory; the best one lacks {least / GIB:.1f} GiB.",
-            "Did you mean a smaller batch?",
-            f"Pass --config.run.batch_size={max(step.config.run.batch_size // 2, 1)}, or choose another kind of chip.",
+            "Did you mean a smaller batch?" if size else "Did you mean a smaller network?",
+            f"Pass --config.run.batch_size={size}, or choose another kind of chip."
+            if size
+            else "Choose another kind of chip or a smaller network: no smaller batch fits either.",
         )
     logging.info("estimated %d plans for %s, %d fit", len(tried), kind, len(fitting))
 
@@ -132,6 +134,14 @@ def find_best(step: PlannedStep, kind: str, *, make: Make | None, minutes: float
             f"Pass --config.run.batch_size={max(step.config.run.batch_size // 2, 1)}, or choose another kind of chip.",
         )
     return sorted(best, key=rank)
+
+
+def _fitting_batch(step: PlannedStep, target: Target) -> int:
+    """Return the largest power of two below the batch of `step` with which a plan for `target` fits; 0 if none does."""
+    size = 1 << (step.config.run.batch_size - 1).bit_length() >> 1
+    while size and not any(plan.fits for plan in _tried(planner.varied(step, **{"run.batch_size": size}), target)):
+        size //= 2
+    return size
 
 
 def _tried(step: PlannedStep, target: Target) -> Iterator[Prediction]:

@@ -133,7 +133,7 @@ def require(target: Target) -> None:
         raise UserError(
             f"The compiler for {target.chip.name} is missing: {_PLUGIN[platform].split('.')[-1]} is not installed.",
             "Did you mean to plan without compiling?",
-            f"Pass --noplan_compile to estimate from the traced step, or install the compiler: {PIP[platform]}",
+            f"Pass --noplan_compile to estimate from the traced step, or install the compiler by {PIP[platform]}.",
         )
 
 
@@ -161,7 +161,7 @@ def devices(target: Target) -> list[jax.Device]:
     except (ValueError, RuntimeError, NotImplementedError) as error:
         known = ", ".join("x".join(map(str, shape)) for shape in chip.shapes)
         raise UserError(
-            f"The compiler has no topology {target.name}: {str(error).splitlines()[0]}",
+            f"The compiler has no topology {target.name}: {str(error).splitlines()[0].rstrip('.')}.",
             "Did you mean a slice that can be rented?",
             f"Pass a target with one of {known or '1 to 8 GPUs, or whole hosts'}, or pass --noplan_compile.",
         ) from error

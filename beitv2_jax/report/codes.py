@@ -7,6 +7,7 @@ from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.sources import Source
 from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.runtime.atomic_files import replacing
 
 TILE = 84
 """Side of one tile in the picture, in pixels."""
@@ -49,7 +50,8 @@ def draw_code_rows(
         )
         for column, (index, patch) in enumerate(wanted[code]):
             canvas.paste(_tile(images[index], patch, manifest["grid"]), (LABEL_WIDTH + column * TILE, row * TILE))
-    canvas.save(path)
+    with replacing(path, "wb") as file:
+        canvas.save(file, "PNG")
     return counts
 
 

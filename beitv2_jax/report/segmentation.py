@@ -1,40 +1,47 @@
-"""Draw what a segmentation run says: validation images beside their true and their predicted label maps."""
+"""Draw what a segmentation network says: images beside their true and their predicted label maps."""
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from beitv2_jax.convert.runs import read_run
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
-from beitv2_jax.tasks import inputs, segment
-from beitv2_jax.tasks.api import Task
+from beitv2_jax.data.segmentation.transforms import WindowRow
+from beitv2_jax.report.captions import fitted
+from beitv2_jax.runtime.atomic_files import replacing
+from beitv2_jax.runtime.buckets import AnyPath
+from beitv2_jax.tasks.api import Batch
 
 TILE_WIDTH = 300
 """Width of one picture, in pixels."""
-_TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 170
+_TITLE, _GAP, _ENTRY_WIDTH = 22, 4, 200
 _COLUMNS = ("image", "true", "predicted", "where wrong")
 
 
 def draw_segmentations(
-    task: Task, config, workdir: str, path: str, *, metrics: Mapping[str, float], num_images: int = 6
+    rows: WindowRow,
+    predict: Callable[[Batch], UInt8[np.ndarray, "b H W"]],
+    path: str | AnyPath,
+    *,
+    iou: Mapping[int, float],
+    names: Sequence[str] = (),
+    num_images: int = 6,
 ) -> None:
-    """Write a picture of up to `num_images` validation images: image, true map, predicted map, wrong pixels.
+    """Write a picture of up to `num_images` images: image, true map, predicted map, wrong pixels.
 
     The images are evenly spread over the split. Pixels without a true class are black in the true map and never wrong.
-    Below stand the classes that are seen there, each with its IoU over the whole split (`eval/iou/CLASS` of `metrics`).
+    Below stand the classes that are seen there, each with its IoU over the whole split.
+
+    Args:
+        rows: of the evaluation.
+        predict: a batch of them -> classes of every pixel.
+        path: of the picture.
+        iou: of each class that has one.
+        names: of the classes; none shows their numbers.
     """
-    trained, model, rows = read_run(workdir), segment.make_model(config, inputs.compute(config)), task.eval_batches.rows
-    sliding = segment.sliding_of(config)
-
-    @jax.jit
-    def predict(params, statistics, batch):
-        return segment.predict(model, config.normalization, sliding, params, statistics, batch).label_maps
-
     lines, seen = [], set()
     for row in np.unique(np.linspace(0, len(rows.order) - 1, num_images).astype(int)):
         example = rows(row)
@@ -42,13 +49,14 @@ def draw_segmentations(
             continue
         batch = {name: array[None] for name, array in example.items() if name != "faults"}
         height, width = example["sizes"]
-        predicted = np.asarray(predict(trained.params, trained.model_state, batch))[0, :height, :width]
+        predicted = np.asarray(predict(batch))[0, :height, :width]
         image = decode_image(rows.source[rows.order[row]]["image"])
         true = example["label_maps"][:height, :width]
         lines.append(_line(image, true, predicted))
         seen |= set(np.unique([true, predicted]).tolist()) - {IGNORED}
     if lines:
-        _sheet([*lines, _legend(sorted(seen), metrics, lines[0].width)]).save(path)
+        with replacing(path, "wb") as file:
+            _sheet([*lines, _legend(sorted(seen), iou, names, lines[0].width)]).save(file, "PNG")
 
 
 def class_colors(num_colors: int = 256) -> UInt8[np.ndarray, "n 3"]:
@@ -77,7 +85,7 @@ def _line(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> Image.I
     return line
 
 
-def _legend(classes: list[int], metrics: Mapping[str, float], width: int) -> Image.Image:
+def _legend(classes: list[int], iou: Mapping[int, float], names: Sequence[str], width: int) -> Image.Image:
     """Return a picture of the colours of classes, in rows, each with its number and its IoU where it has one."""
     in_row = max(1, width // _ENTRY_WIDTH)
     legend = Image.new("RGB", (width, _TITLE * -(-len(classes) // in_row)), "white")
@@ -85,8 +93,9 @@ def _legend(classes: list[int], metrics: Mapping[str, float], width: int) -> Ima
     for place, number in enumerate(classes):
         left, top = place % in_row * _ENTRY_WIDTH, place // in_row * _TITLE
         draw.rectangle((left + 2, top + 4, left + 16, top + 18), fill=tuple(colors[number].tolist()))
-        iou = metrics.get(f"eval/iou/{number}")
-        text = f"class {number}" + ("" if iou is None else f"  IoU {iou:.1%}")
+        name = names[number] if names else f"class {number}"
+        measured = f"  IoU {iou[number]:.1%}" if number in iou else ""
+        text = fitted(name, font, _ENTRY_WIDTH - 28 - int(font.getlength(measured))) + measured
         draw.text((left + 22, top + 3), text, fill="black", font=font)
     return legend
 

@@ -1,9 +1,9 @@
 """Run the probe: cache the features of both splits, then fit and vote on the cached arrays."""
 
+import io
 import time
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
 from beitv2_jax.runners.provenance import describe_data, digest
 from beitv2_jax.runtime import preemption, watchdog
 from beitv2_jax.runtime.atomic_files import replacing
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.probe import FeatureSet, Probe
 from beitv2_jax.training.inference import run_batches
@@ -77,7 +78,7 @@ def cached_features(
         config.probe.layers,
     ]
     name = f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}.npz"
-    path = Path(workdir, "features", name)
+    path = as_path(workdir) / "features" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         index, count = jax.process_index(), jax.process_count()
@@ -98,7 +99,7 @@ def cached_features(
         len(source),
         config.data.max_bad_fraction,
         of=f"of split {source.split}",
-        listed=f"listed in {Path(workdir, 'bad_records.jsonl')} and delete {path}",
+        listed=f"listed in {as_path(workdir) / 'bad_records.jsonl'} and delete {path}",
     )
     return features
 
@@ -135,14 +136,14 @@ def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     with replacing(path, "wb") as file:
         np.savez(file, **arrays)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: AnyPath) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(

@@ -16,14 +16,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import read_weights
+from beitv2_jax.convert.class_names import INPUTS_FILE
+from beitv2_jax.convert.files import located, read_weights
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
+from beitv2_jax.runtime.buckets import absolute, as_path
 from beitv2_jax.tasks.targets import PARTS
 
-INPUTS_FILE = "inputs.json"
 NETWORKS = ("teacher.weights", "tokenizer.run", "backbone.run")
 """Keys of a config that name a frozen network."""
 CACHES = ("teacher.features", "tokenizer.codes")
@@ -39,18 +40,48 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
         UserError: there is no such network or cache, or it cannot be read.
     """
     found = {}
-    for key, path in config_lib.flatten(config).items():
-        if key not in (*NETWORKS, *CACHES) or not path or (there and not os.path.exists(path)):
+    for key, path in paths_of_networks(config).items():
+        if there and not located(path).exists():
             continue
-        if not os.path.exists(path):
-            raise UserError(
-                f"There is no file or folder {path}, which {key} names.",
-                "The path may be mistyped, or the stage that writes it may not have run yet.",
-                f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
-            )
-        state_dict = config.teacher.state_dict if key == "teacher.weights" else ""
-        found[key] = _cache(path) if key in CACHES else _network(path, state_dict)
+        _refuse_missing(key, path)
+        found[key] = describe_network(config, key, path)
     return found
+
+
+def paths_of_networks(config: ConfigDict) -> dict[str, str]:
+    """Return {config key: path} of the frozen networks and target caches that a config names."""
+    return {key: path for key, path in config_lib.flatten(config).items() if key in (*NETWORKS, *CACHES) and path}
+
+
+def describe_network(config: ConfigDict, key: str, path: str) -> str:
+    """Return what identifies the frozen network or the target cache in `path`, which `key` names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if key in CACHES:
+        return _cache(path)
+    return _network(path, config.teacher.state_dict if key == "teacher.weights" else "")
+
+
+def refuse_missing_paths(config: ConfigDict, later: str) -> None:
+    """Raise UserError if a network, target cache or initial weights that the config names are not there.
+
+    Those inside the folder `later` are left out: former stages of a pipeline write them.
+    """
+    named = {**paths_of_networks(config), "init_from": config.get("init_from", "")}
+    for key, path in named.items():
+        if path and not as_path(absolute(path)).is_relative_to(later):
+            _refuse_missing(key, path)
+
+
+def _refuse_missing(key: str, path: str) -> None:
+    if not located(path).exists():
+        raise UserError(
+            f"There is no file or folder {path}, which {key} names.",
+            "The path may be mistyped, or the stage that writes it may not have run yet.",
+            f"Write --config.{key}=PATH of something that exists; relative paths begin in {os.getcwd()}.",
+        )
 
 
 def _network(path: str, state_dict: str) -> str:
@@ -67,9 +98,9 @@ def _cache(path: str) -> str:
 
 
 def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """Return {'train': ..., 'eval': ...}: name, split, length, classes and, for TFDS, a digest of the files' sizes.
+    """Return {'train': ..., 'eval': ...}: name, split, length, classes, and digests of metadata and of files' sizes.
 
-    The name of other sources holds a digest of their files.
+    The name of folders and of ArrayRecord files holds a digest of their files, for the latter with their sizes.
     """
     return {
         name: {
@@ -78,6 +109,7 @@ def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
             "examples": len(source),
             "classes": list(getattr(source, "class_names", ())),
             "digest": getattr(source, "digest", ""),
+            "sizes": getattr(source, "sizes", ""),
         }
         for name, source in zip(("train", "eval"), sources, strict=False)
     }
@@ -93,11 +125,10 @@ def changed_inputs(workdir: str, inputs: dict[str, Any]) -> list[tuple[str, Any,
 
     Of two lists it is the first entry that differs.
     """
-    path = os.path.join(workdir, INPUTS_FILE)
-    if not os.path.exists(path):
+    path = as_path(workdir) / INPUTS_FILE
+    if not path.exists():
         return []
-    with open(path) as file:
-        former = config_lib.flatten(json.load(file))
+    former = config_lib.flatten(json.loads(path.read_text()))
     changes = []
     for key, new in config_lib.flatten(inputs).items():
         old = former.get(key, new)

@@ -1,15 +1,16 @@
-"""Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary.
+"""Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary and a report.
 
-A workdir holds `config.json`, `inputs.json` (see `provenance`), the stage's own outputs, and `summary.json` once it is
-finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what the former wrote.
+A workdir holds `config.json`, `inputs.json` (see `provenance`), `started.json` (see `report`), the stage's own outputs,
+and `summary.json` once it is finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what
+the former wrote.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,20 +18,26 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.files import located
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
-from beitv2_jax.data.sources import open_source
-from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
+from beitv2_jax.data.sources import Source
+from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
-from beitv2_jax.report.pipeline import write_pipeline_report
-from beitv2_jax.runners import probe, provenance, segment, targets, verify
-from beitv2_jax.runtime import preemption, startup_times, workdir_lock
+from beitv2_jax.report.codes import draw_code_rows
+from beitv2_jax.report.examples import draw_examples
+from beitv2_jax.runners import probe, provenance, report, segment, targets, verify
+from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.disk_checks import refuse_pattern
+from beitv2_jax.tasks import initial
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
 from beitv2_jax.training import loop, sharding
+from beitv2_jax.training.checkpoint import is_complete
 
 RUNNERS = {
     "finetune": loop.train,
@@ -56,15 +63,21 @@ Changes = list[tuple[str, Any, Any]]
 
 
 def run_stage(
-    config: ConfigDict, workdir: str, *, allow_config_change: bool = False, defaults: ConfigDict | None = None
+    config: ConfigDict,
+    workdir: str,
+    *,
+    allow_config_change: bool = False,
+    defaults: ConfigDict | None = None,
+    alone: bool = True,
 ) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
-    The same call again continues an interrupted run and returns the summary of a finished one; a target cache
-    is extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any
-    other stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another
-    config. `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have
-    their values there.
+    Keys that nobody has set follow from the weights, stored targets and data that the config names (`tasks.initial`).
+    The same call again continues an interrupted run and returns the summary of a finished one; a target cache is
+    extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any other
+    stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another config.
+    `defaults` is the config file without presets and overrides; keys that the config of an older run lacks have their
+    values there. `alone` is False for a stage of a pipeline, which does not tell what to run next.
 
     Raises:
         UserError: the config is inconsistent, the workdir is not writable, in use or belongs to another config, or an
@@ -72,6 +85,7 @@ def run_stage(
         Preempted: the stage was asked to stop; it is saved and can be resumed.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         return run_pipeline(config, workdir, allow_config_change=allow_config_change, defaults=defaults)
     finished = read_summary(workdir)
@@ -80,6 +94,7 @@ def run_stage(
         logging.warning("%s: the config changed, and with it the result: %s", workdir, _listed(changes))
     if harmless:
         logging.info("%s: the config changed, the result does not: %s", workdir, _listed(harmless))
+    config = _completed(config, workdir)
     resolved = _resolved(config, workdir)
     if finished is not None and not _is_to_grow(config, finished):
         networks = provenance.describe_networks(resolved, there=True)
@@ -104,21 +119,39 @@ def run_stage(
     if config.stage not in TARGET_CACHE_STAGES:
         provenance.refuse_disagreement(inputs)
     startup_times.ended("inputs")
-    os.makedirs(workdir, exist_ok=True)
+    as_path(workdir).mkdir(parents=True, exist_ok=True)
+    # Cloud Storage refuses when many processes replace one object within a second
+    writes = jax.process_index() == 0 or not buckets.is_remote(workdir)
     with contextlib.nullcontext() if config.stage in TARGET_CACHE_STAGES else workdir_lock.held(workdir):
         if changes and isinstance(task, Task):
             loop.check_checkpoint(task, resolved, workdir)
-        write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-        provenance.write_inputs(workdir, inputs)
+        if writes:
+            write_text(_config_path(workdir), config_lib.to_json(config))
+            provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
+            report.write_started(workdir, config, defaults)
             records = BadRecords(workdir)
             for source in task.sources:
                 records.note_left_out(source)
         metrics = RUNNERS[config.stage](task, resolved, workdir)
         startup_times.drop()
         summary = {"stage": config.stage, "seconds": time.monotonic() - started, "metrics": metrics}
-        write_json(os.path.join(workdir, "summary.json"), summary)
+        if writes:
+            write_json(os.path.join(workdir, "summary.json"), summary)
+        if jax.process_index() == 0:
+            _report(config.stage, task.sources, workdir, alone)
     return summary
+
+
+def _report(stage: str, sources: tuple[Source, Source], workdir: str, alone: bool) -> None:
+    """Draw the pictures of a finished stage, write its report, and print what to know at its end."""
+    source, eval_source = sources
+    draw_examples(source, os.path.join(workdir, "examples.jpg"))
+    if stage == "tokenize":
+        reader = TargetReader(os.path.join(workdir, "centre"), eval_source.split)
+        draw_code_rows(eval_source, reader, os.path.join(workdir, "codes.png"))
+    report.write_report([workdir], workdir)
+    print(report.closing(workdir, alone=alone), flush=True)
 
 
 def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
@@ -131,6 +164,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
         UserError: the stage writes no target cache or did not finish, or the cache does not hold what the network says.
     """
     config_lib.validate(config)
+    _refuse_remote_workdir(config, workdir)
     if config.stage == "pipeline":
         chosen = {name: stage for name, stage in config.stages.items() if stage.stage in TARGET_CACHE_STAGES}
         return {
@@ -144,7 +178,7 @@ def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | Non
             f"Write the --config and --workdir of a stage of {', '.join(TARGET_CACHE_STAGES)}, or of a pipeline.",
         )
     refuse_other_config(config, workdir, defaults=defaults)
-    resolved = _resolved(config, workdir)
+    resolved = _resolved(_completed(config, workdir), workdir)
     task = importlib.import_module(f"beitv2_jax.tasks.{config.stage}").build(resolved)
     return verify.verify(task, resolved, workdir)
 
@@ -154,7 +188,8 @@ def run_pipeline(
 ) -> dict:
     """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
 
-    The workdirs of all stages are compared with their configs before the first stage begins.
+    Before the first stage begins, the workdirs of all stages are compared with their configs and with each other, the
+    networks and the data that they name must be there, and a probe is left out where the data have no labels.
     """
     refuse_other_config(config, workdir)
     stages = config.stages
@@ -162,7 +197,7 @@ def run_pipeline(
         name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
     }
     check_writable(workdir)
-    num_examples = {}
+    unfinished = {}
     for name, stage in stages.items():
         with config_lib.stage_errors(config, name):
             tasks_inputs.check_implementations(stage)
@@ -170,35 +205,49 @@ def run_pipeline(
                 stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
             )
             if read_summary(os.path.join(workdir, name)) is None:
-                data = _resolved(stage, os.path.join(workdir, name)).data
-                split = (data.source, data.train_split, data.data_dir, data.train_split)
-                if split not in num_examples:
-                    num_examples[split] = len(open_source(*split))
-                config_lib.validate(stage, num_examples[split])
-    summaries = {}
-    for number, (name, stage) in enumerate(stages.items(), 1):
-        logging.info("stage %d of %d: %s", number, len(stages), name)
+                unfinished[name] = _resolved(stage, os.path.join(workdir, name))
+                provenance.refuse_missing_paths(unfinished[name], workdir)
+    refuse_outdated(config, workdir, allowed=allow_config_change)
+    opened, chosen = {}, dict(stages.items())
+    for name, stage in unfinished.items():
         with config_lib.stage_errors(config, name):
-            summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name])
+            data = tuple(stage.data.items())
+            if data not in opened:
+                opened[data], _ = tasks_inputs.open_sources(stage)
+            if stage.stage == "probe" and tasks_inputs.num_classes_with_images(opened[data]) < 2:
+                logging.info("the stage %s is left out: %s has no labels to probe", name, opened[data].name)
+                del chosen[name]
+            else:
+                config_lib.validate(stage, len(opened[data]))
+    del opened
+    summaries = {}
+    for number, (name, stage) in enumerate(chosen.items(), 1):
+        logging.info("stage %d of %d: %s", number, len(chosen), name)
+        with config_lib.stage_errors(config, name):
+            summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name], alone=False)
     if jax.process_index() == 0:
-        resolved = {name: _resolved(stage, os.path.join(workdir, name)) for name, stage in stages.items()}
-        print(write_pipeline_report(resolved, summaries, workdir))
+        report.write_report([workdir], workdir)
+        print(report.closing_of_pipeline(workdir), flush=True)
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "metrics": summaries}
 
 
 def read_summary(workdir: str) -> dict | None:
     """Return the summary of a finished stage, or None; a damaged one is written again by its stage."""
-    path = os.path.join(workdir, "summary.json")
-    if not os.path.exists(path):
+    path = as_path(workdir) / "summary.json"
+    if not path.exists():
         return None
     try:
-        with open(path) as file:
-            summary = json.load(file)
+        summary = json.loads(path.read_text())
         dict(summary["metrics"])
         return summary
     except (ValueError, TypeError, KeyError) as error:
-        logging.warning("%s is damaged (%r): what the stage finished is looked up again", path, error)
+        _warn_of_summary(path, repr(error))
         return None
+
+
+@functools.cache  # a start asks for the summary several times
+def _warn_of_summary(path: str, error: str) -> None:
+    logging.warning("%s is damaged (%s): what the stage finished is looked up again", path, error)
 
 
 def refuse_other_config(
@@ -212,24 +261,33 @@ def refuse_other_config(
     Returns:
         The changes that change the result and are allowed, and those that are harmless.
     """
-    path = os.path.join(workdir, "config.json")
-    if config.stage != "pipeline" and (others := sorted(Path(workdir).glob("*/config.json"))):
+    path = _config_path(workdir)
+    if config.stage != "pipeline" and (others := sorted(as_path(workdir).glob("*/config.json"))):
         raise UserError(
             f"{workdir} holds the workdirs of other runs, such as {others[0].parent.name}.",
             "Did you mean a folder inside it, or is it the workdir of a pipeline?",
             f"Write --workdir={os.path.join(workdir, 'NAME')} with a folder that does not exist yet.",
         )
-    if not os.path.exists(path) or not holds_results(workdir):
+    if not path.exists():
         return [], []
+    refusal, found = None, ([], [])
     try:
-        with open(path) as file:
-            former = config_lib.from_json(file.read())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}), so it does not say which config this run has.",
-            "The machine may have lost its power, or the disk may have been full.",
-            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
-        ) from error
+        found = _compared(config, workdir, path, allowed, defaults)
+    except UserError as error:
+        refusal = error
+    # asked last, as it may take a while
+    if not (refusal or any(found)) or not holds_results(workdir):
+        return [], []
+    if refusal:
+        raise refusal
+    return found
+
+
+def _compared(
+    config: ConfigDict, workdir: str, path: AnyPath, allowed: bool, defaults: ConfigDict | None
+) -> tuple[Changes, Changes]:
+    """Return the changes from the config in `path` as `refuse_other_config` does, and raise as it does."""
+    former = _read_config(path)
     if former.stage != config.stage:
         raise UserError(
             f"{workdir} holds a run of the stage '{former.stage}', and this config is of the stage '{config.stage}'.",
@@ -237,10 +295,11 @@ def refuse_other_config(
             "Write --workdir=DIR with a folder that does not exist yet, or with that of a run of this stage.",
         )
     finished = read_summary(workdir) is not None
+    open_keys = config_lib.undecided(config)
     changes = [
         (key, old, new)
         for key, old, new in config_lib.changed(former, config, defaults=defaults)
-        if not (config.stage in TARGET_CACHE_STAGES and key == "views.num_views" and new > old)
+        if key not in open_keys and not (config.stage in TARGET_CACHE_STAGES and key == "views.num_views" and new > old)
     ]
     if changes and (finished or not allowed):
         raise UserError(
@@ -259,8 +318,8 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
     Returns:
         The changes that are allowed.
     """
-    changes = provenance.changed_inputs(workdir, inputs) if holds_results(workdir) else []
-    if not changes:
+    changes = provenance.changed_inputs(workdir, inputs)
+    if not changes or not holds_results(workdir):
         return []
     if allowed:
         logging.warning("%s: the inputs changed, and with them the result: %s", workdir, _listed(changes))
@@ -274,6 +333,54 @@ def refuse_other_inputs(stage: str, workdir: str, inputs: dict[str, Any], *, all
         "Write --workdir=DIR with a folder that does not exist yet, bring the former inputs back, or delete "
         f"{workdir} and what later stages made from it" + (_ALLOWING if resumable else "."),
     )
+
+
+def refuse_outdated(config: ConfigDict, workdir: str, *, allowed: bool = False) -> None:
+    """Raise UserError if stages of a pipeline hold results that were made from a network which has changed or is gone.
+
+    Otherwise an earlier stage could run for days before the first one that depends on it is refused. A target cache
+    that is gone is no obstacle, because the same network gives the same targets again. Neither are interrupted stages
+    if changes are `allowed`.
+    """
+    outdated, changed = [], []
+    for name, stage in config.stages.items():
+        folder = os.path.join(workdir, name)
+        if not holds_results(folder) or (allowed and read_summary(folder) is None):
+            continue
+        resolved = _resolved(stage, folder)
+        for key, path in provenance.paths_of_networks(resolved).items():
+            earlier = os.path.relpath(path, workdir)
+            if earlier in outdated:
+                outdated.append(name)
+                break
+            if _has_changed(resolved, folder, key, path, own=earlier in config.stages):
+                outdated.append(name)
+                changed.append(earlier if earlier in config.stages else path)
+                break
+    if outdated:
+        raise UserError(
+            f"What {', '.join(outdated)} in {workdir} hold was made from {', '.join(changed)}, which changed "
+            "afterwards or is not finished any more.",
+            "Did you delete an earlier stage or train it again, and mean to make the later ones again too?",
+            f"Delete {', '.join(os.path.join(workdir, name) for name in outdated)} and run the same command again, or "
+            f"bring the former {', '.join(changed)} back.",
+        )
+
+
+def _has_changed(config: ConfigDict, workdir: str, key: str, path: str, *, own: bool) -> bool:
+    """Tell whether `workdir` was made from another network or target cache than the one in `path`, which `key` names.
+
+    One of the pipeline itself (`own`) that is not there has changed: it will be made again.
+    """
+    if key in provenance.CACHES and own and read_summary(path) is None:
+        return False
+    if not located(path).exists():
+        return own
+    try:
+        found = provenance.describe_network(config, key, path)
+    except UserError:  # damaged, or without a checkpoint
+        return own
+    return bool(provenance.changed_inputs(workdir, {"networks": {key: found}}))
 
 
 def _can_resume(stage: str, changes: Changes) -> bool:
@@ -305,15 +412,44 @@ def holds_results(workdir: str) -> bool:
     """Return whether an earlier start left something in `workdir` that a later one continues from, or is finished.
 
     That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
-    that a process is writing.
+    that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
     """
-    root = Path(workdir)
+    root = as_path(workdir)
     left = [root / "summary.json", *(root / "features").glob("*.npz")]
-    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal()]
-    for part in PARTS:
-        written = (root / part / ".writing").glob("*")
-        left += [root / part / MANIFEST_FILE, *(path for path in written if path.name != "plan.json")]
-    return any(path.exists() for path in left)
+    left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal() and is_complete(path)]
+    return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
+
+
+def _completed(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return the config of a stage with every key decided: as in the run that is continued, or by what it names.
+
+    Raises:
+        UserError: what it names is not there, or the values do not fit the rest of the config.
+    """
+    path = _config_path(workdir)
+    former = _read_config(path) if path.exists() and holds_results(workdir) else None
+    config = initial.completed(config, _folder_of_pipeline(workdir), former=former)
+    config_lib.validate(config)
+    return config
+
+
+def _config_path(workdir: str) -> AnyPath:
+    return as_path(workdir) / "config.json"
+
+
+def _read_config(path: AnyPath) -> ConfigDict:
+    try:
+        return config_lib.from_json(path.read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so it does not say which config this run has.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again, if it is the command of this run; the checkpoints stay.",
+        ) from error
+
+
+def _folder_of_pipeline(workdir: str) -> str:
+    return os.path.dirname(buckets.absolute(workdir))
 
 
 def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
@@ -321,7 +457,7 @@ def _resolved(config: ConfigDict, workdir: str) -> ConfigDict:
 
     The config that is kept in the workdir is the one before that: the pipeline's folder may be renamed.
     """
-    return config_lib.resolve(config, os.path.dirname(os.path.abspath(workdir)))
+    return config_lib.resolve(config, _folder_of_pipeline(workdir))
 
 
 def _of_stage(defaults: ConfigDict | None, name: str) -> ConfigDict | None:
@@ -338,10 +474,21 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
     return config.stage in TARGET_CACHE_STAGES and finished["metrics"]["views_per_example"] < config.views.num_views
 
 
+def _refuse_remote_workdir(config: ConfigDict, workdir: str) -> None:
+    """Raise UserError for a remote workdir that is in no bucket, or in none that this run can write and use."""
+    stages = config.stages.values() if config.stage == "pipeline" else (config,)
+    has_cache = any(stage.stage in TARGET_CACHE_STAGES for stage in stages)
+    config_lib.refuse_remote("--workdir", workdir, buckets=not has_cache)
+    if buckets.is_remote(workdir):  # one that cannot be reached cannot be read either
+        check_writable(workdir)
+
+
 def check_writable(workdir: str) -> None:
     """Raise UserError unless a run can write to `workdir` (or to the nearest parent that exists)."""
-    config_lib.refuse_remote("--workdir", workdir)
     refuse_pattern(workdir)
+    if buckets.is_remote(workdir):
+        buckets.refuse_unwritable(workdir)
+        return
     folder = os.path.abspath(workdir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -51,12 +51,21 @@ def run(task: TargetCacheTask, config, workdir: str) -> dict[str, float]:
             network gives values that cannot be stored.
         Preempted: this process was asked to stop; finished shards stay, the current shard is written again.
     """
+    apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
+    return fill(task, config, workdir, lambda part: apply, shard_examples=config.output.shard_examples)
+
+
+def fill(
+    task: TargetCacheTask, config, workdir: str, apply_to: Callable[[str], Apply], *, shard_examples: int
+) -> dict[str, float]:
+    """Do what `run` does with targets that `apply_to(part)` computes in place of `task.apply`."""
     with (
         preemption.stops(task.name) as stop_if_signalled,
         watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
         explained(workdir),
     ):
-        return _fill(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+        on_move = watchdog.moving(watch, stop_if_signalled)
+        return _fill(task, config, workdir, apply_to, shard_examples, on_move)
 
 
 @contextlib.contextmanager
@@ -74,8 +83,14 @@ def explained(workdir: str) -> Iterator[None]:
         ) from error
 
 
-def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], None]) -> dict[str, float]:
-    apply = on_local_devices(task, config, lambda targets: task.encoding.shrink(targets, jax.numpy))
+def _fill(
+    task: TargetCacheTask,
+    config,
+    workdir: str,
+    apply_to: Callable[[str], Apply],
+    shard_examples: int,
+    on_move: Callable[[str], None],
+) -> dict[str, float]:
     unreadable = 0
     for part, source in zip(targets_lib.PARTS, task.sources, strict=True):
         directory = os.path.join(workdir, part)
@@ -83,12 +98,12 @@ def _fill(task: TargetCacheTask, config, workdir: str, on_move: Callable[[str], 
             directory,
             name=task.name,
             manifest={**targets_lib.cache_manifest(config, source, part), **task.manifest},
-            shard_examples=config.output.shard_examples,
+            shard_examples=shard_examples,
         )
         filler = Filler(
             cache,
             load=targets_lib.view_rows(config, source, part, cache.views),
-            apply=apply,
+            apply=apply_to(part),
             encoding=task.encoding,
             split=source.split,
             batch_size=config.run.batch_size,

@@ -1,1 +1,1 @@
-"""Process start and exit, watchdog, workdir lock, disk checks, checksums and atomic files."""
+"""Process start and exit, watchdog, workdir lock, disk checks, checksums, atomic files and paths of buckets."""

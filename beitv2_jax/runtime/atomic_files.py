@@ -1,6 +1,7 @@
 """Atomic writes of text and JSON files, and of heartbeat files."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -9,13 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from beitv2_jax.runtime import buckets
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file under a temporary name, which becomes `path` at the end: complete or absent, for many writers.
 
-    It is on the disk before it is renamed: a power cut leaves the old file or the new one, never an empty one.
+    It is on the disk before it is renamed: a power cut leaves the old file or the new one, never an empty one. In a
+    bucket, which has no rename, it is held in memory and written whole.
     """
+    if buckets.is_remote(path):
+        memory = io.BytesIO() if "b" in mode else io.StringIO()
+        yield memory
+        content = memory.getvalue()
+        buckets.write_object(path, content if isinstance(content, bytes) else content.encode())
+        return
     temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, mode) as file:
@@ -68,8 +78,11 @@ def write_over(path: str | Path, text: str) -> None:
     """Write text over what a file holds, in one piece and with spaces where it was longer: it is at no moment empty.
 
     For a page that one process writes again and again: a process that dies at it leaves the old text or the new one,
-    and network file systems, which show a renamed file late, show this one soon.
+    and network file systems, which show a renamed file late, show this one soon. In a bucket the object is replaced.
     """
+    if buckets.is_remote(path):
+        buckets.write_object(path, text.encode())
+        return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, text.encode().ljust(os.fstat(descriptor).st_size))

@@ -11,14 +11,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime import open_files
+from beitv2_jax.runtime import buckets, open_files
+from beitv2_jax.runtime.buckets import AnyPath
 from beitv2_jax.typing import PyTree
 
 _LENGTH = 200
@@ -33,9 +33,9 @@ def cause_of(error: BaseException) -> str:
     return os.strerror(number) if number else f"{type(error).__name__}: {str(error)[:_LENGTH]}"
 
 
-def refuse_pattern(folder: str | Path) -> None:
+def refuse_pattern(folder: str | AnyPath) -> None:
     """Raise UserError if Orbax would take the path of a folder for checkpoints for a pattern or a remote address."""
-    if found := re.search(r"[\[\]*?]|:(?=/)", os.path.abspath(folder)):
+    if found := re.search(r"[\[\]*?]|:(?=/)", buckets.absolute(folder).removeprefix(buckets.SCHEME)):
         raise UserError(
             f"Checkpoints cannot be written to {folder}, because the path has the character {found[0]!r}.",
             "Orbax takes such a path for a pattern or a remote address and would not find the files that it wrote.",
@@ -53,8 +53,10 @@ def remedy(cause: str) -> tuple[str, str]:
     )
 
 
-def free_space(folder: Path) -> str:
+def free_space(folder: AnyPath) -> str:
     """Return the free space of the file system of `folder`, as text."""
+    if buckets.is_remote(folder):
+        return "a bucket"
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -63,8 +65,14 @@ def free_space(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def reserved(folder: Path, tree: PyTree) -> Iterator[str | None]:
-    """Reserve space in `folder` for the arrays of `tree` that this process writes; yield the cause if that fails."""
+def reserved(folder: AnyPath, tree: PyTree) -> Iterator[str | None]:
+    """Reserve space in `folder` for the arrays of `tree` that this process writes; yield the cause if that fails.
+
+    A bucket reserves nothing.
+    """
+    if buckets.is_remote(folder):
+        yield None
+        return
     shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.replica_id == 0)
     size = sum(shard.data.nbytes for shard in shards)
     with contextlib.ExitStack() as stack:

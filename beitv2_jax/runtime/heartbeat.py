@@ -18,13 +18,25 @@ def machine() -> str:
 
 def is_dead(content: bytes, here: str) -> bool:
     """Return whether a heartbeat (`machine` and `pid` in JSON) is of a process of the machine `here` that has ended."""
+    return _exists(content, here) is False
+
+
+def is_alive(content: bytes, here: str) -> bool:
+    """Return whether a heartbeat is of a process of the machine `here` that exists."""
+    return _exists(content, here) is True
+
+
+def _exists(content: bytes, here: str) -> bool | None:
+    """Return whether the process of a heartbeat exists; None where this machine cannot know."""
     try:
         owner = json.loads(content)
         if owner["machine"] != here:
-            return False
+            return None
         os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
         return True
     except (ValueError, KeyError, TypeError, OSError, OverflowError):
-        return False
-    return False
+        return None
+    return True

@@ -15,6 +15,7 @@ from absl import logging
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import startup_times
+from beitv2_jax.runtime.buckets import as_path
 
 HEARTBEAT_SECONDS = 100
 """jax regards a process that was silent for this long as lost, and aborts the others (exit code 134). A process that
@@ -162,7 +163,7 @@ def start_jax(distributed: bool | None, compilation_cache: str) -> None:
     if compilation_cache.startswith("~"):
         logging.warning("no compilation cache, as the home directory in %s is unknown", compilation_cache)
     elif compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", os.fspath(as_path(compilation_cache)))
     if in_cluster(os.environ) if distributed is None else distributed:
         if not os.environ.get("JAX_COORDINATOR_ADDRESS", "").strip():
             os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax takes an empty one for an address

@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ from absl import logging
 
 from beitv2_jax.errors import Preempted, UserError, print_error
 from beitv2_jax.runtime import heartbeat
-from beitv2_jax.runtime.atomic_files import write_over
+from beitv2_jax.runtime.atomic_files import write_over, write_text
+from beitv2_jax.runtime.buckets import AnyPath, as_path, os_errors
 
 FOLDER = "processes"
 BEAT_SECONDS, BEATS_A_LIMIT = 5.0, 40
@@ -57,8 +58,8 @@ class Watch:
         alone: watch this process only, because the others work independently.
     """
 
-    def __init__(self, workdir: str | Path, limit: float, *, alone: bool = False):
-        self._folder, self._limit = Path(workdir) / FOLDER, limit
+    def __init__(self, workdir: str | AnyPath, limit: float, *, alone: bool = False):
+        self._folder, self._limit = as_path(workdir) / FOLDER, limit
         self._index = jax.process_index()
         others = [] if alone else [index for index in range(jax.process_count()) if index != self._index]
         self._name = f"process {self._index} on {socket.gethostname()}"
@@ -155,8 +156,10 @@ class Watch:
         stacks = self._folder / f"{self._index}.stacks.txt"
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with stacks.open("w") as file:
+            with tempfile.TemporaryFile("w+") as file:
                 faulthandler.dump_traceback(file)
+                file.seek(0)
+                write_text(stacks, file.read())
         print_error(
             f"{self._name} ends: {reason}\n"
             f"  Here:    {_text(self._place)}{', ' * bool(self._error)}{self._error}; stacks of all threads: {stacks}\n"
@@ -166,7 +169,7 @@ class Watch:
             time.sleep(LINGER_BEATS * self._beat)
         end_at_once(Preempted.EXIT_CODE)
 
-    def _file(self, index: int) -> Path:
+    def _file(self, index: int) -> AnyPath:
         return self._folder / f"{index}.json"
 
     def _show(self) -> None:
@@ -202,7 +205,7 @@ def end_at_once(code: int) -> None:
 class _Other:
     """Another process, known by its heartbeat file; what that held before this process started is of a former run."""
 
-    def __init__(self, index: int, path: Path, machine: str):
+    def __init__(self, index: int, path: AnyPath, machine: str):
         self._index, self._path, self._machine = index, path, machine
         self._content = self._read()
         self._looks = self._silent_looks = 0
@@ -256,7 +259,8 @@ class _Other:
 
     def _read(self) -> bytes:
         try:
-            return self._path.read_bytes()
+            with os_errors():
+                return self._path.read_bytes()
         except OSError:
             return b""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.errors import UserError
@@ -72,6 +73,19 @@ def finetune_loss(
     return loss
 
 
+def logits_of(model: Classifier, normalization: str) -> Callable:
+    """Return the function (params, batch) -> logits of an evaluation batch."""
+    return lambda params, batch: model.apply(
+        {"params": params}, normalized(view_pixels(batch), normalization), train=False
+    )
+
+
+def judged(logits: Float[Array, "b k"], labels: Int[Array, "b"]) -> dict[str, Array]:
+    """Return for each row whether the class of the largest logit is that of the label, and the nll in nats."""
+    hits = jnp.argmax(logits, axis=-1) == labels
+    return {"hits": hits, "nll": smoothed_cross_entropy(logits, labels, 0.0)}
+
+
 def build(config) -> Task:
     """Build the classification task.
 
@@ -95,13 +109,12 @@ def make_task(config, opened: inputs.Opened) -> Task:
     """Build the classification task on data that are open."""
     source, eval_source = opened.sources
     model = make_model(config, inputs.compute(config))
+    logits = logits_of(model, config.normalization)
 
     def evaluate(params, model_state, frozen, batch):
-        logits = model.apply({"params": params}, normalized(view_pixels(batch), config.normalization), train=False)
         weight = batch["weight"].astype(jnp.float32)
-        hits = jnp.argmax(logits, axis=-1) == batch["labels"]
-        nll = smoothed_cross_entropy(logits, batch["labels"], 0.0)
-        return {"hits": jnp.sum(weight * hits), "nll": jnp.sum(weight * nll), "examples": weight.sum()}
+        rows = judged(logits(params, batch), batch["labels"])
+        return {**{name: jnp.sum(weight * values) for name, values in rows.items()}, "examples": weight.sum()}
 
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     return Task(

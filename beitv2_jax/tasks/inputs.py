@@ -11,13 +11,12 @@ from absl import logging
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
-from beitv2_jax.convert.weights import Weights
-from beitv2_jax.convert.weights import read as read_weights
+from beitv2_jax.convert.weights import Weights, read_backbone
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
-from beitv2_jax.data.sources import LabelledSource, Source, open_source
+from beitv2_jax.data.sources import LabelledSource, Source, open_splits
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
@@ -71,8 +70,9 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     """
     if not config.init_from:
         return {}
-    weights = read_weights(config.init_from)
+    weights = read_backbone(config.init_from)
     _compare_normalization(config, weights)
+    _note_resized_positions(config, weights)
     for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):
         logging.info("%s: %s", config.init_from, text)
     weights = adapt_weights(weights, kind, flat_arguments(model))
@@ -99,6 +99,18 @@ def _compare_normalization(config, weights: Weights) -> None:
         )
 
 
+def _note_resized_positions(config, weights: Weights) -> None:
+    """Log that the positions of the initial weights are those of another grid, where they are."""
+    encoder = weights.arguments.get("encoder", weights.arguments)
+    grids = [size // encoder["patch_size"] for size in (weights.arguments["image_size"], config.views.image_size)]
+    if grids[0] != grids[1] and encoder.get("position", "absolute") != "none":
+        logging.info(
+            "the positions of %s are resized from a grid of %d x %d patches to %d x %d",
+            config.init_from,
+            *(side for side in grids for _ in range(2)),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """What a trained stage learns from.
@@ -121,8 +133,7 @@ class Opened:
 def open_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits that `config.data` names."""
     data = config.data
-    splits = (data.train_split, data.eval_split)
-    return tuple(open_source(data.source, split, data.data_dir, data.train_split) for split in splits)
+    return open_splits(data.source, data.train_split, data.eval_split, data.data_dir)
 
 
 def open_labelled_sources(config) -> tuple[Source, Source]:
@@ -133,8 +144,7 @@ def open_labelled_sources(config) -> tuple[Source, Source]:
     """
     sources = open_sources(config)
     source = sources[0]
-    num_classes = source.num_classes - len(source.empty_classes)
-    if num_classes < 2:
+    if (num_classes := num_classes_with_images(source)) < 2:
         raise UserError(
             f"{source.name} has {num_classes} classes with images in its split {source.split}, which leaves nothing to "
             "classify.",
@@ -144,6 +154,11 @@ def open_labelled_sources(config) -> tuple[Source, Source]:
             "records.",
         )
     return tuple(map(LabelledSource, sources))
+
+
+def num_classes_with_images(source: Source) -> int:
+    """Return how many classes can be learnt from a source; below two there is nothing to classify."""
+    return source.num_classes - len(source.empty_classes)
 
 
 def train_batches(
@@ -228,11 +243,11 @@ def eval_batches_with(extra: Callable[[dict], dict], source: Source, config, pro
         yield {**batch, **extra(batch)}
 
 
-def eval_masks(config, grid: tuple[int, int], masking: dict) -> Callable[[dict], dict]:
+def eval_masks(seed: int, grid: tuple[int, int], masking: dict) -> Callable[[dict], dict]:
     """Return an `extra` for `eval_batches_with` that adds one mask per example, a function of (seed, example id)."""
 
     def extra(batch: dict) -> dict:
-        rngs = (host_rng(config.seed, "eval_mask", int(i)) for i in batch["example_ids"])
+        rngs = (host_rng(seed, "eval_mask", int(i)) for i in batch["example_ids"])
         return {"mask": np.stack([block_mask(rng, grid, **masking).reshape(-1) for rng in rngs])}
 
     return extra

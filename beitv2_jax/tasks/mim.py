@@ -101,6 +101,36 @@ def mim_loss(
     return loss
 
 
+def mim_evaluation(
+    model: MaskedImageModel,
+    *,
+    num_masked: int,
+    normalization: str,
+    code_ids: Callable[[PyTree, Batch, Images], CodeIds],
+) -> Callable:
+    """Return the `evaluate` of masked image modelling; arguments as `mim_loss`."""
+
+    def evaluate(params, model_state, frozen, batch):
+        images = view_pixels(batch)
+        targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)
+        found = code_losses(
+            model,
+            params,
+            normalized(images, normalization),
+            batch["mask"],
+            targets,
+            num_masked=num_masked,
+            train=False,
+        )
+        weight = jnp.broadcast_to(batch["weight"].astype(jnp.float32)[:, None], targets.shape)
+        sums = {"patches": weight.sum(), "counts": jnp.zeros(model.codebook_size).at[targets].add(weight)}
+        for name, (nll, hits) in found.items():
+            sums |= {f"{name}_loss": jnp.sum(weight * nll), f"{name}_accuracy": jnp.sum(weight * hits)}
+        return sums
+
+    return evaluate
+
+
 def mask_arguments(config) -> dict:
     """Return the keyword arguments of `block_mask`; `max_patches=0` in the config means no limit below `num_masked`."""
     masking = config.masking
@@ -159,28 +189,14 @@ def make_task(config, opened: inputs.Opened) -> Task:
             images = view_pixels(batch, "tokenizer_images")
         return tokenizer.encode(frozen["tokenizer"], images)
 
-    def evaluate(params, model_state, frozen, batch):
-        images = view_pixels(batch)
-        num_masked = config.masking.num_masked
-        targets = gather_masked(code_ids(frozen, batch, images), batch["mask"], num_masked)
-        found = code_losses(
-            model,
-            params,
-            normalized(images, config.normalization),
-            batch["mask"],
-            targets,
-            num_masked=num_masked,
-            train=False,
-        )
-        weight = jnp.broadcast_to(batch["weight"].astype(jnp.float32)[:, None], targets.shape)
-        sums = {"patches": weight.sum(), "counts": jnp.zeros(config.model.codebook_size).at[targets].add(weight)}
-        for name, (nll, hits) in found.items():
-            sums |= {f"{name}_loss": jnp.sum(weight * nll), f"{name}_accuracy": jnp.sum(weight * hits)}
-        return sums
-
+    masked = dict(
+        num_masked=config.masking.num_masked,
+        normalization=config.normalization,
+        code_ids=code_ids,
+    )
     masking = mask_arguments(config)
     eval_targets = targets_lib.stored_views(stored[1])
-    eval_masks = inputs.eval_masks(config, grid, masking)
+    eval_masks = inputs.eval_masks(config.seed, grid, masking)
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     first_mask = jnp.arange(grid[0] * grid[1])[None] < config.masking.num_masked
     return Task(
@@ -189,19 +205,14 @@ def make_task(config, opened: inputs.Opened) -> Task:
             model, key, jnp.zeros(image_shape), first_mask, num_masked=config.masking.num_masked, train=False
         ),
         initial=opened.initial,
-        loss=mim_loss(
-            model,
-            num_masked=config.masking.num_masked,
-            normalization=config.normalization,
-            code_ids=code_ids,
-        ),
+        loss=mim_loss(model, **masked),
         frozen=opened.frozen,
         sources=opened.sources,
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
         eval_batches=functools.partial(
             inputs.eval_batches_with, lambda batch: eval_targets(batch) | eval_masks(batch), eval_source, config
         ),
-        evaluate=evaluate,
+        evaluate=mim_evaluation(model, **masked),
         summarize=summarize,
         no_decay=released_no_decay,
     )

@@ -1,4 +1,4 @@
-"""Probe: frozen features of the pre-trained backbone, of the same backbone at random weights, and raw pixels.
+"""Probe: frozen features of a trained backbone, of the same backbone at random weights, and raw pixels.
 
 How they are evaluated is `beitv2_jax.evaluation.probe`.
 """
@@ -10,16 +10,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_probed_layers
-from beitv2_jax.convert.runs import check_stage, read_run
+from beitv2_jax.convert.arguments import initialised
+from beitv2_jax.convert.weights import backbone_of, read_backbone
 from beitv2_jax.data.sources import Source
-from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.rng import step_key
-from beitv2_jax.tasks import common, inputs, mim
+from beitv2_jax.tasks import common, inputs
 from beitv2_jax.typing import PyTree
 
 PIXEL_SIDE = 32
@@ -45,23 +47,17 @@ class Probe:
 
 
 def build(config) -> Probe:
-    """Build the probe of the mim run `config.backbone.run` against random weights and raw pixels.
+    """Build the probe of the weights `config.backbone.run` against random weights and raw pixels.
 
     Raises:
-        UserError: the data set has no labels, or the run is missing, of another stage or of another image size, or its
-            backbone lacks a block that is to be probed.
+        UserError: the data set has no labels, or the weights are missing, or their backbone lacks a block that is to be
+            probed or cannot see images of this size.
     """
-    check_stage(config.backbone.run, ("mim",), "config.backbone.run")
-    run = read_run(config.backbone.run)
-    trained = config_lib.from_json(run.config)
-    if trained.views.image_size != config.views.image_size:
-        raise UserError(
-            f"{config.backbone.run} was trained at {trained.views.image_size} pixels, the probe uses "
-            f"{config.views.image_size}.",
-            "Did you mean the same image size for both?",
-            f"Write --config.views.image_size={trained.views.image_size}.",
-        )
-    check_probed_layers(config.probe.layers, trained.model.depth)
+    weights = read_backbone(config.backbone.run, image_size=config.views.image_size)
+    for text in weights.assumptions:
+        logging.info("%s: %s", config.backbone.run, text)
+    backbone = backbone_of(weights)
+    check_probed_layers(config.probe.layers, backbone.depth)
     sources = inputs.open_labelled_sources(config)
     num_steps = config_lib.steps(
         config.probe.duration,
@@ -69,19 +65,15 @@ def build(config) -> Probe:
         num_examples=len(sources[0]),
         batch_key="probe.batch_size",
     )
-    model = mim.make_model(trained, Compute(dtype=config.efficiency.dtype))
-    apply = functools.partial(token_features, model, trained.normalization, tuple(config.probe.layers))
-    image = jnp.zeros((1, config.views.image_size, config.views.image_size, 3))
-    num_patches = (trained.views.image_size // trained.model.patch_size) ** 2
-    mask = jnp.arange(num_patches)[None] < trained.masking.num_masked
-    initialise = jax.jit(
-        lambda key: common.init_variables(model, key, image, mask, num_masked=trained.masking.num_masked, train=False)
-    )
-    random = initialise(step_key(config.seed, "probe"))["params"]
+    model = VisionTransformer(backbone, Compute(dtype=config.efficiency.dtype))
+    apply = functools.partial(token_features, model, weights.normalization or "half", tuple(config.probe.layers))
+    name = "encoder" if weights.kind == "vqkd" else "backbone"
+    initialise = jax.jit(functools.partial(initialised, weights.kind, weights.arguments))
+    random = initialise(step_key(config.seed, "probe"))["params"][name]
     return Probe(
         sources=sources,
         feature_sets=(
-            FeatureSet("pretrained", apply, run.params),
+            FeatureSet("pretrained", apply, weights.variables["params"][name]),
             FeatureSet("random", apply, jax.tree.map(np.asarray, random)),
             FeatureSet("pixels", raw_pixels, {}),
         ),
@@ -90,11 +82,12 @@ def build(config) -> Probe:
 
 
 def token_features(model, normalization: str, layers: tuple[int, ...], params, batch: dict) -> dict[str, Array]:
-    """Return [CLS] and the mean patch token after each of `layers` (from 1), not normalised, with nothing masked."""
+    """Return [CLS], where there is one, and the mean patch token after each of `layers` (from 1), not normalised."""
     images = common.normalized(batch["images"], normalization)
-    output = model.apply({"params": params}, images, method=lambda module, images: module.vit(images))
+    output = model.apply({"params": params}, images)
     tokens = jnp.stack([output.hidden[layer - 1] for layer in layers], axis=1).astype(jnp.float32)
-    return {"cls": tokens[:, :, 0], "mean": tokens[:, :, 1:].mean(axis=2)}
+    features = {"mean": tokens[:, :, model.backbone.num_prefix_tokens :].mean(axis=2)}
+    return {"cls": tokens[:, :, 0], **features} if model.backbone.class_token else features
 
 
 def raw_pixels(frozen, batch: dict) -> dict[str, Array]:

@@ -5,7 +5,7 @@ The running statistics of batch norm are the `model_state` of this stage: every 
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -111,11 +111,6 @@ def make_task(config, opened: inputs.Opened) -> Task:
     """Build the segmentation task on data that are open."""
     source, eval_source = opened.sources
     model = make_model(config, inputs.compute(config))
-
-    def evaluate(params, model_state, frozen, batch):
-        found = predict(model, config.normalization, sliding_of(config), params, model_state, batch)
-        return {"confusion": found.confusion.sum(axis=0)}
-
     return Task(
         name="segment",
         init=functools.partial(init_segmenter, model),
@@ -130,7 +125,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         sources=opened.sources,
         train_batches=_train_batches(config, source),
         eval_batches=EvalBatches(config, eval_source),
-        evaluate=evaluate,
+        evaluate=segment_evaluation(model, config.normalization, sliding_of(config)),
         summarize=summarize,
         no_decay=no_decay,
         layer_of=functools.partial(layer_of, depth=config.model.depth),
@@ -149,6 +144,29 @@ def predict(
         ).logits
 
     return segment(logits_of, batch, sliding.mirrored)
+
+
+def segment_evaluation(model: Segmenter, normalization: str, sliding: windows.Sliding) -> Callable:
+    """Return the `evaluate` of segmentation: pixels by (true, predicted) class."""
+
+    def evaluate(params, model_state, frozen, batch):
+        found = predict(model, normalization, sliding, params, model_state, batch)
+        return {"confusion": found.confusion.sum(axis=0)}
+
+    return evaluate
+
+
+def label_map_predictor(model: Segmenter, normalization: str, sliding: windows.Sliding) -> Callable:
+    """Return the compiled function (params, batch_stats, batch) -> classes of every pixel."""
+    return jax.jit(
+        lambda params, batch_stats, batch: predict(model, normalization, sliding, params, batch_stats, batch).label_maps
+    )
+
+
+def iou_of_classes(metrics: Mapping[str, float], prefix: str = "") -> dict[int, float]:
+    """Return {class: IoU} from the metrics of `summarize`, whose names begin with `prefix`."""
+    start = f"{prefix}iou/"
+    return {int(name.removeprefix(start)): value for name, value in metrics.items() if name.startswith(start)}
 
 
 def sliding_of(config) -> windows.Sliding:

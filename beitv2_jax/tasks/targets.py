@@ -152,6 +152,9 @@ def open_cache(
         UserError: there is no finished target cache, or it was made from other views or other data, with other choices
             or on another grid; the field of its manifest that differs is named.
     """
+    for part, source in zip(PARTS, sources, strict=True):
+        # before the split, which another data set may not have
+        check_manifest(read_manifest(os.path.join(directory, part)), {"source": source.name}, directory)
     readers = open_parts(directory, sources)
     for part, source, reader in zip(PARTS, sources, readers, strict=True):
         expected = {"target": target, **cache_manifest(config, source, part), "grid": list(grid), **(made_with or {})}

@@ -81,6 +81,22 @@ def vqkd_finish(options: QuantizerOptions, window: int) -> Callable:
     return finish
 
 
+def vqkd_evaluation(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures] | None) -> Callable:
+    """Return the `evaluate` of the tokenizer; `targets` as in `vqkd_loss`, None to count the codes alone."""
+
+    def evaluate(params, codebook, frozen, batch):
+        output = model.apply({"params": params, "codebook": codebook}, to_unit_range(batch["images"]), train=False)
+        weight = batch["weight"].astype(jnp.float32)
+        counts = jnp.zeros(model.quantizer.codebook_size).at[output.code_ids].add(weight[:, None])
+        sums = {"examples": weight.sum(), "counts": counts}
+        if targets is not None:
+            distance = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean(axis=-1)
+            sums["reconstruction"] = jnp.sum(distance * weight)
+        return sums
+
+    return evaluate
+
+
 def build(config) -> Task:
     """Build the VQ-KD task.
 
@@ -122,13 +138,6 @@ def make_task(config, opened: inputs.Opened) -> Task:
             return teacher.features(frozen["teacher"], batch["images"])
         return stored_features(frozen, batch)
 
-    def evaluate(params, codebook, frozen, batch):
-        output = model.apply({"params": params, "codebook": codebook}, to_unit_range(batch["images"]), train=False)
-        weight = batch["weight"].astype(jnp.float32)
-        distance = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean(axis=-1)
-        counts = jnp.zeros(config.model.codebook_size).at[output.code_ids].add(weight[:, None])
-        return {"reconstruction": jnp.sum(distance * weight), "examples": weight.sum(), "counts": counts}
-
     def start_codebook(params, codebook, frozen, batch, key):
         projections = model.apply(
             {"params": params, "codebook": codebook}, to_unit_range(batch["images"]), method=VQKD.project
@@ -153,7 +162,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         eval_batches=functools.partial(
             inputs.eval_batches_with, targets_lib.stored_views(stored[1]), eval_source, config
         ),
-        evaluate=evaluate,
+        evaluate=vqkd_evaluation(model, targets),
         summarize=summarize,
         start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,
         no_decay=released_no_decay,
@@ -162,8 +171,11 @@ def make_task(config, opened: inputs.Opened) -> Task:
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
     """Return reconstruction loss, codebook usage (share of codes hit by the pass) and perplexity of an evaluation."""
+    losses = (
+        {"reconstruction_loss": float(sums["reconstruction"] / sums["examples"])} if "reconstruction" in sums else {}
+    )
     return {
-        "reconstruction_loss": float(sums["reconstruction"] / sums["examples"]),
+        **losses,
         "codebook_usage": float(codebook_usage(sums["counts"])),
         "codebook_perplexity": float(codebook_perplexity(sums["counts"])),
     }

@@ -2,24 +2,25 @@
 
 One step is four Orbax items: `params` and `codebook` (absent when empty) so that later stages read them alone, `train`
 (step, optimizer, averages) and `data` (the position in the data, as JSON that any number of processes can read).
-A folder named by its step is complete: it is renamed to that last of all, with the checksums of its files inside.
+A folder named by its step is complete: it is renamed to that last of all, with the checksums of its files inside. In a
+bucket, which cannot rename, it has that name at once and is complete when Orbax's file for that is in it.
 """
 
 import contextlib
-import os
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime import buckets
+from beitv2_jax.runtime.buckets import AnyPath
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.runtime.disk_checks import agreed, cause_of, free_space, remedy, reserved
 from beitv2_jax.training.sharding import path_name
@@ -29,6 +30,8 @@ from beitv2_jax.typing import PyTree
 KEPT = 2
 STRAGGLER_SECONDS = 10.0
 """After a save that failed, how long what Orbax still writes of it is waited for."""
+COMPLETE_FILE = "commit_success.txt"
+"""What Orbax writes last into the folder of a checkpoint in a bucket."""
 CLEARINGS, QUIET_LOOKS, CLEARING_SECONDS = 40, 4, 0.05
 
 
@@ -36,8 +39,19 @@ ITEMS = ("params", "model_state", "averaged_params", "train")
 """Parts of a checkpoint that are trees of arrays; the position in the data is JSON."""
 
 
+class _TheBest(PreservationPolicy):
+    """Preserve the checkpoint of `step`, which changes while the manager is open."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpointer:
     """Write and read the checkpoints under `directory`; the last 2 stay, and all at multiples of `keep_every`.
+
+    So does the one that `preserve` names, until the next one that it names.
 
     A damaged checkpoint that is newer than the newest whole one is renamed, `12` to `12.corrupt`, and named in the log.
     A save that fails leaves nothing behind and the others as they were; it is logged, or an error where
@@ -47,10 +61,11 @@ class Checkpointer:
         UserError: there are checkpoints, and none is whole; then they are left as they are.
     """
 
-    def __init__(self, directory: str | Path, *, keep_every: int = 0, stop_on_failure: bool = False):
-        self._directory = Path(directory).absolute()
+    def __init__(self, directory: str | AnyPath, *, keep_every: int = 0, stop_on_failure: bool = False):
+        self._directory = buckets.as_path(buckets.absolute(directory))
         self._keep_every, self._stop_on_failure = keep_every, stop_on_failure
         self._saving: int | None = None
+        self._best = _TheBest()
         _clear_unfinished(self._directory)
         _quarantine_corrupt(self._directory)
         self._manager: ocp.CheckpointManager | None = self._open()
@@ -59,6 +74,21 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Return the number of finished steps in the newest complete checkpoint, None if there is none."""
         return self._newest
+
+    def steps(self) -> list[int]:
+        """Return the number of finished steps of every complete checkpoint."""
+        self._settle()
+        return [] if self._manager is None else list(self._manager.all_steps())
+
+    def preserve(self, step: int) -> bool:
+        """Let the checkpoint of `step` stay, in place of the one before; False if there is none, and nothing changes.
+
+        A save that is under way is waited for.
+        """
+        if step not in self.steps():
+            return False
+        self._best.step = step
+        return True
 
     def save(
         self,
@@ -165,7 +195,7 @@ class Checkpointer:
             _clear_unfinished(self._directory, QUIET_LOOKS)
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = [LatestN(KEPT)] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
+        policies = [LatestN(KEPT), self._best] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ITEMS:
             handler = ocp.StandardCheckpointHandler()
@@ -210,7 +240,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:
             _wait_for_stragglers()
-            if not os.path.isdir(self._directory / str(self._saving)):
+            if not is_complete(self._directory / str(self._saving)):
                 return cause_of(error)
             logging.warning("an old checkpoint in %s could not be deleted: %s", self._directory, cause_of(error))
         return None
@@ -252,15 +282,19 @@ class Checkpointer:
     def _add_checksums(self) -> None:
         # Orbax calls this when all files of all processes are written, before the rename that makes them valid
         if jax.process_index() == 0:
-            (unfinished,) = self._directory.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*")
+            (unfinished,) = (
+                path
+                for path in _unfinished(self._directory)
+                if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] == str(self._saving)
+            )
             _read_back(unfinished)
             write_checksums(unfinished)
 
 
-def _read_back(folder: Path) -> None:
+def _read_back(folder: AnyPath) -> None:
     """Open every array of a checkpoint that was just written; raise an error if one is not there."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        for item in filter(os.path.isdir, (folder / name for name in ITEMS)):
+        for item in (path for name in ITEMS if (path := folder / name).is_dir()):
             try:
                 handler.metadata(item)
             except Exception as error:
@@ -276,7 +310,19 @@ def _wait_for_stragglers() -> None:
                 thread.join(max(0.0, until - time.monotonic()))
 
 
-def _clear_unfinished(directory: Path, quiet_looks: int = 1) -> None:
+def is_complete(checkpoint: AnyPath) -> bool:
+    """Tell whether a folder with the name of a step is that of a save which reached its end."""
+    return (checkpoint / COMPLETE_FILE).exists() if buckets.is_remote(checkpoint) else checkpoint.is_dir()
+
+
+def _unfinished(directory: AnyPath) -> list[AnyPath]:
+    """Return the folders of saves that are under way, or that failed or were killed."""
+    if buckets.is_remote(directory):
+        return [path for path in directory.glob("*") if path.name.isdecimal() and not is_complete(path)]
+    return list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+
+
+def _clear_unfinished(directory: AnyPath, quiet_looks: int = 1) -> None:
     """Delete, where possible, what failed and killed saves left; process 0 does it for all.
 
     Ends when `quiet_looks` looks in a row find nothing: after a thread has ended, the file system may still create
@@ -285,18 +331,21 @@ def _clear_unfinished(directory: Path, quiet_looks: int = 1) -> None:
     if jax.process_index() != 0:
         return
     quiet = 0
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), buckets.os_errors():
         for _ in range(CLEARINGS):
-            left = list(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+            left = _unfinished(directory)
             for unfinished in left:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                if buckets.is_remote(unfinished):
+                    unfinished.rmtree(missing_ok=True)
+                else:
+                    shutil.rmtree(unfinished, ignore_errors=True)
             quiet = 0 if left else quiet + 1
             if quiet == quiet_looks:
                 break
             time.sleep(CLEARING_SECONDS)
 
 
-def _quarantine_corrupt(directory: Path) -> None:
+def _quarantine_corrupt(directory: AnyPath) -> None:
     """Rename the damaged checkpoints that are newer than the newest whole one; process 0 does it for all."""
     damage = _newest_damage(directory) if jax.process_index() == 0 else {}
     none_is_whole = bool(damage) and None not in damage.values()
@@ -320,7 +369,7 @@ def _quarantine_corrupt(directory: Path) -> None:
         multihost_utils.sync_global_devices("corrupt checkpoints are quarantined")
 
 
-def _newest_damage(directory: Path) -> dict[int, str | None]:
+def _newest_damage(directory: AnyPath) -> dict[int, str | None]:
     """Return {step: what is wrong with its checkpoint}, newest first, up to the first that is whole."""
     steps = (int(path.name) for path in directory.glob("*") if path.name.isdecimal())
     damage: dict[int, str | None] = {}

@@ -48,7 +48,7 @@ def apply_batches(
     """Do what `run_batches` does without showing it; the mesh may be of this process's devices alone."""
     compiled = jax.jit(fn, out_shardings=sharding.batch_sharding(mesh))
     placed = sharding.place_weights(frozen, mesh)
-    for batch, outputs in _ahead(compiled, placed, batches, mesh):
+    for batch, outputs in outputs_ahead(compiled, placed, batches, mesh):
         yield batch, jax.tree.map(_local_rows, outputs)
 
 
@@ -63,13 +63,16 @@ def sum_batches(
         batches: host batches of this process, all of one size, equally many on every process.
     """
     sums: PyTree = None
-    for _, outputs in _ahead(compiled, weights, batches, mesh):
+    for _, outputs in outputs_ahead(compiled, weights, batches, mesh):
         values = jax.tree.map(lambda value: np.asarray(value, np.float64), outputs)
         sums = values if sums is None else jax.tree.map(np.add, sums, values)
     return {} if sums is None else sums
 
 
-def _ahead(compiled, weights, batches, mesh) -> Iterator[tuple[Batch, PyTree]]:
+def outputs_ahead(
+    compiled: Callable[[PyTree, Batch], PyTree], weights: PyTree, batches: Iterable[Batch], mesh: Mesh
+) -> Iterator[tuple[Batch, PyTree]]:
+    """Yield (host batch, outputs on the devices) of every batch, which the device computes one ahead."""
     waiting = None
     for batch in batches:
         # The context only surrounds the call: held across a yield it would leak into the caller.

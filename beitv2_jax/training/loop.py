@@ -5,10 +5,10 @@ Runs any `tasks.api.Task` under the sections `run`, `optim`, `mesh` and the seed
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable
 from concurrent import futures
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from beitv2_jax import config as config_lib
 from beitv2_jax import rng
 from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.tasks.api import Batch, Task
-from beitv2_jax.training import inference, optim, sharding
+from beitv2_jax.training import best, inference, optim, sharding, wandb_run
 from beitv2_jax.training import state as state_lib
 from beitv2_jax.training.checkpoint import Checkpointer
 from beitv2_jax.training.metric_log import MetricLog
@@ -34,7 +36,7 @@ from beitv2_jax.training.writer import MetricWriter, Progress, read_metrics
 from beitv2_jax.typing import PyTree
 
 
-def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(task: Task, config: ConfigDict, workdir: str | AnyPath) -> dict[str, float]:
     """Train `task` to the end of `config.run.duration`, continuing from the newest checkpoint of `workdir` if any.
 
     Returns:
@@ -52,7 +54,7 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(watchdog.Watch(workdir, config.run.hang_timeout))
         stop = config.run.on_failed_save == "stop"
-        folder = Path(workdir) / "checkpoints"
+        folder = as_path(workdir) / "checkpoints"
         checkpointer = Checkpointer(folder, keep_every=schedule.keep_every, stop_on_failure=stop)
         stack.enter_context(contextlib.closing(checkpointer))
         start = checkpointer.latest_step()
@@ -61,37 +63,39 @@ def train(task: Task, config: ConfigDict, workdir: str | Path) -> dict[str, floa
         if start == schedule.num_steps and not _lacks_evaluation(task, schedule, start, logged):
             logging.info("%s: finished before, at step %d of %d", task.name, start, schedule.num_steps)
             return _final_metrics(logged, start, seconds=0.0)
-        return _run(task, config, schedule, Path(workdir), checkpointer, watch, logged)
+        return _run(task, config, schedule, as_path(workdir), checkpointer, watch, logged)
 
 
 def check(task: Task, config: ConfigDict) -> None:
     """Check what `train` would find out before its first step: that batch, data, devices and processes fit each other.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not, `run.keep_best` names no metric of the evaluation, or wandb is not installed.
     """
     Schedule.from_config(config, task.num_train_examples)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_rows(config.run.batch_size, mesh)
     sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
+    best.check_metric(task, config.run.keep_best, config.optim.weight_average > 0, sharding.row_share(mesh))
+    wandb_run.check(config.run.wandb)
     task.train_batches(*sharding.row_share(mesh)).close()
 
 
-def check_checkpoint(task: Task, config: ConfigDict, workdir: str | Path) -> None:
+def check_checkpoint(task: Task, config: ConfigDict, workdir: str | AnyPath) -> None:
     """Check that the newest checkpoint of `workdir`, if any, has this run's schedule and the structure of its state.
 
     Raises:
         UserError: it has not, or no checkpoint is whole.
     """
     schedule = Schedule.from_config(config, task.num_train_examples)
-    with contextlib.closing(Checkpointer(Path(workdir) / "checkpoints")) as checkpointer:
+    with contextlib.closing(Checkpointer(as_path(workdir) / "checkpoints")) as checkpointer:
         _check_schedule(schedule, checkpointer, workdir)
         if checkpointer.latest_step() is not None:
             _, abstract, _ = _make_step(task, config, schedule, sharding.make_mesh(**config.mesh))
             checkpointer.check_structure(abstract)
 
 
-def _check_schedule(schedule: Schedule, checkpointer: Checkpointer, workdir: str | Path) -> None:
+def _check_schedule(schedule: Schedule, checkpointer: Checkpointer, workdir: str | AnyPath) -> None:
     step, own = checkpointer.latest_step(), schedule.meaning_of_a_step()
     if step is None:
         return
@@ -117,7 +121,7 @@ def _run(
     task: Task,
     config: ConfigDict,
     schedule: Schedule,
-    workdir: Path,
+    workdir: AnyPath,
     checkpointer: Checkpointer,
     watch: watchdog.Watch,
     logged: dict[str, float],
@@ -154,7 +158,10 @@ def _run(
     evaluate = _make_evaluation(task, mesh, bad_records, watch, config.data.max_bad_fraction)
 
     is_main = jax.process_index() == 0
-    writer = MetricWriter(workdir, enabled=is_main, resume_step=start)
+    service = None
+    if config.run.wandb and is_main:
+        service = wandb_run.WandbRun(config.run.wandb, workdir, json.loads(config_lib.to_json(config)))
+    writer = MetricWriter(workdir, enabled=is_main, resume_step=start, service=service)
     progress = Progress(schedule.num_steps, task.name, "steps", done=start, enabled=is_main)
     stop_rules = StopRules(
         schedule,
@@ -166,6 +173,12 @@ def _run(
     )
     metric_log = MetricLog(schedule, writer, progress, stop_rules)
     last_metrics = dict(logged)
+    best_evaluation = None
+    if config.run.keep_best:
+        # metrics.jsonl alone says which it is, so that it survives every kind of end
+        best_evaluation = best.BestEvaluation(config.run.keep_best, read_metrics(workdir), checkpointer.steps())
+        if best_evaluation.step is not None:
+            checkpointer.preserve(best_evaluation.step)
     with contextlib.ExitStack() as stack:
         for thing in (metric_log, progress, writer, iterator):
             stack.enter_context(contextlib.closing(thing))
@@ -176,6 +189,10 @@ def _run(
             last_metrics.update(found)
             writer.write(step, found)
             writer.flush()
+            progress.show_evaluation(found)
+            improved = best_evaluation is not None and best_evaluation.is_improved_by(found)
+            if improved and checkpointer.preserve(step):
+                best_evaluation.take(step, found)
 
         # a run that ended between a save and the evaluation after it
         if _lacks_evaluation(task, schedule, start, logged):
@@ -186,11 +203,15 @@ def _run(
             state, metrics = compiled(state, frozen, batch)
             metric_log.add(step, metrics, example_ids)
             ends = is_preempted(step)
-            if schedule.evaluates(step) or schedule.saves(step) or ends:
+            saves = schedule.saves(step) or (best_evaluation is not None and schedule.evaluates(step))
+            if schedule.evaluates(step) or saves or ends:
                 metric_log.read()
                 # On disk before the checkpoint is: a resumed run repeats no line and misses none.
                 trouble = writer.flush()
-                if schedule.saves(step) or ends:
+                if ends:
+                    text = "%s: preempted, saving after step %d; a second signal ends the process at once"
+                    logging.warning(text, task.name, step)
+                if saves or ends:
                     watch.note("saving", step)
                     # Before the next batch is drawn: the saved iterator stands where the saved state does.
                     position = {
@@ -200,7 +221,6 @@ def _run(
                     }
                     checkpointer.save(step, state, position, last=ends or step == schedule.num_steps, trouble=trouble)
                 if ends:
-                    logging.warning("%s: preempted, saving after step %d", task.name, step)
                     raise Preempted(
                         f"{task.name} was preempted: checkpoint saved at step {step}; rerun the same command to resume."
                     )
@@ -318,7 +338,7 @@ def _make_evaluation(
     return evaluate
 
 
-def _logged_at(step: int | None, workdir: str | Path) -> dict[str, float]:
+def _logged_at(step: int | None, workdir: str | AnyPath) -> dict[str, float]:
     """Return what `metrics.jsonl` has of `step`."""
     return next((line for line in read_metrics(workdir) if line["step"] == step), {})
 

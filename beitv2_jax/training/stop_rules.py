@@ -1,12 +1,11 @@
 """When a run must stop: too many skipped steps in a row, or too many unreadable records."""
 
-from pathlib import Path
-
 import numpy as np
 from absl import logging
 
 from beitv2_jax.data.bad_records import refuse_too_many
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.training.schedule import Schedule
 
 
@@ -28,7 +27,7 @@ class StopRules:
         *,
         max_nonfinite_steps: int,
         max_bad_fraction: float,
-        workdir: str | Path,
+        workdir: str | AnyPath,
         skipped_steps: int = 0,
         unreadable: int = 0,
     ):
@@ -73,5 +72,5 @@ class StopRules:
     def _check_unreadable(self, step: int, metrics: dict[str, float]) -> None:
         self.unreadable += int(metrics["unreadable"])
         seen = max(step * self._schedule.batch_size, self._schedule.num_examples)
-        listed = f"listed in {Path(self._workdir) / 'bad_records.jsonl'}"
+        listed = f"listed in {as_path(self._workdir) / 'bad_records.jsonl'}"
         refuse_too_many(self.unreadable, seen, self._max_bad_fraction, of=f"up to step {step}", listed=listed)

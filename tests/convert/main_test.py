@@ -132,7 +132,7 @@ def test_help_shows_an_example_that_parses(capsys):
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     examples = [line.split()[3:] for line in printed.splitlines() if line.startswith("  python -m beitv2_jax.convert")]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert _parser().parse_args(example).source == example[0]
 

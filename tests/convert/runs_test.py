@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from beitv2_jax.convert.runs import read_run, weights_hash
+from beitv2_jax.convert.runs import check_stage, read_run, weights_hash
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.checksums import write_checksums
 
@@ -52,6 +52,17 @@ def test_the_newest_step_is_read_as_numpy(tmp_path):
     chex.assert_trees_all_equal(run.model_state, jax.tree.map(np.asarray, codebook))
 
 
+def test_the_folder_of_a_checkpoint_stands_for_its_run(tmp_path):
+    workdir = write_run(tmp_path / "tokenizer", steps=[7, 13])
+    chosen = str(workdir / "checkpoints" / "7")
+    check_stage(chosen, ("vqkd",), "")
+    run = read_run(chosen)
+    assert (run.step, run.name, run.config) == (7, "tokenizer@7", CONFIG)
+    chex.assert_trees_all_equal(run.params, jax.tree.map(np.asarray, state(7)[0]))
+    with pytest.raises(UserError, match="checkpoints/9 does not exist"):
+        check_stage(str(workdir / "checkpoints" / "9"), ("vqkd",), "")
+
+
 def test_a_run_without_codebook_has_an_empty_one(tmp_path):
     run = read_run(str(write_run(tmp_path / "mim", steps=[3], with_codebook=False)))
     assert run.model_state == {}
@@ -70,7 +81,7 @@ def test_a_corrupt_newest_checkpoint_is_refused_and_not_changed(tmp_path, item):
     if item == "train":  # of no use here
         assert read_run(str(workdir)).step == 13
         return
-    with pytest.raises(UserError, match=f"step 13, is corrupt: {item}/.* holds other bytes") as caught:
+    with pytest.raises(UserError, match=f"step 13 in {workdir} is corrupt: {item}/.* holds other bytes") as caught:
         read_run(str(workdir))
     assert str(workdir) in caught.value.happened and str(folder) in caught.value.instead
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before

@@ -297,18 +297,22 @@ def test_an_aggregation_head_that_differs_is_refused(changes):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        (dict(width=12, num_heads=2), "backbone/"),
-        (dict(depth=1), "backbone/blocks_1"),
-        (dict(depth=3), "backbone/blocks_2"),
-        (dict(position="absolute"), "rel_pos_bias/table"),
-        (dict(layer_scale_init=0.0), "gamma_"),
-        (dict(patch_size=9), "patch_embed"),
+        (dict(width=12, num_heads=2), "width=10"),
+        (dict(depth=1), "depth=2"),
+        (dict(depth=3), "depth=2"),
+        (dict(position="absolute"), "position='relative_shared'"),
+        (dict(layer_scale_init=0.0), "layer_scale_init=0.1"),
+        (dict(patch_size=9), "patch_size=3"),
+        (dict(qkv_bias="full"), "qkv_bias='qv'"),
     ],
 )
-def test_another_network_is_refused_by_name(changes, named):
+def test_another_network_is_refused_with_both_values(changes, named):
     source = drawn_weights("mim", position="relative_shared")
-    with pytest.raises(UserError, match=named):
+    name, value = next(iter(changes.items()))
+    with pytest.raises(UserError) as raised:
         started(source, "classifier", **({"position": "relative", "pooling": "mean"} | changes))
+    assert f"they have {named}, the config {name}={value!r}." in raised.value.happened
+    assert f"Write --config.model.{named.replace(chr(39), '')}, or leave out" in raised.value.instead
 
 
 def test_a_tokenizer_that_does_not_fit_is_named_as_one():

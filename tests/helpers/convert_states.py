@@ -26,18 +26,19 @@ SIZES = dict(
 
 
 def arguments_of(
-    kind, *, position="absolute", patch_size=3, grid=3, heads=2, head_width=5, depth=2, layer_scale=True
+    kind, *, position="absolute", patch_size=3, grid=3, heads=2, head_width=5, depth=2, layer_scale=True, stem="linear"
 ) -> dict:
     """Return arguments of a small model; all sizes that could be taken for one another differ."""
     width = heads * head_width
     vit = dict(width=width, depth=depth, num_heads=heads, mlp_dim=3 * width + 1, position=position)
     vit["layer_scale_init"] = 0.1 if layer_scale else 0.0
+    vit |= {"stem": stem} if stem != "linear" else {}
     sizes = dict(image_size=patch_size * grid)
     if kind == "vqkd":
         decoder = vit | dict(width=3 * heads, depth=1)
         return sizes | dict(
             encoder=vit | {"patch_size": patch_size},
-            decoder=decoder,
+            decoder={name: value for name, value in decoder.items() if name != "stem"},
             codebook_size=19,
             code_dim=4,
             teacher_width=23,
@@ -50,9 +51,9 @@ def arguments_of(
     return sizes | dict(num_classes=17, channels=13, aux_channels=11, out_layers=(1, 1, 1, depth))
 
 
-def drawn_weights(kind, *, seed=3, **sizes) -> Weights:
-    """Return weights of that model with normal entries of visible size."""
-    arguments = arguments_of(kind, **sizes)
+def drawn_weights(kind, *, seed=3, arguments=None, **sizes) -> Weights:
+    """Return weights of that model with normal entries of visible size; `arguments` take the place of `sizes`."""
+    arguments = arguments or arguments_of(kind, **sizes)
     rng = np.random.default_rng(seed)
     flat = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes(kind, arguments).items()}
     for path in flat:

@@ -246,6 +246,8 @@ def config(**overrides):
                 "max_nonfinite_steps": 3,
                 "on_failed_save": "continue",
                 "hang_timeout": 600,
+                "keep_best": "",
+                "wandb": "",
             },
         }
     )

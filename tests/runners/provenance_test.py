@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
+from target_caches import CODE_MANIFEST, FEATURE_MANIFEST
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
 from beitv2_jax.data import embedded
 from beitv2_jax.errors import UserError
 from beitv2_jax.runners import provenance, stages
+from beitv2_jax.tasks.targets import PARTS
 
 
 class Interrupted(Exception):
@@ -57,7 +60,9 @@ def test_an_added_image_is_noticed_and_named(run, folder, tmp_path, caplog):
     config, start = run
     start()  # the same data
     shutil.copy(folder / "train/dogs/0.png", folder / "train/dogs/new.png")
-    with pytest.raises(UserError, match=r"\(train.source: 'folder:images@.* -> .*, train.examples: 8 -> 9\)"):
+    with pytest.raises(
+        UserError, match=r"\(train.source: 'folder:images@.* -> .*, train.examples: 8 -> 9, train.sizes: "
+    ):
         stages.run_stage(config, str(tmp_path / "run"))
     kept = json.loads((tmp_path / "run" / "inputs.json").read_text())
     assert kept["train"]["examples"] == 8 and kept["eval"]["examples"] == 4
@@ -133,6 +138,90 @@ def test_a_finished_stage_is_refused_when_its_network_was_made_anew(tmp_path):
     shutil.rmtree(tmp_path / "vqkd")
     write_run(str(tmp_path / "vqkd"), {"stage": "vqkd"}, weights(1.0))
     assert stages.run_stage(config, str(codes)) == summary
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """A pipeline whose stages stand finished, each made from the one before, and the stages that a start runs."""
+    config = config_lib.load(f"{ROOT / 'configs/quickstart.py'}:smoke")
+    for name, stage in config.stages.items():
+        folder = tmp_path / name
+        if name in stages.TARGET_CACHE_STAGES:
+            for part in PARTS:
+                kind = FEATURE_MANIFEST if name == "extract" else {**CODE_MANIFEST, "codebook_size": 1 + len(name)}
+                (folder / part).mkdir(parents=True)
+                extra = {"part": part} | ({"crop_fraction": 0.9} if part == "centre" else {})
+                manifest = {**kind, **extra, "schema_version": 2, "unreadable": 0}
+                (folder / part / "manifest.json").write_text(json.dumps(manifest))
+        else:
+            write_run(str(folder), json.loads(config_lib.to_json(stage)), weights(1.0))
+        (folder / "config.json").write_text(config_lib.to_json(stage))
+        (folder / "summary.json").write_text(json.dumps({"stage": name, "metrics": {}}))
+        resolved = config_lib.resolve(stage, str(tmp_path))
+        provenance.write_inputs(str(folder), {"networks": provenance.describe_networks(resolved)})
+    begun = []
+
+    def run_stage(stage, workdir, **_):
+        begun.append(os.path.basename(workdir))
+        return {"stage": stage.stage, "seconds": 0.0, "metrics": {}}
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    monkeypatch.setattr(stages, "write_pipeline_report", lambda *_: "")
+    return config, begun
+
+
+def outdated(config, workdir, **arguments):
+    with pytest.raises(UserError, match="changed afterwards or is not finished any more") as caught:
+        stages.run_pipeline(config, str(workdir), **arguments)
+    listed = re.match("Delete (.*) and run the same command again", caught.value.instead)[1].split(", ")
+    return [os.path.relpath(path, workdir) for path in listed]
+
+
+def test_a_pipeline_refuses_at_its_start_what_was_made_from_an_earlier_stage_that_is_gone(pipeline, tmp_path):
+    config, begun = pipeline
+    everything = list(config.stages)
+    stages.run_pipeline(config, str(tmp_path))
+    assert begun == everything
+    # a cache that was deleted to free space is made again from the same network
+    shutil.rmtree(tmp_path / "extract")
+    stages.run_pipeline(config, str(tmp_path))
+    # a summary that was lost changes no weights
+    (tmp_path / "vqkd" / "summary.json").unlink()
+    stages.run_pipeline(config, str(tmp_path))
+    del begun[:]
+    shutil.rmtree(tmp_path / "vqkd")
+    assert outdated(config, tmp_path) == ["tokenize", "mim", "probe"] and begun == []
+    write_run(str(tmp_path / "vqkd"), json.loads(config_lib.to_json(config.stages.vqkd)), weights(2.0))
+    (tmp_path / "vqkd" / "summary.json").write_text(json.dumps({"stage": "vqkd", "metrics": {}}))
+    assert outdated(config, tmp_path, allow_config_change=True) == ["tokenize", "mim", "probe"] and begun == []
+    shutil.rmtree(tmp_path / "vqkd" / "checkpoints")
+    assert outdated(config, tmp_path) == ["tokenize", "mim", "probe"] and begun == []
+    for name in ("tokenize", "mim", "probe"):
+        shutil.rmtree(tmp_path / name)
+    stages.run_pipeline(config, str(tmp_path))
+    assert begun == everything
+
+
+def test_an_interrupted_stage_of_a_pipeline_may_continue_with_another_network_if_that_is_allowed(pipeline, tmp_path):
+    config, begun = pipeline
+    shutil.rmtree(tmp_path / "mim")
+    write_run(str(tmp_path / "mim"), json.loads(config_lib.to_json(config.stages.mim)), weights(3.0))
+    shutil.rmtree(tmp_path / "probe")
+    (tmp_path / "probe" / "features").mkdir(parents=True)
+    (tmp_path / "probe" / "features" / "train.npz").touch()
+    (tmp_path / "probe" / "config.json").write_text(config_lib.to_json(config.stages.probe))
+    provenance.write_inputs(str(tmp_path / "probe"), {"networks": {"backbone.run": "step 9, weights 0"}})
+    assert outdated(config, tmp_path) == ["probe"]
+    stages.run_pipeline(config, str(tmp_path), allow_config_change=True)
+    assert begun == list(config.stages)
+
+
+def test_an_image_with_other_contents_under_its_name_is_noticed(run, folder, tmp_path):
+    config, start = run
+    Image.effect_noise((40, 40), 50).convert("RGB").save(folder / "train/dogs/0.png")
+    with pytest.raises(UserError, match=r"\(train.sizes: '\w+' -> '\w+'\)"):
+        stages.run_stage(config, str(tmp_path / "run"))
+    start(allow_config_change=True)
 
 
 @pytest.mark.parametrize("odd", [None, 2])

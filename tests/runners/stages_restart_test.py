@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from paths import ROOT
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import read_run
+from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.errors import Preempted, UserError
 from beitv2_jax.runners import stages
 from beitv2_jax.runtime.workdir_lock import held
@@ -125,6 +127,7 @@ def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started
         ("metrics.jsonl", False),
         ("checkpoints/12.orbax-checkpoint-tmp/params/x", False),
         ("views/.writing/plan.json", False),
+        ("views/.writing/00000.v0.abc.tmp", False),
         ("features/pretrained_train.0.tmp", False),
         ("summary.json", True),
         ("checkpoints/12/params/x", True),
@@ -137,6 +140,28 @@ def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).touch()
     assert stages.holds_results(str(tmp_path)) == result
+
+
+def test_the_writer_of_a_first_shard_blocks_others_as_long_as_it_lives(tmp_path):
+    """Three leases: of this process, of one of this machine that has ended, and of one of another machine."""
+    work = tmp_path / "views" / ".writing"
+    work.mkdir(parents=True)
+    (work / "plan.json").write_text("{}")
+    with Leases(work) as leases:
+        assert leases.take("0") and stages.holds_results(str(tmp_path))
+        alive = json.loads((work / "0.lease").read_text())
+    assert not stages.holds_results(str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (work / "0.lease").write_text(json.dumps({**alive, "pid": ended.pid}))
+    assert not stages.holds_results(str(tmp_path)) and not (work / "0.lease").exists()
+    foreign = {**alive, "machine": "elsewhere"}
+    (work / "0.lease").write_text(json.dumps(foreign))
+    assert not Leases(work, stale_seconds=0.05).any_is_held(poll_seconds=0.02)
+    (work / "0.lease").write_text(json.dumps(foreign))
+    beat = threading.Timer(0.1, lambda: (work / "0.lease").write_text(json.dumps({**foreign, "beats": 1})))
+    beat.start()
+    assert Leases(work, stale_seconds=60).any_is_held(poll_seconds=0.02)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -188,7 +213,7 @@ def test_a_pipeline_compares_all_its_stages_before_the_first_begins(started):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 50, b"{", b"null", b"[1]"])
-def test_what_a_power_cut_leaves_of_the_config_and_the_summary(started, content):
+def test_what_a_power_cut_leaves_of_the_config_and_the_summary(started, content, caplog):
     workdir, config, _ = started
     (workdir / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config.json is damaged") as caught:
@@ -200,6 +225,7 @@ def test_what_a_power_cut_leaves_of_the_config_and_the_summary(started, content)
     with pytest.raises(Interrupted):
         stages.run_stage(config, str(workdir))
     assert stored(workdir)["stage"] == "finetune"
+    assert caplog.text.count("summary.json is damaged") == 1
 
 
 def test_a_pipeline_hands_the_permission_on(started):

@@ -77,7 +77,7 @@ def test_every_stage_leaves_its_metrics_and_the_report(pipeline):
         assert all(np.isfinite(value) for value in metrics.values())
     report = pathlib.Path(workdir, "report.md").read_text()
     assert all(f"| {name} " in report for name in STAGES)
-    with Image.open(os.path.join(workdir, "codes.png")) as picture:
+    with Image.open(os.path.join(workdir, "tokenize", "codes.png")) as picture:
         assert picture.width > 500
 
 

@@ -101,10 +101,20 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     assert captured.out == "" and "mim:  60%" in captured.err and "loss=1.235" in captured.err
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_evaluation_is_a_line_without_single_classes_that_stays(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(writer.sys.stderr, "isatty", lambda: terminal, raising=False)
+    progress = writer.Progress(50, "mim", "steps", done=20)
+    progress.show_evaluation({"eval/mean_iou": 0.51234, "eval/iou/3": 0.25, "eval/examples": 13})
+    progress.close()
+    assert capsys.readouterr().out == "mim 20/50 steps  eval/mean_iou 0.5123  eval/examples 13\n"
+
+
 @pytest.mark.parametrize("total", [None, 50])
 def test_silent_progress_says_nothing(capsys, total):
     progress = writer.Progress(total, "mim", "steps", enabled=False)
     progress.advance(1)
     progress.show({"loss": 1.0})
+    progress.show_evaluation({"eval/loss": 1.0})
     progress.close()
     assert capsys.readouterr() == ("", "")

@@ -15,6 +15,7 @@ import numpy as np
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
 from beitv2_jax.convert.files import write_safetensors
+from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
@@ -199,8 +200,8 @@ def to_huggingface(kind: str, state: dict[str, np.ndarray]) -> tuple[dict[str, n
     return converted, not_written
 
 
-def make_config(kind: str, arguments: dict) -> dict:
-    """Return the config.json of a model with these arguments, which must be complete.
+def make_config(kind: str, arguments: dict, class_names: tuple[str, ...] = ()) -> dict:
+    """Return the config.json of a model with these arguments, which must be complete; () numbers the classes.
 
     Raises:
         UserError: a segmentation model that Hugging Face cannot build.
@@ -230,7 +231,8 @@ def make_config(kind: str, arguments: dict) -> dict:
     if kind == "mim":
         config["vocab_size"] = arguments["codebook_size"]
     else:
-        config["id2label"] = {str(index): f"LABEL_{index}" for index in range(arguments["num_classes"])}
+        labels = class_names or [f"LABEL_{index}" for index in range(arguments["num_classes"])]
+        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: int(index) for index, label in config["id2label"].items()}
     if kind == "classifier" and arguments["num_classes"] == 0:
         config |= {"architectures": ["BeitModel"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -258,18 +260,31 @@ def make_config(kind: str, arguments: dict) -> dict:
     return config
 
 
-def make_preprocessor(normalization: str, image_size: int) -> dict:
-    """Return the preprocessor_config.json of a model: how its input images are resized and normalised."""
+def make_preprocessor(kind: str, normalization: str, image_size: int) -> dict:
+    """Return the preprocessor_config.json of a model: how its input images are resized, cropped and normalised.
+
+    `BeitImageProcessor` can only stretch an image to a square; that of BiT resizes the shorter side and cuts the
+    centre, as our evaluation does. A segmentation model gets the whole image, stretched.
+    """
     mean, std = NORMALIZATIONS[normalization]
+    square = {"height": image_size, "width": image_size}
+    if kind == "segmenter":
+        geometry = {"image_processor_type": "BeitImageProcessor", "size": square, "do_center_crop": False}
+    else:
+        geometry = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": int(image_size / eval_crop_fraction(image_size))},
+            "do_center_crop": True,
+            "crop_size": square,
+        }
     return {
-        "image_processor_type": "BeitImageProcessor",
+        **geometry,
         "do_resize": True,
-        "size": {"height": image_size, "width": image_size},
-        "resample": 3,
-        "do_center_crop": False,
+        "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
+        "do_convert_rgb": True,
         "image_mean": mean,
         "image_std": std,
     }

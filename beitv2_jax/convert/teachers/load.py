@@ -8,7 +8,7 @@ from absl import logging
 from flax import traverse_util
 
 from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
-from beitv2_jax.convert.files import group_by_reason, read_config, read_weights
+from beitv2_jax.convert.files import group_by_reason, located, read_config, read_weights
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import check_stage, is_run, read_run, weights_hash
@@ -62,7 +62,7 @@ def load_teacher(
     _check_choice("grid_match", grid_match, GRID_MATCHES)
     _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
     _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
-    if not Path(weights).exists():
+    if not located(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
             "The path may be mistyped, or the stage that trains the teacher has not run yet.",

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from beitv2_jax.convert.arguments import HEAD_WIDTH
-from beitv2_jax.convert.teachers.layouts import FAMILIES, PREFIXES, UNUSUAL_HEADS, Family
+from beitv2_jax.convert.teachers.layouts import FAMILIES, HEAD, PREFIXES, UNUSUAL_HEADS, Family
 from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
@@ -117,6 +117,41 @@ def from_state(
     )
 
 
+def classifier_from_state(
+    arrays: Mapping[str, np.ndarray], config: dict | None = None, *, num_heads: int = 0
+) -> TeacherWeights | None:
+    """Return the image classifier in a state dict with the arguments of `Classifier`; None if it has no linear head.
+
+    The head follows the norm of [CLS], or, where the norm is called `fc_norm`, that of the mean patch (timm).
+
+    Raises:
+        UserError: as `from_state`, or a head of another kind.
+    """
+    name = next((name for name in ("head", "classifier") if f"{name}.weight" in arrays), None)
+    if name is None:
+        return None
+    pooling = "mean" if "fc_norm.weight" in arrays else "cls"
+    renamed = {re.sub("^fc_norm", "norm", entry): array for entry, array in arrays.items()}
+    network = from_state(renamed, config, output="tokens", num_heads=num_heads)
+    head = {"kernel": np.ascontiguousarray(arrays[f"{name}.weight"].T), "bias": arrays.get(f"{name}.bias")}
+    width, known = network.arguments["width"], {f"{name}.weight", f"{name}.bias"}
+    others = [entry for entry, reason in network.dropped.items() if reason == HEAD[1] and entry not in known]
+    is_usual = network.arguments.get("class_token", True) and not (
+        pooling == "mean" and network.arguments["num_registers"]
+    )
+    if others or not is_usual or head["bias"] is None or head["kernel"].shape != (width, len(head["bias"])):
+        raise UserError(
+            "The classifier in these weights is not a linear map of the normalised [CLS] or mean patch.",
+            "It may be a distilled network with two heads, or one that pools its tokens by attention.",
+            "Pass a classifier with one linear head, or use the network as a teacher.",
+        )
+    norm = {"mean": "fc_norm", "cls": "norm"}[pooling]
+    params = {"backbone": network.params["backbone"], norm: network.params["norm"], "head": head}
+    arguments = {"layer_scale_init": 0.0, **network.arguments, "num_classes": len(head["bias"]), "pooling": pooling}
+    dropped = {entry: reason for entry, reason in network.dropped.items() if entry not in known}
+    return network._replace(arguments=arguments, params=params, dropped=dropped)
+
+
 def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
     """Return the family of names and their prefix in this file.
 
@@ -155,9 +190,14 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
     )
 
 
+def is_plain_vit(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Tell whether the weights are those of a transformer that is no BEiT: its keys have a bias."""
+    return any(re.search(_KEY_BIAS, name) for name in arrays)
+
+
 def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT: its keys have a bias."""
-    if not any(re.search(_KEY_BIAS, name) for name in arrays):
+    """Raise UserError if the weights at `path` are those of a transformer that is no BEiT."""
+    if not is_plain_vit(arrays):
         return
     try:
         title = f" ({recognise(arrays)[0].title})"
@@ -166,8 +206,8 @@ def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     raise UserError(
         f"{path} holds the weights of a vision transformer that is not a BEiT{title}.",
         "Did you mean to use it as the teacher of a tokenizer?",
-        f"Write --config.teacher.weights={path} for a vqkd or extract stage; conversion and --config.init_from need "
-        "the weights of a BEiT v1 or v2 model.",
+        f"Write --config.teacher.weights={path} for a vqkd or extract stage, or --config.init_from={path} to fine-tune "
+        "it; conversion needs the weights of a BEiT v1 or v2 model.",
     )
 
 

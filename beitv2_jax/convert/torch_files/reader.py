@@ -48,7 +48,8 @@ def read_torch(path: str) -> object:
         raise UserError(
             f"Reading {path} needs {error}, which is refused.",
             "The file holds more than tensors, and loading it with torch would run code that the file chooses.",
-            "Pass a file with the weights alone from a source that you trust, best in .safetensors format.",
+            "If you trust its source, load it with the program that wrote it, save the weights alone by "
+            "torch.save(model.state_dict(), FILE), and pass FILE.",
         ) from error
     # a damaged file may raise any type of exception anywhere in the reader
     except Exception as error:

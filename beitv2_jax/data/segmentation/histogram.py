@@ -60,6 +60,17 @@ def count_numbers(source, max_maps: int = MAX_MAPS) -> Histogram:
     return Histogram(stacked.sum(axis=0), stacked > 0, faults[0] if faults else "")
 
 
+def count_classes(source, offset: int, ignored: Sequence[int], mapping: Sequence[tuple[int, int]]) -> int:
+    """Return how many classes all label maps of a source hold: one more than the highest; 0 if they hold none.
+
+    The arguments are those of `LabelIds`. Every map is read: about 2 ms each.
+    """
+    if mapping:
+        return 1 + max(label for _, label in mapping)
+    present = np.flatnonzero(count_numbers(source, len(source)).pixels)
+    return max([0, *(int(number) - offset + 1 for number in present if number not in ignored)])
+
+
 def check_numbers(source, ids: LabelIds, *, max_bad_fraction: float, is_training: bool) -> None:
     """Compare the numbers in the label maps of a split with what the config makes of them.
 

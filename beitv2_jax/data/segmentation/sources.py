@@ -1,5 +1,7 @@
 """Images with label maps: folders in the published layout of ADE20K, and TFDS sets; sources for segmentation."""
 
+import functools
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -10,7 +12,14 @@ from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
 from beitv2_jax.data.sources import open_with
-from beitv2_jax.data.sources.folders import class_folders, digest_of_names, first_left_out, list_images
+from beitv2_jax.data.sources.folders import (
+    class_folders,
+    digest_of_names,
+    digest_of_sizes,
+    first_left_out,
+    list_images,
+)
+from beitv2_jax.data.sources.image_features import listed_class_names
 from beitv2_jax.data.sources.splits import refuse_slice, resolve_split
 from beitv2_jax.data.sources.tfds import TfdsSource
 from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
@@ -19,24 +28,29 @@ from beitv2_jax.errors import UserError
 IMAGES, MAPS = "images", "annotations"
 MAP_FEATURES = ("annotation", "segmentation_mask")
 """Names under which TFDS sets keep their label maps, the first one first."""
+ADE_NAMES_FILE = "objectInfo150.txt"
+"""In the folder of ADE20K: a line of titles, then one for each class, whose last column is its name."""
 _FOLDER_NAMES = {"train": ("train", "training"), "training": ("training", "train")}
 
 
 class FolderLabelMaps:
     """`PATH/images/<split>/**/<stem>.jpg` with `PATH/annotations/<split>/**/<stem>.png`, as ADE20K is published.
 
-    Images and maps may have any ending of `IMAGE_SUFFIXES` and `MAP_SUFFIXES`. The splits train and training are tried
-    for each other, and so are validation, val and test. Examples are the sorted images. The name follows the data when
-    they are moved, and changes when files do.
+    The names of the classes stand in `PATH/labels.txt`, one a line, or in the file of ADE20K; without them there are
+    none. Images and maps may have any ending of `IMAGE_SUFFIXES` and `MAP_SUFFIXES`. The splits train and training are
+    tried for each other, and so are validation, val and test. Examples are the sorted images. The name follows the data
+    when they are moved, and changes when files do. `sizes` is a digest of the sizes of images and maps.
 
     Raises:
       UserError: no such folder or split, no images, or an image without its map.
     """
 
-    num_classes, class_names, empty_classes = 0, (), ()
+    empty_classes = ()
 
     def __init__(self, path: str, split: str):
         root = pathlib.Path(path).expanduser()
+        self.class_names = listed_class_names(root) or _names_of_ade(root)
+        self.num_classes = len(self.class_names)
         self._path, self._asked = path, split
         refuse_slice(split, f"The folder {root}")
         if not (root / IMAGES).is_dir() or not (root / MAPS).is_dir():
@@ -74,6 +88,14 @@ class FolderLabelMaps:
         )
         self.name = f"folder:{root.resolve().name}@{digest_of_names(self._files)}"
 
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Digest of the files' sizes, which are looked up when it is asked for."""
+        pairs = zip(self._files, self._map_files, strict=True)
+        return digest_of_sizes(
+            itertools.chain.from_iterable((self._images / image, self._maps / label_map) for image, label_map in pairs)
+        )
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -90,6 +112,12 @@ class FolderLabelMaps:
         return FolderLabelMaps, (self._path, self._asked)
 
 
+def _names_of_ade(root: pathlib.Path) -> tuple[str, ...]:
+    file = root / ADE_NAMES_FILE
+    lines = file.read_text(encoding="utf-8").splitlines()[1:] if file.is_file() else []
+    return tuple(line.rpartition("\t")[2].strip() for line in lines if line.strip())
+
+
 def _stem(file: str) -> str:
     """Return a path without its ending, in the one of Unicode's spellings that image and map are compared in."""
     return unicodedata.normalize("NFC", os.path.splitext(file)[0])
@@ -98,12 +126,16 @@ def _stem(file: str) -> str:
 class TfdsLabelMaps(TfdsSource):
     """A TFDS set with an image feature of one of `MAP_FEATURES` beside `image`.
 
+    The names of the classes stand in `labels.txt` beside its files, one a line; the labels of its images are not used.
+
     Raises:
       UserError: none of them, or maps that hold something else than one number a pixel.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
         super().__init__(directory, split)
+        self.class_names = listed_class_names(directory)
+        self.num_classes = len(self.class_names)
         self._map = next((name for name in MAP_FEATURES if name in self._features.decoders), "")
         if not self._map:
             raise UserError(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
-from beitv2_jax.data.sources.folders import FolderSource
+from beitv2_jax.data.sources.folders import FolderSource, class_names_of, divided_folder
 from beitv2_jax.data.sources.tfds import TfdsSource, find_tfds
 from beitv2_jax.errors import UserError
 
@@ -84,10 +84,39 @@ def open_source(spec: str, split: str, data_dir: str = "", train_split: str = "t
         raise UserError(
             f"There is no data source {spec!r}.",
             "Did you leave out the kind of the source, or mistype it?",
-            "Write --config.data.source=folder:PATH (images), tfds:NAME (a prepared TFDS set), arrayrecord:GLOB "
-            "(ArrayRecord files) or embedded.",
+            "Write folder:PATH (images), tfds:NAME (a prepared TFDS set), arrayrecord:GLOB (ArrayRecord files) or "
+            "embedded; for a stage --config.data.source=folder:PATH, for example.",
         )
     return source
+
+
+def class_names(spec: str, train_split: str, data_dir: str = "") -> tuple[str, ...]:
+    """Return the names of the classes of a data set, as `open_source` numbers them.
+
+    Images in folders are not listed for it, and those of the embedded set not generated.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    if spec.partition("/")[0] == "embedded":
+        from beitv2_jax.data.embedded import scenes
+
+        return scenes.CLASS_NAMES
+    kind, _, location = spec.partition(":")
+    if kind == "folder" and location:
+        return class_names_of(location, train_split)
+    return tuple(open_source(spec, train_split, data_dir, train_split).class_names)
+
+
+def open_splits(spec: str, train_split: str, eval_split: str, data_dir: str = "") -> tuple[Source, Source]:
+    """Open the training and the evaluation split as `open_source` does.
+
+    Of an image folder without splits every tenth image of every class is for evaluation, the others for training.
+    """
+    kind, _, location = spec.partition(":")
+    if kind == "folder" and (divided := divided_folder(location, train_split, eval_split)):
+        return divided
+    return tuple(open_source(spec, split, data_dir, train_split) for split in (train_split, eval_split))
 
 
 def open_with(readers: Mapping[str, Callable], spec: str, split: str, data_dir: str = "") -> Any:

@@ -10,7 +10,6 @@ What the records hold follows from the first of them, or from `features.json` be
 
 import concurrent.futures
 import contextlib
-import glob
 import hashlib
 import os
 import pathlib
@@ -27,7 +26,7 @@ from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault, l
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime import open_files
+from beitv2_jax.runtime import buckets, open_files
 
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 _FILES_AT_ONCE = 32
@@ -98,9 +97,7 @@ class ArrayRecordSource:
 def _matching(pattern: str, split: str) -> tuple[str, list[str]]:
     """Return the split's name and the files that match the glob."""
     for name in candidates(split):
-        files = glob.glob(os.path.expanduser(pattern.replace("{split}", name)), recursive=True)
-        files = sorted(file for file in files if os.path.isfile(file))
-        if files:
+        if files := buckets.matching_files(pattern.replace("{split}", name)):
             return name if "{split}" in pattern else split, files
         if "{split}" not in pattern:
             break
@@ -114,7 +111,7 @@ def _matching(pattern: str, split: str) -> tuple[str, list[str]]:
 def _tfds_features(files: list[str]) -> ImageFeatures | None:
     """Return the features of the TFDS data set whose files these are; None if they are of none."""
     folders = {os.path.dirname(file) for file in files}
-    described = {folder for folder in folders if os.path.isfile(os.path.join(folder, "features.json"))}
+    described = {folder for folder in folders if (buckets.as_path(folder) / "features.json").is_file()}
     if not described:
         return None
     if len(folders) > 1:
@@ -224,9 +221,12 @@ def _example(record: bytes) -> tuple[bytes, int]:
 
 
 def _digest(files: list[str], counts: list[int]) -> str:
-    shared = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    absolute = [buckets.absolute(file) for file in files]
+    shared = os.path.commonpath([os.path.dirname(file) for file in absolute])
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        sizes = list(pool.map(buckets.size, files))
     lines = [
-        f"{os.path.relpath(os.path.abspath(file), shared)} {os.path.getsize(file)} {count}"
-        for file, count in zip(files, counts, strict=True)
+        f"{os.path.relpath(file, shared)} {size} {count}"
+        for file, size, count in zip(absolute, sizes, counts, strict=True)
     ]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()

@@ -1,6 +1,8 @@
 """Images as files in folders, one folder a class or all in one: a source of `data.sources`."""
 
+import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -24,10 +26,13 @@ SYSTEM_FOLDERS = _OF_SERVERS | {"__MACOSX", "$RECYCLE.BIN", "System Volume Infor
 class FolderSource:
     """Images in class folders, `PATH/<split>/<class>/**`, or without classes, `PATH/<split>/*`.
 
-    `<split>/` may be missing for the training split. Labels number the sorted class names, example ids the sorted files
-    of the sorted classes; without classes the label is -1. Every split takes its class names from the training split,
-    so that a class missing in it shifts no label. The name carries a digest of the relative file names and of the
-    classes without images: it follows the data when they are moved and changes when they do.
+    `<split>/` may be missing for the training split, which then has all images; `divided_folder` divides them. Labels
+    number the sorted class names, example ids the sorted files of the sorted classes; without classes the label is -1.
+    Every split takes its class names from the training split, so that a class missing in it shifts no label. The name
+    carries a digest of the relative file names and of the classes without images: it follows the data when they are
+    moved and changes when they do.
+
+    `sizes` is a digest of the sizes of the files, which are looked up when it is asked for.
 
     Costs 8 bytes and its name a file in every process: 0.4 GB for 14 million.
 
@@ -35,16 +40,19 @@ class FolderSource:
       path: folder of the splits.
       split: the one to open.
       train_split: the one whose folders number the classes.
+      part: of a folder without splits, what to take of the images of every class: 'evaluation' every tenth, beginning
+        with the second, 'training' the others, '' all.
 
     Raises:
       UserError: no such folder or split, no images, images beside the class folders, or a class that the training
         split has not.
     """
 
-    def __init__(self, path: str, split: str, train_split: str = "train"):
+    def __init__(self, path: str, split: str, train_split: str = "train", part: str = ""):
         root = pathlib.Path(path).expanduser()
-        self._arguments = (path, split, train_split)
-        self.split, self._root, class_directory = _folder_of_split(root, split, train_split)
+        self._arguments = (path, split, train_split, part)
+        found, self._root, class_directory = _folder_of_split(root, "train" if part else split, train_split)
+        self.split = split if part else found
         self.class_names = tuple(class_folders(class_directory))
         self.num_classes = len(self.class_names)
         folders_here = class_folders(self._root)
@@ -58,11 +66,18 @@ class FolderSource:
         def images_of(folder: str) -> list[str]:
             listing = list_images(self._root / folder)
             left_out.extend(listing.left_out)
-            return listing.images
+            return _part_of(listing.images, part)
 
         # folder by folder, as Python's strings take three times the memory of `_Names`
-        self._files = _Names(map(images_of, self._folders) if folders else [beside.images])
+        self._files = _Names(map(images_of, self._folders) if folders else [_part_of(beside.images, part)])
         self.left_out = tuple(left_out)
+        if not len(self._files) and part == "evaluation":
+            raise UserError(
+                f"{self._root} has no folders for its splits and too few images to take every tenth for evaluation.",
+                "Did you mean another folder?",
+                f"Put at least two images of one class into {self._root}, or images into {self._root}/train and "
+                f"{self._root}/validation.",
+            )
         if not len(self._files):
             raise UserError(
                 f"There are no images in {self._root}{first_left_out(self.left_out)}.",
@@ -73,6 +88,12 @@ class FolderSource:
         self.empty_classes = tuple(name for label, name in enumerate(self.class_names) if label not in present)
         prefixes = [f"{self.class_names[label]}/" if folders else "" for label in self._labels]
         self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes, self.empty_classes)}"
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Digest of the files' sizes: an image that was replaced under its name has another, nearly always."""
+        folders = [os.path.join(self._root, folder) for folder in self._folders]
+        return digest_of_sizes(os.path.join(folders[group], file) for group, file in self._files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,6 +120,25 @@ class FolderSource:
 
     def __reduce__(self):
         return FolderSource, self._arguments
+
+
+def divided_folder(path: str, train_split: str, eval_split: str) -> tuple[FolderSource, FolderSource] | None:
+    """Return both splits of a folder that has no folder for any split; None if it has, or other splits are asked for.
+
+    Every tenth image of every class, beginning with the second, is for evaluation, the others are for training.
+    """
+    root = pathlib.Path(path).expanduser()
+    if train_split != "train" or eval_split not in EVALUATION_SPLITS or not root.is_dir() or _has_splits(root):
+        return None
+    return FolderSource(path, train_split, train_split, "training"), FolderSource(
+        path, eval_split, train_split, "evaluation"
+    )
+
+
+def _part_of(images: list[str], part: str) -> list[str]:
+    if not part:
+        return images
+    return [image for number, image in enumerate(images) if (number % 10 == 1) == (part == "evaluation")]
 
 
 class _Names:
@@ -129,6 +169,11 @@ class _Names:
         group = int(np.searchsorted(self._group_ends, index, side="right")) - 1
         return group, os.fsdecode(self._name(index))
 
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for group, (start, end) in enumerate(itertools.pairwise(self._group_ends)):
+            for index in range(start, end):
+                yield group, os.fsdecode(self._name(index))
+
     def _name(self, index: int) -> bytes:
         return bytes(self._text[self._ends[index] : self._ends[index + 1]])
 
@@ -148,6 +193,28 @@ class _Names:
 def digest_of_names(names: list[str]) -> str:
     """Return a digest of file names."""
     return _Names([names]).digest([""])
+
+
+def digest_of_sizes(paths: Iterable[str | os.PathLike]) -> str:
+    """Return a digest of the sizes of files, in their order; one that is gone counts as empty."""
+    hasher = hashlib.blake2b(digest_size=6)
+    for path in paths:
+        try:
+            size = os.stat(path).st_size
+        except OSError:  # it is counted as unreadable where it is read
+            size = 0
+        hasher.update(b"%d\n" % size)
+    return hasher.hexdigest()
+
+
+def class_names_of(path: str, train_split: str) -> tuple[str, ...]:
+    """Return the names of the classes in a folder, in the order of their labels; none if its images have no classes.
+
+    Raises:
+      UserError: no such folder or split.
+    """
+    _, _, directory = _folder_of_split(pathlib.Path(path).expanduser(), train_split, train_split)
+    return tuple(class_folders(directory))
 
 
 class Listing(NamedTuple):
@@ -246,6 +313,10 @@ def _check_classes(
         )
 
 
+def _has_splits(root: pathlib.Path) -> bool:
+    return not {"train", *EVALUATION_SPLITS}.isdisjoint(class_folders(root))
+
+
 def _folder_of_split(root: pathlib.Path, split: str, train_split: str) -> tuple[str, pathlib.Path, pathlib.Path]:
     """Return the split's name, its folder, and the folder whose sub-folders number the classes."""
     if not root.is_dir():
@@ -255,8 +326,8 @@ def _folder_of_split(root: pathlib.Path, split: str, train_split: str) -> tuple[
             "Write --config.data.source=folder:PATH with the absolute path of a folder of images.",
         )
     refuse_slice(split, f"The image folder {root}")
-    folders = [folder for spellings in class_folders(root).values() for folder in spellings]
-    if split == "train" and not {"train", *EVALUATION_SPLITS} & set(folders):
+    if split == "train" and not _has_splits(root):
         return split, root, root
+    folders = [folder for spellings in class_folders(root).values() for folder in spellings]
     found = resolve_split(split, folders, f"The image folder {root}")
     return found, root / found, root / next((name for name in candidates(train_split) if name in folders), found)

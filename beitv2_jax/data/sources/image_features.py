@@ -1,7 +1,6 @@
 """Features of a TFDS set of images: the encoded image and the label of a record, and nothing else decoded."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import as_path
 
 NAMES_FILE = "labels.txt"
 """Beside the records: the names of the classes, one a line, where the data set does not give them."""
@@ -80,7 +80,7 @@ class ImageFeatures:
 
 def listed_class_names(directory: str | os.PathLike) -> tuple[str, ...]:
     """Return the class names in `NAMES_FILE`, in the order of their numbers; none if there is no such file."""
-    file = pathlib.Path(directory, NAMES_FILE)
+    file = as_path(directory) / NAMES_FILE
     return tuple(file.read_text(encoding="utf-8").rstrip("\n").split("\n")) if file.is_file() else ()
 
 

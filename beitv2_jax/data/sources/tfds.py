@@ -1,25 +1,27 @@
 """Prepared TFDS sets in ArrayRecord form, found by name and read without TensorFlow: a source of `data.sources`."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 from typing import Any
 
 from beitv2_jax.data.array_files import RecordError, RecordFiles, ranges_of_split
+from beitv2_jax.data.sources.folders import digest_of_sizes
 from beitv2_jax.data.sources.image_features import ImageFeatures, label_fault
 from beitv2_jax.data.sources.splits import resolve_split
 from beitv2_jax.data.sources.unreadable import unreadable
 from beitv2_jax.errors import UserError
+from beitv2_jax.runtime.buckets import as_path
 
 
 class TfdsSource:
     """A prepared TFDS directory in a random-access format, read without TensorFlow.
 
     Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded. `digest` stands
-    for the sizes of the split's files, because data sets of one name and version may differ.
+    for what the metadata say of the split's files, because data sets of one name and version may differ.
     """
 
     left_out = empty_classes = ()
@@ -30,7 +32,8 @@ class TfdsSource:
         self.name = f"tfds:{builder.info.full_name}"
         where = f"The TFDS set {builder.info.full_name}"
         self.split = resolve_split(split, builder.info.splits, where)
-        self.digest = _digest(builder.info.splits[self.split.partition("[")[0]])
+        split_info = builder.info.splits[self.split.partition("[")[0]]
+        self.digest, self._paths = _digest(split_info), split_info.filepaths
         self._features = ImageFeatures(builder.info.features, where, directory)
         if builder.info.file_format.value != "array_record":
             raise UserError(
@@ -51,6 +54,11 @@ class TfdsSource:
             self._records.check()
         self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Digest of the sizes of the split's files, which are looked up when it is asked for."""
+        return digest_of_sizes(self._paths)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -154,7 +162,7 @@ def _prepared(name: str, data_dir: str) -> list[str]:
     found = []
     for root in file_utils.list_data_dirs(given_data_dir=data_dir or None):
         for depth in ("*", "*/*"):
-            for features in pathlib.Path(os.path.expanduser(root)).glob(f"{stem}/{depth}/features.json"):
+            for features in as_path(os.path.expanduser(root)).glob(f"{stem}/{depth}/features.json"):
                 config, version = features.parts[-3], features.parts[-2]
                 found.append(f"{stem}:{version}" if config == stem else f"{stem}/{config}:{version}")
     return sorted(found)

@@ -12,6 +12,8 @@ import threading
 import time
 import uuid
 
+from absl import logging
+
 from beitv2_jax.runtime import heartbeat
 from beitv2_jax.runtime.atomic_files import write_over
 
@@ -70,11 +72,35 @@ class Leases:
             if self._is_ours(self._path(name)):
                 self._path(name).unlink(missing_ok=True)
 
+    def any_is_held(self, poll_seconds: float = 0.5) -> bool:
+        """Tell whether a worker holds a lease in the directory, and remove those of workers that have died.
+
+        A worker of this machine is looked up. Of another machine's only the heartbeat tells, so that this may take
+        `stale_seconds`, during which no other call is made for the same `Leases`.
+        """
+        first = {path: _read(path) for path in self._directory.glob("*.lease")}
+        while True:
+            for path in self._directory.glob("*.lease"):
+                content = _read(path)
+                if self._is_left_over(path.stem, path):
+                    path.unlink(missing_ok=True)
+                elif content != first.get(path) or heartbeat.is_alive(content, self._owner["machine"]):
+                    return True
+            if not any(self._directory.glob("*.lease")):
+                return False
+            logging.log_first_n(
+                logging.INFO,
+                "waiting up to %d s to see whether the process of another machine that wrote to %s is alive",
+                1,
+                self._stale_seconds,
+                self._directory,
+            )
+            time.sleep(poll_seconds)
+
     def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
         """Return whether there is a lease that nobody renews. The first look at a heartbeat only starts its clock."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        content = _read(path)
+        if content is None:
             return False
         if heartbeat.is_dead(content, self._owner["machine"]):
             return True
@@ -86,10 +112,7 @@ class Leases:
         return now - since > (self._stale_seconds if _is_whole(content) else 2 * self._heartbeat_seconds)
 
     def _is_ours(self, path: pathlib.Path) -> bool:
-        try:
-            return self._owner["token"].encode() in path.read_bytes()
-        except FileNotFoundError:
-            return False
+        return self._owner["token"].encode() in (_read(path) or b"")
 
     def _renew(self) -> None:
         while not self._stop.wait(self._heartbeat_seconds):
@@ -116,6 +139,14 @@ class Leases:
         self._thread.join()
         for name in tuple(self._held):
             self.release(name)
+
+
+def _read(path: pathlib.Path) -> bytes | None:
+    """Return what a lease holds; None if it is gone."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _is_whole(content: bytes) -> bool:

@@ -150,5 +150,6 @@ def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], direct
             raise UserError(
                 f"The targets in {directory} were made with {field} = {found.get(field)!r}, this run has {value!r}.",
                 "They belong to another config, so their views or values would not match the images.",
-                f"Set {field} to {found.get(field)!r} here, or compute the targets again in another directory.",
+                f"Give this run what the targets were made with ({field} = {found.get(field)!r}), or compute the "
+                "targets again in another directory.",
             )

@@ -19,6 +19,7 @@ import numpy as np
 
 from beitv2_jax.data import array_files
 from beitv2_jax.data.sources.tfds import opened_builder
+from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -35,6 +36,22 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record a group: random access reads no other. Uncompressed: neither features nor ids can be made smaller."""
 _READ_AT_ONCE = 64
 _CLEARED = ".cleared-"
+_WORK, _DONE = ".writing", ".done"
+
+
+def is_begun(directory: str | os.PathLike) -> bool:
+    """Tell whether a part of a target cache is finished, has a finished shard, or is being written by a live worker.
+
+    What workers left that died before their first shard was done is nothing to go on from. Where such a worker was of
+    another machine, this takes as long as `Leases.any_is_held`.
+    """
+    part = pathlib.Path(directory)
+    return (part / MANIFEST_FILE).exists() or _binds(part / _WORK)
+
+
+def _binds(work: pathlib.Path) -> bool:
+    """Tell whether what is unfinished has a shard that is done, or a live worker."""
+    return any(work.glob(f"*{_DONE}")) or Leases(work).any_is_held()
 
 
 class TargetCache:
@@ -61,7 +78,7 @@ class TargetCache:
         self._encoding = encoding_of(self._manifest)
         count = self._manifest["num_examples"]
         self.shards = [range(first, min(first + shard_examples, count)) for first in range(0, count, shard_examples)]
-        self.work = self.directory / ".writing"
+        self.work = self.directory / _WORK
         self.views = range(self._published_views(), self._manifest["num_views"])
         self._unreadable: dict[int, list] = {}
         self._remove_finished_work()
@@ -99,9 +116,17 @@ class TargetCache:
     def _join_plan(self, plan: dict[str, Any]) -> None:
         path = self.work / "plan.json"
         self.work.mkdir(parents=True, exist_ok=True)
-        # a plan of which no shard is done or leased binds nobody
-        if not path.exists() or all(other == path for other in self.work.iterdir()):
+        if not path.exists():
             write_json(path, plan)
+        try:
+            self._check_plan(path, plan)
+        except UserError:
+            # the plan of workers that died before one of its shards was done binds nobody
+            if _binds(self.work):
+                raise
+            write_json(path, plan)
+
+    def _check_plan(self, path: pathlib.Path, plan: dict[str, Any]) -> None:
         try:
             begun = json.loads(path.read_text())
             check_manifest(
@@ -170,7 +195,7 @@ class TargetCache:
 
     def done_path(self, shard: int) -> pathlib.Path:
         """Return the file that says that an input shard is done."""
-        return self.work / f"{shard:05d}.done"
+        return self.work / f"{shard:05d}{_DONE}"
 
     def shard_path(self, shard: int, view: int) -> pathlib.Path:
         """Return the file that TFDS looks for one view of an input shard in."""

@@ -1,6 +1,7 @@
 """Image folders: which split numbers the classes, what is found below a class, and what is left out and why."""
 
 import io
+import pickle
 import unicodedata
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, decode_image
-from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.sources import open_source, open_splits
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import inputs
 
@@ -47,6 +48,30 @@ def test_folders_that_are_no_known_splits_are_named(tmp_path):
     fill(tmp_path, "Train/a/1.png", "Valid/a/2.png")
     with pytest.raises(UserError, match=r"no split 'validation'; it has Train, Valid"):
         open_source(f"folder:{tmp_path}", "validation")
+
+
+@pytest.mark.parametrize("folders", [("",), ("a/", "b/deep/")])
+def test_a_folder_without_splits_gives_every_tenth_image_of_a_class_for_evaluation(tmp_path, folders):
+    fill(tmp_path, *(f"{folder}{number:02d}.png" for folder in folders for number in range(23)))
+    train, evaluation = open_splits(f"folder:{tmp_path}", "train", "validation")
+    assert (train.split, evaluation.split) == ("train", "validation")
+    assert train.class_names == evaluation.class_names
+    names = [
+        [str(source.path_of(i).relative_to(tmp_path)) for i in range(len(source))] for source in (train, evaluation)
+    ]
+    assert names[1] == [f"{folder}{number}.png" for folder in folders for number in ("01", "11", "21")]
+    whole = open_source(f"folder:{tmp_path}", "train")
+    assert sorted([*names[0], *names[1]]) == [str(whole.path_of(i).relative_to(tmp_path)) for i in range(len(whole))]
+    assert len({source.name for source in (train, evaluation, whole)}) == 3
+    assert pickle.loads(pickle.dumps(evaluation)).name == evaluation.name
+    # asked for explicitly, the same images serve both
+    assert [len(source) for source in open_splits(f"folder:{tmp_path}", "train", "train")] == [len(whole)] * 2
+
+
+def test_too_few_images_to_divide_are_named(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    with pytest.raises(UserError, match="too few images"):
+        open_splits(f"folder:{tmp_path}", "train", "validation")
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from target_caches import CODE_MANIFEST, FEATURE_MANIFEST, fill
 
 from beitv2_jax.data.target_cache import reader as reader_module
 from beitv2_jax.data.target_cache.encoding import FEATURE_DTYPES, FEATURES, PACKED_CODE_IDS
+from beitv2_jax.data.target_cache.leases import Leases
 from beitv2_jax.data.target_cache.manifest import encoding_of, manifest_fields, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader, view_split
 from beitv2_jax.data.target_cache.writer import TargetCache
@@ -318,13 +320,38 @@ def test_caches_of_any_size_hold_what_was_written(
             np.testing.assert_array_equal(reader[example_id, view], drawn(example_id, view))
 
 
-def test_a_plan_binds_once_a_shard_is_done_or_leased(tmp_path):
+def test_a_plan_binds_once_a_shard_is_done(tmp_path):
     arguments = {"name": "codes", "shard_examples": 7}
     other = {**CODE_MANIFEST, "tokenizer_hash": "another"}
     TargetCache(tmp_path / "views", manifest=other, **arguments)
     cache = TargetCache(tmp_path / "views", manifest=CODE_MANIFEST, **arguments)
-    for name in (cache.done_path(0).name, "0.lease"):
-        (cache.work / name).touch()
-        with pytest.raises(UserError, match=r"made with tokenizer_hash = .*, this run has 'another'"):
-            TargetCache(tmp_path / "views", manifest=other, **arguments)
-        (cache.work / name).unlink()
+    cache.done_path(0).touch()
+    with pytest.raises(UserError, match=r"made with tokenizer_hash = .*, this run has 'another'"):
+        TargetCache(tmp_path / "views", manifest=other, **arguments)
+    cache.done_path(0).unlink()
+    TargetCache(tmp_path / "views", manifest=other, **arguments)
+
+
+def test_the_plan_of_a_writer_binds_others_as_long_as_it_lives(tmp_path):
+    def begin(seed):
+        manifest = {**CODE_MANIFEST, "seed": seed}
+        return TargetCache(tmp_path / "views", name="cache", manifest=manifest, shard_examples=7)
+
+    killed = begin(11)
+    with Leases(killed.work) as leases:
+        assert leases.take("0")
+        killed.open_shard(0)
+        lease = json.loads((killed.work / "0.lease").read_text())
+        with pytest.raises(UserError, match="seed = 11, this run has 12"):
+            begin(12)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (killed.work / "0.lease").write_text(json.dumps({**lease, "pid": ended.pid}))
+    begin(12)
+    with pytest.raises(UserError, match="seed = 12, this run has 11"), Leases(killed.work) as leases:
+        assert leases.take("0")
+        begin(11)
+    reader = fill(tmp_path / "views", {**CODE_MANIFEST, "seed": 12}, ids)
+    np.testing.assert_array_equal(reader[22, 2], ids(22, 2))
+    with pytest.raises(UserError, match="seed = 12, this run has 11"):
+        begin(11)

@@ -1,0 +1,194 @@
+"""Export a network as a function: pixels in, answers out, run without this package by jax (StableHLO) or by ONNX.
+
+The folder holds `model.stablehlo`, which `jax.export.deserialize` reads, or `model.onnx`, and `manifest.json`, which
+says what the function takes and returns. The weights are part of the function, and so is the normalisation: it takes
+bytes.
+"""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from beitv2_jax import __version__
+from beitv2_jax.convert.arguments import MODELS
+from beitv2_jax.convert.weights import Weights
+from beitv2_jax.data.augment import eval_crop_fraction
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
+from beitv2_jax.models.quantizer import l2_normalise, nearest_code
+from beitv2_jax.models.upernet import resize
+from beitv2_jax.models.vit import VisionTransformer
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.typing import PyTree
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+MODEL_FILES = {"stablehlo": "model.stablehlo", "onnx": "model.onnx"}
+"""Layout -> the file of the function."""
+MANIFEST_FILE = "manifest.json"
+OPSET = 23
+"""Version of the operators in ONNX files."""
+MAX_BYTES = 2**31 - 1
+"""Largest file that either format can have."""
+_COMPUTE = Compute(attention="reference", nearest_code="reference")
+"""Implementations that every platform has."""
+_MEANING = {
+    "logits": "one number for each class; their softmax are the probabilities",
+    "cls": "[CLS] after the last block, not normalised",
+    "patches": "patch tokens after the last block, not normalised, by row and column",
+    "code_ids": "the code of every patch, by row and column",
+}
+
+
+class Function(NamedTuple):
+    """A serialised function, and its manifest."""
+
+    content: bytes
+    manifest: dict[str, Any]
+
+
+def export_stablehlo(weights: Weights) -> Function:
+    """Return the function of any batch size for all of `PLATFORMS`.
+
+    Raises:
+        UserError: the weights do not fit into one file, or the package that writes it is missing.
+    """
+    _check(weights, "flatbuffers", "export")
+    size = weights.arguments["image_size"]
+    (batch,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
+    exported = export.export(jax.jit(_function(weights)), platforms=PLATFORMS)(images)
+    details = {
+        "jax_version": jax.__version__,
+        "calling_convention_version": exported.calling_convention_version,
+        "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "expiry": "read by releases of jax up to six months newer than jax_version; later ones may refuse it",
+        "platforms": list(PLATFORMS),
+    }
+    return Function(exported.serialize(), _manifest(weights, "stablehlo", "b", details))
+
+
+def export_onnx(weights: Weights) -> Function:
+    """Return the function as an ONNX model, of any batch size but for segmentation, which takes one image.
+
+    Raises:
+        UserError: the weights do not fit into one file, or the package that writes it is missing.
+    """
+    _check(weights, "jax2onnx", "onnx")
+    from jax2onnx import to_onnx
+
+    function, names = _function(weights), list(_outputs(weights))
+    # jax2onnx cannot resize a batch of unknown size
+    batch = 1 if weights.kind == "segmenter" else "b"
+    size = weights.arguments["image_size"]
+    images = types.SimpleNamespace(shape=(batch, size, size, 3), dtype=np.dtype(np.uint8))
+    model = to_onnx(
+        lambda images: tuple(function(images)[name] for name in names),
+        [images],
+        input_names=["images"],
+        output_names=names,
+        opset=OPSET,
+    )
+    details = {"opset": OPSET, "jax2onnx_version": importlib.metadata.version("jax2onnx")}
+    return Function(model.SerializeToString(), _manifest(weights, "onnx", batch, details))
+
+
+EXPORTS = {"stablehlo": export_stablehlo, "onnx": export_onnx}
+"""Layout -> how it is written."""
+
+
+def save(directory: Path, function: Function) -> None:
+    """Write a function and its manifest to a new folder."""
+    directory.mkdir()
+    (directory / function.manifest["file"]).write_bytes(function.content)
+    (directory / MANIFEST_FILE).write_text(json.dumps(function.manifest, indent=2) + "\n")
+
+
+def _check(weights: Weights, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"This layout is written by the package {package}, which is not installed.",
+            f"Did you install beitv2_jax without its extra {extra!r}?",
+            f'Run pip install "beitv2_jax[{extra}]"'
+            + (" in an environment of its own, as docs/export.md shows." if extra == "onnx" else "."),
+        )
+    num_bytes = 4 * weights.num_params
+    if num_bytes > MAX_BYTES:
+        raise UserError(
+            f"The weights take {num_bytes / 2**30:.1f} GiB, and a file of this layout can have 2 GiB.",
+            "The largest published model that fits is ViT-L.",
+            "Write another --layout, or export a smaller model.",
+        )
+
+
+def _function(weights: Weights) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Return the function images 'b S S 3' of bytes -> {name: output}."""
+    model = MODELS[weights.kind].from_arguments(weights.arguments, _COMPUTE)
+    variables = {name: jax.tree.map(jnp.asarray, tree) for name, tree in weights.variables.items() if tree}
+
+    def normalized(images):
+        return normalize(images, *NORMALIZATIONS[weights.normalization])
+
+    def code_ids(images):
+        # the lookup alone, without the statistics that training counts
+        projections = model.apply(variables, to_unit_range(images), method=VQKD.project)
+        codebook = variables["codebook"]["quantizer"]["codebook"]
+        samples = l2_normalise(projections).reshape(-1, codebook.shape[1])
+        ids = nearest_code(samples, codebook, implementation=_COMPUTE.nearest_code)
+        return {"code_ids": ids.reshape(-1, *model.grid)}
+
+    def class_logits(images):
+        return {"logits": model.apply(variables, normalized(images), train=False)}
+
+    def window_logits(images):
+        logits = model.apply(variables, normalized(images), train=False).logits
+        return {"logits": resize(logits, images.shape[1:3])}
+
+    def tokens(images):
+        backbone = model.backbone
+        params: PyTree = {"params": variables["params"]["backbone"]}
+        found = VisionTransformer(backbone, _COMPUTE).apply(params, normalized(images)).tokens
+        return {"cls": found[:, 0], "patches": found[:, 1:].reshape(-1, *backbone.grid, backbone.width)}
+
+    functions = {"vqkd": code_ids, "classifier": class_logits, "segmenter": window_logits, "mim": tokens}
+    return tokens if weights.arguments.get("num_classes") == 0 else functions[weights.kind]
+
+
+def _outputs(weights: Weights) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {name: shape and type} of what the function returns for one image."""
+    size = weights.arguments["image_size"]
+    return jax.eval_shape(_function(weights), jax.ShapeDtypeStruct((1, size, size, 3), np.uint8))
+
+
+def _manifest(weights: Weights, layout: str, batch: str | int, details: dict[str, Any]) -> dict[str, Any]:
+    size = weights.arguments["image_size"]
+    return {
+        "layout": layout,
+        "file": MODEL_FILES[layout],
+        "kind": weights.kind,
+        "written_by": f"beitv2_jax {__version__}",
+        **details,
+        "input": {
+            "shape": [batch, size, size, 3],
+            "dtype": "uint8",
+            "meaning": "RGB pixels from 0 to 255; they are normalised inside the function",
+            "resize_shorter_side_to": int(size / eval_crop_fraction(size)),
+            "interpolation": "bicubic",
+            "center_crop": size,
+        },
+        "outputs": {
+            name: {"shape": [batch, *output.shape[1:]], "dtype": str(output.dtype), "meaning": _MEANING[name]}
+            for name, output in _outputs(weights).items()
+        },
+        "class_names": list(weights.class_names),
+    }

@@ -1,0 +1,66 @@
+"""Published figures of released weights, to be shown beside measured ones.
+
+A classifier or a segmentation network is recognised by the name of its file or folder, a tokenizer by the SHA-256 of
+its file, whose first eight digits are part of the published name.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """A released model: its `name`, its published `metrics` by the names of an evaluation, and the data `on` which."""
+
+    name: str
+    metrics: dict[str, float]
+    on: str
+
+
+_IMAGENET, _ADE20K = "ImageNet-1k validation, 224 pixels", "ADE20K validation"
+_CLASSIFIERS = {
+    "beitv2_base_patch16_224_pt1k_300e_ft1k": {"top1": 0.850},
+    "beitv2_base_patch16_224_pt1k_ft1k": {"top1": 0.855, "top5": 0.975},
+    "beitv2_base_patch16_224_pt1k_ft21kto1k": {"top1": 0.86458, "top5": 0.97978, "nll": 0.569},
+    "beitv2_large_patch16_224_pt1k_300e_ft1k": {"top1": 0.866},
+    "beitv2_large_patch16_224_pt1k_ft1k": {"top1": 0.873, "top5": 0.982},
+    "beitv2_large_patch16_224_pt1k_ft21kto1k": {"top1": 0.88370, "top5": 0.98578, "nll": 0.493},
+}
+_SEGMENTERS = {
+    "beitv2_base_patch16_224_pt1k_ftade20k": {"mean_iou": 0.531},
+    "beitv2_base_patch16_224_pt1k_ft21ktoade20k": {"mean_iou": 0.535},
+    "beitv2_large_patch16_224_pt1k_ftade20k": {"mean_iou": 0.567},
+    "beitv2_large_patch16_224_pt1k_ft21ktoade20k": {
+        "mean_iou": 0.5754,
+        "mean_accuracy": 0.6878,
+        "pixel_accuracy": 0.8622,
+    },
+}
+_TOKENIZERS = {
+    "vqkd_encoder_base_decoder_1x768x12_clip-d93179da": {"codebook_usage": 1.0},
+    "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7": {"codebook_usage": 0.97},
+    "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7": {"codebook_usage": 1.0},
+}
+_IN_TIMM = {"in1k_ft_in1k": "pt1k_ft1k", "in1k_ft_in22k_in1k": "pt1k_ft21kto1k"}
+"""End of a model's name in timm, after the dot -> that of the released file, after 224_."""
+
+
+def recognise(path: str, kind: str) -> Published | None:
+    """Return what was published of the weights at `path`; None where they are not recognised, or nothing was."""
+    if kind == "vqkd":
+        digest = _sha256(path)[:8] if Path(path).is_file() else ""
+        name = next((name for name in _TOKENIZERS if digest and name.endswith(digest)), None)
+        return name and Published(name, _TOKENIZERS[name], "ImageNet-1k validation")
+    name = re.sub(r"\.(pth|safetensors|npz|bin|pt)$", "", Path(path).name)
+    if found := re.fullmatch(r"(beitv2_(?:base|large)_patch16_224)\.(\w+)", name):
+        name = f"{found[1]}_{_IN_TIMM.get(found[2], '')}"
+    for figures, on in ((_CLASSIFIERS, _IMAGENET), (_SEGMENTERS, _ADE20K)):
+        if name in figures and (kind == "segmenter") == (figures is _SEGMENTERS):
+            return Published(name, figures[name], on)
+    return None
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,72 @@
+"""The few numbers that say how a stage went, as lines of text."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def key_metrics(summary: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """Return the lines for the summary {stage, seconds, metrics} of a finished stage with this config."""
+    # null in JSON is a number that is not finite
+    metrics = {key: math.nan if value is None else value for key, value in summary["metrics"].items()}
+    return DESCRIPTIONS.get(summary["stage"], _evaluation)(metrics, config)
+
+
+def _evaluation(metrics: dict, stage) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]
+
+
+def _finetune(metrics: dict, stage) -> list[str]:
+    return [f"accuracy {metrics['eval/accuracy']:.1%} on {stage.data.eval_split} (train loss {metrics['loss']:.3f})"]
+
+
+def _extract(metrics: dict, stage) -> list[str]:
+    return [f"{metrics['train_examples']} images x {metrics['views_per_example']} views"]
+
+
+def _vqkd(metrics: dict, stage) -> list[str]:
+    return [
+        f"reconstruction loss {metrics['eval/reconstruction_loss']:.3f} (train {metrics['reconstruction_loss']:.3f})",
+        f"codebook usage {metrics['eval/codebook_usage']:.0%} of {stage.model.codebook_size}, "
+        f"perplexity {metrics['eval/codebook_perplexity']:.0f}",
+    ]
+
+
+def _mim(metrics: dict, stage) -> list[str]:
+    lines = [
+        f"loss {metrics['loss']:.3f} (final layer {metrics['final_loss']:.3f})",
+        f"masked accuracy {metrics['eval/final_accuracy']:.1%} (chance {1 / stage.model.codebook_size:.1%}, "
+        f"most frequent code {metrics['eval/majority_accuracy']:.1%})",
+    ]
+    if "eval/aggregation_accuracy" in metrics:
+        lines.append(f"through the aggregation head {metrics['eval/aggregation_accuracy']:.1%}")
+    return lines
+
+
+def _probe(metrics: dict, stage) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in metrics if "/" in key):
+        title = "raw pixels" if name == "pixels/pixels" else name.replace("/", " ")
+        lines.append(f"{title}: linear {metrics[f'{name}/linear']:.1%}, kNN {metrics[f'{name}/knn']:.1%}")
+    return lines
+
+
+def _segment(metrics: dict, stage) -> list[str]:
+    return [
+        f"mean IoU {metrics['eval/mean_iou']:.1%}, mean accuracy {metrics['eval/mean_accuracy']:.1%}, "
+        f"pixel accuracy {metrics['eval/pixel_accuracy']:.1%} on {stage.data.eval_split}"
+    ]
+
+
+DESCRIPTIONS = {
+    "finetune": _finetune,
+    "extract": _extract,
+    "vqkd": _vqkd,
+    "tokenize": _extract,
+    "mim": _mim,
+    "probe": _probe,
+    "segment": _segment,
+}
+"""Stage -> its lines, from (metrics, config); of any other stage they are the metrics of its evaluation."""
