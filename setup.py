@@ -37,6 +37,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8.1",
         "chex>=0.1.90",
+        "etils[epath]>=1.9",
         "flax>=0.12",
         "grain>=0.2.13",
         "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it

@@ -28,7 +28,7 @@ from beitv2_jax.planning.program import (
     moved_bytes,
     read_program,
 )
-from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.report.page import markdown_table
 from beitv2_jax.runtime.atomic_files import write_text
 from benchmarks import cases
 from benchmarks.run import change

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.report.page import markdown_table
 from benchmarks.pages import write_between
 
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -20,7 +20,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.planning import planner, topologies
 from beitv2_jax.planning.chips import CHIPS
 from beitv2_jax.planning.prediction import Prediction
-from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.report.page import markdown_table
 from beitv2_jax.runtime.launch import start_logging
 from benchmarks.configs import open_config
 from benchmarks.pages import write_between

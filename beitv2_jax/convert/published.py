@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from beitv2_jax.convert.hub import local_path
+
 
 class Published(NamedTuple):
     """A released model: its `name`, its published `metrics` by the names of an evaluation, and the data `on` which."""
@@ -49,7 +51,8 @@ _IN_TIMM = {"in1k_ft_in1k": "pt1k_ft1k", "in1k_ft_in22k_in1k": "pt1k_ft21kto1k"}
 def recognise(path: str, kind: str) -> Published | None:
     """Return what was published of the weights at `path`; None where they are not recognised, or nothing was."""
     if kind == "vqkd":
-        digest = _sha256(path)[:8] if Path(path).is_file() else ""
+        file = local_path(path)
+        digest = _sha256(file)[:8] if Path(file).is_file() else ""
         name = next((name for name in _TOKENIZERS if digest and name.endswith(digest)), None)
         return name and Published(name, _TOKENIZERS[name], "ImageNet-1k validation")
     name = re.sub(r"\.(pth|safetensors|npz|bin|pt)$", "", Path(path).name)

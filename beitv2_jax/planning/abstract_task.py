@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import read_config
+from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.sources import open_source
@@ -27,7 +27,6 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.sizes import SIZES
 from beitv2_jax.tasks import inputs, targets, vqkd
 from beitv2_jax.tasks.api import Batch, Task
@@ -84,7 +83,7 @@ def complete(config):
     }.get(config.stage, ("", "", "", ""))
     if section and not config[section][stored_key]:
         given = config[section][live_key]
-        if not as_path(given or PUBLISHED).exists():
+        if not located(given or PUBLISHED).exists():
             missing = f"{section}.{live_key} nor {section}.{stored_key}"
             why = f"{section}.{live_key}={given!r} does not exist" if given else f"Neither {missing} is given"
             notes.append(f"{why}, so {live} is assumed to run in the step.")

@@ -3,7 +3,7 @@
 from beitv2_jax.planning.chips import Chip
 from beitv2_jax.planning.collectives import totals
 from beitv2_jax.planning.prediction import Prediction, batch_shards
-from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.report.page import markdown_table
 
 GIB, TERA, GIGA, MEGA = 2**30, 1e12, 1e9, 1e6
 

@@ -15,7 +15,7 @@ from beitv2_jax.data.sources import Source
 from beitv2_jax.data.transform import readable_image
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.captions import fitted
-from beitv2_jax.report.pipeline import markdown_table
+from beitv2_jax.report.page import markdown_table
 
 _TITLES = {
     "top1": "top-1 accuracy",

@@ -97,6 +97,7 @@ def write_features(
     Raises:
         UserError: the config is not one of a vqkd stage with stored views, the data are missing, the features have
             another shape or are not finite, or other features are in `workdir`.
+        ValueError: unknown `dtype`.
     """
     config = _checked(config, workdir)
     stages.check_writable(workdir)

@@ -1,6 +1,5 @@
 """Run the probe: cache the features of both splits, then fit and vote on the cached arrays."""
 
-import io
 import time
 import zipfile
 from collections.abc import Callable
@@ -143,8 +142,8 @@ def _write(path: AnyPath, arrays: dict[str, np.ndarray]) -> None:
 
 def _read(path: AnyPath) -> dict[str, np.ndarray]:
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            return dict(file)
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"The cached features in {path} are damaged: {error}.",

@@ -1,8 +1,8 @@
 """Run a stage or a pipeline: lock the workdir, skip what is finished, build, run, and leave a summary and a report.
 
-A workdir holds `config.json`, `inputs.json` (see `provenance`), `started.json` (see `report`), the stage's own outputs,
-and `summary.json` once it is finished. A pipeline is a list of stages in sub-folders of one workdir, each finding what
-the former wrote.
+A workdir holds `config.json`, `inputs.json` (see `provenance`), `started.json` (see `workdirs`), the stage's own
+outputs, and `summary.json` once it is finished. A pipeline is a list of stages in sub-folders of one workdir, each
+finding what the former wrote.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.codes import draw_code_rows
 from beitv2_jax.report.examples import draw_examples
-from beitv2_jax.runners import probe, provenance, report, segment, targets, verify
+from beitv2_jax.runners import closing, probe, provenance, report, segment, targets, verify, workdirs
 from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path
@@ -129,7 +129,7 @@ def run_stage(
             write_text(_config_path(workdir), config_lib.to_json(config))
             provenance.write_inputs(workdir, inputs)
         if jax.process_index() == 0:
-            report.write_started(workdir, config, defaults)
+            workdirs.write_started(workdir, config, defaults)
             records = BadRecords(workdir)
             for source in task.sources:
                 records.note_left_out(source)
@@ -151,7 +151,7 @@ def _report(stage: str, sources: tuple[Source, Source], workdir: str, alone: boo
         reader = TargetReader(os.path.join(workdir, "centre"), eval_source.split)
         draw_code_rows(eval_source, reader, os.path.join(workdir, "codes.png"))
     report.write_report([workdir], workdir)
-    print(report.closing(workdir, alone=alone), flush=True)
+    print(closing.of_stage(workdir, alone=alone), flush=True)
 
 
 def verify_stage(config: ConfigDict, workdir: str, *, defaults: ConfigDict | None = None) -> dict:
@@ -227,7 +227,7 @@ def run_pipeline(
             summaries[name] = run_stage(stage, os.path.join(workdir, name), **arguments[name], alone=False)
     if jax.process_index() == 0:
         report.write_report([workdir], workdir)
-        print(report.closing_of_pipeline(workdir), flush=True)
+        print(closing.of_pipeline(workdir), flush=True)
     return {"stage": "pipeline", "seconds": sum(s["seconds"] for s in summaries.values()), "metrics": summaries}
 
 

@@ -144,8 +144,8 @@ def refuse_unwritable(workdir: str) -> None:
 
 def unusable(error: Exception) -> UserError | None:
     """Return the message for an error of the libraries that read and write buckets; None for another error."""
-    library = type(error).__module__.partition(".")[0]
-    if library not in ("gcsfs", "google", "aiohttp") and not str(error).startswith("Forbidden: "):
+    libraries = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud")
+    if not type(error).__module__.startswith(libraries) and not str(error).startswith("Forbidden: "):
         return None
     return UserError(
         f"A bucket cannot be read or written: {type(error).__name__}: {' '.join(str(error).split())}.",

@@ -423,6 +423,9 @@ def test_a_pipeline_probes_layers_of_its_own_backbone(layers):
 def test_a_pipeline_predicts_the_codes_of_its_own_tokenizer():
     config = config_lib.load(QUICKSTART)
     config.stages.vqkd.model.codebook_size = 12
+    assert config.stages.mim.model.codebook_size == 12
+    config_lib.validate(config)
+    config.stages.mim.model.codebook_size = 16
     with pytest.raises(UserError, match="tokenizer has 12 codes, the model predicts 16") as caught:
         config_lib.validate(config)
     assert caught.value.instead == "Write --config.stages.mim.model.codebook_size=12."

@@ -155,6 +155,8 @@ def test_published_mim_recipe():
         "depth": 12,
         "num_heads": 12,
         "mlp_dim": 3072,
+        "qkv_bias": "qv",
+        "norm_eps": 1e-6,
         "codebook_size": 8192,
         "position": "relative_shared",
         "param_init": "clipped",

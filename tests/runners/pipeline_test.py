@@ -43,7 +43,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
     monkeypatch.setattr(stages.report, "write_report", lambda workdirs, out: None)
-    monkeypatch.setattr(stages.report, "closing_of_pipeline", lambda workdir: "")
+    monkeypatch.setattr(stages.closing, "of_pipeline", lambda workdir: "")
     return names
 
 

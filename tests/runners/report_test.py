@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.runners import report
+from beitv2_jax.runners import closing, report, workdirs
 
 METRICS = {"loss": 2.5, "eval/accuracy": 0.75, "eval/loss": 0.9, "eval/examples": 100, "steps": 20, "seconds": 61.0}
 
@@ -33,7 +33,7 @@ def write_run(workdir, stage="finetune", *, metrics=METRICS, ended=True, **chang
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"source": "folder:birds@1", "split": "train", "examples": 1234, "classes": ["crow", "owl"], "digest": ""}
     (workdir / "inputs.json").write_text(json.dumps({"train": data, "eval": {**data, "split": "val", "examples": 100}}))
-    report.write_started(str(workdir), config, config_lib.load(f"configs/{stage}.py"))
+    workdirs.write_started(str(workdir), config, config_lib.load(f"configs/{stage}.py"))
     Image.new("RGB", (20, 10), "red").save(workdir / "examples.jpg")
     return workdir
 
@@ -49,7 +49,7 @@ def rows(markdown, first):
 
 
 def test_a_run_is_shown_with_metrics_curves_data_settings_and_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.sys, "orig_argv", ["python", "-m", "beitv2_jax.main", "--config=x.py", "--a=b c"])
+    monkeypatch.setattr(workdirs.sys, "orig_argv", ["python", "-m", "beitv2_jax.main", "--config=x.py", "--a=b c"])
     workdir = write_run(tmp_path / "birds", **{"optim.peak_lr": 0.25, "run.keep_best": "eval/accuracy"})
     assert report.write_report([workdir], workdir) == workdir / "report.html"
     markdown, html = page(workdir)
@@ -58,7 +58,7 @@ def test_a_run_is_shown_with_metrics_curves_data_settings_and_start(tmp_path, mo
     assert rows(markdown, "optim.peak_lr")[0] == ["0.25", "0.0005"]
     assert rows(markdown, "train") == [["1,234", "2", "folder:birds@1"]]
     assert "python -m beitv2_jax.main \\\n  --config=x.py \\\n  '--a=b c'" in markdown
-    assert f"jax {report.metadata.version('jax')}" in rows(markdown, "versions")[0][0]
+    assert f"jax {workdirs.metadata.version('jax')}" in rows(markdown, "versions")[0][0]
     assert "![curves](curves.svg)" in markdown and (workdir / "curves.svg").read_text().startswith("<svg")
     assert "nonfinite_steps" not in (workdir / "curves.svg").read_text()
     for kept in ("accuracy 75.0% on validation", "optim.peak_lr", "evaluation: 0.75 at step 20", "1,234"):
@@ -81,8 +81,8 @@ def test_a_pipeline_is_its_stages_in_the_order_they_began(tmp_path):
     assert rows(markdown, "b_early") == [["61", "accuracy 75.0% on validation (train loss 2.500)"]]
     assert rows(markdown, "total")[0][0] == "122"
     assert "(b_early/examples.jpg)" in markdown and "(a_late/examples.jpg)" not in markdown  # the same picture
-    closing = report.closing_of_pipeline(str(tmp_path))
-    assert f"--workdir={tmp_path}-probe --config.backbone.run={tmp_path}/a_late" in closing
+    ended = closing.of_pipeline(str(tmp_path))
+    assert f"--workdir={tmp_path}-probe --config.backbone.run={tmp_path}/a_late" in ended
 
 
 def test_runs_are_compared(tmp_path, capsys):
@@ -103,13 +103,16 @@ def test_runs_are_compared(tmp_path, capsys):
     assert all(f"{name}/run: 3.5 at step 10" in html for name in "abc")
 
 
-@pytest.mark.parametrize("given", [["nowhere"], ["run", "run"], ["gs://bucket/run"]])
+@pytest.mark.parametrize("given", [["nowhere"], ["run", "run"], ["gs://bucket/run"], ["other"], ["damaged"]])
 def test_what_is_no_workdir_is_refused_and_nothing_written(tmp_path, monkeypatch, capsys, given):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
+    for folder, text in (("other", '{"model_type": "beit"}'), ("damaged", '{"stage": "mi')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(text)
     assert report.main([*given, "--out=new"]) == 2
     assert capsys.readouterr().err.startswith("Error: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "other", "run"]
 
 
 def test_the_end_of_a_stage_names_its_result_its_files_and_the_next_command(tmp_path):
@@ -119,7 +122,7 @@ def test_the_end_of_a_stage_names_its_result_its_files_and_the_next_command(tmp_
     workdir = str(write_run(tmp_path / "tokenizer", "vqkd", metrics=metrics, **changes))
     best = f"{workdir}/checkpoints/10"
     common = "--config.data.source=folder:birds --config.views.image_size=64"
-    assert report.closing(workdir).splitlines() == [
+    assert closing.of_stage(workdir).splitlines() == [
         "vqkd: finished in 61 s",
         "  reconstruction loss 0.250 (train 0.500)",
         "  codebook usage 50% of 8192, perplexity 99",
@@ -130,4 +133,4 @@ def test_the_end_of_a_stage_names_its_result_its_files_and_the_next_command(tmp_
         f"  next: python -m beitv2_jax.main --config=configs/tokenize.py --workdir={workdir}-tokenize "
         f"--config.tokenizer.run={best} {common}",
     ]
-    assert "next:" not in report.closing(workdir, alone=False)
+    assert "next:" not in closing.of_stage(workdir, alone=False)

@@ -137,7 +137,7 @@ def test_paths_of_weights_are_checked_before_the_data_are_opened(stage, key, tmp
     def opened(*_):
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr(inputs, "open_source", opened)
+    monkeypatch.setattr(inputs, "open_splits", opened)
     monkeypatch.setattr(segment, "open_label_maps", opened)
     config = config_lib.load(f"{CONFIGS / stage}.py:smoke").unlock()
     if (stage, key) == ("vqkd", "init_from"):

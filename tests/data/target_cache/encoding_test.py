@@ -207,6 +207,6 @@ def test_truncated_ids_are_an_error(packed):
         unpack_ids(packed, 4, 7)
 
 
-def test_bits_behind_the_last_id_are_an_error():
-    with pytest.raises(ValueError, match="behind the last of 7"):
+def test_bits_after_the_last_id_are_an_error():
+    with pytest.raises(ValueError, match="after the last of 7"):
         unpack_ids(np.array([0, 0, 0, 0b10000], np.uint8), 4, 7)
