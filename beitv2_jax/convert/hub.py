@@ -122,7 +122,8 @@ def _named_errors(source: str, address: HubAddress) -> Iterator[None]:
         ) from error
     except Exception as error:  # of the network, which depends on the library beneath, or the file is not in the cache
         raise UserError(
-            f"{source} is not in the cache, and the Hugging Face hub cannot be reached: {str(error).split(chr(10))[0]}",
+            f"{source} is not in the cache, and the Hugging Face hub cannot be reached: "
+            f"{str(error).split(chr(10))[0].rstrip('.')}.",
             "Is this machine offline, or is HF_HUB_OFFLINE set?",
             f"Run hf download {address.repo} where there is a network, copy the cache, and set HF_HUB_CACHE to it.",
         ) from error

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,16 +15,16 @@ from paths import GOLDEN
 from safetensors.numpy import load_file, save_file
 from user_errors import check_all_provoked, flag, provoked
 
-from beitv2_jax.convert import files, wrappers
+from beitv2_jax.convert import files, functions, hub, wrappers
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.beit import huggingface
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.convert.teachers.weights import from_state
+from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state
 from beitv2_jax.convert.torch_files import writer
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import Weights, read, write
 
 CASES = teacher_cases.read(GOLDEN / "teachers.npz")
 
@@ -303,16 +305,110 @@ def test_initial_weights_of_another_model():
     adapt_weights(drawn_weights("vqkd"), "vqkd", vqkd)
     classifier = arguments_of("classifier", position="relative") | {"pooling": "mean"}
     tokenizer = drawn_weights("vqkd", layer_scale=False)
-    with provoked("--config.model.position=absolute and --config.model.layer_scale_init=0") as caught:
+    with provoked("such as a run of stage 'mim'") as caught:
         adapt_weights(tokenizer, "classifier", classifier)
     followed = {name: flag(caught.value.instead, f"model.{name}") for name in ("position", "layer_scale_init")}
     followed["layer_scale_init"] = float(followed["layer_scale_init"])
-    adapt_weights(tokenizer, "classifier", arguments_of("classifier") | {"pooling": "mean"} | followed)
+    adapt_weights(tokenizer, "classifier", classifier | followed)
     adapt_weights(drawn_weights("mim", position="relative"), "classifier", classifier)
     source = drawn_weights("mim")
     with provoked("with the values that `python -m beitv2_jax.convert SOURCE DEST` prints"):
-        adapt_weights(source, "mim", mim | {"depth": 3})
+        adapt_weights(source, "mim", mim | {"shared_head": True})
     adapt_weights(source, "mim", source.arguments)
+    with provoked("or another --config.init_from: a BEiT model, or a plain ViT"):
+        adapt_weights(Weights("vit", **PLAIN | {"arguments": PLAIN["arguments"] | {"num_registers": 1}}), "mim", mim)
+    adapt_weights(source, "mim", mim)
+
+
+PLAIN = {
+    "arguments": dict(image_size=9, patch_size=3, width=10, depth=2, num_heads=2, mlp_dim=31, position="absolute"),
+    "variables": {"params": {}},
+    "layout": "plain",
+    "normalization": "imagenet",
+}
+
+
+# the hub
+
+
+@pytest.fixture
+def hub_files(tmp_path, monkeypatch):
+    """A folder that stands for the files of a repository, and a list of what the hub answers."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    answers = []
+
+    def download(*_, **__):
+        if answers:
+            raise answers.pop()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "_fetched", hub._fetched.__wrapped__)
+    return tmp_path, answers
+
+
+def test_the_hub(hub_files):
+    from huggingface_hub import errors
+
+    folder, answers = hub_files
+    with provoked("Write hf:OWNER/NAME of a repository with a file"):
+        hub.local_path("hf:a/b")
+    stored(folder, {"a": np.ones(2)})
+    with provoked("Write hf:a/b/FILE with a file of the repository, or hf:a/b"):
+        hub.local_path("hf:a/b/x.npz")
+    for address in ("hf:a/b/w.npz", "hf:a/b"):
+        assert hub.local_path(address) == str(folder / "w.npz")
+    response = types.SimpleNamespace(headers={}, request=None)
+    for kind, advice in (
+        (errors.GatedRepoError, "Accept them there and run hf auth login, or set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "Write hf:OWNER/NAME as its page shows it"),
+        (errors.RevisionNotFoundError, "or leave @v9 out"),
+        (None, "Run hf download a/b where there is a network, copy the cache"),
+    ):
+        answers.append(OSError("no network.") if kind is None else kind("no", response=response))
+        with provoked(advice):
+            hub.local_path("hf:a/b@v9")
+        assert hub.local_path("hf:a/b@v9") == str(folder / "w.npz")
+
+
+def test_the_hub_without_its_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with provoked('Run pip install "beitv2_jax[hub]"'):
+        hub._fetched.__wrapped__("hf:a/b")
+
+
+# exported functions and plain classifiers
+
+
+def test_exports(monkeypatch, tmp_path):
+    weights = drawn_weights("classifier")
+    with provoked('Run pip install "beitv2_jax[export]"'):
+        functions._check(weights, "no_such_package", "export")
+    with monkeypatch.context() as patch, provoked("Write another --layout, or export a smaller model"):
+        patch.setattr(functions, "MAX_BYTES", 1000)
+        functions._check(weights, "json", "export")
+    functions._check(weights, "json", "export")
+    convolutional = drawn_weights("classifier", stem="conv", patch_size=4)
+    with provoked("Write --layout=stablehlo, which holds every model"):
+        write(convolutional, str(tmp_path / "w.npz"), "official")
+    functions._check(convolutional, "json", "export")
+    write(weights, str(tmp_path / "w.npz"), "official")
+
+
+def test_plain_classifiers(tmp_path):
+    state = CASES["timm_deit"].state
+    plain = {name: array for name, array in state.items() if not name.startswith(("head", "dist"))}
+    plain["pos_embed"] = state["pos_embed"][:, 1:] if "dist_token" in state else state["pos_embed"]
+    width = plain["cls_token"].shape[-1]
+    plain |= {"head.weight": np.ones((3, width), np.float32), "head.bias": np.ones(3, np.float32)}
+    with provoked("Pass a classifier with one linear head, or use the network as a teacher"):
+        classifier_from_state({name: array for name, array in plain.items() if name != "head.bias"}, num_heads=2)
+    assert classifier_from_state(plain, num_heads=2).arguments["num_classes"] == 3
+    path = stored(tmp_path, plain)
+    with provoked("Write --normalization=half (AugReg and most of timm), imagenet (DeiT, MAE) or clip"):
+        read(path, num_heads=2, plain_vit=True)
+    for name in ("half", "imagenet", "clip"):
+        assert read(path, num_heads=2, plain_vit=True, normalization=name).normalization == name
 
 
 # runs

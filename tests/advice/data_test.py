@@ -26,7 +26,7 @@ from beitv2_jax.data.prepare import imagenet
 from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.sources import open_label_maps
-from beitv2_jax.data.sources import open_source
+from beitv2_jax.data.sources import open_source, open_splits
 from beitv2_jax.data.target_cache.manifest import check_manifest, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import TargetCache
@@ -85,6 +85,17 @@ def test_a_folder_without_images(tmp_path):
     shutil.rmtree(tmp_path / "a")
     images(tmp_path / "1.png")
     assert open_source(f"folder:{tmp_path}", "train").num_classes == 0
+
+
+def test_a_folder_without_splits_of_few_images(tmp_path):
+    images(tmp_path / "a/1.png")
+    with provoked(f"Put at least two images of one class into {tmp_path}, or images into {tmp_path}/train and"):
+        open_splits(f"folder:{tmp_path}", "train", "validation")
+    images(tmp_path / "a/2.png")
+    assert [len(source) for source in open_splits(f"folder:{tmp_path}", "train", "validation")] == [1, 1]
+    shutil.rmtree(tmp_path / "a")
+    images(tmp_path / "train/a/1.png", tmp_path / "validation/a/1.png")
+    assert [len(source) for source in open_splits(f"folder:{tmp_path}", "train", "validation")] == [1, 1]
 
 
 def test_a_class_that_the_training_split_lacks(tmp_path):

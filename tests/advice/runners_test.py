@@ -8,17 +8,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from convert_states import drawn_weights
 from paths import ROOT
+from PIL import Image
 from target_caches import FEATURE_MANIFEST, fill
 from user_errors import check_all_provoked, flag, provoked
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
-from beitv2_jax.runners import probe, provenance, stages, targets, verify
+from beitv2_jax.runners import evaluate, features, parts, probe, provenance, report, stages, targets, verify
 
 
 class Interrupted(Exception):
     """Stands for whatever ends a run."""
+
+    @classmethod
+    def raised(cls, *_, **__):
+        raise cls
 
 
 @pytest.fixture
@@ -139,7 +146,8 @@ def test_a_pipeline_whose_later_stages_are_outdated(tmp_path, monkeypatch):
     monkeypatch.setattr(
         stages, "run_stage", lambda stage, workdir, **_: begun.append(workdir) or {"seconds": 0.0, "metrics": {}}
     )
-    monkeypatch.setattr(stages, "write_pipeline_report", lambda *_: "")
+    monkeypatch.setattr(stages.report, "write_report", lambda *_: "")
+    monkeypatch.setattr(stages.report, "closing_of_pipeline", lambda workdir: "")
     with provoked("and run the same command again") as caught:
         stages.run_pipeline(config, str(tmp_path))
     assert not begun
@@ -181,7 +189,7 @@ def test_cached_features_that_are_damaged(tmp_path):
 
 
 def test_targets_on_a_full_disk(tmp_path):
-    with provoked("Free space or repair the folder. The same command goes on"), targets.explained(str(tmp_path)):
+    with provoked("Free space or repair the folder. The same command continues"), targets.explained(str(tmp_path)):
         raise OSError(28, "No space left on device")
     with targets.explained(str(tmp_path)):
         fill(tmp_path / "views", FEATURE_MANIFEST, lambda example_id, view: np.ones((21, 5), np.float32))
@@ -209,6 +217,70 @@ def test_targets_that_the_stored_type_cannot_hold():
         pack("float16")
     pack("float32")
     pack("bfloat16")
+
+
+def test_a_masked_model_with_another_tokenizer(monkeypatch):
+    monkeypatch.setattr(evaluate, "_pass", Interrupted.raised)
+    masking = evaluate.Masking(num_masked=2, min_patches=1, max_patches=None, seed=0)
+
+    def start(tokenizer):
+        arguments = (masking, evaluate.Passing())
+        model = drawn_weights("mim")
+        return evaluate.evaluate_masked_model(model, range(1), tokenizer, *arguments, crop_fraction=1.0)
+
+    with provoked("Write --tokenizer=PATH with the tokenizer that it was trained with"):
+        start(drawn_weights("vqkd", grid=2))
+    with pytest.raises(Interrupted):
+        start(drawn_weights("vqkd"))
+
+
+def test_features_of_own_teachers(tmp_path):
+    def checked(shape):
+        teacher = features._CheckedTeacher(lambda crops: np.zeros(shape), (2, 2))
+        return teacher(features.Crops("views", 0, np.arange(3), np.zeros((3, 8, 8, 3), np.uint8)))
+
+    with provoked("Return an array of the shape (crops, 2, 2, width)"):
+        checked((3, 5, 4))
+    assert checked((3, 2, 2, 4)).shape == (3, 2, 2, 4)
+    with provoked('Pass config.load("configs/vqkd.py") with views.num_views of 1 or more'):
+        features._checked(loaded("mim"), str(tmp_path))
+    config = loaded("vqkd")
+    config.views.num_views = 1
+    features._checked(config, str(tmp_path))
+
+
+def test_features_of_images_that_cannot_be_read(tmp_path):
+    config = loaded("vqkd")
+    config.views.num_views = 1
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with provoked("Copy them again, or write another config.data.source"):
+        features._one_crop(config, open_source(f"folder:{tmp_path}", "train"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    assert features._one_crop(config, open_source(f"folder:{tmp_path}", "train")).images.shape[0] == 1
+
+
+def test_results_that_are_there_already(tmp_path):
+    (tmp_path / "out.csv").touch()
+    with provoked("Write another --out, or delete the old one"):
+        parts.Parts(tmp_path / "out.csv", {}, 3, 2, ".csv")
+    parts.Parts(tmp_path / "other.csv", {}, 3, 2, ".csv")
+    (tmp_path / "out.csv").unlink()
+    parts.Parts(tmp_path / "out.csv", {}, 3, 2, ".csv")
+
+
+def test_workdirs_of_a_report(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with provoked("with the --workdir of a stage or a pipeline"):
+        report.read_runs(str(run))
+    (run / "config.json").write_text('{"model_type": "beit"}')
+    with provoked("with the --workdir that the run was given"):
+        report.read_runs(str(run))
+    (run / "config.json").write_text(config_lib.to_json(loaded()))
+    assert report.read_runs(str(run))
+    with provoked("Write every workdir once"):
+        report._short_names([run, run])
+    assert report._short_names([run]) == ["run"]
 
 
 def test_every_error_of_the_stages_was_provoked(request):

@@ -2,12 +2,13 @@
 
 import builtins
 import errno
+import importlib.util
 
 import jax
 import pytest
 from user_errors import check_all_provoked, provoked
 
-from beitv2_jax.runtime import disk_checks, launch, open_files, workdir_lock
+from beitv2_jax.runtime import buckets, disk_checks, launch, open_files, workdir_lock
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "gs:/d"])
@@ -96,6 +97,19 @@ def test_a_workdir_in_use(tmp_path):
 def test_open_files():
     # that more can be opened with a higher limit is tried in tests/runtime/open_files_test.py
     assert "ulimit -n 65536" in open_files.too_many(OSError(errno.EMFILE, "Too many open files")).instead
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs the extra gcs")
+def test_buckets(bucket, monkeypatch):
+    with provoked("Write --workdir=gs://BUCKET/FOLDER of a bucket that the account may use") as caught:
+        buckets.refuse_unwritable("gs://forbidden/run")
+    assert "Give the same command again when that is repaired" in buckets.unusable(caught.value.__cause__).instead
+    buckets.refuse_unwritable("gs://bucket/run")
+    buckets._prepare_gcsfs.cache_clear()
+    with monkeypatch.context() as patch, provoked('Run pip install "beitv2_jax[gcs]"'):
+        patch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+        buckets._prepare_gcsfs()
+    buckets._prepare_gcsfs()
 
 
 def test_every_error_about_the_machine_was_provoked(request):

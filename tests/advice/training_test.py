@@ -9,7 +9,8 @@ import pytest
 import training_toy as toy
 from user_errors import check_all_provoked, flag, provoked
 
-from beitv2_jax.training import loop, optim, sharding, state, stop_rules
+from beitv2_jax.training import loop, optim, sharding, state, stop_rules, wandb_run
+from beitv2_jax.training.best import check_metric
 from beitv2_jax.training.checkpoint import Checkpointer
 from beitv2_jax.training.schedule import Schedule
 
@@ -54,6 +55,28 @@ def test_layer_decay_of_a_stage_without_layers():
     with provoked() as caught:
         optim.make_optimizer(**settings, layer_decay=0.9)
     optim.make_optimizer(**settings, layer_decay=float(flag(caught.value.instead, "optim.layer_decay")))
+
+
+def test_the_metric_of_the_best_checkpoint():
+    task = toy.make_task()
+    with provoked("--config.run.keep_best=NAME with one of ") as caught:
+        check_metric(task, "eval/acuracy", True, (0, 1))
+    assert caught.value.meant == "Did you mean 'eval/accuracy'?"
+    names = caught.value.instead.partition("with one of ")[2].partition(", or leave it out")[0].split(", ")
+    for metric in ("", *names):
+        check_metric(task, metric, True, (0, 1))
+
+
+def test_a_service_that_is_not_installed(monkeypatch):
+    def version(name):
+        raise wandb_run.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch, provoked("or leave --config.run.wandb out"):
+        patch.setattr(wandb_run.metadata, "version", version)
+        wandb_run.check("birds")
+    wandb_run.check("")
+    monkeypatch.setattr(wandb_run.metadata, "version", lambda name: "1")
+    wandb_run.check("birds")
 
 
 SCHEDULE = Schedule.from_config(toy.config(), toy.NUM_EXAMPLES)

@@ -166,7 +166,8 @@ def pipeline(tmp_path, monkeypatch):
         return {"stage": stage.stage, "seconds": 0.0, "metrics": {}}
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
-    monkeypatch.setattr(stages, "write_pipeline_report", lambda *_: "")
+    monkeypatch.setattr(stages.report, "write_report", lambda *_: "")
+    monkeypatch.setattr(stages.report, "closing_of_pipeline", lambda workdir: "")
     return config, begun
 
 
