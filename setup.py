@@ -61,11 +61,13 @@ setup(
         "benchmarks": ["matplotlib>=3.8", "opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "evaluate": ["matplotlib>=3.8"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+        "evaluate": ["matplotlib>=3.8"],
         "export": ["flatbuffers>=24.3"],  # jax needs it to write a function
         "gcs": ["array-record>=0.8.3", "fsspec>=2024.2", "gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # gs://
         "hub": ["huggingface_hub>=0.24"],
+        "notebooks": ["ipykernel>=6.29", "matplotlib>=3.8", "nbclient>=0.10"],
         "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # in an environment of its own: it needs an older Orbax
         "parquet": ["pyarrow>=15"],
         "peers": ["open_clip_torch>=2.30", "timm>=1.0.9", "torch>=2.6", "transformers>=4.49"],

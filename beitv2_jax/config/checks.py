@@ -110,7 +110,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
         raise UserError(f"{key}={flat.get(key)!r} is not valid: {problem}.", meant, f"Write {instead}{other}.")
 
     for key in PATH_KEYS:
-        buckets = may_be_in_bucket(key, flat["data.source"])
+        buckets = may_be_in_bucket(key, flat.get("data.source", ""))
         refuse_remote(f"--config.{key}", flat.get(key, ""), buckets=buckets, weights=key in WEIGHT_KEYS)
     for key, valid in _CHOICES.items():
         if key in flat and flat[key] not in valid:
