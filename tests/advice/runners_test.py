@@ -147,7 +147,7 @@ def test_a_pipeline_whose_later_stages_are_outdated(tmp_path, monkeypatch):
         stages, "run_stage", lambda stage, workdir, **_: begun.append(workdir) or {"seconds": 0.0, "metrics": {}}
     )
     monkeypatch.setattr(stages.report, "write_report", lambda *_: "")
-    monkeypatch.setattr(stages.report, "closing_of_pipeline", lambda workdir: "")
+    monkeypatch.setattr(stages.closing, "of_pipeline", lambda workdir: "")
     with provoked("and run the same command again") as caught:
         stages.run_pipeline(config, str(tmp_path))
     assert not begun

@@ -167,7 +167,7 @@ def pipeline(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
     monkeypatch.setattr(stages.report, "write_report", lambda *_: "")
-    monkeypatch.setattr(stages.report, "closing_of_pipeline", lambda workdir: "")
+    monkeypatch.setattr(stages.closing, "of_pipeline", lambda workdir: "")
     return config, begun
 
 
