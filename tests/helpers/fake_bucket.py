@@ -54,8 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _handle(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else self._chunks()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
             code, headers, answer = self._answer(self.command, self.path, body, self.headers)
         self.send_response(code)
@@ -66,21 +65,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle
 
-    def _chunks(self) -> bytes:
-        body = b""
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        return body
-
     def _answer(self, method: str, path: str, body: bytes, headers) -> tuple[int, dict, bytes]:
         url = urllib.parse.urlsplit(path)
         query = dict(urllib.parse.parse_qsl(url.query))
         if "upload_id" in query:
             return self._resumed(query["upload_id"], body, headers)
-        parts = re.fullmatch(r"(?:/resumable|/upload|/download)*/(?:storage/v1/)?b/([^/]+)(?:/o(?:/(.+))?)?", url.path)
+        parts = re.fullmatch(r"(?:/upload|/download)?/(?:storage/v1/)?b/([^/]+)(?:/o(?:/(.+))?)?", url.path)
         bucket, name = parts.groups() if parts else url.path[1:].split("/", 1)  # the second is how ArrayRecord reads
         name, what = urllib.parse.unquote(name or ""), "/o" in url.path
         objects = self.server.buckets.get(bucket)
@@ -163,14 +153,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _described(self, bucket: str, name: str) -> dict:
         content, generation = self.server.buckets[bucket][name], self.server.generations.get((bucket, name), "1")
         time = "2026-01-01T00:00:00.000Z"
-        known = {
-            "kind": "storage#object",
-            "name": name,
-            "bucket": bucket,
-            "generation": generation,
-            "size": len(content),
-        }
-        return {**known, "metageneration": "1", "timeCreated": time, "updated": time}
+        known = {"name": name, "bucket": bucket, "generation": generation, "size": len(content)}
+        return {"kind": "storage#object", "metageneration": "1", "timeCreated": time, "updated": time, **known}
 
 
 def _json(value: dict) -> tuple[int, dict, bytes]:
