@@ -31,7 +31,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-EXTRAS = {"apache_beam", "cv2", "matplotlib", "onnxruntime", "pyarrow", "sklearn", "timm", "torch", "transformers"}
+EXTRAS = {"apache_beam", "cv2", "onnxruntime", "timm", "torch", "transformers"}
 """Modules that the documentation needs and the tests do not install; with one missing, only imports are checked."""
 RUNS = {
     "runs/vqkd": "vqkd",
