@@ -24,7 +24,7 @@ from beitv2_jax.command_line import Parser, positive, report_errors
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.decode import CorruptImageError, decode_image
-from beitv2_jax.data.sources.folders import list_images
+from beitv2_jax.data.sources.folders import digest_of_sizes, list_images
 from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
 from beitv2_jax.data.transform import EvalRow, EvalTransform
 from beitv2_jax.errors import UserError, print_error
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": network.weights.arguments,
         "normalization": network.weights.normalization,
         "files": hashlib.sha256(os.fsencode("\0".join(map(str, files)))).hexdigest(),
+        "sizes": digest_of_sizes(files),
         "top": options.top,
     }
     with tempfile.TemporaryDirectory() as temporary:
