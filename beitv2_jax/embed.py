@@ -5,7 +5,7 @@ The result has one entry for each image and kind of token, and `labels` (-1 wher
 the weights and the data. It is an .npz file, a .parquet file, or a folder of ArrayRecord files whose records are .npz
 files of one image each.
 
-Several processes of one run share the images. A command that was killed goes on with the parts that it left beside
+Several processes of one run share the images. A command that was killed continues with the parts that it left beside
 --out.
 """
 

@@ -1,7 +1,7 @@
 """Predict the classes of images: beitv2 predict WEIGHTS IMAGES [--out=FILE].
 
 Classifiers give the most probable classes of each image, as JSON lines or CSV; segmentation networks give the class of
-every pixel, as PNG files. A command with --out that was killed goes on with the parts that it left beside it.
+every pixel, as PNG files. A command with --out that was killed continues with the parts that it left beside it.
 """
 
 import argparse

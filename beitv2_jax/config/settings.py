@@ -1,4 +1,4 @@
-"""Settings that know whether somebody has set them, and what else may decide the ones that nobody has.
+"""Settings that know whether they were set explicitly, and what decides those that were not.
 
 A config file declares every key with its published value. What a preset, a flag or a pipeline sets later counts as
 given. A key that is not given, and that the weights, the stored targets or the data of the stage decide (`DECIDED`),
@@ -64,7 +64,7 @@ def watch(config: ConfigDict) -> None:
 
 
 def undecided(config: ConfigDict) -> set[str]:
-    """Return the keys of a stage that nobody has set and that its weights, stored targets or data decide."""
+    """Return the keys of a stage that were not set and that its weights, stored targets or data decide."""
     leaves = dict(_leaves(config))
     free = {key for key, leaf in leaves.items() if isinstance(leaf, _Setting) and not leaf.is_given}
     paths = {source: _value(leaves[source]) for source in DECIDED if source in leaves}

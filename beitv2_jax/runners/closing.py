@@ -17,7 +17,7 @@ def of_stage(workdir: str, *, alone: bool = True) -> str:
 
     Args:
         workdir: of the stage.
-        alone: whether it is no part of a pipeline, which goes on by itself.
+        alone: whether it is no part of a pipeline, which continues by itself.
     """
     (run,) = read_runs(workdir).values()
     lines = [f"{run.config.stage}: finished in {duration(run.summary['seconds'])}"]

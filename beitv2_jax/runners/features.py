@@ -83,7 +83,7 @@ def write_features(
 ) -> dict[str, float]:
     """Write the features of every fixed view of a vqkd stage to `workdir`; return counts of examples and faults.
 
-    An interrupted call goes on where it stopped, features of more views are added to a finished directory, and any
+    An interrupted call continues where it stopped, features of more views are added to a finished directory, and any
     number of processes may do the same call at the same time, as in the extract stage.
 
     Args:

@@ -2,7 +2,7 @@
 
     beitv2 report runs/a runs/b --out=compared
 
-A workdir is only read: a report shows what is there, also of a run that was interrupted or still goes on.
+A workdir is only read: a report shows what is there, also of a run that was interrupted or is still running.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _EXAMPLES = """\
 examples:
   # one page on two runs: metrics and settings side by side, curves in the same charts
   beitv2 report runs/mim runs/mim-long --out=compared
-  # a run that still goes on
+  # a run that is still running
   beitv2 report runs/mim --out=now
 """
 _BEHIND = ("learning_rate", "grad_norm", "images_per_second", "data_wait_share")

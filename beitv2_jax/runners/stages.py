@@ -72,7 +72,7 @@ def run_stage(
 ) -> dict:
     """Run the stage that `config.stage` names in `workdir` and return its summary {stage, seconds, metrics}.
 
-    Keys that nobody has set follow from the weights, stored targets and data that the config names (`tasks.initial`).
+    Keys that were not set follow from the weights, stored targets and data that the config names (`tasks.initial`).
     The same call again continues an interrupted run and returns the summary of a finished one; a target cache is
     extended where `views.num_views` has been raised. Processes that fill one target cache share the work; any other
     stage has its workdir for itself. With `allow_config_change` an interrupted run continues under another config.

@@ -1,6 +1,6 @@
 """Checksums of the files of a checkpoint: written into its folder, checked before it is used.
 
-Orbax finds a damaged index by itself; a byte that changed inside a large array it hands over. A bucket has checksums of
+Orbax finds a damaged index, but returns a large array in which a byte has changed. A bucket has checksums of
 its objects and checks them itself, so only their sizes are written there.
 """
 

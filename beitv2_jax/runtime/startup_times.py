@@ -21,7 +21,7 @@ _fetched: list[str] = []
 
 
 def begin(at: float | None = None) -> None:
-    """Start the timeline `at` a time of `time.monotonic`, by default now; one that runs already goes on."""
+    """Start the timeline `at` a time of `time.monotonic`, by default now; one that runs already is kept."""
     if not _marks:
         _compilations.clear()
         _fetched.clear()

@@ -128,7 +128,7 @@ def _held_in_bucket(path: AnyPath, workdir: str | AnyPath) -> Iterator[None]:
 
 
 def _await_no_renewal(path: AnyPath, workdir: str | AnyPath, here: str) -> None:
-    """Return when nobody holds the lock: there is none, its process has ended, or nobody renewed it for a long time."""
+    """Return when the lock is free: there is none, its process has ended, or it was not renewed for a long time."""
     first, started = _read_lock(path), time.monotonic()
     if first and not heartbeat.is_dead(first, here):
         logging.info("%s may be held by %s: it is watched for up to %d s", workdir, _holder(first), PATIENCE_SECONDS)

@@ -1,4 +1,4 @@
-"""What a stage takes from its weights, stored targets and data: the keys of its config that nobody has set.
+"""What a stage takes from its weights, stored targets and data: the keys of its config that were not set.
 
 `config.settings.DECIDED` lists the keys, the functions here find their values. Nothing but a log line is written.
 """

@@ -170,7 +170,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return reconstruction loss, codebook usage (share of codes hit by the pass) and perplexity of an evaluation."""
+    """Return reconstruction loss, codebook usage (fraction of codes chosen at all) and perplexity of an evaluation."""
     losses = (
         {"reconstruction_loss": float(sums["reconstruction"] / sums["examples"])} if "reconstruction" in sums else {}
     )

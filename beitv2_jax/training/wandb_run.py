@@ -36,7 +36,7 @@ class WandbRun:
 
     Args:
         project: its name.
-        workdir: holds the identity of the run, so that a resumed run goes on there, and the files of wandb.
+        workdir: holds the identity of the run, so that a resumed run continues there, and the files of wandb.
         config: settings to be shown there.
     """
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics to metrics.jsonl, TensorBoard and maybe a service, progress to the terminal.
+"""Output of a run: metrics to metrics.jsonl, TensorBoard and maybe a service, progress to the terminal.
 
 Process 0 only.
 """

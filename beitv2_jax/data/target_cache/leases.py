@@ -98,7 +98,7 @@ class Leases:
             time.sleep(poll_seconds)
 
     def _is_left_over(self, name: str, path: pathlib.Path) -> bool:
-        """Return whether there is a lease that nobody renews. The first look at a heartbeat only starts its clock."""
+        """Return whether there is a lease that is not renewed. The first look at a heartbeat only starts its clock."""
         content = _read(path)
         if content is None:
             return False

@@ -121,7 +121,7 @@ class TargetCache:
         try:
             self._check_plan(path, plan)
         except UserError:
-            # the plan of workers that died before one of its shards was done binds nobody
+            # a plan of workers that died before one of its shards was done may be replaced
             if _binds(self.work):
                 raise
             write_json(path, plan)
