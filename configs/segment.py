@@ -73,8 +73,8 @@ def get_config(arg=""):
         {
             "stage": "segment",
             "seed": 0,
-            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they are
-            # set here; '': random weights
+            # weights to start from: a run directory or a file of any layout, which set the sizes that are not set here;
+            # '': random weights
             "init_from": "",
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": {

@@ -43,8 +43,8 @@ def get_config(arg=""):
         {
             "stage": "finetune",
             "seed": 0,
-            # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they are
-            # set here; '': random weights
+            # weights to start from: a run directory or a file of any layout, which set the sizes that are not set here;
+            # '': random weights
             "init_from": "",
             "data": sections.data(source="embedded", num_threads=8),
             "views": sections.views(image_size=96, min_scale=0.35),
