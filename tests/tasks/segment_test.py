@@ -143,7 +143,7 @@ def test_pre_training_starts_segmentation_with_tables_enlarged(tmp_path):
     assert {name for name in fresh if name.startswith("backbone/")} == given.keys()
     config.model.depth = 1
     config.model.out_layers = (1, 1, 1, 1)
-    with pytest.raises(UserError, match="blocks_1"):
+    with pytest.raises(UserError, match="they have depth=2, the config depth=1"):
         made(config)
 
 
