@@ -1,6 +1,7 @@
 """The few numbers that say how a stage went, as lines of text."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ from ml_collections import ConfigDict
 
 def key_metrics(summary: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """Return the lines for the summary {stage, seconds, metrics} of a finished stage with this config."""
-    # null in JSON is a number that is not finite
-    metrics = {key: math.nan if value is None else value for key, value in summary["metrics"].items()}
+    # null in JSON is a number that is not finite, and one that is missing must not end a run that has finished
+    given = {key: math.nan if value is None else value for key, value in summary["metrics"].items()}
+    metrics = defaultdict(lambda: math.nan, given)
     return DESCRIPTIONS.get(summary["stage"], _evaluation)(metrics, config)
 
 

@@ -103,7 +103,7 @@ def test_runs_are_compared(tmp_path, capsys):
     assert all(f"{name}/run: 3.5 at step 10" in html for name in "abc")
 
 
-@pytest.mark.parametrize("given", [["nowhere"], ["run", "run"], ["gs://bucket/run"], ["other"], ["damaged"]])
+@pytest.mark.parametrize("given", [["nowhere"], ["run", "run"], ["s3://bucket/run"], ["other"], ["damaged"]])
 def test_what_is_no_workdir_is_refused_and_nothing_written(tmp_path, monkeypatch, capsys, given):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")

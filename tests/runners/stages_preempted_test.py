@@ -113,11 +113,11 @@ def configs(image_folder, tmp_path_factory):  # noqa: F811
 
 
 def outcome(workdir):
-    """Return the metrics, and every file of targets or features with its contents."""
+    """Return the metrics, and every file of targets or features and what they were made from, with its contents."""
     files = {
         str(path.relative_to(workdir)): np.load(path) if path.suffix == ".npz" else path.read_bytes()
-        for path in sorted(pathlib.Path(workdir).rglob("*"))
-        if path.is_file() and path.name not in ("summary.json", "config.json", "lock")
+        for path in (*sorted(pathlib.Path(workdir).glob("*/**/*")), pathlib.Path(workdir, "inputs.json"))
+        if path.is_file()
     }
     return stages.read_summary(str(workdir))["metrics"], {
         name: {key: value[key].tobytes() for key in value} if hasattr(value, "files") else value
