@@ -199,8 +199,8 @@ def test_a_run_learns_reports_and_can_be_exported(tmp_path):
     with Image.open(workdir / "segmentation.png") as picture:
         assert picture.width > 1000 and picture.height > 300
         legend = np.asarray(picture)[-11]  # through the middle of its row: a square of each class, then words
-    assert legend[[8, 30]].tolist() == class_colors()[:2].tolist()
-    assert (legend[22:12] < 128).any() and (legend[44:34] < 128).any() and (legend[54:] == 255).all()
+    assert legend[[8, 208]].tolist() == class_colors()[:2].tolist()
+    assert (legend[22:190] < 128).any() and (legend[222:390] < 128).any() and (legend[410:] == 255).all()
     weights = read(str(workdir))
     assert (weights.kind, weights.normalization, weights.arguments["out_layers"]) == ("segmenter", "imagenet", (1,) * 4)
     assert write(weights, str(tmp_path / "segment.pth"), "official") == {}
