@@ -56,7 +56,7 @@ def structure(config):
 
 
 def every_structure():
-    """Return {name: config} with one config of each structure, huge and giant ones with two blocks."""
+    """Return {name: config} with one config of each structure, those deeper than 12 blocks with two."""
     found, seen = {}, set()
     chained = [
         (f"{name}:{arg} {stage}", config)
@@ -69,8 +69,8 @@ def every_structure():
         *chained,
     ]:
         config = stored(config)
-        if config.model.get("width", 0) > 1024:
-            config.model.depth = config.model.early_layer = 2
+        if config.model.get("depth", 0) > 12:
+            config.model.update({key: 2 for key in ("depth", "early_layer") if key in config.model})
         if structure(config) not in seen:
             seen.add(structure(config))
             found[name] = config

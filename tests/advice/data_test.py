@@ -264,9 +264,8 @@ def test_the_embedded_set(tmp_path, monkeypatch):
     with provoked() as caught:
         embedded.prepare(str(tmp_path), "tny")
     assert caught.value.meant == "Did you mean 'tiny'?"
-    monkeypatch.setattr(
-        embedded.Beitv2Scenes, "BUILDER_CONFIGS", [embedded.ScenesConfig(name="tiny", num_train=2, num_test=1)]
-    )
+    generate = embedded.generate
+    monkeypatch.setattr(embedded, "generate", lambda seed, split, count, processes: generate(seed, split, 2))
     assert "embedded/tiny" in caught.value.instead
     with monkeypatch.context() as patch, provoked("Set HOME, or write --config.data.data_dir=PATH"):
         patch.chdir(tmp_path)

@@ -117,6 +117,7 @@ def test_one_measurement_in_a_process_of_its_own(tmp_path, capsys):
     assert "not installed" in peer["skipped"] and "torch_mim" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_step_is_measured_and_grows(monkeypatch):
     monkeypatch.setitem(growth.DEPTHS, True, (1, 2))
     sizes = {"views.image_size": 32, "run.batch_size": 2, "model.width": 16, "model.mlp_dim": 24, "model.num_heads": 2}

@@ -26,11 +26,11 @@ STILL = {
 }
 """Recipes without draws inside the step, which each micro-batch makes anew."""
 WHOLE_RUNS = [
-    pytest.param(stage, mesh, marks=[] if mesh == "2x2x2" and stage != "segment" else pytest.mark.long)
+    pytest.param(stage, mesh, marks=[] if (stage, mesh) == ("vqkd", "2x2x2") else pytest.mark.long)
     for stage in TRAINED
     for mesh in MESHES
 ]
-"""Stages on the mesh that uses all three axes, without segment, the slowest; with --long every stage on every mesh."""
+"""The stage with a codebook on the mesh that uses all three axes; with --long every stage on every mesh."""
 
 
 @pytest.mark.parametrize(("stage", "mesh"), WHOLE_RUNS)
@@ -38,7 +38,9 @@ def test_every_mesh_trains_as_one_device_does(equality_runs, stage, mesh):
     assert_same_run(stage, equality_runs.outcome(stage, MESHES[mesh]), equality_runs.outcome(stage))
 
 
-@pytest.mark.parametrize("stage", ["finetune", "vqkd", "mim", pytest.param("segment", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[] if stage == "vqkd" else pytest.mark.long) for stage in TRAINED]
+)
 def test_step_and_evaluation_are_compiled_once(equality_runs, stage):
     compiled = equality_runs.compiled[equality_runs.workdir(stage, MESHES["2x2x2"]).name]
     assert (compiled["jit(train_step)"], compiled["jit(sums)"]) == (1, 1), compiled

@@ -72,7 +72,10 @@ def assert_close(found, expected, bound):
         np.testing.assert_allclose(a / scale, b / scale, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("vqkd", (4, 1, 1)), ("mim", (1, 1, 1)), ("finetune", (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("vqkd", (4, 1, 1)), ("mim", (1, 1, 1)), pytest.param("finetune", (1, 1, 1), marks=pytest.mark.long)],
+)
 def test_micro_batches_take_the_step_of_the_whole_batch(name, sizes):
     """A whole micro-batch is unreadable, and one or two rows of others."""
     mesh = sharding.make_mesh(*sizes)
