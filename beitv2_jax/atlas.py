@@ -6,6 +6,7 @@ side. PNG files beside it show the most used codes, rare ones, and the use of al
 """
 
 import argparse
+import functools
 import io
 import math
 import os
@@ -14,9 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from beitv2_jax.command_line import Parser, positive, report_errors
@@ -87,15 +89,17 @@ def _write(folder: Path, tokenizers: Sequence["Tokenizer"], options, source: Sou
     read, thumbnails = [], []
     progress = Progress(len(wanted), "atlas", "images")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        num_patches = sum(math.prod(tokenizer.grid) for tokenizer in tokenizers)
-        side = _side(source, fraction, wanted, num_patches, threads)
+        side = _side(tokenizers, source, fraction, wanted, threads)
         for start in range(0, len(wanted), CHUNK):
             chunk = wanted[start : start + CHUNK]
-            prepared = list(filter(None, threads.map(lambda index: _prepared(source, index, side, fraction), chunk)))
+            prepared = list(threads.map(lambda index: _prepared(source, index, side, fraction), chunk))
+            for fault in (row.fault for row in prepared if row.fault):
+                print_error(f"cannot be read: {fault}")
+            readable = [row for row in prepared if not row.fault]
             for ids, tokenizer in zip(code_ids, tokenizers, strict=True):
-                ids += list(tokenizer.encode([image for image, _, _ in prepared])) if prepared else []
-            read += [example for _, _, example in prepared]
-            thumbnails += [thumbnail for _, thumbnail, _ in prepared]
+                ids += list(tokenizer.encode([row.image for row in readable])) if readable else []
+            read += [row.example for row in readable]
+            thumbnails += [row.thumbnail for row in readable]
             progress.advance(len(chunk))
             progress.show({})
     progress.close()
@@ -142,27 +146,36 @@ def _draw(folder: Path, ending: str, found: report.Codes, crop: Callable[[int, i
     report.draw_usage(counts, os.fspath(folder / f"usage{ending}.png"))
 
 
-def _side(source: Source, fraction: float, wanted: list[int], num_patches: int, threads: ThreadPoolExecutor) -> int:
-    """Return the largest side of thumbnails with which, by some images, all of `wanted` fit into the page."""
-    some = wanted[:: -(-len(wanted) // NUM_SAMPLES)]
-    for side in report.SIDES:
-        prepared = filter(None, threads.map(lambda index: _prepared(source, index, side, fraction), some))  # noqa: B023
-        sizes = [len(thumbnail) for _, thumbnail, _ in prepared]
-        if 4 / 3 * len(wanted) * (np.mean(sizes or [0]) + 2 * num_patches) < 0.95 * report.LIMIT_BYTES:
-            return side
-    return report.SIDES[-1]
+class _Prepared(NamedTuple):
+    """An image, or why it cannot be read."""
+
+    example: dict[str, Any]
+    image: UInt8[np.ndarray, "H W 3"]
+    thumbnail: bytes
+    fault: str
 
 
-def _prepared(source: Source, index: int, side: int, fraction: float) -> tuple[np.ndarray, bytes, dict] | None:
-    """Return the pixels of an image, its thumbnail and its example; None, after saying why, if it cannot be read."""
+def _prepared(source: Source, index: int, side: int, fraction: float) -> _Prepared:
     example = source[index]
     image, fault = readable_image(example, side)
-    if fault:
-        print_error(f"cannot be read: {fault}")
-        return None
     buffer = io.BytesIO()
     Image.fromarray(center_crop(image, side, fraction)).save(buffer, "WEBP", quality=QUALITY)
-    return image, buffer.getvalue(), example
+    return _Prepared(example, image, buffer.getvalue(), fault)
+
+
+def _side(
+    tokenizers: Sequence["Tokenizer"], source: Source, fraction: float, wanted: list[int], threads: ThreadPoolExecutor
+) -> int:
+    """Return the largest side of thumbnails with which, by some images, all of `wanted` fit into the page."""
+    num_patches = sum(math.prod(tokenizer.grid) for tokenizer in tokenizers)
+    num_codes = sum(len(tokenizer.codebook) for tokenizer in tokenizers)
+    some = wanted[:: -(-len(wanted) // NUM_SAMPLES)]
+    for side in report.SIDES:
+        prepared = threads.map(functools.partial(_prepared, source, side=side, fraction=fraction), some)
+        size = np.mean([len(row.thumbnail) for row in prepared])
+        if report.estimated_bytes(len(wanted), size, num_patches, num_codes) < report.LIMIT_BYTES:
+            return side
+    return report.SIDES[-1]
 
 
 def _crop(source: Source, index: int, size: int, fraction: float) -> np.ndarray:

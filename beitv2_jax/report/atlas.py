@@ -53,6 +53,17 @@ class Pictures(NamedTuple):
     names: Sequence[str]
 
 
+def estimated_bytes(num_images: int, thumbnail_bytes: float, num_patches: int, num_codes: int) -> float:
+    """Return about how large a page is; patches of an image and codes are those of all tokenizers together."""
+    of_image = thumbnail_bytes + 2 * num_patches + 20
+    of_code = 5 * 4 + 8 * NUM_NEIGHBOURS
+    return len(_template()) + 4 / 3 * 1.02 * (num_images * of_image + num_codes * of_code)
+
+
+def _template() -> str:
+    return Path(__file__).with_name("atlas.html").read_text(encoding="utf-8")
+
+
 def statistics(
     codes: Codes, labels: Int32[np.ndarray, "n"], num_classes: int
 ) -> dict[str, np.ndarray | tuple[int, int] | None]:
@@ -127,8 +138,7 @@ def write_page(
         "classes": list(class_names),
     }
     computed = [statistics(codes, pictures.labels, len(class_names)) for codes in tokenizers]
-    template = Path(__file__).with_name("atlas.html").read_text(encoding="utf-8")
-    number = num_images
+    template, number = _template(), num_images
     while True:
         chosen = np.unique(np.linspace(0, num_images - 1, number).astype(int))
         page = template.replace(_PLACE, _json({**about, **_of_images(tokenizers, computed, pictures, chosen)}))
