@@ -140,7 +140,8 @@ def _draw(folder: Path, ending: str, found: report.Codes, crop: Callable[[int, i
     counts = np.bincount(code_ids.ravel(), minlength=len(found.codebook))
     ordered = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
     size = max(grid) * PATCH_PIXELS
-    for name, chosen in (("most_used", ordered[:NUM_ROWS]), ("rare", ordered[-NUM_ROWS:])):
+    number = min(NUM_ROWS, -(-len(ordered) // 2))
+    for name, chosen in (("most_used", ordered[:number]), ("rare", ordered[::-1][:number])):
         path = os.fspath(folder / f"{name}{ending}.png")
         codes.draw_rows(code_ids, lambda row: crop(row, size), grid, chosen, path)
     report.draw_usage(counts, os.fspath(folder / f"usage{ending}.png"))

@@ -120,11 +120,11 @@ def test_a_page_that_would_be_too_large_holds_some_of_the_images_but_counts_all(
 
 def test_thumbnails_are_as_large_as_the_limit_allows(photos, runs, tmp_path, monkeypatch):
     sizes = {}
-    for side in report.SIDES:
+    for side in (128, 96):
         monkeypatch.setattr(report, "SIDES", (side,))
         assert run(tmp_path / str(side), photos, runs / "one") == 0
         sizes[side] = (tmp_path / str(side) / "atlas.html").stat().st_size
-    monkeypatch.setattr(report, "SIDES", tuple(sizes))
+    monkeypatch.setattr(report, "SIDES", (128, 96, 64))
     monkeypatch.setattr(report, "LIMIT_BYTES", sizes[96] + (sizes[128] - sizes[96]) // 2)
     assert run(tmp_path / "chosen", photos, runs / "one") == 0
     _, page = read_page(tmp_path / "chosen")

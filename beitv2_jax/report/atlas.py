@@ -190,17 +190,20 @@ def draw_usage(counts: Int[np.ndarray, "k"], path: str) -> None:
     ordered = np.sort(counts)[::-1]
     right, floor = width - 20, height - bottom
     most = int(np.ceil(np.log10(max(10, ordered[0]))))
+
+    def up(count: float) -> float:
+        # a little below 1, so that a code that is used once can be seen
+        return floor - (floor - top) * (np.log10(count) + 0.1) / (most + 0.1)
+
     for power in range(most + 1):
-        y = floor - (floor - top) * power / most
+        y = up(10**power)
         draw.line((left, y, right, y), fill=(229, 231, 235))
         draw.text((left - 8, y), f"{10**power:,}", fill="gray", font=font, anchor="rm")
     for x in range(left, right):
         first, last = ((place - left) * len(ordered) // (right - left) for place in (x, x + 1))
         count = ordered[first : max(first + 1, last)].mean()
         if count > 0:
-            # a code that is used once has a visible height
-            part = (np.log10(max(count, 1)) * 0.98 + 0.02 * most) / most
-            draw.line((x, floor, x, floor - (floor - top) * part), fill=(37, 99, 235))
+            draw.line((x, floor, x, min(floor, up(count))), fill=(37, 99, 235))
     in_use = np.count_nonzero(counts)
     title = f"patches of each code, most used first: {in_use:,} of {len(counts):,} codes are in use"
     draw.text((left, 10), title, fill="black", font=font)
