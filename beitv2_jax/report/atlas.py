@@ -18,7 +18,7 @@ from beitv2_jax.runtime.atomic_files import replacing, write_text
 
 LIMIT_BYTES = 25_000_000
 """Most bytes of the page."""
-SIDES = (224, 160, 128, 96, 64)
+SIDES = (224, 160, 128, 112, 96, 64)
 """Sides of thumbnails in pixels, of which the largest is taken that leaves the page below its limit."""
 NUM_NEIGHBOURS = 5
 _PLACE = "__DATA__"
@@ -78,7 +78,8 @@ def statistics(
     num_codes, num_images = len(codes.codebook), len(codes.code_ids)
     flat = codes.code_ids.reshape(num_images, -1)
     counts = np.bincount(flat.ravel(), minlength=num_codes)
-    in_images = sum((np.bincount(np.unique(row), minlength=num_codes) for row in flat), np.zeros(num_codes, int))
+    occurrences = np.unique(flat + num_codes * np.arange(num_images)[:, None])
+    in_images = np.bincount(occurrences % num_codes, minlength=num_codes)
     found = {"counts": counts.astype(np.uint32), "images": in_images.astype(np.uint32)}
     found["neighbours"], found["distances"] = _nearest(codes.codebook, np.flatnonzero(counts))
     found["colors"] = _colors(codes.codebook)
@@ -97,9 +98,11 @@ def _nearest(codebook: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.nda
     for start in range(0, len(units), 1024):
         distance = 1 - units[start : start + 1024] @ units[used].T
         distance[np.arange(start, start + len(distance))[:, None] == used] = np.inf  # not a code itself
-        order = np.argsort(distance, axis=1, kind="stable")[:, :number]
-        found.append(used[order])
-        distances.append(np.take_along_axis(distance, order, axis=1))
+        few = np.argpartition(distance, max(0, number - 1), axis=1)[:, :number]
+        order = np.argsort(np.take_along_axis(distance, few, axis=1), axis=1, kind="stable")
+        few = np.take_along_axis(few, order, axis=1)
+        found.append(used[few])
+        distances.append(np.take_along_axis(distance, few, axis=1))
     return np.concatenate(found).astype(np.uint32), np.concatenate(distances).clip(0).astype(np.float32)
 
 

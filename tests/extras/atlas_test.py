@@ -35,7 +35,7 @@ def codes(seed, grid):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Return what pages were made of, and the pages of one tokenizer and of two."""
+    """Return what pages were made of, and the pages of one tokenizer, of two, and without labels."""
     root, thumbnails = tmp_path_factory.mktemp("pages"), []
     for number in range(NUM_IMAGES):
         buffer = io.BytesIO()
@@ -47,6 +47,9 @@ def written(tmp_path_factory):
     about = {"class_names": ("cat", "dog", "<b>"), "data": "photos, split val", "num_unreadable": 2}
     atlas.write_page(root / "one.html", both[:1], pictures, **about)
     atlas.write_page(root / "two.html", both, pictures, **about)
+    unlabelled = pictures._replace(labels=np.full(NUM_IMAGES, -1, np.int32))
+    alone = both[0]._replace(code_ids=np.zeros_like(both[0].code_ids))
+    atlas.write_page(root / "plain.html", [alone], unlabelled, **about | {"class_names": ()})
     return both, root
 
 
@@ -209,6 +212,16 @@ def test_two_tokenizers_are_side_by_side_and_one_by_one_on_a_phone(opened, writt
     phone.locator("canvas.map").nth(1).tap(position={"x": 5, "y": 5})
     expect(phone.locator(".token").nth(1)).to_contain_text("code 0")
     assert phone.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+
+def test_images_without_labels_and_a_single_code_in_use(opened):
+    page = opened("plain.html")
+    assert listed(page) == [0]
+    expect(page.locator(".labelled")).to_have_count(0)
+    page.locator(".row .number").click()
+    expect(page.locator("#heading")).to_have_text("code 0")
+    page.goto(f"{page.url.partition('#')[0]}#code-0-7")
+    expect(page.locator("#dialog")).to_contain_text("No patch of these images has this code.")
 
 
 def test_the_page_is_dark_where_the_system_is(opened):
