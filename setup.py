@@ -30,7 +30,7 @@ setup(
     ],
     packages=[*find_packages(include=["beitv2_jax", "beitv2_jax.*"]), "beitv2_jax.configs"],
     package_dir={"beitv2_jax.configs": "configs"},
-    package_data={"beitv2_jax": ["py.typed"]},
+    package_data={"beitv2_jax": ["py.typed", "report/*.html"]},
     entry_points={"console_scripts": ["beitv2=beitv2_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -60,6 +60,7 @@ setup(
     extras_require={
         "benchmarks": ["matplotlib>=3.8", "opencv-python-headless>=4.10"],
         "beam": ["apache-beam>=2.69"],
+        "browser": ["playwright>=1.45"],  # tests/extras/atlas_test.py; drives a Chromium that is installed already
         "cuda": ["jax[cuda13]>=0.10"],
         "dataflow": ["apache-beam[gcp]>=2.69", "gcsfs>=2024.2"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],

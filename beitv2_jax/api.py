@@ -126,6 +126,11 @@ class Tokenizer(_Network):
         """The codes, unit vectors."""
         return np.asarray(self.weights.variables["codebook"]["quantizer"]["codebook"])
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the code ids of an image."""
+        return self._model.grid
+
     def encode(self, images: Images) -> Int[np.ndarray, "b gh gw"]:
         """Return the code id of every patch of each image."""
         return self._run(self._encode, images)

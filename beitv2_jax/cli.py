@@ -11,6 +11,7 @@ VERBS = {
     "evaluate": ("beitv2_jax.evaluate", "measure accuracy, reconstruction or IoU of trained weights on a data set"),
     "predict": ("beitv2_jax.predict", "predict classes of images, or of their pixels"),
     "embed": ("beitv2_jax.embed", "write the features of images to a file"),
+    "atlas": ("beitv2_jax.atlas", "write a page that shows every code of a tokenizer, or of two"),
     "convert": ("beitv2_jax.convert.__main__", "convert weights between layouts"),
     "report": ("beitv2_jax.runners.report", "write a page on a run, or on several side by side"),
     "prepare": ("beitv2_jax.data.prepare.__main__", "prepare ImageNet as a TFDS data set"),

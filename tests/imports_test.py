@@ -29,6 +29,7 @@ LAYERS = {
     "report": 7,
     "runners": 8,
     "api": 8,
+    "atlas": 9,
     "embed": 9,
     "evaluate": 9,
     "planning": 9,

@@ -65,6 +65,8 @@ def test_what_is_built_works_away_from_the_clone(built, kind, tmp_path):
     run(beitv2, "predict", "smoke/teacher", "photos", "--out=classes.jsonl", "--top=2", cwd=work)
     lines = [json.loads(line) for line in (work / "classes.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == [f"photos/{number}.png" for number in range(3)]
+    run(beitv2, "atlas", "smoke/vqkd", "folder:photos", "--split=train", "--out=atlas", cwd=work)
+    assert (work / "atlas" / "atlas.html").stat().st_size > 10_000
     run(beitv2, "embed", "smoke/mim", "folder:photos", "--out=features.npz", cwd=work)
     assert np.load(work / "features.npz")["cls"].shape[0] == 3
     run(beitv2, "convert", "smoke/mim", "larger", "--image_size=96", cwd=work)

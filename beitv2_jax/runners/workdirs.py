@@ -26,7 +26,7 @@ STARTED_FILE = "started.json"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 PICTURES = {
     "examples.jpg": "Images of the training split",
-    "codes.png": "The 16 most used codes on the evaluation images, one row each",
+    "codes.png": "16 codes on the evaluation images, one row each: the 8 most used, and 8 down to the rarest",
     "segmentation.png": "Evaluation images: image, true classes, predicted classes, where they differ",
 }
 """Picture in a workdir -> its title."""
