@@ -407,13 +407,8 @@ def load(
     Arguments and errors as `load_backbone`.
     """
     weights, path = _read(source, image_size, normalization, (*MODELS, *TOKENIZER_STAGES), "known")
-    kinds = {
-        **dict.fromkeys(TOKENIZER_STAGES, Tokenizer),
-        "mim": Backbone,
-        "classifier": Classifier,
-        "segmenter": Segmenter,
-    }
-    return kinds[weights.kind](weights, path, dtype)
+    kinds = {"mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
+    return kinds.get(weights.kind, Tokenizer)(weights, path, dtype)
 
 
 def load_segmenter(

@@ -62,8 +62,8 @@ class Weights:
 
     Attributes:
         kind: 'vqkd', 'cluster' (a teacher with a codebook of clusters of its features, of which `arguments["teacher"]`
-            is the description), 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT, which can
-            start a model or be probed but not be converted.
+            is the description), 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT,
+            which can start a model or be probed but not be converted.
         arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
         layout: of the source: 'official', 'timm', 'huggingface' or 'run'; 'plain' for a vision transformer that is no
@@ -489,8 +489,7 @@ def _refuse_stem(weights: Weights, layout: str) -> None:
 def _refuse_clusters(weights: Weights, layout: str) -> None:
     if weights.kind == "cluster":
         raise UserError(
-            f"The layout {layout!r} is one of BEiT's own networks, and {weights.source} is a teacher with a codebook of "
-            "clusters.",
+            f"The layout {layout!r} is one of BEiT's own networks, and {weights.source} is a teacher with a codebook.",
             "Did you mean to use the tokenizer without this package?",
             "Write --layout=stablehlo or --layout=onnx, which hold every model, or --layout=run.",
         )

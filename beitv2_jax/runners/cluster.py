@@ -12,7 +12,7 @@ from beitv2_jax.convert.weights import TEACHER_FILE
 from beitv2_jax.runtime import preemption, watchdog
 from beitv2_jax.runtime.atomic_files import write_json
 from beitv2_jax.runtime.buckets import as_path
-from beitv2_jax.tasks.cluster import ROWS, Clustering, clustered, coded_sums, drawn_tokens, features_of_codes
+from beitv2_jax.tasks.cluster import ROWS, Clustering, clustered, drawn_tokens, evaluated, features_of_codes
 from beitv2_jax.tasks.vqkd import summarize
 from beitv2_jax.training.writer import Progress
 
@@ -54,13 +54,13 @@ def _made(task: Clustering, config, on_move: Callable[[str], None]) -> tuple[dic
     )
     *_, codebook = _shown(rounds, settings.iterations, "rounds of k-means", on_move)
     codebook["features"] = features_of_codes(codebook, tokens)
-    chunks = [tokens[start : start + ROWS] for start in range(0, len(tokens), ROWS)]
+    chunks = [tokens[start : start + ROWS, None] for start in range(0, len(tokens), ROWS)]
     metrics = {"reconstruction_loss": _metrics(codebook, chunks)["reconstruction_loss"]}
     readable = [number for number in range(len(held_out)) if number not in held_out.unreadable]
     size = config.run.batch_size
     batches = [readable[start : start + size] for start in range(0, len(readable), size)]
     chunks = (
-        np.concatenate([held_out[number, 0] for number in batch])
+        np.stack([held_out[number, 0] for number in batch])
         for batch in _shown(batches, len(batches), "batches of the eval split", on_move)
     )
     metrics |= {f"eval/{name}": value for name, value in _metrics(codebook, chunks).items()}
@@ -68,8 +68,8 @@ def _made(task: Clustering, config, on_move: Callable[[str], None]) -> tuple[dic
 
 
 def _metrics(codebook: dict[str, Any], chunks: Iterable[np.ndarray]) -> dict[str, float]:
-    sums = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), coded_sums(codebook, chunk)) for chunk in chunks]
-    return summarize(jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums))
+    sums = [evaluated(codebook, chunk, np.ones(len(chunk), np.float32))[1] for chunk in chunks]
+    return summarize(jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *sums))
 
 
 def _shown(items: Iterable, total: int, unit: str, on_move: Callable[[str], None]) -> Iterator:

@@ -7,7 +7,7 @@ with a_i = k).
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +30,7 @@ from beitv2_jax.rng import host_rng
 from beitv2_jax.runtime.buckets import absolute
 from beitv2_jax.tasks import inputs, targets
 from beitv2_jax.tasks.losses import cosine_distillation
-from beitv2_jax.tasks.tokenize import Tokenizer
-from beitv2_jax.typing import PyTree
+from beitv2_jax.typing import CodeIds, PyTree, TeacherFeatures
 
 ROWS = 8192
 """Tokens that are coded at once."""
@@ -125,7 +124,7 @@ class TokensOfView(NamedTuple):
 
     example_id: int
     view: int
-    patches: Int[np.ndarray, "p"]
+    patches: Int[np.ndarray, "n"]
 
 
 def drawn_tokens(reader: TargetReader, num_views: int, max_tokens: int, seed: int) -> list[TokensOfView]:
@@ -179,36 +178,28 @@ def features_of_codes(codebook: PyTree, tokens: Float[np.ndarray, "m t"]) -> Flo
 
 @jax.jit
 def _sums_of_codes(codebook: PyTree, features: Float[Array, "m t"]) -> Float[Array, "k t"]:
-    ids = _nearest(codebook, features)
+    ids, _ = _coded(codebook, features)
     return cluster_sums(l2_normalise(features), ids, jnp.ones(len(features)), len(codebook["quantizer"]["codebook"]))[0]
 
 
-def _nearest(codebook: PyTree, features: Float[Array, "m t"]) -> Int[Array, "m"]:
-    return nearest_code(centred_directions(codebook, features), codebook["quantizer"]["codebook"])
+def _coded(codebook: PyTree, features: Float[Array, "... t"]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """Return the code ids of features, and the squared distances of their directions from the codes."""
+    unit, codes = centred_directions(codebook, features), codebook["quantizer"]["codebook"]
+    ids = nearest_code(unit.reshape(-1, unit.shape[-1]), codes).reshape(unit.shape[:-1])
+    return ids, jnp.sum((unit - codes[ids]) ** 2, axis=-1)
 
 
 @jax.jit
-def coded_sums(codebook: PyTree, features: Float[Array, "m t"]) -> dict[str, Array]:
-    """Return `examples`, `counts` of codes and `reconstruction` of features, summed as in `vqkd_evaluation`."""
-    ids = _nearest(codebook, features)
-    counts = jnp.zeros(len(codebook["features"])).at[ids].add(1.0)
-    distance = cosine_distillation(codebook["features"][ids], features)
-    return {"examples": counts.sum(), "counts": counts, "reconstruction": distance.sum()}
-
-
-def cluster_evaluation(tokenizer: Tokenizer, teacher_features: Callable[[PyTree, Any], Any]) -> Callable:
-    """Return the evaluation of a cluster tokenizer, with the sums of `tasks.vqkd.vqkd_evaluation`.
-
-    `teacher_features` of (params, pixels 0..255) are those of its own teacher.
-    """
-
-    def evaluate(params, codebook, frozen, batch):
-        variables, weight = {"params": params, "codebook": codebook}, batch["weight"].astype(jnp.float32)
-        code_ids = tokenizer.encode(variables, batch["images"])
-        distance = cosine_distillation(
-            tokenizer.features(variables, code_ids), teacher_features(params, batch["images"])
-        ).mean(axis=-1)
-        counts = jnp.zeros(tokenizer.codebook_size).at[code_ids].add(weight[:, None])
-        return {"examples": weight.sum(), "counts": counts, "reconstruction": jnp.sum(distance * weight)}
-
-    return evaluate
+def evaluated(
+    codebook: PyTree, features: TeacherFeatures, weight: Float[Array, "b"]
+) -> tuple[CodeIds, dict[str, Array]]:
+    """Return the code ids of the features of images, and the sums that `tasks.vqkd.vqkd_evaluation` returns."""
+    ids, distance = _coded(codebook, features)
+    loss = cosine_distillation(codebook["features"][ids], features)
+    sums = {
+        "examples": weight.sum(),
+        "counts": jnp.zeros(len(codebook["features"])).at[ids].add(weight[:, None]),
+        "reconstruction": jnp.sum(weight * loss.mean(axis=-1)),
+        "distance": jnp.sum(weight * distance.mean(axis=-1)),
+    }
+    return ids, sums
