@@ -82,8 +82,8 @@ def _main(argv: Sequence[str] | None = None) -> None:
     from beitv2_jax.report.evaluation import metrics_table
 
     network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
-    kinds = {"classifier": _classifier, "vqkd": _tokenizer, "mim": _masked_model, "segmenter": _segmenter}
-    found = kinds[network.weights.kind](network, options)
+    kinds = {"classifier": _classifier, "mim": _masked_model, "segmenter": _segmenter}
+    found = kinds.get(network.weights.kind, _tokenizer)(network, options)
     if jax.process_index() != 0:
         return
     published = recognise(options.weights, network.weights.kind)
@@ -150,14 +150,19 @@ def _classifier(network, options) -> _Evaluated:
 
 
 def _tokenizer(network, options) -> _Evaluated:
-    from beitv2_jax.data.sources import open_source
+    from beitv2_jax.data.segmentation.sources import open_with_label_maps
     from beitv2_jax.runners import evaluate
 
-    source = open_source(options.data, options.split, options.data_dir, options.train_split)
+    source, label_maps = open_with_label_maps(options.data, options.split, options.data_dir, options.train_split)
     passing = _passing(options, 64, network)
     teacher, lines = _teacher(network, options, passing.dtype)
     result = evaluate.evaluate_tokenizer(
-        network.weights, source, teacher, passing, crop_fraction=_crop_fraction(network, options)
+        network.weights,
+        source,
+        teacher,
+        passing,
+        crop_fraction=_crop_fraction(network, options),
+        label_maps=label_maps,
     )
     counts = result.details["counts"].astype(np.int64)
 
@@ -175,6 +180,15 @@ def _teacher(network, options, dtype: str):
     from beitv2_jax.convert.teachers.load import load_teacher
     from beitv2_jax.tasks.targets import TEACHER_CHOICES
 
+    if network.weights.kind == "cluster":
+        own = network.weights.arguments["teacher"]["name"]
+        if options.teacher:
+            raise UserError(
+                f"The tokenizer {options.weights} has its own teacher, {own}.",
+                "Did you mean another tokenizer?",
+                "Leave out --teacher.",
+            )
+        return None, [f"teacher: {own}"]
     settings = _teacher_of_run(options.weights)
     if options.teacher:
         settings = {"weights": options.teacher, "normalization": options.teacher_normalization or ""}
@@ -209,7 +223,7 @@ def _teacher_of_run(path: str) -> dict[str, Any]:
 
 def _masked_model(network, options) -> _Evaluated:
     from beitv2_jax.convert.files import located
-    from beitv2_jax.convert.weights import read
+    from beitv2_jax.convert.weights import TOKENIZER_STAGES, read
     from beitv2_jax.data.sources import open_source
     from beitv2_jax.runners import evaluate
     from beitv2_jax.sizes import MASKED_FRACTION
@@ -227,11 +241,11 @@ def _masked_model(network, options) -> _Evaluated:
         )
     arguments = network.weights.arguments
     tokenizer = read(path, image_size=config.get("views", {}).get("tokenizer_image_size") or None)
-    if tokenizer.kind != "vqkd":
+    if tokenizer.kind not in TOKENIZER_STAGES:
         raise UserError(
             f"{path} holds weights of kind {tokenizer.kind!r}, which are no tokenizer.",
             "Did you mean the path of another run or file?",
-            "Write --tokenizer=PATH of a vqkd run or of a released tokenizer.",
+            "Write --tokenizer=PATH of a run of stage vqkd or cluster, or of a released tokenizer.",
         )
     source = open_source(options.data, options.split, options.data_dir, options.train_split)
     masking = config.get("masking", {})

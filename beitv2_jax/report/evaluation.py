@@ -27,6 +27,12 @@ _TITLES = {
     "codebook_usage": "codes in use",
     "codebook_perplexity": "perplexity of the codes",
     "codebook_entropy": "entropy of the codes (nats)",
+    "nmi_class": "mutual information of codes and classes",
+    "purity_class": "purity of the codes, classes",
+    "majority_class": "patches of the most frequent class",
+    "nmi_mask": "mutual information of codes and label maps",
+    "purity_mask": "purity of the codes, label maps",
+    "majority_mask": "patches of the most frequent label",
     "loss": "loss (nats)",
     "final_loss": "loss, final layer (nats)",
     "aggregation_loss": "loss, aggregation head (nats)",
@@ -79,6 +85,8 @@ def _shown(name: str, value: float) -> str:
         return f"{value:.4f}"
     if name == "masked_patches":
         return f"{value:,}"
+    if name.startswith("nmi_"):
+        return f"{value:.3f}"
     return f"{value:.1f}" if name == "codebook_perplexity" else f"{value:.2%}"
 
 

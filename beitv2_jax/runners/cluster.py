@@ -68,7 +68,7 @@ def _made(task: Clustering, config, on_move: Callable[[str], None]) -> tuple[dic
 
 
 def _metrics(codebook: dict[str, Any], chunks: Iterable[np.ndarray]) -> dict[str, float]:
-    sums = [evaluated(codebook, chunk, np.ones(len(chunk), np.float32))[1] for chunk in chunks]
+    sums = [evaluated(codebook, chunk, np.ones(len(chunk), np.float32)) for chunk in chunks]
     return summarize(jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *sums))
 
 

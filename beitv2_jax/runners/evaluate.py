@@ -18,22 +18,26 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from beitv2_jax.convert.arguments import MODELS
+from beitv2_jax.convert.teachers.load import build_teacher
 from beitv2_jax.convert.weights import Weights
 from beitv2_jax.data import pipeline
+from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.bad_records import bad_record, refuse_too_many
-from beitv2_jax.data.segmentation.label_maps import LabelIds
+from beitv2_jax.data.decode import CorruptImageError
+from beitv2_jax.data.segmentation.label_maps import LabelIds, decode_label_map
 from beitv2_jax.data.segmentation.transforms import WindowRow, window_row
 from beitv2_jax.data.segmentation.windows import Sliding
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.classes import ClassMap
 from beitv2_jax.evaluation.classification import calibration_error, class_accuracies, confusion_matrix
+from beitv2_jax.evaluation.code_labels import NO_LABEL, code_label_metrics, patch_labels
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops.implementations import AUTO, resolve_auto
 from beitv2_jax.models.teachers import Teacher
-from beitv2_jax.tasks import finetune, inputs, mim, segment, vqkd
+from beitv2_jax.tasks import cluster, finetune, inputs, mim, segment, vqkd
 from beitv2_jax.tasks.api import Batch
-from beitv2_jax.tasks.tokenize import Tokenizer
+from beitv2_jax.tasks.tokenize import tokenizer_of
 from beitv2_jax.training import sharding
 from beitv2_jax.training.inference import outputs_ahead
 from beitv2_jax.training.writer import Progress
@@ -156,19 +160,36 @@ def _classification_metrics(rows: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def evaluate_tokenizer(
-    weights: Weights, source: Source, teacher: tuple[Teacher, PyTree] | None, passing: Passing, *, crop_fraction: float
+    weights: Weights,
+    source: Source,
+    teacher: tuple[Teacher, PyTree] | None,
+    passing: Passing,
+    *,
+    crop_fraction: float,
+    label_maps: Source | None = None,
 ) -> Result:
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
-    Details: `counts` of every code.
+    Where images have classes or `label_maps`, their patches have labels, and the metrics of
+    `evaluation.code_labels.code_label_metrics` say what the codes have to do with these. A cluster tokenizer has its
+    own teacher.
+
+    Details: `counts` of every code, and the `code_ids` of every image.
     """
-    model = MODELS["vqkd"].from_arguments(weights.arguments, passing.compute)
+    tokenizer = tokenizer_of(weights, passing.compute)
     network, frozen = teacher or (None, {})
     targets = None if network is None else lambda frozen, batch: network.features(frozen, batch["images"])
-    of_stage = vqkd.vqkd_evaluation(model, targets)
+    if weights.kind == "vqkd":
+        model = MODELS["vqkd"].from_arguments(weights.arguments, passing.compute)
+        of_stage = vqkd.vqkd_evaluation(model, targets)
+    else:
+        of_stage = cluster.cluster_evaluation(build_teacher(weights.arguments["teacher"], passing.dtype))
 
     def evaluate(variables, batch):
-        return {"sums": of_stage(variables["params"], variables["codebook"], variables["frozen"], batch)}
+        # the compiler finds that both ask the same network the same
+        code_ids = tokenizer.encode(variables, batch["images"])
+        sums = of_stage(variables["params"], variables["codebook"], variables["frozen"], batch)
+        return {"sums": sums, "rows": {"code_ids": code_ids, "labels": batch["labels"]}}
 
     mesh = sharding.make_mesh()
     batches = pipeline.eval_batches(
@@ -178,7 +199,28 @@ def evaluate_tokenizer(
     passed = _pass(evaluate, variables, batches, source, passing, mesh)
     metrics = vqkd.summarize(passed.sums)
     metrics["codebook_entropy"] = float(np.log(metrics["codebook_perplexity"]))
-    return passed.result(metrics, {"counts": passed.sums["counts"]})
+    code_ids = passed.rows["code_ids"]
+    labels = {"class": np.broadcast_to(passed.rows["labels"][:, None], code_ids.shape)}
+    if label_maps is not None:
+        size = weights.arguments["image_size"]
+        example_ids = passed.rows["example_ids"].tolist()
+        labels["mask"] = _labels_of_patches(label_maps, example_ids, tokenizer.grid, size, crop_fraction)
+    metrics |= code_label_metrics(code_ids, labels)
+    return passed.result(metrics, {"counts": passed.sums["counts"], "code_ids": code_ids})
+
+
+def _labels_of_patches(
+    label_maps: Source, example_ids: list[int], grid: tuple[int, int], image_size: int, crop_fraction: float
+) -> Int[np.ndarray, "b n"]:
+    """Return the labels of the patches of the crops that are evaluated; `NO_LABEL` where a map cannot be read."""
+    found = np.full((len(example_ids), grid[0] * grid[1]), NO_LABEL)
+    for row, example_id in enumerate(example_ids):
+        try:
+            numbers = decode_label_map(label_maps[example_id]["label_map"])
+        except CorruptImageError:
+            continue
+        found[row] = patch_labels(center_crop(numbers, image_size, crop_fraction, "nearest"), grid)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,20 +242,19 @@ def evaluate_masked_model(
         UserError: the tokenizer has another number of patches or of codes than the model.
     """
     model = MODELS["mim"].from_arguments(weights.arguments, passing.compute)
-    coder = MODELS["vqkd"].from_arguments(tokenizer.arguments, Compute(dtype=passing.dtype))
-    if coder.grid != model.backbone.grid or coder.quantizer.codebook_size != model.codebook_size:
+    coder = tokenizer_of(tokenizer, Compute(dtype=passing.dtype))
+    if coder.grid != model.backbone.grid or coder.codebook_size != model.codebook_size:
         rows, columns = model.backbone.grid
         raise UserError(
-            f"The tokenizer has {coder.quantizer.codebook_size} codes on a grid of {coder.grid[0]} x {coder.grid[1]} "
+            f"The tokenizer has {coder.codebook_size} codes on a grid of {coder.grid[0]} x {coder.grid[1]} "
             f"patches, the masked model predicts {model.codebook_size} codes on {rows} x {columns} patches.",
             "Was the model trained with another tokenizer?",
             "Write --tokenizer=PATH with the tokenizer that it was trained with.",
         )
     tokenizer_size = tokenizer.arguments["image_size"]
-    encode = Tokenizer(name="", model=coder, grid=coder.grid, weights_hash="").encode
 
     def code_ids(frozen, batch, images):
-        return encode(frozen, batch.get("tokenizer_images", images))
+        return coder.encode(frozen, batch.get("tokenizer_images", images))
 
     drawn = dataclasses.asdict(masking)
     masks = inputs.eval_masks(drawn.pop("seed"), model.backbone.grid, drawn)

@@ -7,7 +7,7 @@ with a_i = k).
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,12 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.cluster import centred_directions, lloyd_step, principal_components
 from beitv2_jax.models.ops.nearest_code import cluster_sums
 from beitv2_jax.models.quantizer import l2_normalise, nearest_code
+from beitv2_jax.models.teachers import Teacher
 from beitv2_jax.rng import host_rng
 from beitv2_jax.runtime.buckets import absolute
 from beitv2_jax.tasks import inputs, targets
 from beitv2_jax.tasks.losses import cosine_distillation
-from beitv2_jax.typing import CodeIds, PyTree, TeacherFeatures
+from beitv2_jax.typing import PyTree, TeacherFeatures
 
 ROWS = 8192
 """Tokens that are coded at once."""
@@ -189,17 +190,24 @@ def _coded(codebook: PyTree, features: Float[Array, "... t"]) -> tuple[Int[Array
     return ids, jnp.sum((unit - codes[ids]) ** 2, axis=-1)
 
 
+def cluster_evaluation(teacher: Teacher) -> Callable:
+    """Return the `evaluate` of a cluster tokenizer, with the sums of `tasks.vqkd.vqkd_evaluation`."""
+
+    def evaluate(params, codebook, frozen, batch):
+        features = teacher.features(params, batch["images"])
+        return evaluated(codebook, features, batch["weight"].astype(jnp.float32))
+
+    return evaluate
+
+
 @jax.jit
-def evaluated(
-    codebook: PyTree, features: TeacherFeatures, weight: Float[Array, "b"]
-) -> tuple[CodeIds, dict[str, Array]]:
-    """Return the code ids of the features of images, and the sums that `tasks.vqkd.vqkd_evaluation` returns."""
+def evaluated(codebook: PyTree, features: TeacherFeatures, weight: Float[Array, "b"]) -> dict[str, Array]:
+    """Return the sums of `tasks.vqkd.vqkd_evaluation` over the features of images."""
     ids, distance = _coded(codebook, features)
     loss = cosine_distillation(codebook["features"][ids], features)
-    sums = {
+    return {
         "examples": weight.sum(),
         "counts": jnp.zeros(len(codebook["features"])).at[ids].add(weight[:, None]),
         "reconstruction": jnp.sum(weight * loss.mean(axis=-1)),
         "distance": jnp.sum(weight * distance.mean(axis=-1)),
     }
-    return ids, sums

@@ -11,7 +11,7 @@ from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
-from beitv2_jax.data.sources import open_with
+from beitv2_jax.data.sources import Source, open_source, open_with
 from beitv2_jax.data.sources.folders import (
     class_folders,
     digest_of_names,
@@ -171,6 +171,44 @@ class TfdsLabelMaps(TfdsSource):
 
     def __reduce__(self):
         return TfdsLabelMaps, (self._directory, self._asked)
+
+
+class WithoutLabels:
+    """A source of label maps as one of images, none of which has a class; the attributes are those of the source."""
+
+    num_classes, class_names = 0, ()
+
+    def __init__(self, source: "FolderLabelMaps"):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, example_id: int) -> dict[str, Any]:
+        return {**self._source[example_id], "label": -1}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __reduce__(self):
+        return WithoutLabels, (self._source,)
+
+
+def open_with_label_maps(
+    spec: str, split: str, data_dir: str = "", train_split: str = "train"
+) -> tuple[Source, "FolderLabelMaps | TfdsLabelMaps | None"]:
+    """Open a source of images as `open_source` does, and the source of its label maps, if it has any.
+
+    A folder with label maps is one in the layout of `FolderLabelMaps`.
+    """
+    kind, _, location = spec.partition(":")
+    root = pathlib.Path(location).expanduser()
+    if kind == "folder" and (root / IMAGES).is_dir() and (root / MAPS).is_dir():
+        maps = FolderLabelMaps(location, split)
+        return WithoutLabels(maps), maps
+    source = open_source(spec, split, data_dir, train_split)
+    has_maps = isinstance(source, TfdsSource) and set(MAP_FEATURES) & set(source.image_features)
+    return source, open_label_maps(spec, split, data_dir) if has_maps else None
 
 
 def open_label_maps(spec: str, split: str, data_dir: str = "") -> FolderLabelMaps | TfdsLabelMaps:
