@@ -135,6 +135,14 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
         "codebook_entropy": -np.sum(shares * np.log(shares)),
         "codebook_perplexity": np.exp(-np.sum(shares * np.log(shares))),
     }
+    # the label of a patch is the class of its image
+    labels = np.repeat([NAMES.index(path.parent.name) for path in paths], 9)
+    table = sklearn.metrics.cluster.contingency_matrix(ids.reshape(-1), labels)
+    expected |= {
+        "nmi_class": sklearn.metrics.normalized_mutual_info_score(labels, ids.reshape(-1)),
+        "purity_class": table.max(axis=1).sum() / table.sum(),
+        "majority_class": table.sum(axis=0).max() / table.sum(),
+    }
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert [int(row[1]) for row in rows_of(tmp_path / "out" / "codes.csv")[1:]] == counts.tolist()
     # without a teacher there is the rest
@@ -142,6 +150,24 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
     del expected["reconstruction_loss"]
     assert run(tmp_path / "alone", *arguments)["metrics"] == pytest.approx(expected, rel=1e-4)
     assert "no reconstruction loss" in capsys.readouterr().out
+
+
+def test_codes_against_label_maps(photos, runs, tmp_path):
+    """Patches of 3 x 3 pixels of images of 32, of which the crop keeps the middle 9 of 10."""
+    found = run(tmp_path / "out", runs / "vqkd", f"folder:{photos}/maps", "--batch_size=8")["metrics"]
+    paths = [path for path in sorted((photos / "maps/images/validation").iterdir()) if path.stem != "11"]
+    labels = []
+    for path in paths:
+        with Image.open(photos / "maps/annotations/validation" / path.name) as file:
+            # 9 / 0.875 is 10: the first or last pixel of a side is cut off
+            numbers = np.asarray(file.resize((10, 10), Image.Resampling.NEAREST))[:9, :9]
+        patches = numbers.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+        labels += [max(sorted(set(patch)), key=list(patch).count) for patch in patches.tolist()]
+    ids = beitv2_jax.load_tokenizer(runs / "vqkd").encode(paths).reshape(-1)
+    table = sklearn.metrics.cluster.contingency_matrix(ids, labels)
+    assert found["nmi_mask"] == pytest.approx(sklearn.metrics.normalized_mutual_info_score(labels, ids), abs=1e-6)
+    assert found["purity_mask"] == pytest.approx(table.max(axis=1).sum() / table.sum())
+    assert "nmi_class" not in found
 
 
 def test_a_masked_model_on_the_codes_of_its_tokenizer(photos, runs, tmp_path):

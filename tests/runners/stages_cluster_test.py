@@ -3,12 +3,13 @@
 import json
 import os
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from convert_states import drawn_weights
 from paths import ROOT
 from PIL import Image
+from testing import quick_jit
 
 import beitv2_jax
 from beitv2_jax import config as config_lib
@@ -20,7 +21,7 @@ from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import abstract_task
 from beitv2_jax.runners import stages
-from beitv2_jax.tasks import cluster
+from beitv2_jax.tasks import cluster, initial, mim
 from beitv2_jax.tasks.tokenize import load_tokenizer
 
 CODES = 12
@@ -45,8 +46,7 @@ def folder(tmp_path_factory):
 def stage(folder, name, **changes):
     config = config_lib.load(f"{ROOT / 'configs' / name}.py:smoke").unlock()
     config.data.source = f"folder:{folder / 'images'}"
-    keys = {"views.num_views": 2, "views.image_size": 9, **changes}
-    config.update_from_flattened_dict({key: value for key, value in keys.items() if "." in key})
+    config.update_from_flattened_dict({"views.num_views": 2, "views.image_size": 9, **changes})
     return config.lock()
 
 
@@ -59,14 +59,12 @@ def features(folder):
 
 
 def clustering(folder, features, **changes):
-    config = config_lib.load(f"{ROOT / 'configs' / 'cluster.py'}:smoke").unlock()
-    config.data.source = f"folder:{folder / 'images'}"
-    # the views are those of the features
-    fresh = config_lib.load(f"{ROOT / 'configs' / 'cluster.py'}").unlock()
-    fresh.data.source, fresh.data.num_threads = f"folder:{folder / 'images'}", 2
+    """Return the config of the stage; image size, views and seed are not set, so they are those of the features."""
+    config = config_lib.load(f"{ROOT / 'configs' / 'cluster.py'}").unlock()
+    config.data.source, config.data.num_threads = f"folder:{folder / 'images'}", 2
     given = {"teacher.features": features, "model.codebook_size": CODES, "clustering.iterations": 5, **changes}
-    fresh.update_from_flattened_dict(given)
-    return fresh.lock()
+    config.update_from_flattened_dict(given)
+    return config.lock()
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,14 @@ def made(folder, features):
     workdir = str(folder / "tokenizer")
     summary = stages.run_stage(clustering(folder, features), workdir)
     return workdir, summary["metrics"]
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    """Pixels of some images, and the features that the teacher itself has for them."""
+    pixels = np.float32(np.random.default_rng(1).integers(0, 256, (5, 9, 9, 3)))
+    teacher, params = load_teacher(str(folder / "teacher"), image_size=9)
+    return pixels, np.asarray(quick_jit(teacher.features)(params, pixels), np.float64)
 
 
 def all_features(features, part="views", split="train"):
@@ -89,7 +95,7 @@ def numpy_ids(model_state, features):
     )
 
 
-def test_the_saved_run_gives_the_ids_of_numpy(folder, features, made):
+def test_the_saved_run_gives_the_ids_of_numpy(answers, features, made):
     workdir, metrics = made
     tokenizer, variables = load_tokenizer(workdir, 9, "float32")
     tokens = all_features(features)
@@ -98,10 +104,9 @@ def test_the_saved_run_gives_the_ids_of_numpy(folder, features, made):
     np.testing.assert_allclose(
         codebook["mean"], tokens.reshape(-1, tokens.shape[-1]).mean(axis=0), rtol=1e-5, atol=1e-6
     )
-    pixels = np.float32(np.random.default_rng(1).integers(0, 256, (5, 9, 9, 3)))
-    teacher, params = load_teacher(str(folder / "teacher"), image_size=9)
-    expected = numpy_ids(codebook, np.asarray(teacher.features(params, pixels)))
-    np.testing.assert_array_equal(tokenizer.encode(variables, jnp.asarray(pixels)), expected)
+    pixels, live = answers
+    expected = numpy_ids(codebook, live)
+    np.testing.assert_array_equal(quick_jit(tokenizer.encode)(variables, pixels), expected)
     assert len(np.unique(expected)) > 3
     # what the stage says of the eval split
     held_out = all_features(features, "centre", "validation")
@@ -131,17 +136,17 @@ def test_the_same_seed_makes_the_same_tokenizer_and_less_tokens_another(folder, 
     assert drawn != cluster.drawn_tokens(reader, 2, 50, seed=1)
 
 
-def test_components_keep_what_they_keep(folder, features, tmp_path):
+@pytest.mark.long
+def test_components_keep_what_they_keep(folder, features, answers, tmp_path):
     workdir = str(tmp_path / "w")
     stages.run_stage(clustering(folder, features, **{"clustering.components": 3}), workdir)
     tokenizer, variables = load_tokenizer(workdir, 9, "float32")
     codebook = variables["codebook"]
     assert codebook["quantizer"]["codebook"].shape == (CODES, 3)
-    pixels = np.float32(np.random.default_rng(1).integers(0, 256, (3, 9, 9, 3)))
-    teacher, params = load_teacher(str(folder / "teacher"), image_size=9)
-    projected = (np.asarray(teacher.features(params, pixels), np.float64) - codebook["mean"]) @ codebook["projection"]
+    pixels, live = answers
+    projected = (live - codebook["mean"]) @ codebook["projection"]
     cosine = projected @ codebook["quantizer"]["codebook"].T / np.linalg.norm(projected, axis=-1, keepdims=True)
-    np.testing.assert_array_equal(tokenizer.encode(variables, jnp.asarray(pixels)), cosine.argmax(axis=-1))
+    np.testing.assert_array_equal(quick_jit(tokenizer.encode)(variables, pixels), cosine.argmax(axis=-1))
 
 
 def test_later_stages_take_it(folder, made, tmp_path):
@@ -154,16 +159,42 @@ def test_later_stages_take_it(folder, made, tmp_path):
     ids = mine.encode(paths)
     np.testing.assert_array_equal(ids.reshape(6, 9), np.stack([reader[number, 0] for number in range(6)]))
     assert mine.codebook.shape[0] == CODES and mine.decode(ids).shape == (6, 3, 3, mine.decode(ids).shape[-1])
-    # in the step of MIM, whose sizes follow from it
-    config = config_lib.load(f"{ROOT / 'configs' / 'mim.py'}:smoke").unlock()
-    config.data.source = f"folder:{folder / 'images'}"
-    config.update_from_flattened_dict({"tokenizer.run": workdir, "views.image_size": 9, "model.patch_size": 3})
-    config.update_from_flattened_dict({"model.codebook_size": CODES, "masking.num_masked": 3, "masking.min_patches": 2})
-    summary = stages.run_stage(config.lock(), str(tmp_path / "mim"))
+
+
+def masked_model(folder, tokenizer):
+    """Return the config of a MIM stage with a live tokenizer; image size, patches and codes follow from it."""
+    config = config_lib.load(f"{ROOT / 'configs' / 'mim.py'}").unlock()
+    config.data.source, config.data.num_threads = f"folder:{folder / 'images'}", 2
+    config.tokenizer.run = tokenizer
+    config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32, early_layer=1)
+    config.run.update(batch_size=8, duration="2 steps", checkpoint_every="2 steps", eval_every="2 steps")
+    config.optim.warmup, config.efficiency.dtype = "1 step", "float32"
+    return config.lock()
+
+
+@pytest.mark.long
+def test_a_masked_model_learns_its_codes_in_the_step(folder, made):
+    config = initial.completed(masked_model(folder, made[0]), "")
+    assert (config.views.image_size, config.model.patch_size, config.model.codebook_size) == (9, 3, CODES)
+    task = mim.build(config)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))["params"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    batch = next(iter(task.eval_batches(0, 1)))
+    batch.pop("faults")
+    counts = quick_jit(task.evaluate)(params, {}, task.frozen, batch)["counts"]
+    tokenizer, variables = load_tokenizer(made[0], 9, "float32")
+    hidden = np.asarray(quick_jit(tokenizer.encode)(variables, batch["images"]))[
+        batch["mask"] & (batch["weight"] > 0)[:, None]
+    ]
+    np.testing.assert_array_equal(counts, np.bincount(hidden, minlength=CODES))
+    described = abstract_task.describe(abstract_task.complete(config)[0], 12).task.frozen["tokenizer"]
+    assert jax.tree.map(np.shape, described) == jax.tree.map(np.shape, task.frozen["tokenizer"])
+
+
+@pytest.mark.long
+def test_a_masked_model_trains_on_it(folder, made, tmp_path):
+    summary = stages.run_stage(masked_model(folder, made[0]), str(tmp_path / "mim"))
     assert np.isfinite(summary["metrics"]["loss"])
-    completed, _ = abstract_task.complete(config)
-    shapes = abstract_task.describe(completed, 12).task.frozen["tokenizer"]
-    assert shapes["codebook"]["quantizer"]["codebook"].shape[0] == CODES
 
 
 def test_evaluate_and_convert_take_it(folder, made, tmp_path, capsys):
@@ -177,10 +208,8 @@ def test_evaluate_and_convert_take_it(folder, made, tmp_path, capsys):
     assert evaluate.main([workdir, data, "--teacher=x"]) == 2
     assert "Leave out --teacher" in capsys.readouterr().err
     assert convert([workdir, str(tmp_path / "copy")]) == 0
-    ids = [
-        beitv2_jax.load_tokenizer(path).encode(folder / "images/train/dark/0.png")
-        for path in (workdir, tmp_path / "copy")
-    ]
+    image = folder / "images" / "train" / "dark" / "0.png"
+    ids = [beitv2_jax.load_tokenizer(path).encode(image) for path in (workdir, tmp_path / "copy")]
     np.testing.assert_array_equal(*ids)
 
 
