@@ -154,6 +154,8 @@ def _tokenizer(network, options) -> _Evaluated:
     from beitv2_jax.runners import evaluate
 
     source, label_maps = open_with_label_maps(options.data, options.split, options.data_dir, options.train_split)
+    if options.compare_pixels:
+        _check_number_of_patches(network, source)
     passing = _passing(options, 64, network)
     teacher, lines = _teacher(network, options, passing.dtype)
     result = evaluate.evaluate_tokenizer(
@@ -163,6 +165,7 @@ def _tokenizer(network, options) -> _Evaluated:
         passing,
         crop_fraction=_crop_fraction(network, options),
         label_maps=label_maps,
+        compare_pixels=options.compare_pixels,
     )
     counts = result.details["counts"].astype(np.int64)
 
@@ -172,6 +175,18 @@ def _tokenizer(network, options) -> _Evaluated:
         write_csv(folder / "codes.csv", [("code", "patches"), *enumerate(counts.tolist())])
 
     return _Evaluated(result, source, lines, write)
+
+
+def _check_number_of_patches(network, source) -> None:
+    arguments = network.weights.arguments
+    patches = (network.image_size // arguments.get("encoder", arguments)["patch_size"]) ** 2
+    if len(source) * patches < arguments["codebook_size"]:
+        raise UserError(
+            f"The {len(source)} images have {patches} patches each, fewer than the {arguments['codebook_size']} codes, "
+            "and --compare_pixels makes as many clusters of their pixels.",
+            "Did you mean a larger split?",
+            "Write --split=NAME of one with more images, or leave out --compare_pixels.",
+        )
 
 
 def _teacher(network, options, dtype: str):
@@ -403,6 +418,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--teacher", default="", metavar="PATH", help="of a tokenizer (default: that of the run)")
     parser.add_argument("--teacher_normalization", choices=NORMALIZATIONS, help="of a --teacher that does not state it")
+    parser.add_argument(
+        "--compare_pixels", action="store_true", help="of a tokenizer: also cluster the pixels of the patches"
+    )
     parser.add_argument("--tokenizer", default="", metavar="PATH", help="of a masked model (default: that of the run)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
     parser.add_argument(

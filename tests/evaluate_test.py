@@ -45,6 +45,8 @@ def photos(tmp_path_factory):
         ):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(root / path)
+    (root / "one").mkdir()
+    Image.fromarray(pixels).save(root / "one" / "0.png")
     for damaged in (root / "photos/class16/11.png", root / "maps/images/validation/11.png"):
         damaged.write_bytes(damaged.read_bytes()[:60])
     return root
@@ -154,7 +156,8 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
 
 def test_codes_against_label_maps(photos, runs, tmp_path):
     """Patches of 3 x 3 pixels, of 9 x 9 in the middle of maps whose shorter side has 10 = int(9 / 0.875)."""
-    found = run(tmp_path / "out", runs / "vqkd", f"folder:{photos}/maps", "--batch_size=8")["metrics"]
+    arguments = (runs / "vqkd", f"folder:{photos}/maps", "--batch_size=8", "--compare_pixels")
+    found = run(tmp_path / "out", *arguments)["metrics"]
     paths = [path for path in sorted((photos / "maps/images/validation").iterdir()) if path.stem != "11"]
     labels = []
     for path in paths:
@@ -168,6 +171,8 @@ def test_codes_against_label_maps(photos, runs, tmp_path):
     assert found["nmi_mask"] == pytest.approx(sklearn.metrics.normalized_mutual_info_score(labels, ids), abs=1e-6)
     assert found["purity_mask"] == pytest.approx(table.max(axis=1).sum() / table.sum())
     assert "nmi_class" not in found
+    # clusters of the pixels of random patches say more than these two codes: there are 19
+    assert found["pixels_nmi_mask"] > found["nmi_mask"] and found["pixels_purity_mask"] > found["purity_mask"]
 
 
 def test_a_masked_model_on_the_codes_of_its_tokenizer(photos, runs, tmp_path):
@@ -263,6 +268,7 @@ def test_published_figures_stand_beside_the_measured_ones(photos, runs, tmp_path
         (["RUNS/mim", "folder:DATA/photos", "--split=train", "--tokenizer=RUNS/classifier"], "are no tokenizer"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=x"], "no teacher weights at x"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=RUNS/mim"], "features of 10 numbers"),
+        (["RUNS/vqkd", "folder:DATA/one", "--split=train", "--compare_pixels"], "leave out --compare_pixels"),
         (["RUNS/segmenter", "folder:DATA/photos"], "no folders images and annotations"),
         (["RUNS/classifier", "folder:DATA/photos", "--split=train"], "--max_bad_fraction=0.05"),
         (["nowhere", "folder:DATA/photos"], "no weights file at nowhere"),

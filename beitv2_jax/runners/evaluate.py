@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.teachers.load import build_teacher
@@ -28,6 +28,7 @@ from beitv2_jax.data.segmentation.label_maps import LabelIds, decode_label_map
 from beitv2_jax.data.segmentation.transforms import WindowRow, window_row
 from beitv2_jax.data.segmentation.windows import Sliding
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.transform import readable_image
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.classes import ClassMap
 from beitv2_jax.evaluation.classification import calibration_error, class_accuracies, confusion_matrix
@@ -35,6 +36,7 @@ from beitv2_jax.evaluation.code_labels import NO_LABEL, code_label_metrics, patc
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops.implementations import AUTO, resolve_auto
 from beitv2_jax.models.teachers import Teacher
+from beitv2_jax.rng import host_rng
 from beitv2_jax.tasks import cluster, finetune, inputs, mim, segment, vqkd
 from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.tokenize import tokenizer_of
@@ -44,6 +46,8 @@ from beitv2_jax.training.writer import Progress
 from beitv2_jax.typing import PyTree
 
 FLAG = "--max_bad_fraction"
+MAX_PATCHES = 262_144
+"""Patches of which the pixels are clustered at most."""
 TOP = 5
 """Classes among which the second accuracy looks for the true one."""
 
@@ -167,12 +171,14 @@ def evaluate_tokenizer(
     *,
     crop_fraction: float,
     label_maps: Source | None = None,
+    compare_pixels: bool = False,
 ) -> Result:
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
     Where images have classes or `label_maps`, their patches have labels, and the metrics of
-    `evaluation.code_labels.code_label_metrics` say what the codes have to do with these. A cluster tokenizer has its
-    own teacher.
+    `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with `compare_pixels` also
+    what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster tokenizer has its own
+    teacher.
 
     Details: `counts` of every code, and the `code_ids` of every image.
     """
@@ -206,7 +212,30 @@ def evaluate_tokenizer(
         example_ids = passed.rows["example_ids"].tolist()
         labels["mask"] = _labels_of_patches(label_maps, example_ids, tokenizer.grid, size, crop_fraction)
     metrics |= code_label_metrics(code_ids, labels)
+    if compare_pixels:
+        drawn = host_rng(0, "raw patches").permutation(len(code_ids))[: max(1, MAX_PATCHES // code_ids.shape[1])]
+        chosen = np.sort(drawn)
+        crops = [
+            center_crop(readable_image(source[example_id], 1)[0], weights.arguments["image_size"], crop_fraction)
+            for example_id in passed.rows["example_ids"][chosen].tolist()
+        ]
+        pixel_ids = _clusters_of_pixels(np.stack(crops), tokenizer.grid, tokenizer.codebook_size)
+        found = code_label_metrics(pixel_ids, {name: of_patches[chosen] for name, of_patches in labels.items()})
+        metrics |= {f"pixels_{name}": value for name, value in found.items() if not name.startswith("majority_")}
     return passed.result(metrics, {"counts": passed.sums["counts"], "code_ids": code_ids})
+
+
+def _clusters_of_pixels(
+    crops: UInt8[np.ndarray, "b S S 3"], grid: tuple[int, int], num_clusters: int
+) -> Int[np.ndarray, "b n"]:
+    """Return the clusters of the patches of crops, by k-means of their pixels as the stage 'cluster' does it."""
+    rows, columns = grid
+    height, width = crops.shape[1] // rows, crops.shape[2] // columns
+    patches = crops.reshape(-1, rows, height, columns, width, 3).swapaxes(2, 3)
+    tokens = patches.reshape(-1, height * width * 3).astype(np.float32) / 255
+    rounds = cluster.clustered(tokens, codebook_size=num_clusters, iterations=25, components=0, seed=0)
+    *_, codebook = rounds
+    return cluster.code_ids_of(codebook, tokens).reshape(len(crops), -1)
 
 
 def _labels_of_patches(

@@ -167,6 +167,12 @@ def clustered(
         yield {**codebook, "quantizer": {"codebook": centroids}}
 
 
+def code_ids_of(codebook: PyTree, features: Float[np.ndarray, "m t"]) -> Int[np.ndarray, "m"]:
+    """Return the code ids of features."""
+    coded = jax.jit(lambda rows: _coded(codebook, rows)[0])
+    return np.concatenate([coded(features[start : start + ROWS]) for start in range(0, len(features), ROWS)])
+
+
 def features_of_codes(codebook: PyTree, tokens: Float[np.ndarray, "m t"]) -> Float[np.ndarray, "k t"]:
     """Return the mean direction of the features of each code, and that of all features for a code without any."""
     num_codes = len(codebook["quantizer"]["codebook"])
