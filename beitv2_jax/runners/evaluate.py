@@ -8,7 +8,8 @@ processes share each batch, and every process gets the result. Protocols that ne
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -170,13 +171,13 @@ def evaluate_tokenizer(
     passing: Passing,
     *,
     crop_fraction: float,
-    label_maps: Source | None = None,
+    label_maps: Mapping[str, Source] = MappingProxyType({}),
     compare_pixels: bool = False,
 ) -> Result:
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
-    Where images have classes or `label_maps`, their patches have labels, and the metrics of
-    `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with `compare_pixels` also
+    Where images have classes or `label_maps` (by the name of what they label), their patches have labels, and the
+    metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with `compare_pixels` also
     what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster tokenizer has its own
     teacher.
 
@@ -207,10 +208,9 @@ def evaluate_tokenizer(
     metrics["codebook_entropy"] = float(np.log(metrics["codebook_perplexity"]))
     code_ids = passed.rows["code_ids"]
     labels = {"class": np.broadcast_to(passed.rows["labels"][:, None], code_ids.shape)}
-    if label_maps is not None:
-        size = weights.arguments["image_size"]
-        example_ids = passed.rows["example_ids"].tolist()
-        labels["mask"] = _labels_of_patches(label_maps, example_ids, tokenizer.grid, size, crop_fraction)
+    size, example_ids = weights.arguments["image_size"], passed.rows["example_ids"].tolist()
+    for name, maps in label_maps.items():
+        labels[name] = _labels_of_patches(maps, example_ids, tokenizer.grid, size, crop_fraction)
     metrics |= code_label_metrics(code_ids, labels)
     if compare_pixels:
         drawn = host_rng(0, "raw patches").permutation(len(code_ids))[: max(1, MAX_PATCHES // code_ids.shape[1])]
