@@ -177,9 +177,9 @@ def evaluate_tokenizer(
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
     Where images have classes or `label_maps` (by the name of what they label), their patches have labels, and the
-    metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with `compare_pixels` also
-    what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster tokenizer has its own
-    teacher.
+    metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with
+    `compare_pixels` also what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster
+    tokenizer has its own teacher.
 
     Details: `counts` of every code, and the `code_ids` of every image.
     """
