@@ -28,7 +28,7 @@ from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.files import located, read_config
-from beitv2_jax.convert.weights import Weights, read
+from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, read
 from beitv2_jax.data.augment import center_crop, eval_crop_fraction
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.label_maps import LabelIds
@@ -40,10 +40,10 @@ from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vit import VisionTransformer
-from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import segment
 from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.common import normalized
+from beitv2_jax.tasks.tokenize import tokenizer_of
 from beitv2_jax.training import sharding
 from beitv2_jax.typing import PyTree
 
@@ -119,7 +119,7 @@ class _Network:
 
 
 class Tokenizer(_Network):
-    """A visual tokenizer: images to code ids, and code ids to features of the teacher."""
+    """A visual tokenizer, trained or of clusters: images to code ids, and code ids to features of the teacher."""
 
     @property
     def codebook(self) -> Float32[np.ndarray, "k c"]:
@@ -136,14 +136,17 @@ class Tokenizer(_Network):
         return self._run(self._encode, images)
 
     def decode(self, code_ids: Int[np.ndarray, "b gh gw"]) -> Float32[np.ndarray, "b gh gw t"]:
-        """Return the teacher features that the decoder reconstructs from code ids, not normalised.
+        """Return the teacher features that code ids stand for, not normalised.
+
+        A trained tokenizer reconstructs them from the codes of the whole image; in one of clusters each code has its
+        own, the mean direction of those it was made from.
 
         Raises:
             UserError: ids of another grid, or outside of the codebook.
         """
         code_ids = np.asarray(code_ids)
-        if code_ids.ndim != 3 or code_ids.shape[1:] != self._model.grid:
-            rows, columns = self._model.grid
+        if code_ids.ndim != 3 or code_ids.shape[1:] != self._tokenizer.grid:
+            rows, columns = self._tokenizer.grid
             raise UserError(
                 f"The code ids have the shape {code_ids.shape}, which is not (images, {rows}, {columns}).",
                 "Did you leave out the first axis, or use the ids of another tokenizer?",
@@ -158,18 +161,18 @@ class Tokenizer(_Network):
         return self._apply(self._decode, code_ids)
 
     @functools.cached_property
-    def _encode(self):
-        def encode(variables, images):
-            ids = self._model.apply(variables, to_unit_range(images), method=VQKD.encode)
-            return ids.reshape(-1, *self._model.grid)
+    def _tokenizer(self):
+        return tokenizer_of(self.weights, Compute(dtype=self.dtype))
 
-        return jax.jit(encode)
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(lambda *given: self._tokenizer.encode(*given).reshape(-1, *self._tokenizer.grid))
 
     @functools.cached_property
     def _decode(self):
         def decode(variables, code_ids):
-            codes = variables["codebook"]["quantizer"]["codebook"][code_ids]
-            return self._model.apply(variables, codes, method=VQKD.decode).reshape(*code_ids.shape, -1)
+            features = self._tokenizer.features(variables, code_ids.reshape(len(code_ids), -1))
+            return features.reshape(*code_ids.shape, -1)
 
         return jax.jit(decode)
 
@@ -352,14 +355,14 @@ def load_tokenizer(source: str | os.PathLike, *, image_size: int | None = None, 
     """Load a visual tokenizer.
 
     Args:
-        source: path of a vqkd run or of a released tokenizer.
+        source: path of a run of stage vqkd or cluster, or of a released tokenizer.
         image_size: positions are resized to it; None keeps the size of the weights.
         dtype: of the matrix products, 'float32' or 'bfloat16'; codes are always computed in float32.
 
     Raises:
         UserError: nothing readable is there, or no tokenizer.
     """
-    return Tokenizer(*_read(source, image_size, None, ("vqkd",), "a tokenizer"), dtype)
+    return Tokenizer(*_read(source, image_size, None, TOKENIZER_STAGES, "a tokenizer"), dtype)
 
 
 def load_backbone(
@@ -408,9 +411,9 @@ def load(
 
     Arguments and errors as `load_backbone`.
     """
-    weights, path = _read(source, image_size, normalization, tuple(MODELS), "known")
-    kinds = {"vqkd": Tokenizer, "mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
-    return kinds[weights.kind](weights, path, dtype)
+    weights, path = _read(source, image_size, normalization, (*MODELS, *TOKENIZER_STAGES), "known")
+    kinds = {"mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
+    return kinds.get(weights.kind, Tokenizer)(weights, path, dtype)
 
 
 def load_segmenter(

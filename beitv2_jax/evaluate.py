@@ -82,8 +82,8 @@ def _main(argv: Sequence[str] | None = None) -> None:
     from beitv2_jax.report.evaluation import metrics_table
 
     network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
-    kinds = {"classifier": _classifier, "vqkd": _tokenizer, "mim": _masked_model, "segmenter": _segmenter}
-    found = kinds[network.weights.kind](network, options)
+    kinds = {"classifier": _classifier, "mim": _masked_model, "segmenter": _segmenter}
+    found = kinds.get(network.weights.kind, _tokenizer)(network, options)
     if jax.process_index() != 0:
         return
     published = recognise(options.weights, network.weights.kind)
@@ -150,14 +150,22 @@ def _classifier(network, options) -> _Evaluated:
 
 
 def _tokenizer(network, options) -> _Evaluated:
-    from beitv2_jax.data.sources import open_source
+    from beitv2_jax.data.segmentation.sources import open_with_label_maps
     from beitv2_jax.runners import evaluate
 
-    source = open_source(options.data, options.split, options.data_dir, options.train_split)
+    source, label_maps = open_with_label_maps(options.data, options.split, options.data_dir, options.train_split)
+    if options.compare_pixels:
+        _check_number_of_patches(network, source)
     passing = _passing(options, 64, network)
     teacher, lines = _teacher(network, options, passing.dtype)
     result = evaluate.evaluate_tokenizer(
-        network.weights, source, teacher, passing, crop_fraction=_crop_fraction(network, options)
+        network.weights,
+        source,
+        teacher,
+        passing,
+        crop_fraction=_crop_fraction(network, options),
+        label_maps=label_maps,
+        compare_pixels=options.compare_pixels,
     )
     counts = result.details["counts"].astype(np.int64)
 
@@ -169,12 +177,33 @@ def _tokenizer(network, options) -> _Evaluated:
     return _Evaluated(result, source, lines, write)
 
 
+def _check_number_of_patches(network, source) -> None:
+    arguments = network.weights.arguments
+    patches = (network.image_size // arguments.get("encoder", arguments)["patch_size"]) ** 2
+    if len(source) * patches < arguments["codebook_size"]:
+        raise UserError(
+            f"The {len(source)} images have {patches} patches each, fewer than the {arguments['codebook_size']} codes, "
+            "and --compare_pixels makes as many clusters of their pixels.",
+            "Did you mean a larger split?",
+            "Write --split=NAME of one with more images, or leave out --compare_pixels.",
+        )
+
+
 def _teacher(network, options, dtype: str):
     """Return the teacher of a tokenizer, or None, and the line that says which one it is."""
     from beitv2_jax.convert.files import located
     from beitv2_jax.convert.teachers.load import load_teacher
     from beitv2_jax.tasks.targets import TEACHER_CHOICES
 
+    if network.weights.kind == "cluster":
+        own = network.weights.arguments["teacher"]["name"]
+        if options.teacher:
+            raise UserError(
+                f"The tokenizer {options.weights} has its own teacher, {own}.",
+                "Did you mean another tokenizer?",
+                "Leave out --teacher.",
+            )
+        return None, [f"teacher: {own}"]
     settings = _teacher_of_run(options.weights)
     if options.teacher:
         settings = {"weights": options.teacher, "normalization": options.teacher_normalization or ""}
@@ -209,7 +238,7 @@ def _teacher_of_run(path: str) -> dict[str, Any]:
 
 def _masked_model(network, options) -> _Evaluated:
     from beitv2_jax.convert.files import located
-    from beitv2_jax.convert.weights import read
+    from beitv2_jax.convert.weights import TOKENIZER_STAGES, read
     from beitv2_jax.data.sources import open_source
     from beitv2_jax.runners import evaluate
     from beitv2_jax.sizes import MASKED_FRACTION
@@ -227,11 +256,11 @@ def _masked_model(network, options) -> _Evaluated:
         )
     arguments = network.weights.arguments
     tokenizer = read(path, image_size=config.get("views", {}).get("tokenizer_image_size") or None)
-    if tokenizer.kind != "vqkd":
+    if tokenizer.kind not in TOKENIZER_STAGES:
         raise UserError(
             f"{path} holds weights of kind {tokenizer.kind!r}, which are no tokenizer.",
             "Did you mean the path of another run or file?",
-            "Write --tokenizer=PATH of a vqkd run or of a released tokenizer.",
+            "Write --tokenizer=PATH of a run of stage vqkd or cluster, or of a released tokenizer.",
         )
     source = open_source(options.data, options.split, options.data_dir, options.train_split)
     masking = config.get("masking", {})
@@ -389,6 +418,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--teacher", default="", metavar="PATH", help="of a tokenizer (default: that of the run)")
     parser.add_argument("--teacher_normalization", choices=NORMALIZATIONS, help="of a --teacher that does not state it")
+    parser.add_argument(
+        "--compare_pixels", action="store_true", help="of a tokenizer: also cluster the pixels of the patches"
+    )
     parser.add_argument("--tokenizer", default="", metavar="PATH", help="of a masked model (default: that of the run)")
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
     parser.add_argument(

@@ -15,6 +15,7 @@ sizes of `--tokenizer`. Each measurement is warmed before it is taken:
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -26,15 +27,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.arguments import initialised
+from beitv2_jax.convert.weights import Weights
 from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.runtime.launch import start_logging
-from beitv2_jax.tasks import inputs, mim, tokenize, vqkd
+from beitv2_jax.tasks import inputs, mim, tokenize
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.training import loop, optim, sharding
 from beitv2_jax.training import state as state_lib
@@ -135,10 +137,10 @@ def untrained_tokenizer(config: ConfigDict, tokenizer_config: ConfigDict):
     tokenizer_config.views.image_size = size
     tokenizer_config.model.encoder.patch_size = size // rows
     tokenizer_config.model.codebook_size = config.model.codebook_size
-    model = vqkd.make_model(tokenizer_config, Compute(dtype=config.efficiency.dtype), teacher_width=512)
-    images = jnp.zeros((1, size, size, 3))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
-    return tokenize.Tokenizer("untrained", model, (rows, rows), "none"), variables
+    arguments = {**tokenizer_config.model.to_dict(), "image_size": size, "teacher_width": 512}
+    variables = jax.jit(functools.partial(initialised, "vqkd", arguments))(jax.random.key(0))
+    weights = Weights("vqkd", arguments, variables, "run")
+    return tokenize.tokenizer_of(weights, Compute(dtype=config.efficiency.dtype), name="untrained"), variables
 
 
 def table(metrics: dict[str, float | str], config: ConfigDict) -> str:

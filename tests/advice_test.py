@@ -21,10 +21,11 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.convert import runs, weights
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import finetune, inputs, mim, probe, tokenize
+from beitv2_jax.tasks import cluster, finetune, inputs, mim, probe, tokenize
 
 MIM = "--config=configs/mim.py --workdir=w"
 FLAGS = {
+    "cluster": "--config=configs/cluster.py:smoke --config.teacher.features=DIR",
     "extract": "--config=configs/extract.py:smoke --config.teacher.weights=FILE",
     "finetune": "--config=configs/finetune.py:smoke",
     "live": "--config=configs/mim.py:smoke --config.tokenizer.run=vqkd",
@@ -66,6 +67,10 @@ CONFIGS = [
     ("mim", "--config.model.patch_size=16 --config.masking.num_masked=2 --config.views.image_size=16"),
     ("vqkd", "--config.model.encoder.stem=conv --config.model.encoder.patch_size=24"),
     ("vqkd", "--config.model.codebook_size=1000"),
+    ("cluster", "--config.clustering.max_tokens=31"),
+    ("cluster", "--config.clustering.components=-1"),
+    ("cluster", "--config.clustering.iterations=0"),
+    ("cluster", "--config.teacher.features=''"),
     ("mim", "--config.model.early_layer=4"),
     ("segment", "--config.model.out_layers=(1,2,3,4)"),
     ("segment", "--config.model.out_layers=(1,)"),
@@ -130,6 +135,7 @@ COMMANDS = [
 NOT_BY_FLAGS = (
     'config/load.py: UserError( f"The home directory',
     'tasks/targets.py: UserError( f"The parts views and centre',
+    "tasks/cluster.py: UserError( f\"The stage 'cluster' runs in one process",
 )
 """Beginnings of errors whose remedy is not a flag."""
 
@@ -178,7 +184,8 @@ def follow(arguments: list[str], check, remedy: str | None = None) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    config_lib.validate(config, None if config.stage in ("pipeline", "extract", "tokenize", "probe") else 1000)
+    without_loop = ("pipeline", "extract", "cluster", "tokenize", "probe")
+    config_lib.validate(config, None if config.stage in without_loop else 1000)
 
 
 @pytest.mark.parametrize("name, mistake", CONFIGS)
@@ -218,12 +225,33 @@ TASKS = [
     ("probe", probe.build, "--config.probe.batch_size=2000 --config.probe.duration='1 epoch'"),
     ("tokenize", tokenize.build, "--config.tokenizer.run=mim", "--config.tokenizer.run=vqkd"),
     ("tokenize", tokenize.build, "--config.tokenizer.run=vqkd160"),
+    ("cluster", cluster.build, "--config.model.codebook_size=40000"),
+    ("cluster", cluster.build, "--config.clustering.components=9"),
+    ("cluster", cluster.build, "--config.teacher.features=own_program", "--config.teacher.features=DIR"),
+    ("cluster", cluster.build, "--config.teacher.weights=other", "--config.teacher.weights=PATH"),
     ("live", mim.open_inputs, "--config.tokenizer.run=vqkd160"),
     ("live", mim.open_inputs, "--config.views.tokenizer_image_size=160"),
     ("live", mim.open_inputs, "--config.model.patch_size=32 --config.masking.num_masked=1"),
     ("live", mim.open_inputs, "--config.model.codebook_size=33"),
 ]
 """What is refused when the data and the runs of other stages are open; the last column replaces DIR and PATH."""
+
+
+def open_features(monkeypatch) -> None:
+    """Let DIR and PATH be features of ten images of 36 patches by an extract stage, and own-program ones by none."""
+    manifest = {"teacher": "owl", "teacher_hash": "1", "teacher_width": 8}
+    reader = FakeSource(10)
+    reader.unreadable = ()
+    extract = config_lib.to_json(parsed(*shlex.split(FLAGS["extract"])))
+
+    def read_teacher(weights, **options):
+        return {"weights_hash": "2" if weights == "other" else "1"}, {}
+
+    monkeypatch.setattr(cluster.targets, "manifest_of", lambda folder, target: manifest)
+    monkeypatch.setattr(cluster.targets, "open_cache", lambda *arguments: (reader, reader))
+    monkeypatch.setattr(cluster, "is_run", lambda folder: folder != "own_program")
+    monkeypatch.setattr(cluster, "read_config", lambda folder: json.loads(extract))
+    monkeypatch.setattr(cluster, "read_teacher", read_teacher)
 
 
 @pytest.mark.parametrize("name, build, mistake, remedy", [(*case, *[None] * (4 - len(case))) for case in TASKS])
@@ -240,6 +268,7 @@ def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
         monkeypatch.setattr(module, "read_config", lambda run: json.loads(RUNS[run]().config))
     for module in (weights, tokenize):
         monkeypatch.setattr(module, "read_run", lambda run, average=False: RUNS[run]())
+    open_features(monkeypatch)
     right, wrong = shlex.split(FLAGS[name]), shlex.split(mistake)
     build(parsed(*right))
     follow([*right, *wrong], lambda config: (config_lib.validate(config), build(config)), remedy)

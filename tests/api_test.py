@@ -23,6 +23,7 @@ from beitv2_jax.data.sources import open_source
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import segment, tokenize
 
 NUM_IMAGES = 5
@@ -99,7 +100,8 @@ def test_a_tokenizer_gives_the_ids_of_the_stages_and_decodes_them(folder, runs):
     ids = tokenizer.encode(paths_of(folder))
     assert ids.shape == (NUM_IMAGES, 3, 3)
     np.testing.assert_array_equal(ids.reshape(NUM_IMAGES, -1), own.encode(variables, jnp.float32(pixels)))
-    whole = own.model.apply(variables, jnp.float32(pixels) / 127.5 - 1.0, train=False)
+    model = VQKD.from_arguments(drawn_weights("vqkd").arguments)
+    whole = model.apply(variables, jnp.float32(pixels) / 127.5 - 1.0, train=False)
     features = tokenizer.decode(ids)
     assert features.shape == (NUM_IMAGES, 3, 3, 23)
     np.testing.assert_allclose(features.reshape(NUM_IMAGES, 9, 23), whole.reconstruction, rtol=1e-4, atol=1e-4)

@@ -45,6 +45,8 @@ def photos(tmp_path_factory):
         ):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(root / path)
+    (root / "one").mkdir()
+    Image.fromarray(pixels).save(root / "one" / "0.png")
     for damaged in (root / "photos/class16/11.png", root / "maps/images/validation/11.png"):
         damaged.write_bytes(damaged.read_bytes()[:60])
     return root
@@ -135,6 +137,14 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
         "codebook_entropy": -np.sum(shares * np.log(shares)),
         "codebook_perplexity": np.exp(-np.sum(shares * np.log(shares))),
     }
+    # the label of a patch is the class of its image
+    labels = np.repeat([NAMES.index(path.parent.name) for path in paths], 9)
+    table = sklearn.metrics.cluster.contingency_matrix(ids.reshape(-1), labels)
+    expected |= {
+        "nmi_class": sklearn.metrics.normalized_mutual_info_score(labels, ids.reshape(-1)),
+        "purity_class": table.max(axis=1).sum() / table.sum(),
+        "majority_class": table.sum(axis=0).max() / table.sum(),
+    }
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert [int(row[1]) for row in rows_of(tmp_path / "out" / "codes.csv")[1:]] == counts.tolist()
     # without a teacher there is the rest
@@ -142,6 +152,27 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
     del expected["reconstruction_loss"]
     assert run(tmp_path / "alone", *arguments)["metrics"] == pytest.approx(expected, rel=1e-4)
     assert "no reconstruction loss" in capsys.readouterr().out
+
+
+def test_codes_against_label_maps(photos, runs, tmp_path):
+    """Patches of 3 x 3 pixels, of 9 x 9 in the middle of maps whose shorter side has 10 = int(9 / 0.875)."""
+    arguments = (runs / "vqkd", f"folder:{photos}/maps", "--batch_size=8", "--compare_pixels")
+    found = run(tmp_path / "out", *arguments)["metrics"]
+    paths = [path for path in sorted((photos / "maps/images/validation").iterdir()) if path.stem != "11"]
+    labels = []
+    for path in paths:
+        with Image.open(photos / "maps/annotations/validation" / path.name) as file:
+            width, left = {20: (12, 2), 21: (11, 1), 22: (11, 1)}[file.height]
+            numbers = np.asarray(file.resize((width, 10), Image.Resampling.NEAREST))[:9, left : left + 9]
+        patches = numbers.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+        labels += [max(sorted(set(patch)), key=list(patch).count) for patch in patches.tolist()]
+    ids = beitv2_jax.load_tokenizer(runs / "vqkd").encode(paths).reshape(-1)
+    table = sklearn.metrics.cluster.contingency_matrix(ids, labels)
+    assert found["nmi_mask"] == pytest.approx(sklearn.metrics.normalized_mutual_info_score(labels, ids), abs=1e-6)
+    assert found["purity_mask"] == pytest.approx(table.max(axis=1).sum() / table.sum())
+    assert "nmi_class" not in found
+    # clusters of the pixels of random patches say more than these two codes: there are 19
+    assert found["pixels_nmi_mask"] > found["nmi_mask"] and found["pixels_purity_mask"] > found["purity_mask"]
 
 
 def test_a_masked_model_on_the_codes_of_its_tokenizer(photos, runs, tmp_path):
@@ -237,6 +268,7 @@ def test_published_figures_stand_beside_the_measured_ones(photos, runs, tmp_path
         (["RUNS/mim", "folder:DATA/photos", "--split=train", "--tokenizer=RUNS/classifier"], "are no tokenizer"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=x"], "no teacher weights at x"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=RUNS/mim"], "features of 10 numbers"),
+        (["RUNS/vqkd", "folder:DATA/one", "--split=train", "--compare_pixels"], "leave out --compare_pixels"),
         (["RUNS/segmenter", "folder:DATA/photos"], "no folders images and annotations"),
         (["RUNS/classifier", "folder:DATA/photos", "--split=train"], "--max_bad_fraction=0.05"),
         (["nowhere", "folder:DATA/photos"], "no weights file at nowhere"),

@@ -17,7 +17,7 @@ from beitv2_jax.sizes import MASKED_FRACTION
 
 _DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
 _CHOICES = {
-    "stage": ("finetune", "extract", "vqkd", "tokenize", "mim", "probe", "segment", "pipeline"),
+    "stage": ("finetune", "extract", "vqkd", "cluster", "tokenize", "mim", "probe", "segment", "pipeline"),
     "views.interpolation": choices.INTERPOLATIONS,
     "views.tokenizer_interpolation": ("", *choices.INTERPOLATIONS),
     "teacher.normalization": ("", *choices.NORMALIZATIONS),
@@ -75,6 +75,7 @@ _AT_LEAST_ONE = {
     "aux_channels": 256,
     "knn_neighbors": 20,
     "shard_examples": 8192,
+    "iterations": 25,
 }
 """Numbers that must be positive, by the last part of their key, with a published value."""
 
@@ -142,6 +143,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     _check_layers(flat, refuse)
     _check_reading(flat, refuse)
     _check_probe(flat, refuse)
+    _check_clustering(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
     _check_inputs(config.stage, flat, refuse)
@@ -333,6 +335,18 @@ def _check_probe(flat: dict[str, Any], refuse: Callable) -> None:
         refuse("probe.knn_temperature", "it must be positive", "Did you mean that of DINO?", 0.07)
 
 
+def _check_clustering(flat: dict[str, Any], refuse: Callable) -> None:
+    if "clustering.max_tokens" not in flat:
+        return
+    codes = flat["model.codebook_size"]
+    if flat["clustering.max_tokens"] < codes:
+        problem = f"model.codebook_size={codes} clusters need as many tokens"
+        refuse("clustering.max_tokens", problem, "Did you mean about fifty tokens for each cluster?", 50 * codes)
+    if flat["clustering.components"] < 0:
+        problem = "a number of principal components cannot be negative"
+        refuse("clustering.components", problem, "Did you mean the features as they are?", 0)
+
+
 def _check_efficiency(flat: dict[str, Any], refuse: Callable) -> None:
     steps, batch_size = flat.get("efficiency.accumulation_steps", 1), flat.get("run.batch_size", 1)
     if steps < 1 or batch_size % steps:
@@ -376,13 +390,18 @@ def _check_windows(flat: dict[str, Any], refuse: Callable) -> None:
 
 def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
     """Check that the config says where the inputs of its stage are, and that stored inputs have numbered views."""
-    needed = {"extract": "teacher.weights", "tokenize": "tokenizer.run", "probe": "backbone.run"}
+    needed = {
+        "extract": "teacher.weights",
+        "cluster": "teacher.features",
+        "tokenize": "tokenizer.run",
+        "probe": "backbone.run",
+    }
     for required in ("data.source", *filter(None, [needed.get(stage)])):
         if not flat.get(required, required):
             place = "folder:PATH" if required == "data.source" else "PATH"
             refuse(required, "this stage cannot run without it", "Did you forget to set it?", place)
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)
-    stored = stage in ("extract", "tokenize")
+    stored = stage in ("extract", "cluster", "tokenize")
     if either is not None:
         stored_key, live_key = either
         stored = bool(flat[stored_key])

@@ -21,10 +21,12 @@ from jax import export
 
 from beitv2_jax import __version__
 from beitv2_jax.convert.arguments import MODELS
+from beitv2_jax.convert.teachers.load import build_teacher
 from beitv2_jax.convert.weights import Weights
 from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.cluster import ClusterTokenizer
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
 from beitv2_jax.models.quantizer import l2_normalise, nearest_code
 from beitv2_jax.models.upernet import resize
@@ -133,8 +135,12 @@ def _check(weights: Weights, package: str, extra: str) -> None:
 
 def _function(weights: Weights) -> Callable[[jax.Array], dict[str, jax.Array]]:
     """Return the function images 'b S S 3' of bytes -> {name: output}."""
-    model = MODELS[weights.kind].from_arguments(weights.arguments, _COMPUTE)
     variables = {name: jax.tree.map(jnp.asarray, tree) for name, tree in weights.variables.items() if tree}
+    if weights.kind == "cluster":
+        teacher = build_teacher(weights.arguments["teacher"], _COMPUTE.dtype)
+        tokenizer = ClusterTokenizer(teacher, _COMPUTE.nearest_code)
+        return lambda images: {"code_ids": tokenizer.encode(variables, images).reshape(-1, *teacher.grid)}
+    model = MODELS[weights.kind].from_arguments(weights.arguments, _COMPUTE)
 
     def normalized(images):
         return normalize(images, *NORMALIZATIONS[weights.normalization])

@@ -89,6 +89,7 @@ _STAGES = {
     "mim": "Pre-training by masked image modelling",
     "tokenize": "Code ids",
     "vqkd": "Training of the tokenizer",
+    "cluster": "Clusters of teacher features",
     "extract": "Teacher features",
 }
 """Stage -> heading of its table."""

@@ -129,8 +129,13 @@ def write_run(workdir: str, config: dict, variables: dict[str, PyTree]) -> None:
     directory = Path(workdir).absolute()
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_checkpoint(directory, variables)
+
+
+def write_checkpoint(directory: Path, variables: dict[str, PyTree]) -> None:
+    """Write the params and the model state (if any) as the checkpoint of step 0 of a run, and its checksums."""
     items = {name: variables[name] for name in ITEMS if variables.get(name)}
-    with ocp.CheckpointManager(directory / "checkpoints") as manager:
+    with ocp.CheckpointManager(directory.absolute() / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
     write_checksums(directory / "checkpoints" / "0")
 

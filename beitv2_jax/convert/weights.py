@@ -32,7 +32,7 @@ from beitv2_jax.convert.files import read_config, read_weights, write_safetensor
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.model_card import CARD_FILE, NOTHING_STATED, Licenses, make_card
 from beitv2_jax.convert.positions import resize_positions
-from beitv2_jax.convert.runs import check_stage, is_run, read_run, write_run
+from beitv2_jax.convert.runs import Run, check_stage, is_run, read_run, write_run
 from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.convert.wrappers import StateDict
@@ -42,10 +42,14 @@ from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
 
-STAGES = {"vqkd": "vqkd", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
+STAGES = {"vqkd": "vqkd", "cluster": "cluster", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
 """Kind of weights -> the stage that trains them."""
+TOKENIZER_STAGES = ("vqkd", "cluster")
+"""Stages that make a tokenizer, which are also the kinds of its weights."""
 _MODEL_STATE = {"segmenter": "batch_stats"}
 """Kind of weights -> the collection that its runs store as 'model_state'."""
+TEACHER_FILE = "teacher.json"
+"""File in a run of stage 'cluster' that says what its teacher is (`convert.teachers.load.read_teacher`)."""
 
 _OPTION = "python -m beitv2_jax.convert with --normalization"
 RELEASED_EPSILON = 1e-6
@@ -57,8 +61,9 @@ class Weights:
     """Trained weights and the arguments of their model.
 
     Attributes:
-        kind: 'vqkd', 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT, which can
-            start a model or be probed but not be converted.
+        kind: 'vqkd', 'cluster' (a teacher with a codebook of clusters of its features, of which `arguments["teacher"]`
+            is the description), 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT,
+            which can start a model or be probed but not be converted.
         arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
         layout: of the source: 'official', 'timm', 'huggingface' or 'run'; 'plain' for a vision transformer that is no
@@ -157,7 +162,9 @@ def read_backbone(path: str, *, image_size: int | None = None) -> Weights:
     if not is_run(path) and is_plain_vit((found := read_weights(path)).arrays):
         weights = _from_plain_vit(path, found)
         return weights if image_size is None else resized(weights, image_size)
-    return read(path, image_size=image_size)
+    weights = read(path, image_size=image_size)
+    _refuse_cluster_tokenizer(weights, path)
+    return weights
 
 
 def describe(path: str) -> Weights:
@@ -166,7 +173,21 @@ def describe(path: str) -> Weights:
     Raises:
         UserError: as `read`.
     """
-    return _without_checkpoint(path) if is_run(path) else read_backbone(path)
+    if not is_run(path):
+        return read_backbone(path)
+    weights = describe_run(path)
+    _refuse_cluster_tokenizer(weights, path)
+    return weights
+
+
+def _refuse_cluster_tokenizer(weights: Weights, path: str) -> None:
+    """Raise UserError if the weights are those of a cluster tokenizer, whose network is that of its teacher."""
+    if weights.kind == "cluster":
+        raise UserError(
+            f"{path} holds a tokenizer of the stage 'cluster', which has trained no network.",
+            f"Did you mean its teacher, {weights.arguments['teacher']['name']}?",
+            "Pass the weights of the teacher, or a run of another stage.",
+        )
 
 
 def backbone_of(weights: Weights) -> Backbone:
@@ -186,6 +207,14 @@ def resized(weights: Weights, image_size: int) -> Weights:
     Raises:
         UserError: `image_size` is not a multiple of the patch size.
     """
+    if weights.kind == "cluster":
+        made = weights.arguments["image_size"]
+        raise UserError(
+            f"The cluster tokenizer {weights.source} reads images of {made} pixels, not of {image_size}: its clusters "
+            "are those of features at that size.",
+            "Did you mean the image size that the features were extracted at?",
+            f"Write {made}, or run the stages extract and cluster at {image_size} pixels.",
+        )
     patch_size = weights.arguments.get("encoder", weights.arguments)["patch_size"]
     if image_size % patch_size:
         fitting = patch_size * max(1, round(image_size / patch_size))
@@ -224,6 +253,7 @@ def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING
         )
     if layout not in _LAYOUTS_OF_ANY_MODEL:
         _refuse_stem(weights, layout)
+        _refuse_clusters(weights, layout)
     save, not_written = _WRITERS[layout](weights, target, licenses)
     # written beside the target, so that it is renamed on one disk; the suffix is kept, as it determines the format
     unfinished = target.with_name(f".unfinished-{target.name}")
@@ -246,8 +276,15 @@ def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
-    described = _without_checkpoint(path)
-    run = read_run(path, average=average)
+    weights = weights_of_run(path, read_run(path, average=average))
+    return dataclasses.replace(
+        weights, normalization=weights.normalization and (normalization or weights.normalization)
+    )
+
+
+def weights_of_run(path: str, run: Run) -> Weights:
+    """Return the weights of a run at `path` whose checkpoint is read already."""
+    described = describe_run(path)
     arguments = described.arguments
     if described.kind == "vqkd":
         arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
@@ -255,11 +292,10 @@ def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
         described,
         arguments=arguments,
         variables={"params": run.params, "codebook": {}, _MODEL_STATE.get(described.kind, "codebook"): run.model_state},
-        normalization=described.normalization and (normalization or described.normalization),
     )
 
 
-def _without_checkpoint(path: str) -> Weights:
+def describe_run(path: str) -> Weights:
     """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
     kinds = {stage: kind for kind, stage in STAGES.items()}
     check_stage(path, kinds, "")
@@ -268,7 +304,9 @@ def _without_checkpoint(path: str) -> Weights:
     arguments = {**config["model"], "image_size": config["views"]["image_size"]}
     if kind == "segmenter":
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
-    normalization = "" if kind == "vqkd" else config["normalization"]
+    if kind == "cluster":
+        arguments["teacher"] = read_config(path, TEACHER_FILE)
+    normalization = "" if kind in TOKENIZER_STAGES else config["normalization"]
     return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
 
 
@@ -395,6 +433,8 @@ def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Sa
 
     def save(path: Path) -> None:
         write_run(str(path), config, variables)
+        if weights.kind == "cluster":
+            (path / TEACHER_FILE).write_text(json.dumps(weights.arguments["teacher"], indent=2) + "\n")
         if weights.class_names:
             inputs = {"train": {"classes": list(weights.class_names)}}
             (path / INPUTS_FILE).write_text(json.dumps(inputs, indent=2) + "\n")
@@ -446,6 +486,15 @@ def _refuse_stem(weights: Weights, layout: str) -> None:
     )
 
 
+def _refuse_clusters(weights: Weights, layout: str) -> None:
+    if weights.kind == "cluster":
+        raise UserError(
+            f"The layout {layout!r} is one of BEiT's own networks, and {weights.source} is a teacher with a codebook.",
+            "Did you mean to use the tokenizer without this package?",
+            "Write --layout=stablehlo or --layout=onnx, which hold every model, or --layout=run.",
+        )
+
+
 def run_config(weights: Weights) -> dict:
     """Return the part of a run's config that later stages read; a run cannot be resumed with it.
 
@@ -461,8 +510,8 @@ def run_config(weights: Weights) -> dict:
     model = dict(weights.arguments)
     image_size = model.pop("image_size")
     config = {"stage": STAGES[weights.kind], "views": {"image_size": image_size}}
-    if weights.kind == "vqkd":
-        del model["teacher_width"]
+    if weights.kind in TOKENIZER_STAGES:
+        del model["teacher_width" if weights.kind == "vqkd" else "teacher"]
     else:
         config["normalization"] = weights.normalization
     if weights.kind == "mim":

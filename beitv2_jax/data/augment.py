@@ -109,6 +109,8 @@ def center_crop(
 
     Pillow does the resize, to the last bit as published: an evaluation reads each image once and can afford it.
 
+    `image` may also be a label map 'H W', with the interpolation 'nearest'.
+
     Raises:
       ValueError: `crop_fraction` outside (0, 1].
       UserError: unknown `interpolation`.
@@ -116,10 +118,11 @@ def center_crop(
     """
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction must lie in (0, 1], got {crop_fraction}")
+    resample = Image.Resampling.NEAREST if interpolation == "nearest" else _filter(interpolation)
     height, width = image.shape[:2]
     short = int(image_size / crop_fraction)
     size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    resized = np.asarray(Image.fromarray(image).resize(size, _filter(interpolation)))
+    resized = np.asarray(Image.fromarray(image).resize(size, resample))
     top, left = round((size[1] - image_size) / 2), round((size[0] - image_size) / 2)
     return np.ascontiguousarray(resized[top : top + image_size, left : left + image_size])
 

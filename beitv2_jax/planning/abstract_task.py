@@ -17,20 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import located, read_config
+from beitv2_jax.convert.arguments import initialised
+from beitv2_jax.convert.files import located
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, describe_run
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding, zero_entries
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.teachers import clip_teacher
-from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.sizes import SIZES
-from beitv2_jax.tasks import inputs, targets, vqkd
+from beitv2_jax.tasks import inputs, targets
 from beitv2_jax.tasks.api import Batch, Task
-from beitv2_jax.tasks.tokenize import Tokenizer
+from beitv2_jax.tasks.tokenize import load_tokenizer, tokenizer_of
 from beitv2_jax.typing import PyTree
 
 KNOWN_SETS = {
@@ -185,15 +185,17 @@ def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> i
             "code_dim": CODE_DIM,
             "teacher_width": TEACHER_WIDTH,
         }
-        model = VQKD.from_arguments(arguments, Compute(dtype=dtype))
+        weights = Weights("vqkd", arguments, {}, "official")
     else:
-        check_stage(config.tokenizer.run, ("vqkd",), "config.tokenizer.run")
-        trained = config_lib.from_json(read_config(config.tokenizer.run))
-        model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=TEACHER_WIDTH)
-    images = jnp.zeros((1, image_size, image_size, 3))
-    frozen = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
-    tokenizer = Tokenizer(name=config.tokenizer.run, model=model, grid=model.grid, weights_hash="")
-    return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": frozen})
+        check_stage(config.tokenizer.run, TOKENIZER_STAGES, "config.tokenizer.run")
+        weights = describe_run(config.tokenizer.run)
+        arguments = {"teacher_width": TEACHER_WIDTH, **weights.arguments}
+    if weights.kind == "cluster":  # the shapes of a teacher stand in its weights alone
+        tokenizer, frozen = load_tokenizer(config.tokenizer.run, image_size, dtype)
+    else:
+        tokenizer = tokenizer_of(dataclasses.replace(weights, arguments=arguments), Compute(dtype=dtype))
+        frozen = jax.eval_shape(functools.partial(initialised, weights.kind, arguments), jax.random.key(0))
+    return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": _shapes(frozen)})
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -27,6 +27,21 @@ _TITLES = {
     "codebook_usage": "codes in use",
     "codebook_perplexity": "perplexity of the codes",
     "codebook_entropy": "entropy of the codes (nats)",
+    "nmi_class": "mutual information of codes and classes",
+    "purity_class": "purity of the codes, classes",
+    "majority_class": "patches of the most frequent class",
+    "pixels_nmi_class": "mutual information of clusters of pixels and classes",
+    "pixels_purity_class": "purity of clusters of pixels, classes",
+    "nmi_mask": "mutual information of codes and label maps",
+    "purity_mask": "purity of the codes, label maps",
+    "majority_mask": "patches of the most frequent label",
+    "pixels_nmi_mask": "mutual information of clusters of pixels and label maps",
+    "pixels_purity_mask": "purity of clusters of pixels, label maps",
+    "nmi_part": "mutual information of codes and parts",
+    "purity_part": "purity of the codes, parts",
+    "majority_part": "patches of the most frequent part",
+    "pixels_nmi_part": "mutual information of clusters of pixels and parts",
+    "pixels_purity_part": "purity of clusters of pixels, parts",
     "loss": "loss (nats)",
     "final_loss": "loss, final layer (nats)",
     "aggregation_loss": "loss, aggregation head (nats)",
@@ -79,6 +94,8 @@ def _shown(name: str, value: float) -> str:
         return f"{value:.4f}"
     if name == "masked_patches":
         return f"{value:,}"
+    if "nmi_" in name:
+        return f"{value:.3f}"
     return f"{value:.1f}" if name == "codebook_perplexity" else f"{value:.2%}"
 
 

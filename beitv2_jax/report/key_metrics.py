@@ -36,6 +36,15 @@ def _vqkd(metrics: dict, stage) -> list[str]:
     ]
 
 
+def _cluster(metrics: dict, stage) -> list[str]:
+    return [
+        f"reconstruction loss {metrics['eval/reconstruction_loss']:.3f} "
+        f"(the {metrics['tokens']:,} clustered tokens {metrics['reconstruction_loss']:.3f})",
+        f"codebook usage {metrics['eval/codebook_usage']:.0%} of {stage.model.codebook_size}, "
+        f"perplexity {metrics['eval/codebook_perplexity']:.0f}",
+    ]
+
+
 def _mim(metrics: dict, stage) -> list[str]:
     lines = [
         f"loss {metrics['loss']:.3f} (final layer {metrics['final_loss']:.3f})",
@@ -66,6 +75,7 @@ DESCRIPTIONS = {
     "finetune": _finetune,
     "extract": _extract,
     "vqkd": _vqkd,
+    "cluster": _cluster,
     "tokenize": _extract,
     "mim": _mim,
     "probe": _probe,

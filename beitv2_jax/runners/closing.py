@@ -56,8 +56,9 @@ def _next_commands(run: Run, workdir: str, beside: str, there: Collection[str] =
 
 
 _FOLLOWING = {
-    "extract": (("vqkd", "teacher.features"),),
+    "extract": (("vqkd", "teacher.features"), ("cluster", "teacher.features")),
     "vqkd": (("mim", "tokenizer.run"), ("tokenize", "tokenizer.run")),
+    "cluster": (("mim", "tokenizer.run"), ("tokenize", "tokenizer.run")),
     "tokenize": (("mim", "tokenizer.codes"),),
     "mim": (("finetune", "init_from"), ("probe", "backbone.run")),
 }

@@ -8,38 +8,47 @@ processes share each batch, and every process gets the result. Protocols that ne
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from beitv2_jax.convert.arguments import MODELS
+from beitv2_jax.convert.teachers.load import build_teacher
 from beitv2_jax.convert.weights import Weights
 from beitv2_jax.data import pipeline
+from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.bad_records import bad_record, refuse_too_many
-from beitv2_jax.data.segmentation.label_maps import LabelIds
+from beitv2_jax.data.decode import CorruptImageError
+from beitv2_jax.data.segmentation.label_maps import LabelIds, decode_label_map
 from beitv2_jax.data.segmentation.transforms import WindowRow, window_row
 from beitv2_jax.data.segmentation.windows import Sliding
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.transform import readable_image
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation.classes import ClassMap
 from beitv2_jax.evaluation.classification import calibration_error, class_accuracies, confusion_matrix
+from beitv2_jax.evaluation.code_labels import NO_LABEL, code_label_metrics, patch_labels
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops.implementations import AUTO, resolve_auto
 from beitv2_jax.models.teachers import Teacher
-from beitv2_jax.tasks import finetune, inputs, mim, segment, vqkd
+from beitv2_jax.rng import host_rng
+from beitv2_jax.tasks import cluster, finetune, inputs, mim, segment, vqkd
 from beitv2_jax.tasks.api import Batch
-from beitv2_jax.tasks.tokenize import Tokenizer
+from beitv2_jax.tasks.tokenize import tokenizer_of
 from beitv2_jax.training import sharding
 from beitv2_jax.training.inference import outputs_ahead
 from beitv2_jax.training.writer import Progress
 from beitv2_jax.typing import PyTree
 
 FLAG = "--max_bad_fraction"
+MAX_PATCHES = 262_144
+"""Patches of which the pixels are clustered at most."""
 TOP = 5
 """Classes among which the second accuracy looks for the true one."""
 
@@ -156,19 +165,38 @@ def _classification_metrics(rows: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def evaluate_tokenizer(
-    weights: Weights, source: Source, teacher: tuple[Teacher, PyTree] | None, passing: Passing, *, crop_fraction: float
+    weights: Weights,
+    source: Source,
+    teacher: tuple[Teacher, PyTree] | None,
+    passing: Passing,
+    *,
+    crop_fraction: float,
+    label_maps: Mapping[str, Source] = MappingProxyType({}),
+    compare_pixels: bool = False,
 ) -> Result:
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
-    Details: `counts` of every code.
+    Where images have classes or `label_maps` (by the name of what they label), their patches have labels, and the
+    metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with
+    `compare_pixels` also what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster
+    tokenizer has its own teacher.
+
+    Details: `counts` of every code, and the `code_ids` of every image.
     """
-    model = MODELS["vqkd"].from_arguments(weights.arguments, passing.compute)
+    tokenizer = tokenizer_of(weights, passing.compute)
     network, frozen = teacher or (None, {})
     targets = None if network is None else lambda frozen, batch: network.features(frozen, batch["images"])
-    of_stage = vqkd.vqkd_evaluation(model, targets)
+    if weights.kind == "vqkd":
+        model = MODELS["vqkd"].from_arguments(weights.arguments, passing.compute)
+        of_stage = vqkd.vqkd_evaluation(model, targets)
+    else:
+        of_stage = cluster.cluster_evaluation(build_teacher(weights.arguments["teacher"], passing.dtype))
 
     def evaluate(variables, batch):
-        return {"sums": of_stage(variables["params"], variables["codebook"], variables["frozen"], batch)}
+        # the compiler finds that both ask the same network the same
+        code_ids = tokenizer.encode(variables, batch["images"])
+        sums = of_stage(variables["params"], variables["codebook"], variables["frozen"], batch)
+        return {"sums": sums, "rows": {"code_ids": code_ids, "labels": batch["labels"]}}
 
     mesh = sharding.make_mesh()
     batches = pipeline.eval_batches(
@@ -178,7 +206,50 @@ def evaluate_tokenizer(
     passed = _pass(evaluate, variables, batches, source, passing, mesh)
     metrics = vqkd.summarize(passed.sums)
     metrics["codebook_entropy"] = float(np.log(metrics["codebook_perplexity"]))
-    return passed.result(metrics, {"counts": passed.sums["counts"]})
+    code_ids = passed.rows["code_ids"]
+    labels = {"class": np.broadcast_to(passed.rows["labels"][:, None], code_ids.shape)}
+    size, example_ids = weights.arguments["image_size"], passed.rows["example_ids"].tolist()
+    for name, maps in label_maps.items():
+        labels[name] = _labels_of_patches(maps, example_ids, tokenizer.grid, size, crop_fraction)
+    metrics |= code_label_metrics(code_ids, labels)
+    if compare_pixels:
+        drawn = host_rng(0, "raw patches").permutation(len(code_ids))[: max(1, MAX_PATCHES // code_ids.shape[1])]
+        chosen = np.sort(drawn)
+        crops = [
+            center_crop(readable_image(source[example_id], 1)[0], weights.arguments["image_size"], crop_fraction)
+            for example_id in passed.rows["example_ids"][chosen].tolist()
+        ]
+        pixel_ids = _clusters_of_pixels(np.stack(crops), tokenizer.grid, tokenizer.codebook_size)
+        found = code_label_metrics(pixel_ids, {name: of_patches[chosen] for name, of_patches in labels.items()})
+        metrics |= {f"pixels_{name}": value for name, value in found.items() if not name.startswith("majority_")}
+    return passed.result(metrics, {"counts": passed.sums["counts"], "code_ids": code_ids})
+
+
+def _clusters_of_pixels(
+    crops: UInt8[np.ndarray, "b S S 3"], grid: tuple[int, int], num_clusters: int
+) -> Int[np.ndarray, "b n"]:
+    """Return the clusters of the patches of crops, by k-means of their pixels as the stage 'cluster' does it."""
+    rows, columns = grid
+    height, width = crops.shape[1] // rows, crops.shape[2] // columns
+    patches = crops.reshape(-1, rows, height, columns, width, 3).swapaxes(2, 3)
+    tokens = patches.reshape(-1, height * width * 3).astype(np.float32) / 255
+    rounds = cluster.clustered(tokens, codebook_size=num_clusters, iterations=25, components=0, seed=0)
+    *_, codebook = rounds
+    return cluster.code_ids_of(codebook, tokens).reshape(len(crops), -1)
+
+
+def _labels_of_patches(
+    label_maps: Source, example_ids: list[int], grid: tuple[int, int], image_size: int, crop_fraction: float
+) -> Int[np.ndarray, "b n"]:
+    """Return the labels of the patches of the crops that are evaluated; `NO_LABEL` where a map cannot be read."""
+    found = np.full((len(example_ids), grid[0] * grid[1]), NO_LABEL)
+    for row, example_id in enumerate(example_ids):
+        try:
+            numbers = decode_label_map(label_maps[example_id]["label_map"])
+        except CorruptImageError:
+            continue
+        found[row] = patch_labels(center_crop(numbers, image_size, crop_fraction, "nearest"), grid)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,20 +271,19 @@ def evaluate_masked_model(
         UserError: the tokenizer has another number of patches or of codes than the model.
     """
     model = MODELS["mim"].from_arguments(weights.arguments, passing.compute)
-    coder = MODELS["vqkd"].from_arguments(tokenizer.arguments, Compute(dtype=passing.dtype))
-    if coder.grid != model.backbone.grid or coder.quantizer.codebook_size != model.codebook_size:
+    coder = tokenizer_of(tokenizer, Compute(dtype=passing.dtype))
+    if coder.grid != model.backbone.grid or coder.codebook_size != model.codebook_size:
         rows, columns = model.backbone.grid
         raise UserError(
-            f"The tokenizer has {coder.quantizer.codebook_size} codes on a grid of {coder.grid[0]} x {coder.grid[1]} "
+            f"The tokenizer has {coder.codebook_size} codes on a grid of {coder.grid[0]} x {coder.grid[1]} "
             f"patches, the masked model predicts {model.codebook_size} codes on {rows} x {columns} patches.",
             "Was the model trained with another tokenizer?",
             "Write --tokenizer=PATH with the tokenizer that it was trained with.",
         )
     tokenizer_size = tokenizer.arguments["image_size"]
-    encode = Tokenizer(name="", model=coder, grid=coder.grid, weights_hash="").encode
 
     def code_ids(frozen, batch, images):
-        return encode(frozen, batch.get("tokenizer_images", images))
+        return coder.encode(frozen, batch.get("tokenizer_images", images))
 
     drawn = dataclasses.asdict(masking)
     masks = inputs.eval_masks(drawn.pop("seed"), model.backbone.grid, drawn)

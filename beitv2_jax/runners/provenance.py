@@ -61,7 +61,7 @@ def describe_network(config: ConfigDict, key: str, path: str) -> str:
     """
     if key in CACHES:
         return _cache(path)
-    return _network(path, config.teacher.state_dict if key == "teacher.weights" else "")
+    return _network(path, config.teacher.get("state_dict", "") if key == "teacher.weights" else "")
 
 
 def refuse_missing_paths(config: ConfigDict, later: str) -> None:

@@ -27,7 +27,7 @@ from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.codes import draw_code_rows
 from beitv2_jax.report.examples import draw_examples
-from beitv2_jax.runners import closing, probe, provenance, report, segment, targets, verify, workdirs
+from beitv2_jax.runners import closing, cluster, probe, provenance, report, segment, targets, verify, workdirs
 from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path
@@ -43,6 +43,7 @@ RUNNERS = {
     "finetune": loop.train,
     "extract": targets.run,
     "vqkd": loop.train,
+    "cluster": cluster.run,
     "tokenize": targets.run,
     "mim": loop.train,
     "probe": probe.run,
@@ -53,7 +54,7 @@ RUNNERS = {
 
 TARGET_CACHE_STAGES = ("extract", "tokenize")
 """Stages whose workdir is a target cache: it can be extended to more views, and verified."""
-WITHOUT_LOOP = (*TARGET_CACHE_STAGES, "probe")
+WITHOUT_LOOP = (*TARGET_CACHE_STAGES, "cluster", "probe")
 """Stages without a training loop, which listens itself for the notice to end."""
 
 _ALLOWING = "; or add --allow_config_change to resume that run with the new ones."
@@ -402,6 +403,8 @@ def check_start(task, config: ConfigDict) -> None:
         loop.check(task, config)
         return
     config_lib.validate(config, len(task.sources[0]))
+    if config.stage == "cluster":  # one process, whose batches are divided over no devices
+        return
     rows = config.run.batch_size
     if config.stage == "probe":  # its processes share every batch; those that fill a target cache share nothing
         rows = BatchRows(rows, jax.process_index(), jax.process_count()).share
@@ -477,7 +480,7 @@ def _is_to_grow(config: ConfigDict, finished: dict) -> bool:
 def _refuse_remote_workdir(config: ConfigDict, workdir: str) -> None:
     """Raise UserError for a remote workdir that is in no bucket, or in none that this run can write and use."""
     stages = config.stages.values() if config.stage == "pipeline" else (config,)
-    has_cache = any(stage.stage in TARGET_CACHE_STAGES for stage in stages)
+    has_cache = any(stage.stage in (*TARGET_CACHE_STAGES, "cluster") for stage in stages)
     config_lib.refuse_remote("--workdir", workdir, buckets=not has_cache)
     if buckets.is_remote(workdir):  # one that cannot be reached cannot be read either
         check_writable(workdir)

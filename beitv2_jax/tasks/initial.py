@@ -16,7 +16,7 @@ from beitv2_jax.convert.adapt import TITLES
 from beitv2_jax.convert.arguments import published_early_layer, published_out_layers, with_defaults
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.convert.runs import check_stage
-from beitv2_jax.convert.weights import Weights, backbone_of, describe
+from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, backbone_of, describe
 from beitv2_jax.data.segmentation.histogram import count_classes
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.sources import class_names
@@ -130,10 +130,10 @@ def _model(config: ConfigDict, weights: Weights) -> Values:
 
 
 def _of_tokenizer(config: ConfigDict) -> tuple[str, Values]:
-    check_stage(config.tokenizer.run, ("vqkd",), "config.tokenizer.run")
+    check_stage(config.tokenizer.run, TOKENIZER_STAGES, "config.tokenizer.run")
     trained = read_config(config.tokenizer.run)
     model, image_size = trained["model"], trained["views"]["image_size"]
-    values = _grid(config, "model", image_size, model["encoder"]["patch_size"])
+    values = _grid(config, "model", image_size, model.get("encoder", model)["patch_size"])
     return f"a tokenizer for {image_size} pixels", values | {"model.codebook_size": model["codebook_size"]}
 
 
@@ -145,7 +145,8 @@ def _of_codes(config: ConfigDict) -> tuple[str, Values]:
 
 def _of_features(config: ConfigDict) -> tuple[str, Values]:
     manifest = manifest_of(config.teacher.features, FEATURES)
-    return f"features of {manifest['source']}", _views(config, manifest, "model.encoder")
+    section = "model.encoder" if "encoder" in config.model else "model"
+    return f"features of {manifest['source']}", _views(config, manifest, section)
 
 
 def _views(config: ConfigDict, manifest: Mapping[str, Any], section: str) -> Values:

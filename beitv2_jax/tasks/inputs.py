@@ -43,7 +43,7 @@ def check_implementations(config) -> None:
     Raises:
         UserError: an implementation cannot run here, or not with the sizes of the model.
     """
-    if "attention" not in config.efficiency:
+    if "attention" not in config.get("efficiency", {}):
         return
     parts = [config.model] if "width" in config.model else [config.model.encoder, config.model.decoder]
     situation = {

@@ -167,7 +167,7 @@ def open_inputs(config) -> inputs.Opened:
             size_key="views.tokenizer_image_size" if config.views.tokenizer_image_size else "views.image_size",
         )
         _check_grid(tokenizer, grid, config)
-        codebook_size = tokenizer.model.quantizer.codebook_size
+        codebook_size = tokenizer.codebook_size
     check_codebook_size(config.model.codebook_size, codebook_size)
     sources = inputs.open_sources(config)
     if config.tokenizer.codes:
@@ -227,7 +227,7 @@ def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
         image_size, patch_size = config.views.image_size, config.model.patch_size
-        own_size = tokenizer.model.encoder.image_size
+        own_size = tokenizer.image_size
         fitting = f"--config.views.image_size={rows * patch_size} --config.views.tokenizer_image_size={own_size}"
         if image_size % rows == 0:
             fitting = f"--config.model.patch_size={image_size // rows} or {fitting}"

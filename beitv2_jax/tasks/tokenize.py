@@ -1,65 +1,119 @@
 """Tokenize: write the code ids of every image's fixed views, so that MIM need not run the tokenizer.
 
-Also the one way in which a trained tokenizer is loaded and called: `load_tokenizer`.
+Also the one way in which a tokenizer of any kind is loaded and called: `load_tokenizer`, `tokenizer_of`.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
-from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import check_stage, read_run
+from beitv2_jax.convert.teachers.load import build_teacher
+from beitv2_jax.convert.weights import Weights, weights_of_run
 from beitv2_jax.data.target_cache.encoding import CodeEncoding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.cluster import ClusterTokenizer
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import inputs, vqkd
+from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.api import TargetCacheTask
 from beitv2_jax.tasks.common import view_pixels
-from beitv2_jax.typing import CodeIds, Images, PyTree
+from beitv2_jax.typing import CodeIds, Images, PyTree, TeacherFeatures
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A trained VQ-KD model as a function: images 0..255 -> code ids. Its weights are passed in, never closed over."""
+    """A tokenizer as functions of its variables, which are passed in and never closed over.
+
+    Attributes:
+        name: of the run.
+        weights_hash: of its variables.
+        image_size: side of the images that it reads, in pixels.
+        grid: rows and columns of code ids of an image.
+        codebook_size: number of codes.
+        ids: (variables, images 0..255) -> code ids 'b n', patches row-major.
+        features: (variables, code ids) -> the teacher features 'b n t' that they stand for.
+    """
 
     name: str
-    model: VQKD
-    grid: tuple[int, int]
     weights_hash: str
+    image_size: int
+    grid: tuple[int, int]
+    codebook_size: int
+    ids: Callable[[PyTree, Images], CodeIds]
+    features: Callable[[PyTree, CodeIds], TeacherFeatures]
 
     def encode(self, variables: PyTree, images: Images) -> CodeIds:
         """Return the code id of every patch; no gradient passes."""
-        ids = self.model.apply(variables, to_unit_range(images), method=VQKD.encode)
-        return jax.lax.stop_gradient(ids)
+        return jax.lax.stop_gradient(self.ids(variables, images))
+
+
+def tokenizer_of(weights: Weights, compute: Compute, *, name: str = "", weights_hash: str = "") -> Tokenizer:
+    """Return the tokenizer whose variables are `weights.variables`, of which nothing but the arguments are used here.
+
+    Raises:
+        KeyError: weights of another kind than those in `TOKENIZERS`.
+    """
+    ids, features, grid = TOKENIZERS[weights.kind](weights.arguments, compute)
+    return Tokenizer(
+        name=name,
+        weights_hash=weights_hash,
+        image_size=weights.arguments["image_size"],
+        grid=grid,
+        codebook_size=weights.arguments["codebook_size"],
+        ids=ids,
+        features=features,
+    )
+
+
+def _vqkd(arguments: Mapping[str, Any], compute: Compute):
+    model = VQKD.from_arguments(arguments, compute)
+
+    def ids(variables, images):
+        return model.apply(variables, to_unit_range(images), method=VQKD.encode)
+
+    def features(variables, code_ids):
+        codes = variables["codebook"]["quantizer"]["codebook"][code_ids]
+        return model.apply(variables, codes, method=VQKD.decode)
+
+    return ids, features, model.grid
+
+
+def _cluster(arguments: Mapping[str, Any], compute: Compute):
+    tokenizer = ClusterTokenizer(build_teacher(arguments["teacher"], compute.dtype), compute.nearest_code)
+    return tokenizer.encode, tokenizer.decode, tokenizer.teacher.grid
+
+
+TOKENIZERS = {"vqkd": _vqkd, "cluster": _cluster}
+"""Kind of weights, which is also its stage -> its functions and its grid, from (arguments, compute)."""
 
 
 def load_tokenizer(
     run_dir: str, image_size: int, dtype: str, size_key: str = "views.image_size"
 ) -> tuple[Tokenizer, PyTree]:
-    """Load the tokenizer that a vqkd run left in `run_dir`, with its variables {"params", "codebook"}.
+    """Load the tokenizer that a run left in `run_dir`, with its variables {"params", "codebook"}.
 
     `dtype` is that of its matrix products here; codes are always computed in float32. `size_key` is the config
     key of `image_size`.
 
     Raises:
-        UserError: there is no finished vqkd run, or it was trained at another image size.
+        UserError: there is no finished run of a tokenizer, or it was made at another image size.
     """
-    check_stage(run_dir, ("vqkd",), "config.tokenizer.run")
+    check_stage(run_dir, TOKENIZERS, "config.tokenizer.run")
     run = read_run(run_dir)
-    trained = config_lib.from_json(run.config)
-    if trained.views.image_size != image_size:
+    weights = weights_of_run(run_dir, run)
+    trained_size = weights.arguments["image_size"]
+    if trained_size != image_size:
         raise UserError(
-            f"The tokenizer in {run_dir} was trained at {trained.views.image_size} pixels, this run uses {image_size}.",
+            f"The tokenizer in {run_dir} was trained at {trained_size} pixels, this run uses {image_size}.",
             "Did you mean the same image size for both?",
-            f"Write --config.{size_key}={trained.views.image_size}.",
+            f"Write --config.{size_key}={trained_size}.",
         )
-    teacher_width = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
-    model = vqkd.make_model(trained, Compute(dtype=dtype), teacher_width=teacher_width)
-    side = image_size // trained.model.encoder.patch_size
-    tokenizer = Tokenizer(name=run.name, model=model, grid=(side, side), weights_hash=run.weights_hash)
-    return tokenizer, {"params": run.params, "codebook": run.model_state}
+    tokenizer = tokenizer_of(weights, Compute(dtype=dtype), name=run.name, weights_hash=run.weights_hash)
+    return tokenizer, weights.variables
 
 
 def build(config) -> TargetCacheTask:
@@ -74,10 +128,10 @@ def build(config) -> TargetCacheTask:
     def apply(frozen, batch):
         return tokenizer.encode(frozen, view_pixels(batch))
 
-    encoding = CodeEncoding(tokenizer.model.quantizer.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
+    encoding = CodeEncoding(tokenizer.codebook_size, tokenizer.grid[0] * tokenizer.grid[1])
     manifest = {
         "grid": list(tokenizer.grid),
-        "codebook_size": tokenizer.model.quantizer.codebook_size,
+        "codebook_size": tokenizer.codebook_size,
         "tokenizer": tokenizer.name,
         "tokenizer_hash": tokenizer.weights_hash,
         "target": encoding.target,

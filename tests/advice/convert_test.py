@@ -24,7 +24,7 @@ from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state
 from beitv2_jax.convert.torch_files import writer
-from beitv2_jax.convert.weights import Weights, read, write
+from beitv2_jax.convert.weights import Weights, read, read_backbone, write
 
 CASES = teacher_cases.read(GOLDEN / "teachers.npz")
 
@@ -516,6 +516,26 @@ def test_an_unknown_activation():
     for name in ("quick_gelu", "gelu", "gelu_tanh"):
         assert name in caught.value.instead
         assert from_state(state, num_heads=2, activation=name).arguments["activation"] == name
+
+
+def test_what_a_cluster_tokenizer_is_not(tmp_path):
+    description = {"name": "deit"}
+    arguments = {"image_size": 32, "patch_size": 8, "codebook_size": 2, "teacher": description}
+    codebook = {"quantizer": {"codebook": np.eye(2, dtype=np.float32)}, "mean": np.zeros(2, np.float32)}
+    weights = Weights(
+        "cluster", arguments, {"params": {"cls_token": np.ones(3, np.float32)}, "codebook": codebook}, "run"
+    )
+    with provoked("--layout=run") as caught:
+        write(weights, str(tmp_path / "w.pth"), "official")
+    assert "--layout=stablehlo or --layout=onnx" in caught.value.instead
+    write(weights, str(tmp_path / "run"), "run")
+    run = str(tmp_path / "run")
+    with provoked("Pass the weights of the teacher") as caught:
+        read_backbone(run)
+    assert caught.value.meant == "Did you mean its teacher, deit?"
+    with provoked("Write 32, or run the stages extract and cluster at 48 pixels"):
+        read(run, image_size=48)
+    assert read(run, image_size=32).arguments["teacher"] == description
 
 
 def test_every_error_about_weights_was_provoked(request):

@@ -12,6 +12,7 @@ from beitv2_jax.errors import UserError
 
 FOLDER = ROOT / "configs"
 STAGES = {
+    "cluster": "cluster",
     "extract": "extract",
     "finetune": "finetune",
     "mim": "mim",
@@ -24,6 +25,7 @@ STAGES = {
     "vqkd": "vqkd",
 }
 REQUIRED = {
+    "cluster": "teacher.features",
     "extract": "teacher.weights",
     "mim": "tokenizer.run",
     "pipeline": "teacher.weights",

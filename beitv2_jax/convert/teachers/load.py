@@ -1,8 +1,9 @@
 """Load a teacher: read its weights from a run of this package or a published file, and build the network for them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from flax import traverse_util
@@ -21,7 +22,22 @@ from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens
 from beitv2_jax.typing import PyTree
 
 
-def load_teacher(
+def load_teacher(weights: str, *, dtype: str = "float32", **options: Any) -> tuple[Teacher, PyTree]:
+    """Return the teacher at path `weights` and its params (NumPy).
+
+    Args:
+        weights: as `read_teacher`.
+        dtype: dtype of the matrix products.
+        options: of `read_teacher`: the `image_size` of the views, and how the network is used.
+
+    Raises:
+        UserError: as `read_teacher`.
+    """
+    description, params = read_teacher(weights, **options)
+    return build_teacher(description, dtype), params
+
+
+def read_teacher(
     weights: str,
     *,
     image_size: int,
@@ -33,9 +49,10 @@ def load_teacher(
     activation: str = "",
     grid_match: str = "resize_input",
     position_resize: str = "",
-    dtype: str = "float32",
-) -> tuple[Teacher, PyTree]:
-    """Return the teacher at path `weights` and its params (NumPy), for views of `image_size` pixels.
+) -> tuple[dict[str, Any], PyTree]:
+    """Return what `build_teacher` needs to know of the teacher at path `weights`, as JSON holds it, and its params.
+
+    The params are NumPy arrays, for views of `image_size` pixels.
 
     Args:
         weights: the working directory of a run of stage 'finetune' or 'mim', a Hugging Face folder, or a file of a
@@ -52,7 +69,6 @@ def load_teacher(
             many patches, 'resample_features' runs it at its trained size and resamples its features.
         position_resize: how position embeddings are resized, one of `choices.POSITION_RESIZES`; '' uses the method of
             the network's own code.
-        dtype: dtype of the matrix products.
 
     Raises:
         UserError: no readable weights, an option that does not exist or does not fit them, or an option that must be
@@ -78,29 +94,46 @@ def load_teacher(
     input_size = grid[0] * patch_size if grid_match == "resize_input" else network.arguments["image_size"]
     network = network._replace(position_resize=position_resize or network.position_resize)
     params = _resized_params(network, input_size)
-    model, tokens = _model(network, input_size, Compute(dtype=dtype))
-    teacher = Teacher(
-        name=name,
-        weights_hash=weights_hash(params),
+    description = {
+        "name": name,
+        "weights_hash": weights_hash(params),
+        "arguments": {**network.arguments, "image_size": input_size},
+        "projection_dim": network.projection_dim,
+        "normalization": network.normalization,
+        "position_resize": network.position_resize,
+        "grid_match": grid_match,
+        "image_size": image_size,
+        "grid": grid,
+    }
+    return description, params
+
+
+def build_teacher(description: Mapping[str, Any], dtype: str) -> Teacher:
+    """Return the teacher that `read_teacher` describes; `dtype` as in `load_teacher`."""
+    arguments, projection_dim = description["arguments"], description["projection_dim"]
+    input_size = arguments["image_size"]
+    model, tokens = _model(arguments, projection_dim, Compute(dtype=dtype))
+    return Teacher(
+        name=description["name"],
+        weights_hash=description["weights_hash"],
         choices={
-            "normalization": network.normalization,
-            "output": "projected" if network.projection_dim else "tokens",
+            "normalization": description["normalization"],
+            "output": "projected" if projection_dim else "tokens",
             "activation": model.backbone.activation,
             "num_heads": model.backbone.num_heads,
-            "grid_match": grid_match,
-            "position_resize": network.position_resize,
+            "grid_match": description["grid_match"],
+            "position_resize": description["position_resize"],
             "input_size": input_size,
         },
-        normalization=network.normalization,
-        image_size=image_size,
+        normalization=description["normalization"],
+        image_size=description["image_size"],
         input_size=input_size,
-        network_grid=(input_size // patch_size,) * 2,
-        grid=grid,
-        width=network.projection_dim or model.backbone.width,
+        network_grid=(input_size // arguments["patch_size"],) * 2,
+        grid=tuple(description["grid"]),
+        width=projection_dim or model.backbone.width,
         num_prefix_tokens=model.backbone.num_prefix_tokens,
         tokens=tokens,
     )
-    return teacher, params
 
 
 def _published(
@@ -169,13 +202,14 @@ def _resized_params(network: TeacherWeights, input_size: int) -> PyTree:
     return params
 
 
-def _model(network: TeacherWeights, input_size: int, compute: Compute) -> tuple[Classifier | NormalisedViT, Callable]:
-    """Return the model for images of `input_size` pixels, and the function (params, images) -> tokens."""
-    arguments = {**network.arguments, "image_size": input_size}
+def _model(
+    arguments: Mapping[str, Any], projection_dim: int, compute: Compute
+) -> tuple[Classifier | NormalisedViT, Callable]:
+    """Return the model with these arguments, and the function (params, images) -> tokens."""
     if "num_classes" in arguments:
         model = Classifier.from_arguments(arguments, compute)
         return model, classifier_tokens(model)
-    model = NormalisedViT(Backbone(**arguments), network.projection_dim, compute)
+    model = NormalisedViT(Backbone(**arguments), projection_dim, compute)
     return model, vit_tokens(model)
 
 

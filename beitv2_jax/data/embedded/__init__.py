@@ -1,10 +1,10 @@
 """The data set that needs no download: 9 000 drawn scenes with ten classes of objects, as a TFDS data set.
 
 For the quickstart and for tests. Every picture, 96 x 96 pixels, shows one object (bird, butterfly, car, cat, fish,
-flower, house, mushroom, sailboat or tree) in varied surroundings and comes with its class and a segmentation mask.
-Classes differ by parts and patterns; pose, colours, background, light, distractors and occluders are drawn from the
-same distribution for all (`data.embedded.scenes`, `data.embedded.scene_objects`). `data.sources` opens it as
-`embedded[/CONFIG]`.
+flower, house, mushroom, sailboat or tree) in varied surroundings and comes with its class, a segmentation mask and a
+map of its parts (`data.embedded.parts`). Classes differ by parts and patterns; pose, colours, background, light,
+distractors and occluders are drawn from the same distribution for all (`data.embedded.scenes`,
+`data.embedded.scene_objects`). `data.sources` opens it as `embedded[/CONFIG]`.
 
 Example `index` of a split is a pure function of (seed, split, index): the same bytes in every run and for every number
 of processes. The class is index % 10, so each is equally frequent.
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from beitv2_jax import rng as streams
 from beitv2_jax.data.embedded import scenes
+from beitv2_jax.data.embedded.parts import PART_NAMES
 from beitv2_jax.errors import UserError, did_you_mean
 
 JPEG_QUALITY = 92
@@ -48,8 +49,11 @@ class Beitv2Scenes(tfds.core.GeneratorBasedBuilder):
     """Write the scenes as a TFDS data set in ArrayRecord form; `prepare` is the short way."""
 
     name = "beitv2_scenes"
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Stronger light and backgrounds, more places: raw pixels reveal less of the class."}  # noqa: RUF012
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES = {  # noqa: RUF012
+        "1.2.0": "part_map, the part of each pixel; the images are those of 1.1.0.",
+        "1.1.0": "Stronger light and backgrounds, more places: raw pixels reveal less of the class.",
+    }
     BUILDER_CONFIGS = [  # noqa: RUF012
         ScenesConfig(name="scenes", description="8 000 + 1 000 scenes", num_train=8000, num_test=1000),
         ScenesConfig(name="tiny", description="400 + 100 scenes, for smoke tests", num_train=400, num_test=100),
@@ -62,11 +66,13 @@ class Beitv2Scenes(tfds.core.GeneratorBasedBuilder):
                 "image": tfds.features.Image(shape=(*shape, 3), encoding_format="jpeg"),
                 "label": tfds.features.ClassLabel(names=scenes.CLASS_NAMES),
                 "segmentation_mask": tfds.features.Image(shape=(*shape, 1), encoding_format="png"),
+                "part_map": tfds.features.Image(shape=(*shape, 1), encoding_format="png"),
             }
         )
         description = (
             "Procedurally drawn scenes with one object of ten classes each. "
-            "segmentation_mask: 0 surroundings, label + 1 object."
+            "segmentation_mask: 0 surroundings, label + 1 object. part_map: 0 surroundings, then the parts of the "
+            f"objects, {', '.join(PART_NAMES[1:])}."
         )
         return tfds.core.DatasetInfo(
             builder=self, description=description, features=features, supervised_keys=("image", "label")
@@ -89,13 +95,15 @@ def _usable_processes(count: int) -> int:
 
 
 def encode_example(seed: int, split: str, index: int) -> dict[str, bytes | int]:
-    """Draw example `index` of a split and encode it: `image` JPEG, `segmentation_mask` PNG, `label`."""
+    """Draw example `index` of a split and encode it: `image` JPEG, `segmentation_mask` and `part_map` PNG, `label`."""
     label = index % len(scenes.CLASS_NAMES)
     scene = scenes.draw_scene(streams.host_rng(seed, f"scene {split}", index), label)
-    image, mask = io.BytesIO(), io.BytesIO()
+    image, mask, parts = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.fromarray(scene.image).save(image, "JPEG", quality=JPEG_QUALITY)
     Image.fromarray(scene.segmentation_mask).save(mask, "PNG")
-    return {"image": image.getvalue(), "label": label, "segmentation_mask": mask.getvalue()}
+    Image.fromarray(scene.part_map).save(parts, "PNG")
+    maps = {"segmentation_mask": mask.getvalue(), "part_map": parts.getvalue()}
+    return {"image": image.getvalue(), "label": label, **maps}
 
 
 def generate(seed: int, split: str, count: int, *, processes: int = 1) -> Iterator[dict[str, bytes | int]]:

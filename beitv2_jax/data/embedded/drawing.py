@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image, ImageChops, ImageDraw
 
 from beitv2_jax import rng as streams
+from beitv2_jax.data.embedded.parts import PART_NAMES
 
 ATLAS_SIZE = 512
 Color = tuple[int, int, int]
@@ -173,10 +174,20 @@ def staggered(box: tuple[float, float, float, float], step_x: float, step_y: flo
 class Pen:
     """Draw on an RGBA canvas through an affine pose; the alpha channel records where the object is visible.
 
-    Everything drawn with `visible=255` belongs to the object, with 0 to its surroundings, whatever its colour.
+    Everything drawn with `visible=255` belongs to the object, with 0 to its surroundings, whatever its colour. What is
+    drawn after `begin` is also drawn into the map `parts`, if there is one, in the number of that part.
     """
 
-    def __init__(self, canvas: Image.Image, matrix: Float[np.ndarray, "2 2"], offset, *, visible: int):
+    def __init__(
+        self,
+        canvas: Image.Image,
+        matrix: Float[np.ndarray, "2 2"],
+        offset,
+        *,
+        visible: int,
+        parts: Image.Image | None = None,
+    ):
+        self.parts, self.number = parts, 0
         self.canvas = canvas
         self.draw = ImageDraw.Draw(canvas)
         self.matrix = matrix
@@ -191,15 +202,23 @@ class Pen:
     def _width(self, width: float) -> int:
         return max(1, round(width * self.unit))
 
+    def begin(self, part: str) -> None:
+        """Say which part, one of `PART_NAMES`, is drawn from now on."""
+        self.number = PART_NAMES.index(part)
+
     def fill(self, shapes, color: Color) -> None:
         """Fill one outline `p 2` or many `k p 2`."""
         for flat in self._pixels(shapes):
             self.draw.polygon(flat, fill=(*color, self.visible))
+            if self.parts is not None:
+                ImageDraw.Draw(self.parts).polygon(flat, fill=self.number)
 
     def stroke(self, lines, color: Color, width: float) -> None:
         """Draw one line `p 2` or many `k p 2`, `width` in object units."""
         for flat in self._pixels(lines):
             self.draw.line(flat, fill=(*color, self.visible), width=self._width(width))
+            if self.parts is not None:
+                ImageDraw.Draw(self.parts).line(flat, fill=self.number, width=self._width(width))
 
     def part(self, outline: Points, color: Color, line: Color | None = None, width: float = 0.04) -> None:
         """Fill one outline and, given `line`, go round it."""
@@ -225,4 +244,7 @@ class Pen:
             else:
                 draw.polygon(flat, fill=value)
         box = (*low.tolist(), *high.tolist())
-        self.canvas.paste((*color, self.visible), box, ImageChops.multiply(inside, pattern))
+        covered = ImageChops.multiply(inside, pattern)
+        self.canvas.paste((*color, self.visible), box, covered)
+        if self.parts is not None:
+            self.parts.paste(self.number, box, covered.point(lambda value: 255 * (value > 0)))

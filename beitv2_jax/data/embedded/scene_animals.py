@@ -20,6 +20,7 @@ def draw_fish(pen: Pen, rng: Rng, palette: Palette) -> None:
         [[-0.4, -0.4 * height], [-0.3, -height - dorsal * 0.7], [0.15, -height - dorsal], [0.4, -0.6 * height]]
     )
     low = np.array([[-0.1, 0.7 * height], [-0.3, height + dorsal * 0.8], [0.25, 0.85 * height]])
+    pen.begin("fish fin")
     for fin in (tail, top, low):
         pen.part(fin, palette.second, palette.line)
         middle = fin.mean(0)
@@ -30,6 +31,7 @@ def draw_fish(pen: Pen, rng: Rng, palette: Palette) -> None:
         pen.pattern(fin, rays, palette.line, width=0.025)
     turn = np.linspace(0, 2 * np.pi, 30, endpoint=False)
     body = np.stack([0.14 + 0.76 * nose * np.cos(turn), height * np.sin(turn) * (0.75 + 0.25 * np.cos(turn))], -1)
+    pen.begin("fish body")
     pen.part(body, palette.main)
     belly = body * [1.0, 0.5] + [0.0, 0.55 * height]
     pen.pattern(body, belly[None], lighter(palette.main, 0.4), opacity=0.7)
@@ -39,12 +41,16 @@ def draw_fish(pen: Pen, rng: Rng, palette: Palette) -> None:
     scales = centers[:, None] + 0.52 * step * np.stack([np.cos(arc), np.sin(arc)], -1)
     pen.pattern(body, scales, palette.line, width=0.055)
     head = ellipse(0.95 * nose, 0, 0.5, 1.3 * height)
+    pen.begin("fish head")
     pen.pattern(body, head[None], mix(palette.main, palette.second, 0.35))
     pen.pattern(body, head[None], palette.line, width=0.05)
+    pen.begin("fish body")
     pen.stroke(np.concatenate([body, body[:2]]), palette.line, 0.035)
     eye = rng.uniform(0.09, 0.14)
+    pen.begin("fish eye")
     pen.fill(ellipse(0.62, -0.25 * height, eye, eye), palette.light)
     pen.fill(ellipse(0.64, -0.25 * height, 0.55 * eye, 0.55 * eye), palette.dark)
+    pen.begin("fish mouth")
     pen.stroke([[0.14 + 0.74 * nose, 0.12], [0.66, 0.2 * height]], palette.dark, 0.04)
 
 
@@ -52,12 +58,14 @@ def draw_bird(pen: Pen, rng: Rng, palette: Palette) -> None:
     """Drop-shaped body on two legs, round head with a pointed beak, a wing and tail of long feathers."""
     head_x, head_y, head = rng.uniform(0.4, 0.6), rng.uniform(-0.72, -0.5), rng.uniform(0.24, 0.32)
     tail_y, drop = rng.uniform(-0.05, 0.45), rng.uniform(0.36, 0.5)
+    pen.begin("bird leg")
     pen.stroke([[[0.0, 0.4], [0.08, 1.0]], [[0.2, 0.4], [0.3, 1.0]]], palette.dark, 0.05)
     pen.stroke([[[-0.08, 1.0], [0.2, 1.0]], [[0.15, 1.0], [0.45, 1.0]]], palette.dark, 0.05)
     spread = np.linspace(-0.12, 0.16, int(rng.integers(3, 6)))[:, None]
     ends = np.concatenate([-0.95 + 0.3 * np.abs(spread), tail_y + spread], 1)
     middle, angles = 0.5 * (ends + np.array([-0.3, 0.15])), np.arctan2(ends[:, 1] - 0.15, ends[:, 0] + 0.3)
     length = 0.5 * np.hypot(ends[:, 0] + 0.3, ends[:, 1] - 0.15)
+    pen.begin("bird tail")
     for feather in ellipses(middle, np.stack([length, np.full(len(ends), 0.085)], 1), angles):
         pen.part(feather, palette.second, palette.line)
     body = smooth(
@@ -71,12 +79,14 @@ def draw_bird(pen: Pen, rng: Rng, palette: Palette) -> None:
             [head_x - 0.25, head_y],
         ]
     )
+    pen.begin("bird body")
     pen.part(body, palette.main, palette.line)
     breast = ellipse(0.35, 0.3, 0.32, 0.42, -0.4)
     pen.pattern(body, breast[None], lighter(palette.main, 0.5))
     marks = drawing.staggered((0.05, -0.3, 0.75, 0.6), 0.17, 0.13)
     left, right = np.array([-0.05, -0.06]), np.array([0.05, -0.06])
     pen.pattern(body, np.stack([marks + left, marks, marks + right], 1), palette.line, width=0.04)
+    pen.begin("bird beak")
     pen.fill(
         [
             [head_x + 0.7 * head, head_y - 0.11],
@@ -85,14 +95,17 @@ def draw_bird(pen: Pen, rng: Rng, palette: Palette) -> None:
         ],
         palette.third,
     )
+    pen.begin("bird head")
     pen.part(
         ellipse(head_x, head_y, head, 0.93 * head),
         mix(palette.main, palette.second, rng.choice([0.0, 0.5])),
         palette.line,
     )
+    pen.begin("bird eye")
     pen.fill(ellipse(head_x + 0.1, head_y - 0.05, 0.08, 0.08), palette.light)
     pen.fill(ellipse(head_x + 0.11, head_y - 0.05, 0.05, 0.05), palette.dark)
     count, lift = int(rng.integers(4, 7)), rng.uniform(-0.15, 0.25)
+    pen.begin("bird wing")
     for row, reach in ((0, 1.0), (1, 0.62)):
         angle = np.pi + 0.25 * row - lift + np.linspace(-0.75, 0.28, count)
         length = reach * np.linspace(0.4, 0.62, count)[:, None]
@@ -125,6 +138,7 @@ def draw_butterfly(pen: Pen, rng: Rng, palette: Palette) -> None:
     beads = int(rng.integers(5, 8))
     for side in (-1, 1):
         mirror = np.array([side, 1])
+        pen.begin("butterfly wing")
         for wing, color in ((hind, palette.second), (fore, palette.main)):
             middle = wing.mean(0)
             pen.part(wing * mirror, palette.dark)
@@ -141,7 +155,9 @@ def draw_butterfly(pen: Pen, rng: Rng, palette: Palette) -> None:
                 for share, ring in ((1.0, palette.dark), (0.75, palette.light), (0.45, palette.third)):
                     radius = (share - 0.3 * spot * share) * size
                     pen.fill(ellipse(x, y, radius, radius), ring)
+        pen.begin("butterfly feeler")
         pen.stroke(np.array([[0.02, -0.4], [0.12, -0.7], [0.28, -0.9]]) * mirror, palette.dark, 0.03)
+    pen.begin("butterfly body")
     pen.fill(ellipse(0, 0.05, 0.07, 0.5), palette.dark)
     pen.fill(ellipse(0, -0.42, 0.08, 0.09), palette.dark)
 
@@ -149,6 +165,7 @@ def draw_butterfly(pen: Pen, rng: Rng, palette: Palette) -> None:
 def draw_cat(pen: Pen, rng: Rng, palette: Palette) -> None:
     """Round face with pointed ears, slit eyes, muzzle and whiskers; tabby bars and short fur strokes."""
     wide, ear = rng.uniform(0.75, 0.9), rng.uniform(0.0, 0.14)
+    pen.begin("cat ear")
     for side in (-1, 1):
         tip = [side * (0.62 + ear), -0.98]
         pen.part(np.array([[side * 0.86 * wide, -0.15], tip, [side * 0.12, -0.55]]), palette.main, palette.line)
@@ -169,6 +186,7 @@ def draw_cat(pen: Pen, rng: Rng, palette: Palette) -> None:
             [-0.6 * wide, -0.62],
         ]
     )
+    pen.begin("cat face")
     pen.part(face, palette.main, palette.line)
     starts = rng.uniform([-wide, -0.7], [wide, 0.9], (90, 2))
     fur = np.stack([starts, starts * 1.12 + [0, 0.03]], 1)
@@ -183,12 +201,17 @@ def draw_cat(pen: Pen, rng: Rng, palette: Palette) -> None:
     pen.pattern(face, np.concatenate([cheek, cheek * [-1, 1]]), palette.line, width=0.085)
     open_, away = rng.uniform(0.13, 0.2), rng.uniform(0.34, 0.42)
     muzzle = lighter(palette.main, 0.6)
+    pen.begin("cat muzzle")
     pen.fill(ellipses([[-0.16, 0.48], [0.16, 0.48]], [[0.24, 0.2]]), muzzle)
     for side in (-1, 1):
+        pen.begin("cat eye")
         pen.part(ellipse(side * away, -0.06, 0.2, open_, side * -0.3), palette.light, palette.dark, 0.04)
         pen.fill(ellipse(side * away, -0.06, 0.06, open_), palette.dark)
         root, tips = np.array([side * 0.2, 0.5]), np.array([[side * 1.0, 0.3], [side * 1.02, 0.5], [side * 0.98, 0.72]])
+        pen.begin("cat whisker")
         pen.stroke(np.stack([np.broadcast_to(root, (3, 2)), tips], 1), palette.light, 0.025)
+    pen.begin("cat nose")
     pen.fill([[-0.11, 0.27], [0.11, 0.27], [0, 0.4]], palette.dark)
+    pen.begin("cat muzzle")
     pen.stroke([[-0.22, 0.6], [0, 0.55], [0.22, 0.6]], palette.dark, 0.035)
     pen.stroke([[0, 0.38], [0, 0.56]], palette.dark, 0.035)

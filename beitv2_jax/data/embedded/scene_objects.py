@@ -20,11 +20,14 @@ def draw_flower(pen: Pen, rng: Rng, palette: Palette) -> None:
     """Petals around a seeded disc, each petal with veins; often a stalk and a leaf."""
     count, disc = int(rng.integers(6, 12)), rng.uniform(0.24, 0.36)
     if rng.random() < 0.6:
+        pen.begin("flower stalk")
         pen.stroke([[0, 0], [0.05, 0.6], [rng.uniform(-0.2, 0.2), 1.3]], palette.third, 0.09)
+        pen.begin("flower leaf")
         leaf = ellipse(0.3, 0.95, 0.3, 0.12, -0.5)
         pen.part(leaf, palette.third, darker(palette.third, 0.4))
     width = rng.uniform(1.0, 1.4) * np.pi * 0.55 / count
     tip, rows = rng.choice([0.7, 1.0]), int(rng.integers(1, 3))
+    pen.begin("flower petal")
     for row in range(rows):
         length = 0.95 - 0.25 * row
         color = palette.main if row == 0 else lighter(palette.main, 0.3)
@@ -37,6 +40,7 @@ def draw_flower(pen: Pen, rng: Rng, palette: Palette) -> None:
             turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             pen.part(outline @ turn, color, palette.line)
             pen.stroke(veins @ turn, darker(color, 0.45), 0.035)
+    pen.begin("flower disc")
     pen.part(ellipse(0, 0, disc, disc), palette.second, palette.dark, 0.04)
     seeds = drawing.staggered((-disc, -disc, disc, disc), 0.12, 0.1)
     seeds = seeds[np.hypot(*seeds.T) < disc]
@@ -49,6 +53,7 @@ def draw_mushroom(pen: Pen, rng: Rng, palette: Palette) -> None:
     foot = 1.35 * stem
     stalk = smooth([[-stem, rim], [stem, rim], [stem, 0.6], [foot, 0.98], [-foot, 0.98], [-stem, 0.6]])
     pale = lighter(palette.second, 0.5)
+    pen.begin("mushroom stem")
     pen.part(stalk, pale, palette.line)
     pen.pattern(
         stalk,
@@ -58,6 +63,7 @@ def draw_mushroom(pen: Pen, rng: Rng, palette: Palette) -> None:
     )
     sag = rng.uniform(0.14, 0.24)
     under = ellipse(0, rim, 0.93, sag)
+    pen.begin("mushroom gills")
     pen.part(under, darker(pale, 0.25), palette.line)
     turn = np.linspace(0, np.pi, 23)
     gills = np.stack(
@@ -69,6 +75,7 @@ def draw_mushroom(pen: Pen, rng: Rng, palette: Palette) -> None:
     )
     pen.pattern(under, gills, darker(pale, 0.65), width=0.03)
     collar = smooth([[-stem - 0.02, 0.3], [stem + 0.02, 0.3], [stem + 0.12, 0.46], [0, 0.52], [-stem - 0.12, 0.46]])
+    pen.begin("mushroom ring")
     pen.part(collar, pale, palette.line)
     cap = smooth(
         [
@@ -82,6 +89,7 @@ def draw_mushroom(pen: Pen, rng: Rng, palette: Palette) -> None:
             [-0.5, rim + 0.1],
         ]
     )
+    pen.begin("mushroom cap")
     pen.part(cap, palette.main, palette.line)
     step = rng.uniform(0.32, 0.48)
     spots = drawing.staggered((-0.9, top + 0.08, 0.95, rim), step, 0.7 * step)
@@ -105,6 +113,7 @@ def draw_tree(pen: Pen, rng: Rng, palette: Palette) -> None:
             [-1.1 * thick, 0.6],
         ]
     )
+    pen.begin("tree trunk")
     pen.part(trunk, bark, darker(bark, 0.5))
     pen.pattern(
         trunk,
@@ -130,6 +139,7 @@ def draw_tree(pen: Pen, rng: Rng, palette: Palette) -> None:
             for k, y in enumerate(base)
         ]
     shade = [darker(palette.main, 0.75), darker(palette.main, 0.4), palette.main, lighter(palette.main, 0.5)]
+    pen.begin("tree crown")
     for clump in clumps:
         pen.fill(clump, shade[1])
     size = rng.uniform(0.075, 0.105)
@@ -154,8 +164,10 @@ def draw_house(pen: Pen, rng: Rng, palette: Palette) -> None:
     eaves, wide, peak = rng.uniform(-0.3, 0.0), rng.uniform(0.72, 0.88), rng.uniform(-0.98, -0.8)
     side = rng.choice([-1, 1])
     chimney = np.array([[side * 0.4, eaves], [side * 0.4, -0.95], [side * 0.6, -0.95], [side * 0.6, eaves]])
+    pen.begin("house chimney")
     pen.part(chimney, darker(palette.main, 0.3), palette.line)
     wall = np.array([[-wide, eaves], [wide, eaves], [wide, 0.98], [-wide, 0.98]])
+    pen.begin("house wall")
     pen.part(wall, palette.main, palette.line)
     course = rng.uniform(0.16, 0.22)
     rows = drawing.wavy_lines(rng, (-1, eaves, 1, 1), course)
@@ -164,6 +176,7 @@ def draw_house(pen: Pen, rng: Rng, palette: Palette) -> None:
     pen.pattern(wall, np.stack([joints, joints + np.array([0, course])], 1), palette.line, width=0.04)
     ridge = rng.uniform(0.0, 0.6)
     roof = np.array([[-1.0, eaves + 0.04], [-ridge, peak], [ridge, peak], [1.0, eaves + 0.04]])
+    pen.begin("house roof")
     pen.part(roof, palette.second, darker(palette.second, 0.6))
     tile = rng.uniform(0.16, 0.22)
     tiles = drawing.staggered((-1, peak, 1, eaves), tile, 0.8 * tile)
@@ -172,10 +185,12 @@ def draw_house(pen: Pen, rng: Rng, palette: Palette) -> None:
     frame, pane = palette.light, rng.choice([0, 1])
     door = rng.choice([-0.5, 0.0, 0.5]) * wide
     panel = np.array([[door - 0.15, 0.4], [door + 0.15, 0.4], [door + 0.15, 0.98], [door - 0.15, 0.98]])
+    pen.begin("house door")
     pen.part(panel, palette.third, frame, 0.06)
     pen.fill(ellipse(door + 0.08, 0.7, 0.03, 0.03, points=6), palette.dark)
     columns = int(rng.integers(2, 4))
     half = np.array([rng.uniform(0.13, 0.17), rng.uniform(0.13, 0.19)])
+    pen.begin("house window")
     for x in np.linspace(-wide + 0.27, wide - 0.27, columns):
         for y in (eaves + 0.3, 0.66):
             if (
@@ -206,21 +221,26 @@ def draw_car(pen: Pen, rng: Rng, palette: Palette) -> None:
             [1.0, floor],
         ]
     )
+    pen.begin("car body")
     pen.part(body, palette.main, palette.line)
     pen.pattern(body, np.array([[[-1.1, 0.2], [1.1, 0.2], [1.1, 0.5], [-1.1, 0.5]]]), darker(palette.main, 0.35))
     cabin = np.array([[back + 0.02, -0.08], [back + 0.2, roof + 0.1], [front - 0.3, roof + 0.1], [front - 0.02, -0.08]])
+    pen.begin("car window")
     pen.part(cabin, palette.dark, palette.line)
     glint = np.array([[[x, 0.0], [x + 0.3, -0.7], [x + 0.42, -0.7], [x + 0.12, 0.0]] for x in (back, back + 0.55)])
     pen.pattern(cabin, glint, palette.light, opacity=0.7)
     middle = 0.5 * (back + front) + rng.uniform(-0.1, 0.1)
+    pen.begin("car body")
     pen.stroke([[middle, roof + 0.05], [middle, floor - 0.1]], palette.main, 0.1)
     pen.stroke(
         [[[middle, -0.1], [middle, floor - 0.05]], [[front, -0.05], [front - 0.05, floor - 0.05]]], palette.line, 0.03
     )
     pen.stroke([[middle - 0.22, 0.03], [middle - 0.08, 0.03]], palette.light, 0.05)
+    pen.begin("car lamp")
     pen.fill(ellipse(0.93, 0.1, 0.07, 0.09), palette.light)
     pen.fill(ellipse(-0.96, 0.08, 0.05, 0.1), palette.third)
     radius, spokes = rng.uniform(0.23, 0.3), int(rng.integers(4, 9))
+    pen.begin("car wheel")
     for x in (-0.55 + rng.uniform(-0.08, 0.05), 0.57 + rng.uniform(-0.05, 0.08)):
         y = floor
         pen.fill(ellipse(x, y, 1.18 * radius, 1.18 * radius), darker(palette.main, 0.75))
@@ -235,7 +255,9 @@ def draw_car(pen: Pen, rng: Rng, palette: Palette) -> None:
 def draw_sailboat(pen: Pen, rng: Rng, palette: Palette) -> None:
     """Planked hull, tall mast, two triangular sails with slanting seams, a pennant."""
     mast, deck = rng.uniform(-0.15, 0.15), rng.uniform(0.5, 0.62)
+    pen.begin("sailboat mast")
     pen.stroke([[mast, -0.98], [mast, deck]], palette.dark, 0.06)
+    pen.begin("sailboat pennant")
     pen.fill([[mast, -1.0], [mast - 0.28, -0.92], [mast, -0.84]], palette.third)
     belly, boom = rng.uniform(0.02, 0.16), rng.uniform(0.32, 0.44)
     main_sail = np.array([[mast - 0.05, -0.82], [mast - 0.35 - belly, -0.2], [-0.85, boom], [mast - 0.05, boom]])
@@ -249,14 +271,17 @@ def draw_sailboat(pen: Pen, rng: Rng, palette: Palette) -> None:
     )
     slant, seam = rng.uniform(0.0, 0.5), rng.uniform(0.16, 0.26)
     striped = rng.random() < 0.8
+    pen.begin("sailboat sail")
     for sail, sign, color in ((main_sail, 1, palette.main), (jib, -1, mix(palette.main, palette.light, 0.5))):
         pen.part(sail, color, palette.line)
         lines = drawing.wavy_lines(rng, (-1.1, -1.0, 1.1, 0.6), seam, angle=sign * slant)
         pen.pattern(sail, lines, palette.line, width=0.05)
         if striped:
             pen.pattern(sail, lines[::2], palette.dark, width=0.7 * seam)
+    pen.begin("sailboat mast")
     pen.stroke([[mast, boom + 0.03], [-0.9, boom + 0.03]], palette.dark, 0.045)
     hull = smooth([[-0.95, deck], [1.05, deck - 0.06], [0.7, 0.98], [-0.72, 0.98]])
+    pen.begin("sailboat hull")
     pen.part(hull, palette.second, palette.line)
     planks = drawing.wavy_lines(rng, (-1, deck, 1, 1), rng.uniform(0.08, 0.12))
     pen.pattern(hull, planks, darker(palette.second, 0.5), width=0.025)

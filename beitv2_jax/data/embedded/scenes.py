@@ -25,10 +25,14 @@ _HUES = (0.57, 0.27, 0.11, 0.53, 0.06, 0.6)
 
 
 class Scene(NamedTuple):
-    """One picture (uint8 0..255) and the class index + 1 of every pixel, 0 for the surroundings."""
+    """One picture (uint8 0..255), and of every pixel the class index + 1 and the number of the part (`PART_NAMES`).
+
+    Both are 0 for the surroundings.
+    """
 
     image: UInt8[np.ndarray, "96 96 3"]
     segmentation_mask: UInt8[np.ndarray, "96 96"]
+    part_map: UInt8[np.ndarray, "96 96"]
 
 
 def _surface(rng: np.random.Generator) -> UInt8[np.ndarray, "96 96 3"]:
@@ -196,7 +200,15 @@ def draw_scene(rng: np.random.Generator, label: int) -> Scene:
         _draw_distractor(canvas, rng, rng.uniform(8, 30))
     mean = tuple(np.asarray(canvas)[::8, ::8, :3].mean((0, 1)).tolist())
     matrix, offset = _object_pose(rng, tilt)
-    draw(Pen(canvas, matrix, offset, visible=255), rng, drawing.random_palette(rng, mean))
+    parts = Image.new("L", (CANVAS_SIZE, CANVAS_SIZE))
+    draw(Pen(canvas, matrix, offset, visible=255, parts=parts), rng, drawing.random_palette(rng, mean))
     image, visible = _light(_occlude(canvas, rng, base), rng)
     segmentation_mask = np.where(visible >= 0.5, label + 1, 0).astype(np.uint8)
-    return Scene(np.clip(image, 0, 255).astype(np.uint8), segmentation_mask)
+    part_map = np.where(segmentation_mask > 0, _at_picture_size(parts), 0).astype(np.uint8)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), segmentation_mask, part_map)
+
+
+def _at_picture_size(parts: Image.Image) -> UInt8[np.ndarray, "96 96"]:
+    """Return the part of each picture pixel: that of its first canvas pixel, or of another where that has none."""
+    wide = np.asarray(parts)
+    return np.where(wide[::2, ::2] > 0, wide[::2, ::2], wide.reshape(IMAGE_SIZE, 2, IMAGE_SIZE, 2).max(axis=(1, 3)))

@@ -11,7 +11,7 @@ from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES, CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import MAP_SUFFIXES, decode_label_map
-from beitv2_jax.data.sources import open_with
+from beitv2_jax.data.sources import Source, open_source, open_with
 from beitv2_jax.data.sources.folders import (
     class_folders,
     digest_of_names,
@@ -28,6 +28,8 @@ from beitv2_jax.errors import UserError
 IMAGES, MAPS = "images", "annotations"
 MAP_FEATURES = ("annotation", "segmentation_mask")
 """Names under which TFDS sets keep their label maps, the first one first."""
+PART_MAPS = ("part_map",)
+"""Name under which the embedded set keeps which part of its object a pixel is of."""
 ADE_NAMES_FILE = "objectInfo150.txt"
 """In the folder of ADE20K: a line of titles, then one for each class, whose last column is its name."""
 _FOLDER_NAMES = {"train": ("train", "training"), "training": ("training", "train")}
@@ -124,7 +126,7 @@ def _stem(file: str) -> str:
 
 
 class TfdsLabelMaps(TfdsSource):
-    """A TFDS set with an image feature of one of `MAP_FEATURES` beside `image`.
+    """A TFDS set with an image feature of one of the names `maps` beside `image`.
 
     The names of the classes stand in `labels.txt` beside its files, one a line; the labels of its images are not used.
 
@@ -132,11 +134,12 @@ class TfdsLabelMaps(TfdsSource):
       UserError: none of them, or maps that hold something else than one number a pixel.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str):
+    def __init__(self, directory: str | os.PathLike, split: str, maps: tuple[str, ...] = MAP_FEATURES):
         super().__init__(directory, split)
+        self._maps = maps
         self.class_names = listed_class_names(directory)
         self.num_classes = len(self.class_names)
-        self._map = next((name for name in MAP_FEATURES if name in self._features.decoders), "")
+        self._map = next((name for name in maps if name in self._features.decoders), "")
         if not self._map:
             raise UserError(
                 f"{self.name} has no label maps; its images are {', '.join(self._features.decoders)}.",
@@ -170,7 +173,49 @@ class TfdsLabelMaps(TfdsSource):
         }
 
     def __reduce__(self):
-        return TfdsLabelMaps, (self._directory, self._asked)
+        return TfdsLabelMaps, (self._directory, self._asked, self._maps)
+
+
+class WithoutLabels:
+    """A source of label maps as one of images, none of which has a class; the attributes are those of the source."""
+
+    num_classes, class_names = 0, ()
+
+    def __init__(self, source: "FolderLabelMaps"):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, example_id: int) -> dict[str, Any]:
+        return {**self._source[example_id], "label": -1}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __reduce__(self):
+        return WithoutLabels, (self._source,)
+
+
+def open_with_label_maps(
+    spec: str, split: str, data_dir: str = "", train_split: str = "train"
+) -> tuple[Source, dict[str, "FolderLabelMaps | TfdsLabelMaps"]]:
+    """Open a source of images as `open_source` does, and the sources of its label maps: 'mask' and 'part', if any.
+
+    A folder with label maps is one in the layout of `FolderLabelMaps`.
+    """
+    kind, _, location = spec.partition(":")
+    root = pathlib.Path(location).expanduser()
+    if kind == "folder" and (root / IMAGES).is_dir() and (root / MAPS).is_dir():
+        maps = FolderLabelMaps(location, split)
+        return WithoutLabels(maps), {"mask": maps}
+    source = open_source(spec, split, data_dir, train_split)
+    found = source.image_features if isinstance(source, TfdsSource) else ()
+    features = {"mask": MAP_FEATURES, "part": PART_MAPS}
+    readers = {
+        name: functools.partial(TfdsLabelMaps, maps=maps) for name, maps in features.items() if set(maps) & set(found)
+    }
+    return source, {name: open_with({"tfds": reader}, spec, split, data_dir) for name, reader in readers.items()}
 
 
 def open_label_maps(spec: str, split: str, data_dir: str = "") -> FolderLabelMaps | TfdsLabelMaps:

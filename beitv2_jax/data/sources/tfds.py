@@ -55,6 +55,11 @@ class TfdsSource:
         self.class_names = self._features.class_names
         self.num_classes = len(self.class_names)
 
+    @property
+    def image_features(self) -> tuple[str, ...]:
+        """Names of the features that are images."""
+        return tuple(self._features.decoders)
+
     @functools.cached_property
     def sizes(self) -> str:
         """Digest of the sizes of the split's files, which are looked up when it is asked for."""

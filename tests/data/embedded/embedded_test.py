@@ -10,6 +10,7 @@ from PIL import Image
 from beitv2_jax import rng as streams
 from beitv2_jax.data import embedded
 from beitv2_jax.data.embedded import drawing, scene_objects, scenes
+from beitv2_jax.data.embedded.parts import PART_NAMES
 from beitv2_jax.errors import UserError
 
 NUM_CLASSES = len(scenes.CLASS_NAMES)
@@ -42,14 +43,20 @@ def test_seed_split_and_index_all_count():
 
 
 def test_sizes_labels_and_masks_agree(examples):
-    visible = np.zeros((NUM_CLASSES, 0)).tolist()
+    visible, seen = np.zeros((NUM_CLASSES, 0)).tolist(), set()
     for index, example in enumerate(examples):
         image, mask = pixels(example["image"]), pixels(example["segmentation_mask"])
         assert image.shape == (96, 96, 3) and image.dtype == np.uint8
         assert mask.shape == (96, 96) and mask.dtype == np.uint8
         assert example["label"] == index % NUM_CLASSES
         assert set(np.unique(mask)) == {0, example["label"] + 1}
+        part_map = pixels(example["part_map"])
+        assert ((part_map > 0) == (mask > 0)).all()
+        named = {PART_NAMES[number] for number in np.unique(part_map)} - {"surroundings"}
+        assert {name.split()[0] for name in named} == {scenes.CLASS_NAMES[example["label"]]}
+        seen |= named
         visible[example["label"]].append((mask > 0).mean())
+    assert seen == set(PART_NAMES[1:])
     # each class is seen well and leaves room for its surroundings
     assert all(0.1 < np.mean(shares) < 0.5 for shares in visible)
 
@@ -126,7 +133,7 @@ def test_a_broken_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         embedded.prepare(tmp_path, "tiny")
     assert not list(tmp_path.rglob("*.array_record*"))
-    assert not list(tmp_path.glob("*/tiny/1.1.0"))
+    assert not list(tmp_path.glob("*/tiny/1.2.0"))
 
 
 def test_unknown_config_is_explained(tmp_path):
