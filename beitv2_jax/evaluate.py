@@ -151,7 +151,9 @@ def _classifier(network, options) -> _Evaluated:
 
 def _tokenizer(network, options) -> _Evaluated:
     from beitv2_jax.data.sources import open_source
+    from beitv2_jax.models.quantizer import collapse_of
     from beitv2_jax.runners import evaluate
+    from beitv2_jax.tasks.vqkd import fitting_codebook_size
 
     source = open_source(options.data, options.split, options.data_dir, options.train_split)
     passing = _passing(options, 64, network)
@@ -160,6 +162,12 @@ def _tokenizer(network, options) -> _Evaluated:
         network.weights, source, teacher, passing, crop_fraction=_crop_fraction(network, options)
     )
     counts = result.details["counts"].astype(np.int64)
+    if collapse := collapse_of(result.metrics, len(counts)):
+        fitting = fitting_codebook_size(result.metrics)
+        lines.append(
+            f"a codebook of which little is in use: {collapse} On data like these train a tokenizer with "
+            f"--config=configs/vqkd.py:own_data, or with --config.model.codebook_size={fitting}."
+        )
 
     def write(folder: Path) -> None:
         from beitv2_jax.report.evaluation import write_csv

@@ -177,7 +177,6 @@ def evaluate_tokenizer(
     variables = {**{name: weights.variables[name] for name in ("params", "codebook")}, "frozen": frozen}
     passed = _pass(evaluate, variables, batches, source, passing, mesh)
     metrics = vqkd.summarize(passed.sums)
-    metrics["codebook_entropy"] = float(np.log(metrics["codebook_perplexity"]))
     return passed.result(metrics, {"counts": passed.sums["counts"]})
 
 
