@@ -248,7 +248,7 @@ def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
     tokens = flat.get("kmeans_tokens", 0)
     if tokens < 0:
         refuse("kmeans_tokens", "no code has fewer than 0 tokens", "Did you mean the published start?", 0)
-    if tokens and not flat["kmeans_start"] and not parse_duration(flat["kmeans_again"])[0]:
+    if tokens and not flat["kmeans_start"] and not parse_duration(flat.get("kmeans_again", "0 steps"))[0]:
         refuse(
             "kmeans_tokens",
             "nothing starts by k-means",
