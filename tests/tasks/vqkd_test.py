@@ -26,6 +26,9 @@ def task_with(**changes):
         return vqkd.build(config), config
 
 
+REVIVES, PLAIN = task_with(revive=True), task_with()
+
+
 def rows():
     parts = [laws.batch_of(seed) for seed in (1, 2)]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -38,10 +41,11 @@ def stepped(task, config, sizes=(1, 1, 1), accumulation_steps=1, step=0):
     """Return the codebook's state before and after a step in which three codes are nearly unused."""
     mesh = sharding.make_mesh(*sizes)
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=0, num_steps=10)
-    variables = laws.drawn(task)
-    state = variables["model_state"]["quantizer"]
-    if "usage_average" in state:
-        state["usage_average"] = jnp.ones(laws.CODES).at[jnp.array([2, 7, 11])].set(jnp.array([3e-3, 1e-3, 2e-3]))
+    variables = laws.drawn(REVIVES[0])
+    average = jnp.ones(laws.CODES).at[jnp.array([2, 7, 11])].set(jnp.array([3e-3, 1e-3, 2e-3]))
+    state = {**variables["model_state"]["quantizer"], "usage_average": average}
+    wanted = jax.eval_shape(task.init, jax.random.key(0))["model_state"]["quantizer"]
+    variables["model_state"] = {"quantizer": {name: state[name] for name in wanted}}
     state = TrainState(
         jnp.int32(step), variables["params"], optimizer.init(variables["params"]), variables["model_state"]
     )
@@ -58,16 +62,16 @@ def stepped(task, config, sizes=(1, 1, 1), accumulation_steps=1, step=0):
 
 @pytest.fixture(scope="module")
 def revived():
-    return stepped(*task_with(revive=True))
+    return stepped(*REVIVES)
 
 
 def test_a_step_revives_the_rarest_code_with_a_token_of_a_readable_image(revived):
     before, after, _ = revived
-    config = task_with()[1]
+    config = REVIVES[1]
     codes = np.flatnonzero(after["usage_average"] == 1.0)
     assert codes.tolist() == [7]
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
-    batch, variables = rows(), laws.drawn(task_with()[0])
+    batch, variables = rows(), laws.drawn(REVIVES[0])
     variables = {"params": variables["params"], "codebook": variables["model_state"]}
     projected = quick_jit(lambda images: model.apply(variables, images, method=VQKD.project))
     unit = np.asarray(q.l2_normalise(projected(batch["images"] / 127.5 - 1.0)))
@@ -79,40 +83,47 @@ def test_a_step_revives_the_rarest_code_with_a_token_of_a_readable_image(revived
     assert np.sum(before["codebook"][7] * after["codebook"][7]) < 0.99
 
 
-@pytest.mark.parametrize(("sizes", "accumulation_steps"), [((8, 1, 1), 1), ((1, 2, 1), 4)])
-def test_the_same_code_is_revived_on_other_meshes_and_by_micro_batches(revived, sizes, accumulation_steps):
+def test_the_same_code_is_revived_on_eight_devices_and_by_micro_batches(revived):
     _, expected, metrics = revived
-    _, found, other = stepped(*task_with(revive=True), sizes, accumulation_steps)
+    _, found, other = stepped(*REVIVES, (8, 1, 1), accumulation_steps=2)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=2e-6, err_msg=name)
     np.testing.assert_allclose(other["quantization_distance"], metrics["quantization_distance"], rtol=1e-5)
 
 
-def test_without_revival_nothing_is_kept_for_it_and_the_other_codes_move_alike(revived):
-    before, after, _ = stepped(*task_with())
-    assert "usage_average" not in before and "usage_average" in revived[1]
-    others = np.arange(laws.CODES) != 7
-    np.testing.assert_array_equal(after["codebook"][others], revived[1]["codebook"][others])
-    still = after["window_counts"] == 0
-    np.testing.assert_array_equal(after["codebook"][still], before["codebook"][still])
-    np.testing.assert_array_equal(after["idle_steps"], still)
+def finish_of(built, step):
+    """Return the codebook's state before and after hits of all codes but 2 and 7, which both are dead, at a step."""
+    task, _ = built
+    state = dict(laws.drawn(REVIVES[0])["model_state"]["quantizer"])
+    state["usage_average"] = jnp.ones(laws.CODES).at[jnp.array([2, 7])].set(jnp.array([3e-3, 1e-3]))
+    wanted = jax.eval_shape(task.init, jax.random.key(0))["model_state"]["quantizer"]
+    before = {name: state[name] for name in wanted}
+    counts = jnp.full(laws.CODES, 4.0).at[jnp.array([2, 7])].set(0.0)
+    statistics = q.CodebookStatistics(counts[:, None] * jnp.roll(state["codebook"], 1, axis=1), counts)
+    if built is REVIVES:
+        statistics = statistics, q.Candidates(jnp.ones(1), q.l2_normalise(jnp.ones((1, 7))))
+    after, _ = quick_jit(task.finish)({"quantizer": before}, statistics, step)
+    return before, after["quantizer"]
 
 
-def test_no_code_is_revived_in_the_last_fifth_of_the_run():
-    config = task_with(revive=True)[1]
-    model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
-    assert vqkd.REVIVE_UNTIL == 0.8
-    finish = vqkd.vqkd_finish(model.quantizer, window=3, revive_steps=8)
-    state = laws.drawn(task_with(revive=True)[0])["model_state"]  # in which every usage average is 0
-    statistics = q.CodebookStatistics(jnp.zeros((laws.CODES, 7)), jnp.zeros(laws.CODES))
-    candidates = q.Candidates(jnp.ones(1), q.l2_normalise(jnp.ones((1, 7))))
-    moved = [
-        np.any(
-            finish(state, (statistics, candidates), step)[0]["quantizer"]["codebook"] != state["quantizer"]["codebook"]
-        )
-        for step in (0, 7, 8, 9)
-    ]
-    assert moved == [True, True, False, False]
+def moved_codes(before, after):
+    return np.flatnonzero(np.any(before["codebook"] != after["codebook"], axis=1))
+
+
+def test_without_revival_nothing_is_kept_for_it_and_dead_codes_stay():
+    before, after = finish_of(PLAIN, 0)
+    assert "usage_average" not in before and before.keys() == after.keys()
+    others = [code for code in range(laws.CODES) if code not in (2, 7)]
+    assert moved_codes(before, after).tolist() == others
+    np.testing.assert_array_equal(after["idle_steps"], np.isin(np.arange(laws.CODES), (2, 7)))
+    _, revived = finish_of(REVIVES, 0)
+    np.testing.assert_array_equal(revived["codebook"][np.array(others)], after["codebook"][np.array(others)])
+
+
+@pytest.mark.parametrize(("step", "is_revived"), [(0, True), (7, True), (8, False), (9, False)])
+def test_no_code_is_revived_in_the_last_fifth_of_the_run(step, is_revived):
+    """The run has ten steps."""
+    assert (7 in moved_codes(*finish_of(REVIVES, step))) == is_revived
 
 
 def test_k_means_over_many_batches_is_that_of_all_their_patches():
@@ -123,19 +134,17 @@ def test_k_means_over_many_batches_is_that_of_all_their_patches():
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
     arguments = (variables["params"], variables["model_state"], {})
     started = quick_jit(task.start_codebook)(*arguments, stacked, jax.random.key(1))["quantizer"]
-    as_one = jax.tree.map(lambda *arrays: np.concatenate(arrays)[None], *batches)
-    whole = quick_jit(task.start_codebook)(*arguments, as_one, jax.random.key(1))["quantizer"]
-    np.testing.assert_allclose(started["codebook"], whole["codebook"], atol=1e-5)
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
     state = {"params": variables["params"], "codebook": variables["model_state"]}
     images = np.concatenate([batch["images"][batch["weight"] > 0] for batch in batches])
-    unit = q.l2_normalise(model.apply(state, images / 127.5 - 1.0, method=VQKD.project)).reshape(-1, 7)
+    projected = quick_jit(lambda images: model.apply(state, images, method=VQKD.project))
+    unit = q.l2_normalise(projected(images / 127.5 - 1.0)).reshape(-1, 7)
     ids = np.argmax(np.asarray(unit) @ np.asarray(started["codebook"]).T, axis=1)
     # ten rounds leave every used code near the mean of its patches
     means = np.stack([np.asarray(unit)[ids == code].mean(axis=0) for code in np.unique(ids)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     assert np.mean(np.sum(means * started["codebook"][np.unique(ids)], axis=1)) > 0.99
-    assert task_with()[0].start_batches == 1 and task_with()[0].codebook_starts == (0,)
+    assert PLAIN[0].start_batches == 1 and PLAIN[0].codebook_starts == (0,)
 
 
 def test_codes_are_counted_over_fifty_tokens_each_where_an_epoch_has_them():
@@ -160,5 +169,5 @@ def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
     assert task.advise(metrics | {"codebook_usage": 0.9, "codebook_perplexity": 12.0}, 21) == ""
     # 100 images of 9 patches for 19 codes at the start
     assert "hardly" not in caplog.text
-    vqkd._warn_of_too_many_codes(task_with()[1], 100)
+    vqkd._warn_of_too_many_codes(PLAIN[1], 100)
     assert "900 patches for model.codebook_size=19" in caplog.text and "codebook_size=16 or less" in caplog.text
