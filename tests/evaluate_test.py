@@ -131,7 +131,8 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
     def squared_distances(variables, images):
         projections = tokenizer._model.apply(variables, to_unit_range(images), method=VQKD.project)
         unit = projections / jnp.linalg.norm(projections, axis=-1, keepdims=True)
-        return jnp.min(2.0 - 2.0 * unit @ variables["codebook"]["quantizer"]["codebook"].T, axis=-1)
+        codebook = variables["codebook"]["quantizer"]["codebook"]
+        return jnp.min(jnp.sum((unit[:, :, None] - codebook) ** 2, axis=-1), axis=-1)
 
     distances = tokenizer._run(squared_distances, paths)
     features = beitv2_jax.load_backbone(tmp_path / "teacher")(paths, norm=True).patches

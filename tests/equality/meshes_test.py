@@ -14,6 +14,7 @@ from paths import HELPERS, ROOT
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.models import quantizer
 
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 STILL = {
@@ -79,6 +80,31 @@ def test_micro_batches_train_as_the_whole_batch_does(equality_runs, stage, count
         stage, mesh, variant=f"-still-{count}", efficiency={"accumulation_steps": count}, **still
     )
     assert_same_run(stage, cut, whole)
+
+
+@pytest.mark.long
+def test_the_same_codes_are_revived_on_every_mesh_by_micro_batches_and_after_a_stop(equality_runs, monkeypatch):
+    """With k-means over five batches at the start and after five steps; a code is dead here after eleven steps."""
+    monkeypatch.setattr(quantizer, "DEAD_FRACTION", 0.9)
+    options = {"revive": True, "kmeans_tokens": 50, "kmeans_again": "5 steps"}
+    runs = {
+        "whole": equality_runs.outcome("vqkd", variant="-revive", **options),
+        "mesh": equality_runs.outcome("vqkd", MESHES["2x2x2"], variant="-revive", **options),
+        "cut": equality_runs.outcome(
+            "vqkd", (2, 1, 1), variant="-revive-cut", efficiency={"accumulation_steps": 4}, **options
+        ),
+    }
+    for stop in (5, 14):
+        folder = equality_runs.workdir("vqkd", variant=f"-revive-{stop}", stop_after=stop, **options)
+        shutil.copytree(folder, equality_runs.root / f"vqkd-1x1x1-revive-{stop}-continued")
+        runs[stop] = equality_runs.outcome("vqkd", variant=f"-revive-{stop}-continued", **options)
+    for name in ("mesh", "cut", 5, 14):
+        assert_same_run("vqkd", runs[name], runs["whole"])
+    averages = next(array for path, array in runs["whole"].arrays.items() if "usage_average" in path)
+    unhit = equality_runs.outcome("vqkd", variant="-revive-14", stop_after=14, **options).arrays
+    before = next(array for path, array in unhit.items() if "usage_average" in path)
+    # a code that is not hit for eleven steps is revived, up to step 16
+    assert before.min() < 0.91 and (averages > before + 0.05).any()
 
 
 @pytest.fixture(scope="module")
