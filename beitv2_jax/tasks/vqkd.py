@@ -241,8 +241,12 @@ def make_task(config, opened: inputs.Opened) -> Task:
         state = with_training_counters(variables["model_state"]["quantizer"], revive=config.revive)
         return {**variables, "model_state": {"quantizer": state}}
 
+    # what dead codes do before they are revived says nothing of the end
+    revive_steps = math.ceil(REVIVE_UNTIL * num_steps) if config.revive else None
+
     def advise(metrics, steps):
-        collapse = collapse_of(metrics, config.model.codebook_size) if steps > window else ""
+        judged = steps > window + (revive_steps or 0)
+        collapse = collapse_of(metrics, config.model.codebook_size) if judged else ""
         return collapse and f"{collapse} {_advice(config, metrics)}"
 
     return Task(
@@ -250,9 +254,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         init=init,
         initial=opened.initial,
         loss=vqkd_loss(model, targets, revive_seed=config.seed if config.revive else None),
-        finish=vqkd_finish(
-            model.quantizer, window, revive_steps=math.ceil(REVIVE_UNTIL * num_steps) if config.revive else None
-        ),
+        finish=vqkd_finish(model.quantizer, window, revive_steps=revive_steps),
         merge=merged_statistics if config.revive else Task.merge,
         frozen=opened.frozen,
         sources=opened.sources,

@@ -165,7 +165,8 @@ def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
     for part in ("16% of the 19 codes", "1,500 tokens", "revive=True", "peak_lr=3e-4", "codebook_size=8", "probe"):
         assert part in advice
     revives, _ = task_with(**{"usage_window": "20 steps", "revive": True})
-    assert "revive" not in revives.advise(metrics, 30)
+    assert revives.advise(metrics, 28) == ""  # the first window without revivals, after step 8, is not over
+    assert "revive" not in revives.advise(metrics, 29) and "codebook_size=8" in revives.advise(metrics, 29)
     assert task.advise(metrics | {"codebook_usage": 0.9, "codebook_perplexity": 12.0}, 21) == ""
     # 100 images of 9 patches for 19 codes at the start
     assert "hardly" not in caplog.text
