@@ -151,7 +151,9 @@ def _classifier(network, options) -> _Evaluated:
 
 def _tokenizer(network, options) -> _Evaluated:
     from beitv2_jax.data.segmentation.sources import open_with_label_maps
+    from beitv2_jax.models.quantizer import collapse_of
     from beitv2_jax.runners import evaluate
+    from beitv2_jax.tasks.vqkd import fitting_codebook_size
 
     source, label_maps = open_with_label_maps(options.data, options.split, options.data_dir, options.train_split)
     if options.compare_pixels:
@@ -168,6 +170,12 @@ def _tokenizer(network, options) -> _Evaluated:
         compare_pixels=options.compare_pixels,
     )
     counts = result.details["counts"].astype(np.int64)
+    if collapse := collapse_of(result.metrics, len(counts)):
+        fitting = fitting_codebook_size(result.metrics)
+        lines.append(
+            f"a codebook of which little is in use: {collapse} On data like these train a tokenizer with "
+            f"--config=configs/vqkd.py:own_data, or with --config.model.codebook_size={fitting}."
+        )
 
     def write(folder: Path) -> None:
         from beitv2_jax.report.evaluation import write_csv

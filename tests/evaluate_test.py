@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -21,6 +22,8 @@ from beitv2_jax import evaluate
 from beitv2_jax.convert.weights import write
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.rng import host_rng
 from beitv2_jax.tasks import mim
 from beitv2_jax.training.writer import read_metrics
@@ -126,6 +129,14 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
     ids = tokenizer.encode(paths)
     counts = np.bincount(ids.reshape(-1), minlength=19)
     shares = counts[counts > 0] / counts.sum()
+
+    def squared_distances(variables, images):
+        projections = tokenizer._model.apply(variables, to_unit_range(images), method=VQKD.project)
+        unit = projections / jnp.linalg.norm(projections, axis=-1, keepdims=True)
+        codebook = variables["codebook"]["quantizer"]["codebook"]
+        return jnp.min(jnp.sum((unit[:, :, None] - codebook) ** 2, axis=-1), axis=-1)
+
+    distances = tokenizer._run(squared_distances, paths)
     features = beitv2_jax.load_backbone(tmp_path / "teacher")(paths, norm=True).patches
     decoded = tokenizer.decode(ids)
     cosine = np.sum(features * decoded, axis=-1) / (
@@ -136,6 +147,10 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
         "codebook_usage": np.mean(counts > 0),
         "codebook_entropy": -np.sum(shares * np.log(shares)),
         "codebook_perplexity": np.exp(-np.sum(shares * np.log(shares))),
+        "codebook_top_share": counts.max() / counts.sum(),
+        "codebook_dead": np.sum(counts < counts.sum() / 1900),
+        "codebook_tokens": counts.sum(),
+        "quantization_distance": np.mean(distances),
     }
     # the label of a patch is the class of its image
     labels = np.repeat([NAMES.index(path.parent.name) for path in paths], 9)

@@ -15,7 +15,10 @@ from beitv2_jax.config.settings import undecided
 from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
-_DURATION_KEYS = ("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every", "usage_window")
+_DURATION_KEYS = (
+    *("duration", "warmup", "log_every", "checkpoint_every", "keep_every", "eval_every"),
+    *("usage_window", "kmeans_again"),
+)
 _CHOICES = {
     "stage": ("finetune", "extract", "vqkd", "cluster", "tokenize", "mim", "probe", "segment", "pipeline"),
     "views.interpolation": choices.INTERPOLATIONS,
@@ -161,6 +164,17 @@ def _check_durations(flat: dict[str, Any], refuse: Callable, num_examples: int |
             amounts[key] = steps(flat[key], batch_size=flat[batch_key], num_examples=num_examples, batch_key=batch_key)
         if key in _POSITIVE_DURATIONS and not amounts[key]:
             refuse(key, "it must be at least one step", "Did you mean a short one, to try something?", "'100 steps'")
+    again, duration = flat.get("kmeans_again", "0 steps"), flat.get("run.duration")
+    comparable = num_examples is not None or (duration and parse_duration(again)[1] == parse_duration(duration)[1])
+    if comparable and amounts.get("kmeans_again", 0) and amounts["kmeans_again"] >= amounts["run.duration"]:
+        amount, unit = parse_duration(duration)
+        refuse(
+            "kmeans_again",
+            f"the run ends before, after run.duration={duration!r}",
+            "Did you shorten the run?",
+            f"'{amount / 10:g} {unit}'",
+            "'0 steps'",
+        )
     if "optim.warmup" not in flat:
         return
     warmup, duration = flat["optim.warmup"], flat["run.duration"]
@@ -232,9 +246,21 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
 
 
 def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
-    """Check that the first batch has a patch for each code: k-means cannot start more codes than it has samples."""
+    """Check that k-means has a patch for each code: it cannot start more codes than it has samples."""
+    tokens = flat.get("kmeans_tokens", 0)
+    if tokens < 0:
+        refuse("kmeans_tokens", "no code has fewer than 0 tokens", "Did you mean the published start?", 0)
+    if tokens and not flat["kmeans_start"] and not parse_duration(flat.get("kmeans_again", "0 steps"))[0]:
+        refuse(
+            "kmeans_tokens",
+            "nothing starts by k-means",
+            "Did you mean to switch k-means on?",
+            0,
+            other=" or --config.kmeans_start=True",
+        )
     image_size, patch_size = flat.get("views.image_size"), flat.get("model.encoder.patch_size")
-    if not flat.get("kmeans_start") or flat["init_from"] or None in (image_size, patch_size):
+    starts = flat.get("kmeans_start") and not flat["init_from"]
+    if tokens or not starts or None in (image_size, patch_size):
         return
     batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]
     patches = batch_size * (image_size // patch_size) ** 2

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.quantizer import TRAINING_COUNTERS
 from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.checksums import find_damage, write_checksums
 from beitv2_jax.typing import PyTree
@@ -105,6 +106,8 @@ def read_run(workdir: str, *, average: bool = False) -> Run:
             else f"Copy the folder again, or delete {newest.path} and give the command of this run again.",
         )
     found = {name: _read_item(checkpoint / name) for name in ITEMS}
+    for counter in TRAINING_COUNTERS:
+        found["model_state"].get("quantizer", {}).pop(counter, None)
     if average:
         found["params"] = _read_item(checkpoint / AVERAGE)
         if not found["params"]:

@@ -7,6 +7,8 @@ the codebook once, so the update is the same for any number of devices and of mi
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,9 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from beitv2_jax.models.ops.nearest_code import cluster_sums, nearest_rows
+from beitv2_jax.models.ops.per_device import on_own_rows
 from beitv2_jax.typing import Codebook, CodeIds, Codes, PyTree, Scalar
 
 MIN_NORM = 1e-12
+DEAD_FRACTION = 0.01
+"""Fraction of the uniform share of the tokens under which a code is dead. Source: UniTok's measure of unused codes."""
+USAGE_DECAY = 0.99
+"""Of the moving average of each code's share, by which `revived` finds dead codes."""
+TRAINING_COUNTERS = ("idle_steps", "usage_average")
+"""State that only a training run keeps: weights that are read from it are without."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +173,104 @@ def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps
     }
 
 
+def with_training_counters(codebook_state: PyTree, *, revive: bool) -> PyTree:
+    """Return the state with what a run keeps of each code.
+
+    `idle_steps`: steps since the last hit, or since the code was placed; with `revive` also `usage_average`, the u_k of
+    `revived`, 1 at first.
+    """
+    zeros = jnp.zeros_like(codebook_state["cluster_counts"])
+    averages = {"usage_average": zeros + 1.0} if revive else {}
+    return {**codebook_state, "idle_steps": zeros, **averages}
+
+
+def counted(codebook_state: PyTree, counts: Float[Array, "k"]) -> PyTree:
+    """Return the state with those of its `TRAINING_COUNTERS` that it has after a batch with these counts."""
+    state = dict(codebook_state)
+    if "idle_steps" in state:
+        state["idle_steps"] = jnp.where(counts > 0, 0.0, state["idle_steps"] + 1.0)
+    if "usage_average" in state:
+        total = jnp.sum(counts)
+        shares = len(counts) * counts / jnp.maximum(total, 1.0)
+        average = USAGE_DECAY * state["usage_average"] + (1.0 - USAGE_DECAY) * shares
+        state["usage_average"] = jnp.where(total > 0, average, state["usage_average"])
+    return state
+
+
+def placed(codebook_state: PyTree, codebook: Codebook) -> PyTree:
+    """Return the state with all codes in new places; what was counted of the old ones is forgotten."""
+    state = {**codebook_state, "codebook": codebook}
+    return with_training_counters(state, revive="usage_average" in state) if "idle_steps" in state else state
+
+
+class Candidates(NamedTuple):
+    """Tokens of the batch that dead codes may take the place of, best first; a score of 0 marks an empty row."""
+
+    scores: Float[Array, "r"]
+    vectors: Float[Array, "r c"]
+
+
+def most_revived(codebook_size: int) -> int:
+    """Return how many codes may be revived in one step: a hundredth of the codebook, rounded up."""
+    return math.ceil(codebook_size / 100)
+
+
+def drawn_candidates(
+    unit: Codes, codes: Codes, weight: Float[Array, "b"], example_ids: Int[Array, "b"], key: Array, count: int
+) -> Candidates:
+    """Draw `count` tokens without replacement, token i with weight 1 - <z_i, e_a(i)>, its distance from its code.
+
+    The best `count` of log(1 - <z_i, e_a(i)>) + Gumbel noise. Here stands the exponential of that score, distance
+    divided by exponential noise: it has the same order, and 0 for what cannot be drawn. The noise of a token is a
+    function of `key`, the id of its image and its place there, so that the draw does not depend on how the batch lies
+    on devices or is cut into micro-batches. Images of `weight` 0 are never drawn.
+
+    **Source** the Gumbel-top-k draw (Kool et al. 2019, arXiv 1903.06059).
+    """
+    unit, codes = jax.lax.stop_gradient((unit, codes))
+    num_patches, code_dim = unit.shape[1:]
+    keys = jax.vmap(lambda example_id: jax.random.fold_in(key, example_id))(example_ids)
+    noise = jax.vmap(lambda key: jax.random.exponential(key, (num_patches,)))(keys)
+    distance = jnp.maximum(1.0 - jnp.sum(unit * codes, axis=-1), 0.0)
+    has_direction = jnp.sum(unit**2, axis=-1) > 0.5
+    scores = jnp.where(has_direction & (weight > 0)[:, None], distance, 0.0) / jnp.maximum(noise, MIN_NORM)
+    best = functools.partial(_best, count=count)
+    return best(*on_own_rows(best, (scores.reshape(-1), unit.reshape(-1, code_dim))))
+
+
+def merged_candidates(one: Candidates, other: Candidates) -> Candidates:
+    """Return the best of two sets of candidates, as many as each holds: the draw from the tokens of both."""
+    return _best(*(jnp.concatenate(parts) for parts in zip(one, other, strict=True)), count=len(one.scores))
+
+
+def _best(scores: Float[Array, "m"], vectors: Float[Array, "m c"], *, count: int) -> Candidates:
+    missing = max(0, count - len(scores))
+    scores, rows = jax.lax.top_k(jnp.pad(scores, (0, missing)), count)
+    return Candidates(scores, jnp.pad(vectors, ((0, missing), (0, 0)))[rows])
+
+
+def revived(codebook_state: PyTree, candidates: Candidates, active: Bool[Array, ""] | bool = True) -> PyTree:
+    """Return the state in which dead codes, rarest first, have taken the place of the candidates, best first.
+
+    With n_k hits among the N tokens of the global batch, u_k <- 0.99 u_k + 0.01 K n_k / N; a code is dead where
+    u_k < 1/100, and starts again with u_k = 1. At most as many codes move as there are candidates, and none unless
+    `active`.
+
+    **Source** restarts of unused codes as in Jukebox (arXiv 2005.00341), with thresholds and the draw as written here.
+    """
+    codebook, average = codebook_state["codebook"], codebook_state["usage_average"]
+    rarest = jnp.argsort(average, stable=True)[: len(candidates.scores)]
+    moves = active & (average[rarest] < DEAD_FRACTION) & (candidates.scores > 0)
+    new_rows = jnp.where(moves[:, None], candidates.vectors, codebook[rarest])
+    idle_steps = codebook_state["idle_steps"]
+    return {
+        **codebook_state,
+        "codebook": codebook.at[rarest].set(new_rows),
+        "usage_average": average.at[rarest].set(jnp.where(moves, 1.0, average[rarest])),
+        "idle_steps": idle_steps.at[rarest].set(jnp.where(moves, 0.0, idle_steps[rarest])),
+    }
+
+
 @functools.partial(jax.jit, static_argnames=("num_clusters", "num_iters", "nearest_code"))
 def kmeans(
     samples: Float[Array, "m c"],
@@ -234,3 +341,53 @@ def codebook_perplexity(counts: Float[Array, "k"]) -> Scalar:
     """Return exp(−Σ p_k ln p_k) with p_k = n_k / Σ n: from 1 (one code, or no hits) to k (all alike)."""
     shares = counts / jnp.maximum(jnp.sum(counts), 1.0)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares, shares)))
+
+
+def dead_codes(counts: Float[Array, "k"]) -> Bool[Array, "k"]:
+    """Return which codes have less than `DEAD_FRACTION` of the uniform share of the tokens counted."""
+    return counts < DEAD_FRACTION * jnp.sum(counts) / len(counts)
+
+
+def codebook_health(counts: Float[Array, "k"]) -> dict[str, Scalar]:
+    """Return what the hits of each code say of a codebook.
+
+    `codebook_usage`, the fraction of codes hit at least once; `codebook_perplexity` and its logarithm, the
+    `codebook_entropy` in nats; `codebook_top_share`, the fraction of tokens on the most used 1 % of the codes, rounded
+    up; `codebook_dead`, how many codes have less than 1/100 of the uniform share; `codebook_tokens`, how many tokens
+    all that is of.
+    """
+    perplexity, tokens = codebook_perplexity(counts), jnp.sum(counts)
+    most_used, _ = jax.lax.top_k(counts, math.ceil(len(counts) / 100))
+    return {
+        "codebook_usage": codebook_usage(counts),
+        "codebook_perplexity": perplexity,
+        "codebook_entropy": jnp.log(perplexity),
+        "codebook_top_share": jnp.sum(most_used) / jnp.maximum(tokens, 1.0),
+        "codebook_dead": jnp.sum(dead_codes(counts)),
+        "codebook_tokens": tokens,
+    }
+
+
+def quantization_distance(unit: Codes, codes: Codes) -> Float[Array, "b"]:
+    """Return the mean over patches of |z - e|^2, of unit vectors and their codes: 2 - 2 cos, from 0 to 4."""
+    return jax.lax.stop_gradient(jnp.mean(jnp.sum((codes - unit) ** 2, axis=-1), axis=1))
+
+
+LOW_USAGE, LOW_PERPLEXITY = 0.5, 0.25
+"""Fractions of a codebook below which usage and perplexity are worth a warning."""
+
+
+def collapse_of(health: Mapping[str, float], codebook_size: int) -> str:
+    """Return a sentence on a codebook of which few codes are in use, by its `codebook_health`; '' for any other.
+
+    Usage and perplexity are compared with `LOW_USAGE` and `LOW_PERPLEXITY` of what a uniform codebook shows in as many
+    tokens M: 1 - exp(-M / K) of its codes.
+    """
+    usage, perplexity, tokens = (health[f"codebook_{name}"] for name in ("usage", "perplexity", "tokens"))
+    uniform = 1.0 - math.exp(-tokens / codebook_size)
+    if usage >= LOW_USAGE * uniform and perplexity >= LOW_PERPLEXITY * uniform * codebook_size:
+        return ""
+    return (
+        f"{usage:.0%} of the {codebook_size} codes are in use over {tokens:,.0f} tokens, with a perplexity of "
+        f"{perplexity:.1f}, and the most used 1 % of the codes take {health['codebook_top_share']:.0%} of the tokens."
+    )

@@ -42,6 +42,10 @@ _TITLES = {
     "majority_part": "patches of the most frequent part",
     "pixels_nmi_part": "mutual information of clusters of pixels and parts",
     "pixels_purity_part": "purity of clusters of pixels, parts",
+    "codebook_top_share": "patches on the most used 1 % of the codes",
+    "codebook_dead": "dead codes (below 1/100 of the uniform share)",
+    "codebook_tokens": "patches counted",
+    "quantization_distance": "mean squared distance to the code",
     "loss": "loss (nats)",
     "final_loss": "loss, final layer (nats)",
     "aggregation_loss": "loss, aggregation head (nats)",
@@ -55,7 +59,11 @@ _TITLES = {
 }
 """Metric -> its row in the table, in this order."""
 _AMONG = "among_"
-_PLAIN = ("nll", "loss", "reconstruction_loss", "final_loss", "aggregation_loss", "codebook_entropy")
+_PLAIN = (
+    *("nll", "loss", "reconstruction_loss", "final_loss", "aggregation_loss"),
+    *("codebook_entropy", "quantization_distance"),
+)
+_COUNTS = ("masked_patches", "codebook_dead", "codebook_tokens")
 MAX_TICKS = 40
 """Classes up to which a picture of confusions names them."""
 NUM_MISTAKES = 24
@@ -92,8 +100,8 @@ def metrics_table(metrics: Mapping[str, float], published: Mapping[str, float] |
 def _shown(name: str, value: float) -> str:
     if name in _PLAIN:
         return f"{value:.4f}"
-    if name == "masked_patches":
-        return f"{value:,}"
+    if name in _COUNTS:
+        return f"{value:,.0f}"
     if "nmi_" in name:
         return f"{value:.3f}"
     return f"{value:.1f}" if name == "codebook_perplexity" else f"{value:.2%}"

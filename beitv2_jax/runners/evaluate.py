@@ -205,7 +205,6 @@ def evaluate_tokenizer(
     variables = {**{name: weights.variables[name] for name in ("params", "codebook")}, "frozen": frozen}
     passed = _pass(evaluate, variables, batches, source, passing, mesh)
     metrics = vqkd.summarize(passed.sums)
-    metrics["codebook_entropy"] = float(np.log(metrics["codebook_perplexity"]))
     code_ids = passed.rows["code_ids"]
     labels = {"class": np.broadcast_to(passed.rows["labels"][:, None], code_ids.shape)}
     size, example_ids = weights.arguments["image_size"], passed.rows["example_ids"].tolist()

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from beitv2_jax.typing import PyTree, Scalar
@@ -29,12 +31,16 @@ class LossParts(NamedTuple):
     Attributes:
         weight: how much the rows count, in rows or pixels; the loss and `metrics` of the whole batch are divided by it.
         metrics: sums to be logged as means.
-        statistics: sums that `Task.finish` gets undivided; None where there are none.
+        statistics: sums, or what `Task.merge` merges, that `Task.finish` gets undivided; None where there are none.
     """
 
     weight: Scalar
     metrics: dict[str, Scalar]
     statistics: PyTree = None
+
+
+def _added(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, one, other)
 
 
 def _unchanged(model_state: ModelState, statistics: PyTree, step: Array) -> tuple[ModelState, dict[str, Scalar]]:
@@ -61,6 +67,7 @@ class Task:
             is to be minimised in the mean, and its `LossParts`.
         finish: `(model_state, statistics, step) -> (new model_state, metrics)` after the whole batch; the metrics are
             scalars.
+        merge: `(statistics, statistics) -> ` those of two micro-batches as one; trees of zeros are those of no rows.
         initial: trained values that replace leaves of the trees of `init` at step 0; {} for a start from scratch.
         frozen: weights that never change (teacher, tokenizer); passed to every function, never closed over.
         train_batches: `(process_index, process_count) -> ` endless iterator of this process's host batches with
@@ -71,7 +78,11 @@ class Task:
         eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, a new one at each call.
         evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
         summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
-        start_codebook: `(params, model_state, frozen, batch, key) -> ` codebook before step 0, from the first batch.
+        start_codebook: `(params, model_state, frozen, batches, key) -> ` codebook from the next batches, as one tree
+            with the axis of the batches before that of their rows.
+        codebook_starts: numbers of finished steps after which `start_codebook` is called, 0 before the first one.
+        start_batches: how many batches it gets.
+        advise: `(logged metrics, finished steps) -> ` what to warn of, '' for nothing; the log says it once.
     """
 
     name: str
@@ -81,6 +92,7 @@ class Task:
     train_batches: Callable[[int, int], TrainIterator]
     no_decay: Callable[[str], bool]
     finish: Callable[[ModelState, PyTree, Array], tuple[ModelState, dict[str, Scalar]]] = _unchanged
+    merge: Callable[[PyTree, PyTree], PyTree] = _added
     layer_of: Callable[[str], int | None] = lambda path: None
     num_layers: int = 0
     initial: PyTree = dataclasses.field(default_factory=dict)
@@ -88,7 +100,10 @@ class Task:
     eval_batches: Callable[[int, int], Iterable[Batch]] | None = None
     evaluate: Callable[[Params, ModelState, PyTree, Batch], dict[str, Array]] | None = None
     summarize: Callable[[dict[str, Any]], dict[str, float]] | None = None
-    start_codebook: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray], ModelState | None] | None = None
+    start_codebook: Callable[[Params, ModelState, PyTree, Batch, PRNGKeyArray], ModelState] | None = None
+    codebook_starts: tuple[int, ...] = (0,)
+    start_batches: int = 1
+    advise: Callable[[dict[str, float], int], str] = lambda metrics, steps: ""
 
     @property
     def num_train_examples(self) -> int:

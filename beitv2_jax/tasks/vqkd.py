@@ -5,23 +5,38 @@ the step (`teacher.weights`). Both see the same views, so both give the same los
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from beitv2_jax import config as config_lib
+from beitv2_jax import rng
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.data.target_cache.encoding import FEATURES, decode_features
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.quantizer import (
+    Candidates,
+    CodebookStatistics,
     QuantizerOptions,
-    codebook_perplexity,
-    codebook_usage,
+    codebook_health,
+    collapse_of,
+    counted,
+    dead_codes,
+    drawn_candidates,
     kmeans,
+    merged_candidates,
+    most_revived,
+    placed,
+    quantization_distance,
+    revived,
     roll_window,
     updated_state,
+    with_training_counters,
 )
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs
@@ -44,8 +59,21 @@ def stored_features(frozen: PyTree, batch: Batch) -> TeacherFeatures:
     return jnp.where(batch["weight"][:, None, None] > 0, decode_features(batch), 1.0)
 
 
-def vqkd_loss(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures]) -> Callable:
-    """Return the `loss` of the tokenizer; `targets` of (frozen, batch) are the features to reconstruct."""
+TOKENS_PER_CODE = 50
+"""Tokens a code over which usage is counted at least, where an epoch has them: of 50 K tokens even a uniform draw
+misses no code in practice, exp(-50) of them, and one in 5 K tokens already misses 0.7 %."""
+REVIVE_UNTIL = 0.8
+"""Fraction of the steps after which no code is revived, so that the codes settle. Source: a choice of ours."""
+
+
+def vqkd_loss(
+    model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures], *, revive_seed: int | None = None
+) -> Callable:
+    """Return the `loss` of the tokenizer; `targets` of (frozen, batch) are the features to reconstruct.
+
+    Its statistics are those of the codebook, with `revive_seed`, the seed of the run, a pair of them and of the tokens
+    drawn from the batch that dead codes may take the place of.
+    """
 
     def loss(params, codebook, frozen, batch, key, step):
         weight = batch["weight"]
@@ -61,24 +89,45 @@ def vqkd_loss(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures]) 
             "reconstruction_loss": weighted_sum(distance, weight),
             "commitment_loss": weighted_sum(output.commitment, weight),
         }
-        return sum(metrics.values()), LossParts(weight.sum(), metrics, output.statistics)
+        total, statistics = sum(metrics.values()), output.statistics
+        metrics["quantization_distance"] = weighted_sum(quantization_distance(output.unit, output.codes), weight)
+        if revive_seed is not None:
+            step_key, count = rng.step_key(revive_seed, "revive", step), most_revived(model.quantizer.codebook_size)
+            drawn = drawn_candidates(output.unit, output.codes, weight, batch["example_ids"], step_key, count)
+            statistics = statistics, drawn
+        return total, LossParts(weight.sum(), metrics, statistics)
 
     return loss
 
 
-def vqkd_finish(options: QuantizerOptions, window: int) -> Callable:
-    """Return the `finish` that moves the codebook; training codes are counted over windows of `window` steps."""
+def vqkd_finish(options: QuantizerOptions, window: int, *, revive_steps: int | None = None) -> Callable:
+    """Return the `finish` that moves the codebook; training codes are counted over windows of `window` steps.
+
+    With `revive_steps` dead codes are revived in as many steps from the start of the run on.
+    """
 
     def finish(codebook, statistics, step):
+        statistics, candidates = (statistics, None) if revive_steps is None else statistics
         state = roll_window(codebook["quantizer"], step, window)
-        state = updated_state(state, statistics, options)
+        state = counted(updated_state(state, statistics, options), statistics.counts)
         counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
-        return {"quantizer": state}, {
-            "codebook_usage": codebook_usage(counts),
-            "codebook_perplexity": codebook_perplexity(counts),
-        }
+        metrics = codebook_health(counts)
+        if "idle_steps" in state:
+            dead = dead_codes(counts)
+            metrics["codebook_dead_age"] = jnp.sum(state["idle_steps"] * dead) / jnp.maximum(jnp.sum(dead), 1)
+        if candidates is not None:
+            state = revived(state, candidates, step < revive_steps)
+        return {"quantizer": state}, metrics
 
     return finish
+
+
+Statistics = tuple[CodebookStatistics, Candidates]
+
+
+def merged_statistics(one: Statistics, other: Statistics) -> Statistics:
+    """Return the statistics of two micro-batches as one: sums are added up, the best candidates are those of both."""
+    return jax.tree.map(jnp.add, one[0], other[0]), merged_candidates(one[1], other[1])
 
 
 def vqkd_evaluation(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatures] | None) -> Callable:
@@ -88,7 +137,8 @@ def vqkd_evaluation(model: VQKD, targets: Callable[[PyTree, Batch], TeacherFeatu
         output = model.apply({"params": params, "codebook": codebook}, to_unit_range(batch["images"]), train=False)
         weight = batch["weight"].astype(jnp.float32)
         counts = jnp.zeros(model.quantizer.codebook_size).at[output.code_ids].add(weight[:, None])
-        sums = {"examples": weight.sum(), "counts": counts}
+        distance = quantization_distance(output.unit, output.codes)
+        sums = {"examples": weight.sum(), "counts": counts, "distance": jnp.sum(distance * weight)}
         if targets is not None:
             distance = cosine_distillation(output.reconstruction, targets(frozen, batch)).mean(axis=-1)
             sums["reconstruction"] = jnp.sum(distance * weight)
@@ -104,7 +154,35 @@ def build(config) -> Task:
         UserError: the data set, cache or teacher is missing, or the cache was made otherwise than this config says.
     """
     inputs.check_implementations(config)
-    return make_task(config, open_inputs(config))
+    task = make_task(config, open_inputs(config))
+    _warn_of_too_many_codes(config, task.num_train_examples)
+    return task
+
+
+def _warn_of_too_many_codes(config, num_examples: int) -> None:
+    tokens, codes = num_examples * _patches(config), config.model.codebook_size
+    if tokens < TOKENS_PER_CODE * codes:
+        fitting = 2 ** max(3, int(math.log2(max(tokens, 1) / TOKENS_PER_CODE)))
+        logging.warning(
+            "An epoch has %d patches for model.codebook_size=%d codes, fewer than %d each: many of them will hardly be "
+            "used. Write --config.model.codebook_size=%d or less, or train on more images.",
+            tokens,
+            codes,
+            TOKENS_PER_CODE,
+            fitting,
+        )
+
+
+def _patches(config) -> int:
+    return (config.views.image_size // config.model.encoder.patch_size) ** 2
+
+
+def usage_window(config, num_examples: int) -> int:
+    """Return over how many steps codes are counted: `usage_window`, or what `TOKENS_PER_CODE` and an epoch allow."""
+    batch_size = config.run.batch_size
+    stated = config_lib.steps(config.usage_window, batch_size=batch_size, num_examples=num_examples)
+    enough = math.ceil(TOKENS_PER_CODE * config.model.codebook_size / (batch_size * _patches(config)))
+    return max(stated, min(enough, num_examples // batch_size))
 
 
 def open_inputs(config) -> inputs.Opened:
@@ -131,31 +209,53 @@ def make_task(config, opened: inputs.Opened) -> Task:
     stored, teacher = opened.stored, opened.network
     teacher_width = stored[0].manifest["teacher_width"] if teacher is None else teacher.width
     model = make_model(config, inputs.compute(config), teacher_width=teacher_width)
-    window = config_lib.steps(config.usage_window, batch_size=config.run.batch_size, num_examples=len(source))
+    durations = dict(batch_size=config.run.batch_size, num_examples=len(source))
+    window, num_steps = usage_window(config, len(source)), config_lib.steps(config.run.duration, **durations)
+    again = config_lib.steps(config.kmeans_again, **durations)
+    starts = ((0,) if config.kmeans_start and not config.init_from else ()) + ((again,) if again else ())
+    needed = config.kmeans_tokens * config.model.codebook_size
+    start_batches = max(1, math.ceil(needed / (config.run.batch_size * _patches(config))))
 
     def targets(frozen, batch):
         if teacher is not None:
             return teacher.features(frozen["teacher"], batch["images"])
         return stored_features(frozen, batch)
 
-    def start_codebook(params, codebook, frozen, batch, key):
-        projections = model.apply(
-            {"params": params, "codebook": codebook}, to_unit_range(batch["images"]), method=VQKD.project
-        )
+    def start_codebook(params, codebook, frozen, batches, key):
+        def project(images):
+            variables = {"params": params, "codebook": codebook}
+            return model.apply(variables, to_unit_range(images), method=VQKD.project)
+
+        projections = jax.lax.map(project, batches["images"])
         samples = projections.reshape(-1, projections.shape[-1])
-        weight = jnp.repeat(batch["weight"], projections.shape[1])
+        weight = jnp.repeat(batches["weight"].reshape(-1), projections.shape[-2])
         means, _ = kmeans(
             samples, key, config.model.codebook_size, weight=weight, nearest_code=model.compute.nearest_code
         )
-        return {"quantizer": {**codebook["quantizer"], "codebook": means}}
+        return {"quantizer": placed(codebook["quantizer"], means)}
 
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
+
+    def init(key):
+        variables = init_variables(model, key, jnp.zeros(image_shape), train=False)
+        state = with_training_counters(variables["model_state"]["quantizer"], revive=config.revive)
+        return {**variables, "model_state": {"quantizer": state}}
+
+    # what dead codes do before they are revived says nothing of the end
+    revive_steps = math.ceil(REVIVE_UNTIL * num_steps) if config.revive else None
+
+    def advise(metrics, steps):
+        judged = steps > window + (revive_steps or 0)
+        collapse = collapse_of(metrics, config.model.codebook_size) if judged else ""
+        return collapse and f"{collapse} {_advice(config, metrics)}"
+
     return Task(
         name="vqkd",
-        init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
+        init=init,
         initial=opened.initial,
-        loss=vqkd_loss(model, targets),
-        finish=vqkd_finish(model.quantizer, window),
+        loss=vqkd_loss(model, targets, revive_seed=config.seed if config.revive else None),
+        finish=vqkd_finish(model.quantizer, window, revive_steps=revive_steps),
+        merge=merged_statistics if config.revive else Task.merge,
         frozen=opened.frozen,
         sources=opened.sources,
         train_batches=inputs.train_batches(config, source, targets=stored[0]),
@@ -164,18 +264,41 @@ def make_task(config, opened: inputs.Opened) -> Task:
         ),
         evaluate=vqkd_evaluation(model, targets),
         summarize=summarize,
-        start_codebook=start_codebook if config.kmeans_start and not config.init_from else None,
+        start_codebook=start_codebook if starts else None,
+        codebook_starts=starts,
+        start_batches=start_batches,
+        advise=advise,
         no_decay=released_no_decay,
     )
 
 
+def _advice(config, metrics: Mapping[str, float]) -> str:
+    """Return what to write where few codes are in use."""
+    options = [] if config.revive else ["--config.revive=True"]
+    options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
+    fitting = fitting_codebook_size(metrics)
+    if fitting < config.model.codebook_size:
+        options.append(f"--config.model.codebook_size={fitting}")
+    return (
+        f"For another run write {' or '.join(options)}, or train on more images; the preset own_data does the first. "
+        "More codes in use are not better features by themselves: compare the probe after pre-training."
+        if options
+        else "Train on more images."
+    )
+
+
+def fitting_codebook_size(metrics: Mapping[str, float]) -> int:
+    """Return the power of two from 8 on that is next to twice the perplexity of a codebook."""
+    return 2 ** max(3, round(math.log2(2.0 * metrics["codebook_perplexity"])))
+
+
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return reconstruction loss, codebook usage (fraction of codes chosen at all) and perplexity of an evaluation."""
+    """Return reconstruction loss, `codebook_health` and mean `quantization_distance` of an evaluation."""
     losses = (
         {"reconstruction_loss": float(sums["reconstruction"] / sums["examples"])} if "reconstruction" in sums else {}
     )
     return {
         **losses,
-        "codebook_usage": float(codebook_usage(sums["counts"])),
-        "codebook_perplexity": float(codebook_perplexity(sums["counts"])),
+        **{name: float(value) for name, value in codebook_health(sums["counts"]).items()},
+        "quantization_distance": float(sums["distance"] / sums["examples"]),
     }

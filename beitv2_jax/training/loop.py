@@ -134,6 +134,9 @@ def _run(
     frozen = sharding.place_weights(task.frozen, mesh)
     bad_records = BadRecords(workdir, jax.process_index())
 
+    def starts_codebook(steps: int) -> bool:
+        return task.start_codebook is not None and steps in task.codebook_starts
+
     def next_batch() -> tuple[Batch, np.ndarray]:
         host_batch = next(iterator)
         bad_records.note(host_batch, task.splits[0])
@@ -152,7 +155,7 @@ def _run(
         state = made.result()
         startup_times.ended("state")
     start = int(state.step)
-    if start == 0 and task.start_codebook is not None:
+    if start == 0 and starts_codebook(0):
         state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
         startup_times.ended("codebook")
     evaluate = _make_evaluation(task, mesh, bad_records, watch, config.data.max_bad_fraction)
@@ -171,7 +174,7 @@ def _run(
         skipped_steps=int(state_lib.nonfinite_steps(state) + state.spikes.left_out),
         unreadable=position["unreadable"],
     )
-    metric_log = MetricLog(schedule, writer, progress, stop_rules)
+    metric_log = MetricLog(schedule, writer, progress, stop_rules, task.advise)
     last_metrics = dict(logged)
     best_evaluation = None
     if config.run.keep_best:
@@ -199,6 +202,11 @@ def _run(
             evaluate_at(start)
             metric_log.restart_clock()
         for step in range(start + 1, schedule.num_steps + 1):
+            if step > 1 and starts_codebook(step - 1):
+                metric_log.read()
+                watch.note("starting the codebook", step)
+                state = _start_codebook(task, config.seed, state, frozen, batch, mesh)
+                metric_log.restart_clock()
             watch.note("in the step", step)
             state, metrics = compiled(state, frozen, batch)
             metric_log.add(step, metrics, example_ids)
@@ -276,13 +284,24 @@ def _start(
 
 
 def _start_codebook(task: Task, seed: int, state: TrainState, frozen: PyTree, batch: Batch, mesh: Mesh) -> TrainState:
-    def start(params, codebook, frozen, batch):
-        started = task.start_codebook(params, codebook, frozen, batch, rng.step_key(seed, "start_codebook"))
-        return codebook if started is None else started
+    """Return the state with its codebook started from the batch at hand and, where the task asks for more, the next.
+
+    Those are read by an iterator of their own, so that training sees every batch in its turn.
+    """
+    step, batches = int(state.step), [batch]
+    if task.start_batches > 1:
+        logging.info("%s: starting the codebook from %d batches after step %d", task.name, task.start_batches, step)
+        with contextlib.closing(task.train_batches(*sharding.row_share(mesh))) as iterator:
+            iterator.set_state({"next_batch": step + 1})
+            batches += [sharding.place_batch(next(iterator), mesh) for _ in range(task.start_batches - 1)]
+
+    def start(params, codebook, frozen, batches):
+        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+        return task.start_codebook(params, codebook, frozen, stacked, rng.step_key(seed, "start_codebook", step))
 
     shardings = sharding.param_shardings(state.model_state, mesh)
     with sharding.activation_rules(mesh):
-        codebook = jax.jit(start, out_shardings=shardings)(state.params, state.model_state, frozen, batch)
+        codebook = jax.jit(start, out_shardings=shardings)(state.params, state.model_state, frozen, batches)
     return state.replace(model_state=codebook)
 
 

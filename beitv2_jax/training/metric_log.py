@@ -6,11 +6,12 @@ Between the training loop, which passes the metrics of each step, and the writer
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import jax
 import numpy as np
+from absl import logging
 
 from beitv2_jax.runtime import startup_times
 from beitv2_jax.training.schedule import Schedule
@@ -31,6 +32,7 @@ class MetricLog:
         writer: receives the metrics of logged steps.
         progress: advances by each step that has ended.
         stop_rules: checks the metrics of every step.
+        advise: `(metrics of a logged step, steps) -> ` what to warn of, '' for nothing; said once.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class MetricLog:
         writer: MetricWriter,
         progress: Progress,
         stop_rules: StopRules,
+        advise: Callable[[dict[str, float], int], str] = lambda metrics, step: "",
     ):
         self._schedule, self._writer, self._progress, self._stop_rules = schedule, writer, progress, stop_rules
+        self._advise, self._has_advised = advise, False
         self._running: list[_Step] = []
         self._unread: list[_Step] = []
         self._watch = futures.ThreadPoolExecutor(1, "step")
@@ -99,6 +103,9 @@ class MetricLog:
         share = window.waited / window.seconds
         self.metrics = {**metrics, "images_per_second": speed, "data_wait_share": share}
         self._writer.write(step, self.metrics)
+        if not self._has_advised and (advice := self._advise(metrics, step)):
+            self._has_advised = True
+            logging.warning("step %d: %s", step, advice)
         self._progress.show({"loss": metrics["loss"], "images/s": speed, "data wait share": share})
 
     @contextlib.contextmanager

@@ -115,7 +115,13 @@ def _whole_batch(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, *jax.tree.map(lambda x: x[0], xs)))
 
         def add(sums, x):
-            return jax.tree.map(jnp.add, sums, sums_of(*x)), None
+            *totals, parts = sums
+            *more, more_parts = sums_of(*x)
+            statistics = task.merge(parts.statistics, more_parts.statistics)
+            totals, added = jax.tree.map(
+                jnp.add, (totals, parts._replace(statistics=None)), (more, more_parts._replace(statistics=None))
+            )
+            return (*totals, added._replace(statistics=statistics)), None
 
         sums, _ = jax.lax.scan(add, zeros, xs)
     loss, grads, parts = sums

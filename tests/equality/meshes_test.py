@@ -14,6 +14,7 @@ from paths import HELPERS, ROOT
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.target_cache.reader import TargetReader
+from beitv2_jax.models import quantizer
 
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 STILL = {
@@ -81,6 +82,29 @@ def test_micro_batches_train_as_the_whole_batch_does(equality_runs, stage, count
         stage, mesh, variant=f"-still-{count}", efficiency={"accumulation_steps": count}, **still
     )
     assert_same_run(stage, cut, whole)
+
+
+@pytest.mark.long
+def test_the_same_codes_are_revived_on_every_mesh_by_micro_batches_and_after_a_stop(equality_runs, monkeypatch):
+    """With k-means over three batches, before the first step and after five; a code is dead after four steps unhit."""
+    monkeypatch.setattr(quantizer, "DEAD_FRACTION", 0.97)
+    options = {"revive": True, "kmeans_tokens": 30, "kmeans_again": "5 steps"}
+    runs = {
+        "whole": equality_runs.outcome("vqkd", variant="-revive", **options),
+        "mesh": equality_runs.outcome("vqkd", MESHES["2x2x2"], variant="-revive", **options),
+        "cut": equality_runs.outcome(
+            "vqkd", (2, 1, 1), variant="-revive-cut", efficiency={"accumulation_steps": 4}, **options
+        ),
+    }
+    for stop in (5, 14):
+        folder = equality_runs.workdir("vqkd", variant=f"-revive-{stop}", stop_after=stop, **options)
+        shutil.copytree(folder, equality_runs.root / f"vqkd-1x1x1-revive-{stop}-continued")
+        runs[stop] = equality_runs.outcome("vqkd", variant=f"-revive-{stop}-continued", **options)
+    for name in ("mesh", "cut", 5, 14):
+        assert_same_run("vqkd", runs[name], runs["whole"])
+    still = equality_runs.outcome("vqkd", variant="-never-revived", **{**options, "revive": False})
+    codebook = next(path for path in still.arrays if "['codebook']" in path)
+    assert np.abs(still.arrays[codebook] - runs["whole"].arrays[codebook]).max() > 0.1
 
 
 @pytest.fixture(scope="module")

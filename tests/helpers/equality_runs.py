@@ -155,12 +155,15 @@ def observed(task, *, evaluates: bool, stop_after: int | None):
         codebook, metrics = task.finish(codebook, statistics[0], step)
         return codebook, metrics | statistics[1]
 
+    def merge(one, other):
+        return task.merge(one[0], other[0]), jax.tree.map(jnp.add, one[1], other[1])
+
     def train_batches(process_index, process_count):
         return Stopped(task.train_batches(process_index, process_count), stop_after)
 
     changes = {} if stop_after is None else {"train_batches": train_batches}
     changes |= {} if evaluates else {"eval_batches": None}
-    return dataclasses.replace(task, loss=loss, finish=finish, **changes)
+    return dataclasses.replace(task, loss=loss, finish=finish, merge=merge, **changes)
 
 
 class Stopped:

@@ -151,6 +151,8 @@ def make_task(
     unreadable=(),
     on_trace=lambda: None,
     evaluation=True,
+    codebook_starts=(0,),
+    start_batches=1,
 ):
     model = Mlp()
 
@@ -210,9 +212,14 @@ def make_task(
         eval_batches=eval_batches if evaluation else None,
         evaluate=evaluate,
         summarize=lambda sums: {"accuracy": sums["right"] / sums["examples"]},
-        start_codebook=lambda params, codebook, frozen, batch, key: {
-            "quantizer": {**codebook["quantizer"], "codebook": batch["images"][:5] + jax.random.uniform(key)}
+        start_codebook=lambda params, codebook, frozen, batches, key: {
+            "quantizer": {
+                **codebook["quantizer"],
+                "codebook": batches["images"][:, :5].mean(axis=0) + jax.random.uniform(key),
+            }
         },
+        codebook_starts=codebook_starts,
+        start_batches=start_batches,
     )
 
 

@@ -1,10 +1,14 @@
 """Laws of the quantizer: unit rows, straight-through gradient, sums over the global batch, k-means, usage windows."""
 
+import math
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -196,6 +200,50 @@ def test_usage_and_perplexity_by_hand():
     np.testing.assert_allclose(q.codebook_perplexity(jnp.zeros(CODES)), 1.0, rtol=1e-6)
 
 
+def test_health_by_hand():
+    counts = np.full(200, 10.0, np.float32)
+    counts[:4] = 400.0, 100.0, 0.09, 0.0
+    health = q.codebook_health(jnp.asarray(counts))
+    tokens = 196 * 10 + 500.09
+    np.testing.assert_allclose(health["codebook_tokens"], tokens, rtol=1e-6)
+    np.testing.assert_allclose(health["codebook_usage"], 199 / 200, rtol=1e-6)
+    np.testing.assert_allclose(health["codebook_top_share"], 500 / tokens, rtol=1e-6)
+    assert health["codebook_dead"] == 2  # below 1/100 of 2460.09 / 200
+    shares = counts[:3].astype(np.float64) / tokens
+    entropy = -np.sum(shares * np.log(shares)) - 196 * 10 / tokens * np.log(10 / tokens)
+    np.testing.assert_allclose(health["codebook_entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(health["codebook_perplexity"], np.exp(entropy), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("used", "tokens", "is_collapse"),
+    [
+        (100, 5000, False),
+        (49, 5000, True),  # fewer than half
+        (49, 60, False),  # of 60 tokens a uniform codebook hits 45 on average
+        (20, 60, True),
+    ],
+)
+def test_a_collapse_is_told_from_few_tokens(used, tokens, is_collapse):
+    counts = np.zeros(100, np.float32)
+    counts[:used] = tokens / used
+    health = {name: float(value) for name, value in q.codebook_health(jnp.asarray(counts)).items()}
+    assert bool(q.collapse_of(health, 100)) == is_collapse
+
+
+def test_one_code_that_takes_most_tokens_is_a_collapse_although_all_are_used():
+    counts = np.ones(100, np.float32)
+    counts[7] = 900.0
+    health = {name: float(value) for name, value in q.codebook_health(jnp.asarray(counts)).items()}
+    assert health["codebook_usage"] == 1.0 and "take 90% of the tokens" in q.collapse_of(health, 100)
+
+
+def test_quantization_distance_is_two_minus_two_cosines():
+    unit, codes = (np.asarray(q.l2_normalise(projections(seed))) for seed in (40, 41))
+    expected = 2.0 - 2.0 * np.sum(unit.astype(np.float64) * codes, axis=-1).mean(axis=1)
+    np.testing.assert_allclose(q.quantization_distance(unit, codes), expected, rtol=1e-5)
+
+
 def test_window_holds_exactly_the_hits_of_its_steps():
     module, state = start()
     window_steps, hits = 3, []
@@ -300,3 +348,110 @@ def test_samples_of_weight_0_take_no_part_in_kmeans(num_counted):
     # with all weights 1 it is the k-means without weights
     everything = q.kmeans(samples, jax.random.key(18), CODES, weight=np.ones(41, np.float32))
     chex.assert_trees_all_equal(everything, q.kmeans(samples, jax.random.key(18), CODES))
+
+
+IMAGES = np.array([70_001, 3, 14_000_000, 12, 5, 6, 800, 9])
+
+
+def tokens_of(seed, images=IMAGES):
+    """Return unit vectors of the patches of 8 images, and the codes they are given."""
+    vectors = projections(seed, batch=len(images)), projections(seed + 1, batch=len(images))
+    return tuple(q.l2_normalise(array) for array in vectors)
+
+
+def test_candidates_are_the_best_of_log_distance_plus_gumbel_noise():
+    key, (unit, codes) = jax.random.key(3), tokens_of(30)
+    weight = np.array([1, 1, 0, 1, 1, 1, 1, 1], np.float32)
+    found = q.drawn_candidates(unit, codes, weight, IMAGES, key, 6)
+    keys = [jax.random.fold_in(key, image) for image in IMAGES]
+    noise = np.stack([np.asarray(jax.random.exponential(key, (PATCHES,)), np.float64) for key in keys])
+    gumbel = -np.log(noise)
+    distance = 1.0 - np.sum(np.asarray(unit, np.float64) * np.asarray(codes, np.float64), axis=-1)
+    scores = np.log(distance) + gumbel
+    scores[2] = -np.inf  # an unreadable image
+    best = np.argsort(-scores, axis=None)[:6]
+    np.testing.assert_allclose(np.log(found.scores), scores.reshape(-1)[best], atol=1e-5)
+    np.testing.assert_array_equal(found.vectors, np.asarray(unit).reshape(-1, CODE_DIM)[best])
+
+
+def test_a_token_is_drawn_in_proportion_to_its_distance():
+    angles = np.array([0.3, 1.0, 2.0, np.pi])
+    unit = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None]
+    codes = jnp.broadcast_to(jnp.array([1.0, 0.0]), unit.shape)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    first = jax.jit(jax.vmap(lambda key: q.drawn_candidates(unit, codes, jnp.ones(1), jnp.array([5]), key, 1).vectors))
+    drawn = np.asarray(first(keys))[:, 0, 0]
+    frequency = np.mean(np.isclose(drawn[:, None], np.cos(angles), atol=1e-6), axis=0)
+    weights = 1.0 - np.cos(angles)
+    np.testing.assert_allclose(frequency, weights / weights.sum(), atol=4 * np.sqrt(0.25 / 4000))
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(8)), cut=st.integers(1, 7), seed=st.integers(0, 2**20))
+def test_the_draw_is_the_same_however_the_batch_is_cut_and_ordered(order, cut, seed):
+    key, (unit, codes), weight = jax.random.key(seed), tokens_of(seed), np.ones(8, np.float32)
+    whole = q.drawn_candidates(unit, codes, weight, IMAGES, key, 5)
+    merged = jax.tree.map(jnp.zeros_like, whole)
+    for part in (np.array(order[:cut]), np.array(order[cut:])):
+        drawn = q.drawn_candidates(unit[part], codes[part], weight[part], IMAGES[part], key, 5)
+        merged = q.merged_candidates(merged, drawn)
+    chex.assert_trees_all_equal(merged, whole)
+    assert len(np.unique(whole.vectors, axis=0)) == 5  # without replacement
+    other = q.drawn_candidates(unit, codes, weight, IMAGES, jax.random.key(seed + 1), 5)
+    assert not np.array_equal(other.vectors, whole.vectors)
+
+
+def test_the_draw_on_eight_devices_equals_one_device_and_gathers_few_rows():
+    key, (unit, codes), count = jax.random.key(4), tokens_of(31), 3
+    arguments = (unit, codes, np.ones(8, np.float32), IMAGES.astype(np.int32))
+    program = jax.jit(lambda *arguments: q.drawn_candidates(*arguments, key, count))
+    whole = program(*arguments)
+    mesh = jax.make_mesh((8, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = [jax.device_put(array, NamedSharding(mesh, P(("data", "fsdp")))) for array in arguments]
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", ("data", "fsdp")),)):
+        compiled = program.lower(*rows).compile()
+        found = compiled(*rows)
+    chex.assert_trees_all_close(found, whole, rtol=1e-6)
+    gathered = re.findall(r"f32\[([\d,]*)\]\S* all-(?:gather|reduce)\(", compiled.as_text())
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in gathered]
+    assert max(sizes) <= 8 * count * CODE_DIM < unit.size
+
+
+def test_dead_codes_move_rarest_first_at_most_a_hundredth_of_them():
+    module = q.Quantizer(q.QuantizerOptions(codebook_size=250, code_dim=CODE_DIM))
+    state = q.with_training_counters(module.init(jax.random.key(0), projections(0))["codebook"], revive=True)
+    average = np.full(250, 0.5, np.float32)
+    average[[17, 4, 99, 200]] = 0.004, 0.001, 0.009, 0.002
+    state |= {"usage_average": jnp.asarray(average), "idle_steps": jnp.full(250, 700.0)}
+    assert q.most_revived(250) == 3 and q.most_revived(64) == 1 and q.most_revived(8192) == 82
+    vectors = q.l2_normalise(jax.random.normal(jax.random.key(1), (3, CODE_DIM)))
+    after = q.revived(state, q.Candidates(jnp.array([3.0, 2.0, 1.0]), vectors))
+    moved = np.flatnonzero(np.any(np.asarray(after["codebook"]) != np.asarray(state["codebook"]), axis=1))
+    assert moved.tolist() == [4, 17, 200]
+    for code, row in zip((4, 200, 17), vectors, strict=True):
+        np.testing.assert_array_equal(after["codebook"][code], row)
+    np.testing.assert_array_equal(np.asarray(after["usage_average"])[[4, 200, 17, 99]], [1, 1, 1, average[99]])
+    np.testing.assert_array_equal(np.asarray(after["idle_steps"])[[4, 200, 17, 99]], [0, 0, 0, 700])
+    np.testing.assert_allclose(np.linalg.norm(after["codebook"], axis=1), 1.0, atol=1e-6)
+    # one candidate is left, and then none, or the time is over
+    one = q.revived(state, q.Candidates(jnp.array([3.0, 0.0, 0.0]), vectors))
+    np.testing.assert_array_equal(one["codebook"], state["codebook"].at[4].set(vectors[0]))
+    chex.assert_trees_all_equal(q.revived(state, q.Candidates(jnp.zeros(3), vectors)), state)
+    chex.assert_trees_all_equal(q.revived(state, q.Candidates(jnp.ones(3), vectors), jnp.array(False)), state)
+
+
+def test_a_code_is_dead_458_steps_after_its_last_hit_and_idle_steps_are_counted():
+    module, state = start()
+    state = q.with_training_counters(state, revive=True)
+    counts = jnp.full(CODES, 30.0).at[3].set(0.0)
+    counted = jax.jit(q.counted)
+    for step in range(1, 460):
+        state = counted(state, counts)
+        assert bool(state["usage_average"][3] < q.DEAD_FRACTION) == (step > 458)
+    assert state["idle_steps"][3] == 459 and state["idle_steps"].sum() == 459
+    expected = 0.99**459 + (1 - 0.99**459) * CODES / (CODES - 1)
+    np.testing.assert_allclose(state["usage_average"][0], expected, rtol=1e-4)
+    nothing = counted(state, jnp.zeros(CODES))  # a batch of unreadable images says nothing of usage
+    np.testing.assert_array_equal(nothing["usage_average"], state["usage_average"])
+    again = q.placed(state, module.init(jax.random.key(9), projections(0))["codebook"]["codebook"])
+    assert not again["idle_steps"].any() and (again["usage_average"] == 1).all()

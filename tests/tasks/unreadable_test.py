@@ -108,10 +108,11 @@ def test_the_codebook_starts_from_readable_images():
     for level in (0, 128, 255):
         batch = laws.batch_of(4)
         batch["weight"][bad], batch["images"][bad] = 0, level
-        started = start(variables["params"], variables["model_state"], {}, batch, jax.random.key(1))
+        batches = jax.tree.map(lambda rows: rows[None], batch)
+        started = start(variables["params"], variables["model_state"], {}, batches, jax.random.key(1))
         codebooks.append(started["quantizer"]["codebook"])
     np.testing.assert_array_equal(codebooks[0], codebooks[1])
     np.testing.assert_array_equal(codebooks[0], codebooks[2])
-    batch["weight"][:] = 1
-    started = start(variables["params"], variables["model_state"], {}, batch, jax.random.key(1))
+    batches["weight"][:] = 1
+    started = start(variables["params"], variables["model_state"], {}, batches, jax.random.key(1))
     assert (started["quantizer"]["codebook"] != codebooks[2]).any()

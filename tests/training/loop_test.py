@@ -109,6 +109,27 @@ def test_the_first_batch_starts_the_codebook_and_is_trained_on(tmp_path):
     assert lines[0]["ids"] == first["example_ids"].sum()
 
 
+@pytest.mark.parametrize("stopped_after", [None, 3])
+def test_the_codebook_starts_from_more_batches_and_once_more_later(tmp_path, stopped_after):
+    """Stopped where it starts again, the run goes on as the unbroken one; training sees every batch in its turn."""
+    config = toy.config(**{"run.duration": "5 steps", "optim.warmup": "0 steps"})
+    starts = {"codebook_starts": (0, 3), "start_batches": 2, "evaluation": False}
+    if stopped_after:
+        with pytest.raises(Preempted):
+            stopping = {"stop_at": stopped_after - 1, "signals": [signal.SIGTERM]}
+            loop.train(toy.make_task(**starts, **stopping), config, tmp_path)
+    loop.train(toy.make_task(**starts), config, tmp_path)
+    _, trees, _, lines = outcome(tmp_path)
+    iterator = toy.batches(8, seed=3)
+    drawn = [next(iterator) for _ in range(6)]
+    assert [line["ids"] for line in lines] == [batch["example_ids"].sum() for batch in drawn[:5]]
+    images = [batch["images"][:5] for batch in drawn]
+    expected = (images[3] + images[4]) / 2 + np.asarray(jax.random.uniform(rng.step_key(3, "start_codebook", 3)))
+    for batch in images[3:5]:
+        expected = 0.9 * expected + 0.1 * batch
+    np.testing.assert_allclose(trees["model_state"]["quantizer"]["codebook"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_averaged_weights_are_evaluated_beside_those_of_the_last_step(unbroken):
     workdir, returned, _ = unbroken
     raw, average = (
