@@ -174,7 +174,7 @@ def _tokenizer(network, options) -> _Evaluated:
         fitting = fitting_codebook_size(result.metrics)
         lines.append(
             f"a codebook of which little is in use: {collapse} On data like these train a tokenizer with "
-            f"--config=configs/vqkd.py:own_data, or with --config.model.codebook_size={fitting}."
+            f"--config.model.codebook_size={fitting}, or with --config=configs/vqkd.py:own_data."
         )
 
     def write(folder: Path) -> None:

@@ -18,8 +18,9 @@ Presets
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images) with 1 024 codes; unpublished, for one GPU
   own_data    for a few thousand to 30 000 images of your own: 1 024 codes, and what keeps them in use on little data
               (dead codes revived, k-means over 50 tokens a code, peak rate 3e-4, ema_decay 0.9); unpublished, like the
-              next two. The number of codes is the power of two nearest to 8 sqrt(images), which gives the published
-              8 192 for ImageNet-1k
+              next two. Codes in use are not better codes: in the quickstart revival made the student weaker
+              (docs/results.md), so compare the probe with --config.revive=False. The number of codes is the power of
+              two nearest to 8 sqrt(images), which gives the published 8 192 for ImageNet-1k
   own_1k      ... for fewer images: 256 codes, half as many steps
   own_100k    ... for more: 2 048 codes, four times as many steps
   smoke       four steps of a toy model on generated pictures

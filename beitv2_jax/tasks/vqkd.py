@@ -274,16 +274,16 @@ def make_task(config, opened: inputs.Opened) -> Task:
 
 def _advice(config, metrics: Mapping[str, float]) -> str:
     """Return what to write where few codes are in use."""
-    options = [] if config.revive else ["--config.revive=True"]
-    options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
-    fitting = fitting_codebook_size(metrics)
+    options, fitting = [], fitting_codebook_size(metrics)
     if fitting < config.model.codebook_size:
         options.append(f"--config.model.codebook_size={fitting}")
+    options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
+    options += [] if config.revive else ["--config.revive=True"]
+    if not options:
+        return "Train on more images."
     return (
-        f"For another run write {' or '.join(options)}, or train on more images; the preset own_data does the first. "
+        f"For another run write {' or '.join(options)}, or train on more images. "
         "More codes in use are not better features by themselves: compare the probe after pre-training."
-        if options
-        else "Train on more images."
     )
 
 
