@@ -149,6 +149,7 @@ def test_components_keep_what_they_keep(folder, features, answers, tmp_path):
     np.testing.assert_array_equal(quick_jit(tokenizer.encode)(variables, pixels), cosine.argmax(axis=-1))
 
 
+@pytest.mark.long
 def test_later_stages_take_it(folder, made, tmp_path):
     workdir, _ = made
     tokenize = stage(folder, "tokenize", **{"tokenizer.run": workdir, "views.num_views": 1})
