@@ -108,7 +108,7 @@ def test_help_lists_the_flags_and_exits_with_0(flag, capsys):
         ([*GOOD, "--config.optim.peek_lr=1"], "no key 'optim.peek_lr'", "--config.optim.peak_lr=1."),
         ([*GOOD, "--config.batch_size", "3"], "no key 'batch_size'", "--config.run.batch_size=3."),
         ([*GOOD, "--config.model.batch_size=3"], "no key 'model.batch_size'", "--config.run.batch_size=3."),
-        ([*GOOD, "--noconfig.kmeans"], "no key 'kmeans'", "--config.kmeans_start=False."),
+        ([*GOOD, "--noconfig.kmean_start"], "no key 'kmean_start'", "--config.kmeans_start=False."),
         ([*GOOD, "--config.optim.foo=3"], "no key 'optim.foo'", "the section optim, which has betas, clip_norm, eps"),
         ([*GOOD, "--config.foo=3"], "no key 'foo'", "a key of the config, which has data, efficiency,"),
         ([*GOOD, "--config.run=3"], "section 'run' has no value", "--config.run."),

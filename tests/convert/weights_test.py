@@ -202,7 +202,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
     write(drawn_weights("mim"), str(tmp_path / "mim"), "run")
     config = json.loads((tmp_path / "mim" / "config.json").read_text())
     (tmp_path / "mim" / "config.json").write_text(json.dumps(config | {"stage": "probe"}))
-    with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'mim'"):
+    with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'cluster' or 'mim'"):
         read(str(tmp_path / "mim"))
 
 

@@ -352,7 +352,7 @@ def test_a_run_of_another_stage_is_no_tokenizer(pipeline, image_folder, tmp_path
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "tokenize")
     config.tokenizer.run = os.path.join(workdir, "teacher")
-    refused(config, str(tmp_path / "run"), "stage 'finetune', but a run of stage 'vqkd' is needed")
+    refused(config, str(tmp_path / "run"), "stage 'finetune', but a run of stage 'vqkd' or 'cluster' is needed")
 
 
 def test_a_workdir_that_is_no_folder_is_refused(image_folder, tmp_path):

@@ -151,7 +151,7 @@ def test_the_same_record_files_are_the_same_data_set(bucket):
     root, name = folder.parents[2], "/".join(folder.parts[-3:-1])
     for file in folder.iterdir():
         bucket[f"data/{file.relative_to(root)}"] = file.read_bytes()
-    for spec in (f"arrayrecord:ROOT/{name}/*/*-{{split}}*array_record*", f"tfds:{name}"):
+    for spec in (f"arrayrecord:ROOT/{name}/{folder.name}/*-{{split}}*array_record*", f"tfds:{name}"):
         here, there = (
             open_source(spec.replace("ROOT", place), "test", place) for place in (str(root), "gs://bucket/data")
         )
