@@ -13,6 +13,7 @@ def test_made_images_are_of_the_usual_size(tmp_path):
     assert len(list(tmp_path.rglob("*.jpg"))) == 8 and 80_000 < mean < 120_000
 
 
+@pytest.mark.long
 def test_a_step_may_only_take_time(monkeypatch):
     monkeypatch.setitem(loading.NUM_IMAGES, True, 16)
     monkeypatch.setitem(loading.STEPS, True, 1)

@@ -112,6 +112,7 @@ def stopped(equality_runs) -> pathlib.Path:
     return equality_runs.workdir("vqkd", MESHES["2x2x2"], variant="-stopped", stop_after=STEPS // 2)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_another_mesh(equality_runs, stopped):
     workdir = equality_runs.root / "vqkd-2x4x1-continued"
     shutil.copytree(stopped, workdir)
