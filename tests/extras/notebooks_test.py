@@ -10,6 +10,12 @@ from paths import ROOT
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the current folder of all notebooks: the runs that one trains are there for the other."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
 def kinds(cell):
     """Return what a cell shows: printed text, and pictures."""
     found = [output.get("name") or sorted(output["data"]) for output in cell.get("outputs", [])]
@@ -17,13 +23,13 @@ def kinds(cell):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
+def test_a_notebook_runs(path, folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     # not the eight devices of the tests
     monkeypatch.delenv("XLA_FLAGS")
     saved = nbformat.read(path, 4)
     ran = nbformat.read(path, 4)
-    NotebookClient(ran, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(ran, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     assert [kinds(cell) for cell in ran.cells] == [kinds(cell) for cell in saved.cells]
 
 

@@ -1,5 +1,7 @@
 """The tokenizer and its quantizer against the released ones: outputs, gradients, and how the codebook moves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +47,12 @@ class QuantizerCase:
         }
 
     def step(self, z, train):
-        out = self.module.apply({"codebook": self.state}, vectors(z))
-        self.state = q.updated_state(self.state, out.statistics, self.module.options, move=train)
+        @quick_jit
+        def compute(state, projections):
+            out = self.module.apply({"codebook": state}, projections)
+            return out, q.updated_state(state, out.statistics, self.module.options, move=train)
+
+        out, self.state = compute(self.state, vectors(z))
         return out
 
     def check(self, name, value):
@@ -76,7 +82,7 @@ def check_one_step(case):
         out = case.module.apply(variables, projections)
         return jnp.sum(out.codes * probe) + out.commitment.mean()
 
-    case.check("grad_z", maps(jax.grad(objective)(vectors(z)), z))
+    case.check("grad_z", maps(quick_jit(jax.grad(objective))(vectors(z)), z))
     out = case.step(z, train=True)
     case.check_step(out, z)
     case.check("z_q", maps(out.codes, z))
@@ -104,7 +110,8 @@ def check_kmeans_start(case):
     unit = q.l2_normalise(vectors(z)).reshape(-1, z.shape[1])
     case.check("samples_l2", unit)
     for rounds in (1, 10):
-        means, counts = q.kmeans_from(unit, unit[case.inputs["init_indices"]], rounds)
+        kmeans = quick_jit(functools.partial(q.kmeans_from, num_iters=rounds))
+        means, counts = kmeans(unit, unit[case.inputs["init_indices"]])
         case.check(f"means_iter{rounds}", means)
         case.check(f"bins_iter{rounds}", counts)
     case.state = {**case.state, "codebook": means}
