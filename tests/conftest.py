@@ -36,7 +36,6 @@ hypothesis.settings.load_profile("repeatable")
 
 SLOWEST_FIRST = (
     "equality/meshes_test",
-    "equality/processes_test",
     "runners/stages_test",
     "runners/stages_preempted_test",
     "golden_test",

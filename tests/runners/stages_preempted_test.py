@@ -26,6 +26,9 @@ from beitv2_jax.runtime import watchdog
 from beitv2_jax.tasks import finetune, mim, vqkd
 from tests.runners.stages_test import image_folder, stage_config  # noqa: F401
 
+STAGES = {"extract": "teacher", "tokenize": "vqkd", "probe": "mim"}
+"""Stage -> the one whose network it takes; all but the first run with --long only."""
+
 MOVE = 3
 """The batch at which the notice comes."""
 
@@ -93,21 +96,23 @@ def interrupted(moving):
 
 
 @pytest.fixture(scope="module")
-def configs(image_folder, tmp_path_factory):  # noqa: F811
+def configs(request, image_folder, tmp_path_factory):  # noqa: F811
     """Configs of the stages, of networks as they are before training, and what each leaves undisturbed."""
     workdir = tmp_path_factory.mktemp("networks")
-    for name, build in (("teacher", finetune.build), ("vqkd", vqkd.build), ("mim", mim.build)):
+    chosen = list(STAGES) if request.config.getoption("--long") else list(STAGES)[:1]
+    builds = {"teacher": finetune.build, "vqkd": vqkd.build, "mim": mim.build}
+    for name in (STAGES[stage] for stage in chosen):
         config = stage_config(image_folder, str(workdir), name)
         if name == "vqkd":
             config.teacher.update(features="", weights=str(workdir / "teacher"))
         if name == "mim":
             config.tokenizer.update(codes="", run=str(workdir / "vqkd"))
-        variables = jax.tree.map(np.asarray, quick_jit(build(config).init)(jax.random.key(0)))
+        variables = jax.tree.map(np.asarray, quick_jit(builds[name](config).init)(jax.random.key(0)))
         write_run(str(workdir / name), json.loads(config_lib.to_json(config)), variables)
-    configs = {name: stage_config(image_folder, str(workdir), name) for name in ("extract", "tokenize", "probe")}
-    for name in ("extract", "tokenize"):
-        configs[name].output.shard_examples = 7
+    configs = {name: stage_config(image_folder, str(workdir), name) for name in chosen}
     for name, config in configs.items():
+        if "output" in config:
+            config.output.shard_examples = 7
         stages.run_stage(config, str(workdir / "undisturbed" / name))
     return configs, workdir / "undisturbed"
 
@@ -125,7 +130,9 @@ def outcome(workdir):
     }
 
 
-@pytest.mark.parametrize("name", ["extract", "tokenize", "probe"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "extract" else pytest.mark.long) for name in STAGES]
+)
 def test_told_it_stops_and_finishes_when_started_again(configs, tmp_path, monkeypatch, name):
     configs, undisturbed = configs
     former = signal.getsignal(signal.SIGTERM)
