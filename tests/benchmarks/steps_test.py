@@ -17,7 +17,9 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.endswith("stored") else pytest.mark.long) for name in STEPS]
+)
 def test_a_step_counts_its_flops_by_component(name):
     step = cases.step_of(name, {"quick": True, "changes": SIZES})
     assert step.images == 3 and step.parameters > 0

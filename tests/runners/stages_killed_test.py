@@ -11,7 +11,7 @@ from paths import HELPERS, ROOT
 PLACES = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path, kills):
     command = [sys.executable, str(HELPERS / "stages_killed.py"), str(tmp_path / "runs"), f"--kills={kills}"]
     process = subprocess.run(command, env=os.environ | PLACES, capture_output=True, text=True, timeout=900)

@@ -222,6 +222,7 @@ def test_too_many_unreadable_images_stop_the_run(corrupt_folder, tmp_path):
     assert len(read_bad_records(tmp_path / "run")) >= 1
 
 
+@pytest.mark.long
 def test_vqkd_from_int8_features_follows_the_live_teacher(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     extract = stage_config(image_folder, workdir, "extract")

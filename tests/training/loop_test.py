@@ -190,7 +190,10 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-@pytest.mark.parametrize(("signalled_at", "signals"), [(8, [signal.SIGTERM]), (18, [signal.SIGINT, signal.SIGTERM])])
+@pytest.mark.parametrize(
+    ("signalled_at", "signals"),
+    [pytest.param(8, [signal.SIGTERM], marks=pytest.mark.long), (18, [signal.SIGINT, signal.SIGTERM])],
+)
 def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, signalled_at, signals):
     """Signalled while step `signalled_at` runs, it does one more, which may be the last of all.
 
@@ -203,7 +206,7 @@ def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_pat
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_told_twice_it_ends_at_once(tmp_path, number):
     assert train_elsewhere(tmp_path, stop_at=8, signals=[number] * 2) == -number
     assert not (tmp_path / "checkpoints" / "9").exists()

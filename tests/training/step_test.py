@@ -74,7 +74,10 @@ def assert_close(found, expected, bound):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("vqkd", (4, 1, 1)), ("mim", (1, 1, 1)), pytest.param("finetune", (1, 1, 1), marks=pytest.mark.long)],
+    [
+        ("vqkd", (4, 1, 1)),
+        *(pytest.param(name, (1, 1, 1), marks=pytest.mark.long) for name in ("mim", "finetune")),
+    ],
 )
 def test_micro_batches_take_the_step_of_the_whole_batch(name, sizes):
     """A whole micro-batch is unreadable, and one or two rows of others."""
