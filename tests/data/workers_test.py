@@ -103,7 +103,7 @@ def test_the_workers_of_a_killed_run_end(tmp_path, stage):
     assert not any(map(is_alive, workers))
 
 
-@pytest.mark.parametrize(("stage", "rows"), [("training", 40), ("cache", 10)])
+@pytest.mark.parametrize(("stage", "rows"), [("training", 40), pytest.param("cache", 10, marks=pytest.mark.long)])
 def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, rows):
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.run(
@@ -128,7 +128,12 @@ def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, r
             signal.SIGBUS,
             ["UserError", "bus error", "/dev/shm", "--shm-size", "--config.data.num_workers=0"],
         ),
-        ("cache", signal.SIGKILL, ["Resumable", "killed", "memory", "data.num_workers"]),
+        pytest.param(
+            "cache",
+            signal.SIGKILL,
+            ["Resumable", "killed", "memory", "data.num_workers"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_death_of_a_worker_is_explained(tmp_path, stage, number, words):
