@@ -76,7 +76,8 @@ def crop_fraction_of(path: str, image_size: int) -> float:
     """
     config: Any = read_config(path) or {}
     stated = config.get("pretrained_cfg", config)
-    fraction = stated.get("crop_pct") if stated.get("crop_mode", "center") == "center" else None
+    is_center = isinstance(stated, Mapping) and stated.get("crop_mode", "center") == "center"
+    fraction = stated.get("crop_pct") if is_center else None
     preprocessor: Any = read_config(path, "preprocessor_config.json") or {}
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
     if preprocessor.get("do_center_crop") and isinstance(size, Mapping) and isinstance(crop, Mapping):
