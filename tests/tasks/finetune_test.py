@@ -131,7 +131,7 @@ def weighted_loss(logits, rows, weights, **augment):
         class_weights=weights,
         **(off | augment),
     )
-    total, parts = loss(jnp.asarray(logits), {}, {}, rows, jax.random.key(0), 0)
+    total, parts = quick_jit(loss)(jnp.asarray(logits), {}, {}, rows, jax.random.key(0), 0)
     return total / parts.weight
 
 
