@@ -55,9 +55,12 @@ def few_labels(source, *, seed: int, fraction: float = 0.0, shots: int = 0) -> S
       UserError: no image has a label.
     """
     labels = labels_of(source)
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
     chosen, short = [], []
-    for label in np.unique(labels[labels >= 0]).tolist():
-        members = np.flatnonzero(labels == label)
+    for label, members in zip(present.tolist(), np.split(order, starts[1:]), strict=True):
+        if label < 0:
+            continue
         wanted = shots or max(1, round(fraction * len(members)))
         chosen.append(host_rng(seed, "few_labels", label).permutation(members)[:wanted])
         if len(members) < wanted:
@@ -69,8 +72,8 @@ def few_labels(source, *, seed: int, fraction: float = 0.0, shots: int = 0) -> S
             "Write --config.data.train_labels='' to use all images, or another --config.data.source.",
         )
     if short:
-        names = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
-        logging.warning("%d classes have fewer than %d images, which are all used: %s", len(short), shots, names)
+        text = "split %s: classes with fewer than %d images, all of which are used: %s"
+        logging.warning(text, source.split, shots, _listed(short))
     indices = np.sort(np.concatenate(chosen))
     amount = f"{shots}" if shots else f"{100 * fraction:g}%"
     digest = hashlib.blake2b(indices.astype("<i8").tobytes(), digest_size=6).hexdigest()
@@ -118,6 +121,9 @@ def log_classes(train, evaluation) -> None:
     if len(counts) == 2:
         unseen = np.flatnonzero((counts[train.split] == 0) & (counts[evaluation.split] > 0))
         if len(unseen):
-            names = ", ".join(train.class_names[label] for label in unseen[:20]) + (", ..." if len(unseen) > 20 else "")
-            text = "split %s: %d classes have no training images, so they are never predicted: %s"
-            logging.warning(text, evaluation.split, len(unseen), names)
+            text = "split %s: classes without training images, which are never predicted: %s"
+            logging.warning(text, evaluation.split, _listed([train.class_names[label] for label in unseen]))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

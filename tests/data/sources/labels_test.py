@@ -53,7 +53,7 @@ def test_a_draw_has_as_many_images_of_each_class_as_asked_for(tmp_path, caplog):
         assert len(set(ids(chosen))) == len(chosen)
         assert [chosen[index]["label"] for index in range(len(chosen))] == chosen.labels.tolist()
         assert all(source[number]["label"] == label for number, label in zip(ids(chosen), chosen.labels, strict=True))
-    assert caplog.text.count("1 classes have fewer than 5 images, which are all used: ant") == 1
+    assert caplog.text.count("split train: classes with fewer than 5 images, all of which are used: ant") == 1
 
 
 def test_a_draw_is_a_function_of_the_seed_and_a_larger_one_holds_a_smaller(tmp_path):
@@ -103,7 +103,7 @@ def test_the_classes_of_both_splits_are_logged(tmp_path, caplog):
         ("INFO", "split train: 100 images in 4 classes; smallest class cat with 0, median 3.5, largest bee with 93"),
         ("WARNING", "split train: 93% of the images are of the class bee, so always answering bee is right as often"),
         ("INFO", "split val: 5 images in 4 classes; smallest class bee with 0, median 1, largest dog with 3"),
-        ("WARNING", "split val: 1 classes have no training images, so they are never predicted: cat"),
+        ("WARNING", "split val: classes without training images, which are never predicted: cat"),
     ]
 
 
