@@ -29,7 +29,7 @@ from PIL import Image
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, read
-from beitv2_jax.data.augment import center_crop, eval_crop_fraction
+from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.transforms import window_row
@@ -106,7 +106,7 @@ class _Network:
 
     def _run(self, function: Callable[[PyTree, jax.Array], PyTree], images: Images) -> PyTree:
         """Return `function(variables, pixels)` of all images as NumPy arrays; pixels are 'b S S 3' from 0 to 255."""
-        return self._apply(function, _pixels(images, self.image_size))
+        return self._apply(function, _pixels(images, self.image_size, self.weights.crop_fraction))
 
     def _apply(self, function: Callable[[PyTree, jax.Array], PyTree], rows: np.ndarray) -> PyTree:
         found = []
@@ -452,10 +452,9 @@ def _read(
     return weights, os.fspath(source)
 
 
-def _pixels(images: Images, image_size: int) -> UInt8[np.ndarray, "b S S 3"]:
+def _pixels(images: Images, image_size: int, crop_fraction: float) -> UInt8[np.ndarray, "b S S 3"]:
     """Return the images as the evaluation of the stages crops them."""
-    fraction = eval_crop_fraction(image_size)
-    return np.stack([center_crop(_bytes(image), image_size, fraction) for image in _listed(images)])
+    return np.stack([center_crop(_bytes(image), image_size, crop_fraction) for image in _listed(images)])
 
 
 def _listed(images: Images) -> Sequence[ImageLike]:

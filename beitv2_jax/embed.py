@@ -25,7 +25,6 @@ import numpy as np
 
 from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, positive, report_errors
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.transform import EvalRow, EvalTransform
 from beitv2_jax.errors import UserError, print_error
@@ -79,6 +78,7 @@ def _embed(argv: Sequence[str] | None) -> None:
         "weights": weights_hash(backbone.weights.variables),
         "model": backbone.weights.arguments,
         "normalization": backbone.weights.normalization,
+        "crop_fraction": backbone.weights.crop_fraction,
         "data": {"location": options.data, **describe_data((source,))["train"]},
         "tokens": wanted,
         "layers": layers,
@@ -87,7 +87,7 @@ def _embed(argv: Sequence[str] | None) -> None:
     rows_per_part = max(1, min(PART_ROWS, PART_BYTES // _bytes_per_image(backbone, apply)))
     parts = Parts(out, made_from, len(source), rows_per_part, ".npz")
     parts.fill(
-        EvalRow(source, EvalTransform(backbone.image_size, eval_crop_fraction(backbone.image_size))),
+        EvalRow(source, EvalTransform(backbone.image_size, backbone.weights.crop_fraction)),
         apply,
         backbone.weights.variables,
         functools.partial(_save, source),

@@ -354,9 +354,7 @@ def _passing(options, batch_size: int, network=None):
 
 
 def _crop_fraction(network, options) -> float:
-    from beitv2_jax.data.augment import eval_crop_fraction
-
-    return options.crop_fraction or eval_crop_fraction(network.image_size)
+    return options.crop_fraction or network.weights.crop_fraction
 
 
 def _write(out: Path, network, options, found: _Evaluated, published) -> None:
@@ -439,7 +437,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="F",
-        help="of the shorter side that the central crop keeps (default: 0.875, from 384 pixels on 1, as published)",
+        help="of the shorter side that the central crop keeps (default: as the run or the folder of timm or Hugging "
+        "Face states it; else 0.875, from 384 pixels on 1, as released)",
     )
     parser.add_argument("--batch_size", type=int, default=0, metavar="N", help="images computed at once")
     parser.add_argument(

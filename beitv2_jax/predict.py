@@ -22,7 +22,6 @@ from PIL import Image
 from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, positive, report_errors
 from beitv2_jax.data.array_files import RecordError
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources.folders import digest_of_sizes, list_images
 from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
@@ -70,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": weights_hash(network.weights.variables),
         "model": network.weights.arguments,
         "normalization": network.weights.normalization,
+        "crop_fraction": network.weights.crop_fraction,
         "files": hashlib.sha256(os.fsencode("\0".join(map(str, files)))).hexdigest(),
         "sizes": digest_of_sizes(files),
         "top": options.top,
@@ -100,7 +100,7 @@ def _classify(network, files: list[Path], out: Path, made_from: dict[str, Any], 
 
     parts = Parts(out, {**made_from, "classes": network.class_names}, len(files), PART_ROWS, ".jsonl")
     parts.fill(
-        EvalRow(_Files(files), EvalTransform(network.image_size, eval_crop_fraction(network.image_size))),
+        EvalRow(_Files(files), EvalTransform(network.image_size, network.weights.crop_fraction)),
         lambda variables, batch: {"logits": network.logits_function(variables, batch["images"])},
         network.weights.variables,
         save,

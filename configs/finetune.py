@@ -101,10 +101,11 @@ def get_config(arg=""):
             # weights to start from: a run directory or a file of any layout, whose sizes the model takes unless they
             # are set here; '': random weights
             "init_from": "",
-            "data": sections.data(),
+            "data": sections.labelled_data(),
             "views": sections.views(min_scale=0.08),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
+            "class_weights": "none",  # of images in the loss; 'balanced': every class has the same sum of weights
             "augment": sections.augment(randaugment_ops=2, mixup=0.8, cutmix=1.0, erasing=0.25),
             "model": sections.backbone(
                 position="relative",  # a table per block
@@ -114,6 +115,8 @@ def get_config(arg=""):
                 layer_scale_init=0.1,
                 head_init_scale=0.001,
             ),
+            # part of the resized shorter side that the central crop keeps; 0: 0.875, from 384 pixels on 1, as released
+            "evaluation": {"crop_fraction": 0.0},
             "optim": sections.optim(peak_lr=5e-4, min_lr=1e-6, warmup="20 epochs", layer_decay=0.6),
             "run": sections.run(
                 batch_size=1024,

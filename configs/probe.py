@@ -43,7 +43,7 @@ def get_config(arg=""):
         {
             "stage": "probe",
             "seed": 0,
-            "data": sections.data(),
+            "data": sections.labelled_data(),
             "views": {"image_size": 224},  # pixels; unless set, that of the backbone
             "backbone": {"run": ""},  # required: a run directory or a file of any layout
             "probe": {

@@ -1,5 +1,6 @@
 """The Python API: the numbers of the stages, from any kind of image, and errors that say what to pass."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -53,10 +54,10 @@ def paths_of(folder):
     return sorted((folder / "train").glob("*.png"))
 
 
-def staged(folder, image_size):
+def staged(folder, image_size, crop_fraction=0.875):
     """Return the pixels of all images as the evaluation of the stages prepares them."""
     source = open_source(f"folder:{folder}", "train")
-    (batch,) = eval_batches(source, image_size=image_size, batch_size=NUM_IMAGES)
+    (batch,) = eval_batches(source, image_size=image_size, batch_size=NUM_IMAGES, crop_fraction=crop_fraction)
     return batch["images"]
 
 
@@ -76,6 +77,11 @@ def test_a_classifier_gives_the_logits_of_the_stages_for_every_kind_of_image(fol
         np.testing.assert_allclose(classifier.logits(images), expected, rtol=2e-5, atol=2e-5)
     for image in (paths[2], arrays[2], Image.open(paths[2]), arrays[2][None]):
         np.testing.assert_allclose(classifier.logits(image), expected[2:3], rtol=2e-5, atol=2e-5)
+    # the crop that goes with the weights
+    object.__setattr__(classifier, "weights", dataclasses.replace(classifier.weights, stated_crop_fraction=0.5))
+    pixels = staged(folder, classifier.image_size, 0.5)
+    expected = model.apply({"params": weights.variables["params"]}, jnp.float32(normalised(pixels)))
+    np.testing.assert_allclose(classifier.logits(paths), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_predictions_are_sorted_probabilities_under_the_names_of_the_run(folder, runs, tmp_path):

@@ -12,6 +12,7 @@ from beitv2_jax.config.load import flatten
 from beitv2_jax.config.paths import PATH_KEYS, WEIGHT_KEYS, may_be_in_bucket, refuse_remote
 from beitv2_jax.config.pipelines import stage_errors
 from beitv2_jax.config.settings import undecided
+from beitv2_jax.config.train_labels import parse_train_labels
 from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.sizes import MASKED_FRACTION
 
@@ -29,6 +30,7 @@ _CHOICES = {
     "teacher.grid_match": choices.GRID_MATCHES,
     "teacher.position_resize": ("", *choices.POSITION_RESIZES),
     "normalization": choices.NORMALIZATIONS,
+    "class_weights": choices.CLASS_WEIGHTS,
     "model.position": choices.POSITIONS,
     "model.pooling": choices.POOLING,
     "model.stem": choices.STEMS,
@@ -59,6 +61,7 @@ _FRACTIONS = (
     "erasing",
     "mix_probability",
     "switch_probability",
+    "crop_fraction",
 )
 """Numbers from 0 to 1, by the last part of their key."""
 _AT_LEAST_ONE = {
@@ -335,6 +338,10 @@ def _check_reading(flat: dict[str, Any], refuse: Callable) -> None:
     for key in ("data.num_threads", "data.num_workers"):
         if flat.get(key, 0) < 0:
             refuse(key, "the number cannot be negative", "Did you mean none?", 0)
+    train_labels = flat.get("data.train_labels", "")
+    if train_labels and not parse_train_labels(train_labels):
+        problem = "it must be a part of each class, above 0% and up to 100%, or a number of its images"
+        refuse("data.train_labels", problem, "Did you forget the unit?", "10%", "'5 shots'")
     if flat.get("optim.spike_factor", 0.0) and flat["optim.spike_factor"] <= 1:
         refuse(
             "optim.spike_factor",

@@ -20,6 +20,16 @@ def data(**changes: Any) -> dict[str, Any]:
     }
 
 
+def labelled_data(**changes: Any) -> dict[str, Any]:
+    """Return `data` of a stage that learns labels."""
+    return data(
+        **{
+            "train_labels": "",  # '10%' or '5 shots': part or number of training images of each class; '': all
+            **changes,
+        }
+    )
+
+
 def views(**changes: Any) -> dict[str, Any]:
     """Return how views are cut out of images; `min_scale` must be given."""
     return {

@@ -23,7 +23,6 @@ from beitv2_jax import __version__
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.teachers.load import build_teacher
 from beitv2_jax.convert.weights import Weights
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.cluster import ClusterTokenizer
@@ -188,7 +187,7 @@ def _manifest(weights: Weights, layout: str, batch: str | int, details: dict[str
             "shape": [batch, size, size, 3],
             "dtype": "uint8",
             "meaning": "RGB pixels from 0 to 255; they are normalised inside the function",
-            "resize_shorter_side_to": int(size / eval_crop_fraction(size)),
+            "resize_shorter_side_to": int(size / weights.crop_fraction),
             "interpolation": "bicubic",
             "center_crop": size,
         },

@@ -1,5 +1,6 @@
-"""The mean and standard deviation of the input images, read from a JSON file next to published weights."""
+"""How input images are cropped, their mean and standard deviation, read from a JSON file next to published weights."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from beitv2_jax.convert.files import read_config
+from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
@@ -64,6 +66,30 @@ def _stated(path: str) -> tuple[str, list[float], list[float]] | None:
             )
         return (name, mean, std) if content.get("do_normalize", True) else (name, [0.0] * 3, [1.0] * 3)
     return None
+
+
+def crop_fraction_of(path: str, image_size: int) -> float:
+    """Return the fraction of the resized shorter side that central crops keep, as a file beside the weights states it.
+
+    It is 0 where none does, or the images would be resized as in the released evaluation (`eval_crop_fraction`). The
+    files are that of timm (`crop_pct`) and that of transformers (`size` and `crop_size`).
+    """
+    config: Any = read_config(path) or {}
+    stated = config.get("pretrained_cfg", config)
+    is_center = isinstance(stated, Mapping) and stated.get("crop_mode", "center") == "center"
+    fraction = stated.get("crop_pct") if is_center else None
+    preprocessor: Any = read_config(path, "preprocessor_config.json") or {}
+    size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
+    if preprocessor.get("do_center_crop") and isinstance(size, Mapping) and isinstance(crop, Mapping):
+        side, crop_side = size.get("shortest_edge"), crop.get("height")
+        if side and crop_side:
+            fraction = crop_side / side
+            # the quotient is rounded, and must not make the resized side one pixel shorter
+            fraction = fraction if int(crop_side / fraction) == side else math.nextafter(fraction, 0)
+    is_fraction = isinstance(fraction, int | float) and 0 < fraction <= 1
+    if not is_fraction or int(image_size / fraction) == int(image_size / eval_crop_fraction(image_size)):
+        return 0.0
+    return float(fraction)
 
 
 def _is_three_numbers(value: Any) -> bool:

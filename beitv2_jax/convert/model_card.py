@@ -14,7 +14,6 @@ from beitv2_jax import __version__
 from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.runs import is_run
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
 CARD_FILE = "README.md"
@@ -129,13 +128,22 @@ class _Run:
         return str(_value(self.config, key) or "").replace("{workdir}", pipeline)
 
 
-def make_card(kind: str, arguments: Mapping[str, Any], normalization: str, source: str, library: str, licenses) -> str:
+def make_card(
+    kind: str,
+    arguments: Mapping[str, Any],
+    normalization: str,
+    crop_fraction: float,
+    source: str,
+    library: str,
+    licenses,
+) -> str:
     """Return the card of weights of this `kind`.
 
     Args:
         kind: one of `_KINDS`.
         arguments: of the model, complete.
         normalization: name of the input normalisation.
+        crop_fraction: fraction of the resized shorter side that the central crop keeps.
         source: path that the weights were read from; '' if there is none.
         library: 'transformers' or 'timm', which reads the folder.
         licenses: what the user stated.
@@ -144,7 +152,7 @@ def make_card(kind: str, arguments: Mapping[str, Any], normalization: str, sourc
     header = {"library_name": library, "pipeline_tag": task, "tags": ["beit", "beitv2", "vision-transformer"]}
     header |= {"license": licenses.weights} if licenses.weights else {}
     size, (mean, std) = arguments["image_size"], NORMALIZATIONS[normalization]
-    short = int(size / eval_crop_fraction(size))
+    short = int(size / crop_fraction)
     resized = (
         f"The network was evaluated on windows of {size} x {size} pixels that slide over the image; this folder "
         "stretches the whole image to one window."

@@ -44,8 +44,13 @@ _TOKENIZERS = {
     "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7": {"codebook_usage": 0.97},
     "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7": {"codebook_usage": 1.0},
 }
-_IN_TIMM = {"in1k_ft_in1k": "pt1k_ft1k", "in1k_ft_in22k_in1k": "pt1k_ft21kto1k"}
-"""End of a model's name in timm, after the dot -> that of the released file, after 224_."""
+_IN_TIMM = {
+    "beitv2_base_patch16_224.in1k_ft_in1k": (0.85596, 0.9),
+    "beitv2_base_patch16_224.in1k_ft_in22k_in1k": (0.86494, 0.9),
+    "beitv2_large_patch16_224.in1k_ft_in1k": (0.87414, 0.95),
+    "beitv2_large_patch16_224.in1k_ft_in22k_in1k": (0.88406, 0.95),
+}
+"""Name of a classifier in timm -> top-1 accuracy and crop in timm's own table (results-imagenet.csv)."""
 
 
 def recognise(path: str, kind: str) -> Published | None:
@@ -56,8 +61,9 @@ def recognise(path: str, kind: str) -> Published | None:
         name = next((name for name in _TOKENIZERS if digest and name.endswith(digest)), None)
         return name and Published(name, _TOKENIZERS[name], "ImageNet-1k validation")
     name = re.sub(r"\.(pth|safetensors|npz|bin|pt)$", "", Path(path).name)
-    if found := re.fullmatch(r"(beitv2_(?:base|large)_patch16_224)\.(\w+)", name):
-        name = f"{found[1]}_{_IN_TIMM.get(found[2], '')}"
+    if name in _IN_TIMM and kind == "classifier":
+        top1, crop_fraction = _IN_TIMM[name]
+        return Published(name, {"top1": top1}, f"{_IMAGENET}, by timm with --crop_fraction={crop_fraction}")
     for figures, on in ((_CLASSIFIERS, _IMAGENET), (_SEGMENTERS, _ADE20K)):
         if name in figures and (kind == "segmenter") == (figures is _SEGMENTERS):
             return Published(name, figures[name], on)

@@ -29,13 +29,14 @@ from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
 from beitv2_jax.convert.class_names import INPUTS_FILE, class_names_of
 from beitv2_jax.convert.files import read_config, read_weights, write_safetensors
-from beitv2_jax.convert.input_statistics import normalization_of
+from beitv2_jax.convert.input_statistics import crop_fraction_of, normalization_of
 from beitv2_jax.convert.model_card import CARD_FILE, NOTHING_STATED, Licenses, make_card
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import Run, check_stage, is_run, read_run, write_run
 from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.convert.wrappers import StateDict
+from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.runtime.disk_checks import refuse_pattern
@@ -72,6 +73,8 @@ class Weights:
         assumptions: sentences on what the source does not say and was therefore assumed.
         normalization: name of the input normalisation; '' for a tokenizer, whose images are in [-1, 1] (as 'half').
         normalization_known: False if the source does not say which one it is, and the usual one was assumed.
+        stated_crop_fraction: fraction of the resized shorter side that the central crops of an evaluation keep; 0 if
+            the source does not say one, or that of the released evaluation.
         class_names: of the classes that the model predicts, in the order of its outputs; () if the source has none.
         source: the path that the weights were read from; '' if they were not read.
     """
@@ -84,8 +87,14 @@ class Weights:
     assumptions: tuple[str, ...] = ()
     normalization: str = ""
     normalization_known: bool = True
+    stated_crop_fraction: float = 0.0
     class_names: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def crop_fraction(self) -> float:
+        """Fraction of the resized shorter side that the central crops of an evaluation keep."""
+        return eval_crop_fraction(self.arguments["image_size"], self.stated_crop_fraction)
 
     @property
     def model_state(self) -> PyTree:
@@ -148,6 +157,9 @@ def read(
             "It may have been trained without positions.",
             "Run python -m beitv2_jax.convert with --image_size=N, the image size that it was trained with.",
         )
+    if weights.layout != "run":
+        crop_fraction = crop_fraction_of(path, weights.arguments["image_size"] or image_size)
+        weights = dataclasses.replace(weights, stated_crop_fraction=crop_fraction)
     if image_size is None or image_size == weights.arguments["image_size"]:
         return weights
     return resized(weights, image_size)
@@ -306,8 +318,14 @@ def describe_run(path: str) -> Weights:
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
     if kind == "cluster":
         arguments["teacher"] = read_config(path, TEACHER_FILE)
-    normalization = "" if kind in TOKENIZER_STAGES else config["normalization"]
-    return Weights(kind=kind, arguments=arguments, variables={}, layout="run", normalization=normalization)
+    return Weights(
+        kind=kind,
+        arguments=arguments,
+        variables={},
+        layout="run",
+        normalization="" if kind in TOKENIZER_STAGES else config["normalization"],
+        stated_crop_fraction=config.get("evaluation", {}).get("crop_fraction", 0.0),
+    )
 
 
 def _from_plain_vit(path: str, found: StateDict) -> Weights:
@@ -409,8 +427,10 @@ def _timm_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_S
     if target.suffix:
         return _state_saver(state, target), not_written | not_stored
     arguments = with_defaults(weights.kind, weights.arguments)
-    config = timm.make_config(weights.kind, arguments, weights.normalization, weights.class_names)
-    in_config = ("normalization", "num_heads")
+    config = timm.make_config(
+        weights.kind, arguments, weights.normalization, weights.class_names, weights.crop_fraction
+    )
+    in_config = ("normalization", "num_heads", "crop_fraction")
     not_stored = {name: reason for name, reason in not_stored.items() if name not in in_config}
     state, card = _contiguous(state), _card(weights, "timm", licenses)
     return lambda path: _save_folder(path, card, timm.save, state, config), not_written | not_stored
@@ -421,7 +441,9 @@ def _huggingface_writer(weights: Weights, target: Path, licenses: Licenses) -> t
     state, not_written = huggingface.to_huggingface(weights.kind, official)
     arguments = with_defaults(weights.kind, weights.arguments)
     config = huggingface.make_config(weights.kind, arguments, weights.class_names)
-    preprocessor = huggingface.make_preprocessor(weights.kind, weights.normalization, weights.arguments["image_size"])
+    preprocessor = huggingface.make_preprocessor(
+        weights.kind, weights.normalization, weights.arguments["image_size"], weights.crop_fraction
+    )
     state, card = _contiguous(state), _card(weights, "transformers", licenses)
     return lambda path: _save_folder(path, card, huggingface.save, state, config, preprocessor), not_written
 
@@ -466,7 +488,7 @@ _LAYOUTS_OF_ANY_MODEL = ("run", "stablehlo", "onnx")
 def _card(weights: Weights, library: str, licenses: Licenses) -> str:
     arguments = with_defaults(weights.kind, weights.arguments)
     kind = "backbone" if arguments.get("num_classes") == 0 else weights.kind
-    return make_card(kind, arguments, weights.normalization, weights.source, library, licenses)
+    return make_card(kind, arguments, weights.normalization, weights.crop_fraction, weights.source, library, licenses)
 
 
 def _save_folder(path: Path, card: str, save: Callable[..., None], *content) -> None:
@@ -514,6 +536,8 @@ def run_config(weights: Weights) -> dict:
         del model["teacher_width" if weights.kind == "vqkd" else "teacher"]
     else:
         config["normalization"] = weights.normalization
+    if weights.stated_crop_fraction:
+        config["evaluation"] = {"crop_fraction": weights.stated_crop_fraction}
     if weights.kind == "mim":
         config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * MASKED_FRACTION))}
     return config | {"model": model}
@@ -534,6 +558,10 @@ def _not_stored(weights: Weights, read_as: str) -> dict[str, str]:
     if weights.normalization not in ("", usual):
         not_stored["normalization"] = (
             f"the layout cannot store {weights.normalization}; read the file with --normalization"
+        )
+    if weights.stated_crop_fraction:
+        not_stored["crop_fraction"] = (
+            f"the layout cannot store {weights.stated_crop_fraction:g}; evaluate the file with --crop_fraction"
         )
     for part in (arguments, arguments.get("encoder") or {}, arguments.get("decoder") or {}):
         has_table = part.get("position", "absolute").startswith("relative")

@@ -127,12 +127,14 @@ def center_crop(
     return np.ascontiguousarray(resized[top : top + image_size, left : left + image_size])
 
 
-def eval_crop_fraction(image_size: int) -> float:
-    """Return the fraction of the resized shorter side that the evaluation crop keeps: 0.875; 1 from 384 pixels on.
+def eval_crop_fraction(image_size: int, chosen: float = 0.0) -> float:
+    """Return the fraction of the resized shorter side that the evaluation crop keeps.
+
+    That is `chosen`, or where it is 0 the released value: 0.875, and 1 from 384 pixels on.
 
     Source: the released evaluation.
     """
-    return 0.875 if image_size < 384 else 1.0
+    return chosen or (0.875 if image_size < 384 else 1.0)
 
 
 def jitter_draw(rng: np.random.Generator, strength: float) -> tuple[Float32[np.ndarray, "3"], Int32[np.ndarray, "3"]]:

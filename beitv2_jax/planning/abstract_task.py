@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from beitv2_jax.config.train_labels import parse_train_labels
 from beitv2_jax.convert.arguments import initialised
 from beitv2_jax.convert.files import located
 from beitv2_jax.convert.runs import check_stage
@@ -34,6 +35,8 @@ from beitv2_jax.tasks.tokenize import load_tokenizer, tokenizer_of
 from beitv2_jax.typing import PyTree
 
 KNOWN_SETS = {
+    r"imagenet2012_subset/1pct": 12_811,
+    r"imagenet2012_subset/10pct": 128_116,
     r"imagenet2012|imagenet-?1k": 1_281_167,
     r"imagenet-?2[12]k": 14_197_122,
     r"(?i)ade(20k|challengedata)": 20_210,
@@ -104,15 +107,24 @@ def count_examples(config, given: int = 0) -> int:
         return given
     for pattern, count in KNOWN_SETS.items():
         if re.search(pattern, data.source):
-            return count
+            return _of_train_labels(config, count)
     try:
-        return len(open_source(data.source, data.train_split, data.data_dir, data.train_split))
+        count = len(open_source(data.source, data.train_split, data.data_dir, data.train_split))
     except UserError as error:
         raise UserError(
             f"The number of images in data.source={data.source!r} is unknown. {error.happened}",
             "Did you mean a data set that is not on this machine?",
             "Pass its number of training images, as in --plan_examples=1281167.",
         ) from error
+    return _of_train_labels(config, count)
+
+
+def _of_train_labels(config, count: int) -> int:
+    """Return how many of `count` images `data.train_labels` takes, for classes of one size."""
+    amount = parse_train_labels(config.data.get("train_labels", ""))
+    if "shots" in amount:
+        return min(count, amount["shots"] * config.model.num_classes)
+    return round(count * amount.get("fraction", 1.0))
 
 
 def describe(config, num_examples: int, frozen_size: Mapping[str, int] = SIZES["base"]) -> Description:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beitv2_jax.data.randaugment import RandAugment
+from beitv2_jax.data.sources.labels import class_counts, log_classes
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import mixing
 from beitv2_jax.models.backbone import Compute
@@ -39,19 +40,28 @@ def finetune_loss(
     mix_probability: float,
     switch_probability: float,
     erasing: float,
+    class_weights: Float[np.ndarray, "k"] | None = None,
 ) -> Callable:
-    """Return the `loss` of classification; the last five say how images change inside the step, as `mixing` does."""
+    """Return the `loss` of classification; the five before the last say how images change in the step (`mixing`).
+
+    With `class_weights` w the cross entropy of an image is multiplied by w[label], that of a mixture by
+    lambda w[label] + (1 - lambda) w[partner's label]; smoothing of the labels does not enter. The loss is the sum over
+    the number of images, as without them.
+    """
 
     def loss(params, model_state, frozen, batch, key, step):
         key_drop, key_erase, key_mix = jax.random.split(key, 3)
         images, labels, weight = normalized(view_pixels(batch), normalization), batch["labels"], batch["weight"]
         if erasing:
             images = mixing.random_erasing(images, key_erase, probability=erasing)
-        targets = None
+        targets, class_weight = None, None if class_weights is None else jnp.asarray(class_weights)[labels]
         if mixup or cutmix:
+            targets = smoothed_targets(labels, num_classes, label_smoothing)
+            if class_weight is not None:  # mixed like the targets
+                targets = jnp.concatenate([targets, class_weight[:, None]], axis=1)
             images, targets = mixing.mix(
                 images,
-                smoothed_targets(labels, num_classes, label_smoothing),
+                targets,
                 weight,
                 key_mix,
                 mixup=mixup,
@@ -59,6 +69,8 @@ def finetune_loss(
                 probability=mix_probability,
                 switch_probability=switch_probability,
             )
+            if class_weight is not None:
+                targets, class_weight = targets[:, :-1], targets[:, -1]
             # what an image mostly shows counts as its label
             labels = jnp.argmax(targets, axis=-1)
         logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key_drop})
@@ -66,6 +78,8 @@ def finetune_loss(
             cross_entropy = smoothed_cross_entropy(logits, labels, label_smoothing)
         else:
             cross_entropy = soft_cross_entropy(logits, targets)
+        if class_weight is not None:
+            cross_entropy *= class_weight
         hits = jnp.argmax(logits, axis=-1) == labels
         metrics = {"accuracy": weighted_sum(hits, weight)}
         return weighted_sum(cross_entropy, weight), LossParts(weight.sum(), metrics)
@@ -102,7 +116,24 @@ def build(config) -> Task:
             "Did you set num_classes for another data set?",
             f"Write --config.model.num_classes={source.num_classes}.",
         )
-    return make_task(config, inputs.Opened(sources, initial=initial))
+    log_classes(*sources)
+    class_weights = None
+    if config.get("class_weights", "none") == "balanced":
+        class_weights = balanced_class_weights(class_counts(source))
+    return make_task(config, inputs.Opened(sources, initial=initial, class_weights=class_weights))
+
+
+def balanced_class_weights(counts: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
+    """Return n / (m counts[c]) for each class c with images, for n images in m such classes; 0 for the others.
+
+    The weights of all images of a class have the same sum for every class, and the mean over the images is 1.
+
+    Source: scikit-learn's `compute_class_weight("balanced")`.
+    """
+    present = counts > 0
+    weights = np.zeros(len(counts), np.float32)
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return weights
 
 
 def make_task(config, opened: inputs.Opened) -> Task:
@@ -131,6 +162,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
             mix_probability=config.augment.mix_probability,
             switch_probability=config.augment.switch_probability,
             erasing=config.augment.erasing,
+            class_weights=opened.class_weights,
         ),
         frozen={},
         sources=opened.sources,

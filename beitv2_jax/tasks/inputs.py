@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Float
 
+from beitv2_jax.config.train_labels import parse_train_labels
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments
 from beitv2_jax.convert.files import group_by_reason
@@ -17,6 +19,7 @@ from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.sources import LabelledSource, Source, open_splits
+from beitv2_jax.data.sources.labels import few_labels
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import TrainTransform
 from beitv2_jax.errors import UserError
@@ -121,6 +124,7 @@ class Opened:
         network: the teacher or tokenizer that makes the targets in the step, where they are not.
         frozen: its weights, by its name.
         initial: trained weights that the model starts from, as `initial_variables` returns them.
+        class_weights: how much an image of each class counts in the loss; None: every image counts 1.
     """
 
     sources: tuple[Source, Source]
@@ -128,6 +132,7 @@ class Opened:
     network: Any = None
     frozen: PyTree = dataclasses.field(default_factory=dict)
     initial: PyTree = dataclasses.field(default_factory=dict)
+    class_weights: Float[np.ndarray, "k"] | None = None
 
 
 def open_sources(config) -> tuple[Source, Source]:
@@ -139,11 +144,12 @@ def open_sources(config) -> tuple[Source, Source]:
 def open_labelled_sources(config) -> tuple[Source, Source]:
     """Open the train and eval splits for a stage that learns labels; examples without a label count as unreadable.
 
+    Of the training split the images are taken that `config.data.train_labels` asks for, by the seed of the config.
+
     Raises:
         UserError: as `open_sources`, or fewer than two classes have images to learn from.
     """
-    sources = open_sources(config)
-    source = sources[0]
+    source, eval_source = open_sources(config)
     if (num_classes := num_classes_with_images(source)) < 2:
         raise UserError(
             f"{source.name} has {num_classes} classes with images in its split {source.split}, which leaves nothing to "
@@ -153,7 +159,9 @@ def open_labelled_sources(config) -> tuple[Source, Source]:
             "where labels are numbers or texts without names, put labels.txt with one class name a line beside the "
             "records.",
         )
-    return tuple(map(LabelledSource, sources))
+    if amount := config.data.get("train_labels", ""):
+        source = few_labels(source, seed=config.seed, **parse_train_labels(amount))
+    return LabelledSource(source), LabelledSource(eval_source)
 
 
 def num_classes_with_images(source: Source) -> int:
@@ -230,7 +238,9 @@ def eval_batches(source: Source, config, process_index: int, process_count: int)
         image_size=config.views.image_size,
         tokenizer_image_size=config.views.get("tokenizer_image_size", 0),
         batch_size=config.run.batch_size,
-        crop_fraction=eval_crop_fraction(config.views.image_size),
+        crop_fraction=eval_crop_fraction(
+            config.views.image_size, config.get("evaluation", {}).get("crop_fraction", 0.0)
+        ),
         process_index=process_index,
         process_count=process_count,
         **reading(config),

@@ -27,6 +27,7 @@ from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.sources import open_source, open_splits
+from beitv2_jax.data.sources.labels import few_labels
 from beitv2_jax.data.target_cache.manifest import check_manifest, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import TargetCache
@@ -85,6 +86,13 @@ def test_a_folder_without_images(tmp_path):
     shutil.rmtree(tmp_path / "a")
     images(tmp_path / "1.png")
     assert open_source(f"folder:{tmp_path}", "train").num_classes == 0
+
+
+def test_few_labels_of_images_without_any(tmp_path):
+    images(tmp_path / "flat/1.png", tmp_path / "classes/owl/1.png", tmp_path / "classes/wren/1.png")
+    with provoked("--config.data.train_labels='' to use all images"):
+        few_labels(open_source(f"folder:{tmp_path / 'flat'}", "train"), seed=0, shots=1)
+    assert len(few_labels(open_source(f"folder:{tmp_path / 'classes'}", "train"), seed=0, shots=1)) == 2
 
 
 def test_a_folder_without_splits_of_few_images(tmp_path):

@@ -16,7 +16,10 @@ from beitv2_jax.runners import stages
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 REMOTE = "s3://bucket/some/where"
 BUCKET = "gs://bucket/some/where"
-NAMES_OF_PARTS = ("data.train_split", "data.eval_split", "teacher.state_dict", "run.keep_best", "run.wandb")
+NAMES_OF_PARTS = (
+    *("data.train_split", "data.eval_split", "data.train_labels"),
+    *("teacher.state_dict", "run.keep_best", "run.wandb"),
+)
 
 
 def stages_of(name):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from beitv2_jax.convert.input_statistics import normalization_of
+from beitv2_jax.convert.input_statistics import crop_fraction_of, normalization_of
 from beitv2_jax.errors import UserError
 
 HALF = [0.5, 0.5, 0.5]
@@ -69,3 +69,32 @@ def test_numbers_without_a_name_are_refused_unless_one_is_given(content, tmp_pat
 def test_anything_but_three_numbers_is_named(mean, tmp_path):
     with pytest.raises(UserError, match="not three numbers each"):
         found(beside(tmp_path, {"image_mean": mean, "image_std": HALF}))
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("config.json", {"pretrained_cfg": {"crop_pct": 0.95}}, 0.95),
+        ("config.json", {"crop_pct": 0.9, "crop_mode": "center"}, 0.9),
+        ("config.json", {"pretrained_cfg": {"crop_pct": 0.95, "crop_mode": "squash"}}, 0.0),
+        ("config.json", {"pretrained_cfg": {"crop_pct": 0.875}}, 0.0),
+        ("config.json", {"pretrained_cfg": {"crop_pct": 95}}, 0.0),
+        ("config.json", {"pretrained_cfg": {}}, 0.0),
+        (
+            "preprocessor_config.json",
+            {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224}},
+            0.0,
+        ),
+        ("preprocessor_config.json", {"do_center_crop": True, "size": {"height": 235}, "crop_size": 224}, 0.0),
+    ],
+)
+def test_the_crop_that_a_library_states(name, content, expected, tmp_path):
+    path = beside(tmp_path, content, name)
+    assert crop_fraction_of(path, 224) == crop_fraction_of(str(tmp_path), 224) == expected
+
+
+def test_the_crop_of_transformers_gives_the_size_that_it_resizes_to(tmp_path):
+    for side in range(224, 300):
+        content = {"do_center_crop": True, "size": {"shortest_edge": side}, "crop_size": {"height": 224}}
+        fraction = crop_fraction_of(beside(tmp_path, content), 224)
+        assert int(224 / (fraction or 0.875)) == side

@@ -92,9 +92,10 @@ def test_the_ratio_of_timm_gives_the_width_of_the_mlp(tmp_path):
     assert int(model_args["embed_dim"] * model_args["mlp_ratio"]) == 15 * heads + 1
 
 
-@pytest.mark.parametrize("image_size, resized", ((224, 256), (160, 182), (384, 384)))
-def test_images_are_prepared_as_the_evaluation_does(image_size, resized, tmp_path):
+@pytest.mark.parametrize("image_size, stated, resized", ((224, 0, 256), (160, 0, 182), (384, 0, 384), (224, 0.95, 235)))
+def test_images_are_prepared_as_the_evaluation_does(image_size, stated, resized, tmp_path):
     weights = drawn_weights("classifier", position="absolute", patch_size=16, grid=image_size // 16)
+    weights = dataclasses.replace(weights, stated_crop_fraction=stated)
     write(weights, str(tmp_path / "hf"), "huggingface")
     preprocessor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert preprocessor["size"] == {"shortest_edge": resized}
@@ -102,3 +103,9 @@ def test_images_are_prepared_as_the_evaluation_does(image_size, resized, tmp_pat
     write(weights, str(tmp_path / "timm"), "timm")
     config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
     assert int(config["input_size"][1] / config["crop_pct"]) == resized
+    write(weights, str(tmp_path / "run"), "run")
+    for layout in ("hf", "timm", "run"):
+        again = read(str(tmp_path / layout))
+        assert int(image_size / again.crop_fraction) == resized
+    assert ("crop_fraction" in write(weights, str(tmp_path / "w.npz"), "official")) == bool(stated)
+    assert f"Resize the shorter side to {resized} pixels" in (tmp_path / "hf" / "README.md").read_text()

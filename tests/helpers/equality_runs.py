@@ -35,7 +35,7 @@ STEPS, BATCH, CLASSES, CODES = 20, 16, 3, 22
 VIT = {"patch_size": 8, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
 TIMING = ("images_per_second", "data_wait_share")
 CHANGES = {
-    "finetune": {"model": {**VIT, "num_classes": CLASSES}},
+    "finetune": {"model": {**VIT, "num_classes": CLASSES}, "evaluation": {"crop_fraction": 0.95}},
     "vqkd": {
         "model": {
             "encoder": {**VIT, "depth": 1},

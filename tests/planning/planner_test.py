@@ -108,10 +108,20 @@ def test_a_config_with_a_cache_needs_no_cache():
 
 @pytest.mark.parametrize(
     ("source", "count"),
-    [("tfds:imagenet2012", 1_281_167), ("folder:data/imagenet-21k", 14_197_122), ("folder:x/imagenet22k", 14_197_122)],
+    [
+        ("tfds:imagenet2012", 1_281_167),
+        ("tfds:imagenet2012_subset/10pct:5.0.0", 128_116),
+        ("folder:data/imagenet-21k", 14_197_122),
+        ("folder:x/imagenet22k", 14_197_122),
+    ],
 )
 def test_known_sets_need_not_be_there(source, count):
     assert abstract_task.count_examples(load("mim", **{"data.source": source})) == count
+
+
+@pytest.mark.parametrize(("amount", "count"), [("5 shots", 5000), ("10%", 128_117), ("", 1_281_167)])
+def test_few_labels_make_a_short_epoch(amount, count):
+    assert abstract_task.count_examples(load("finetune", **{"data.train_labels": amount})) == count
 
 
 def test_a_set_of_unknown_length_is_an_error_and_a_number_helps():

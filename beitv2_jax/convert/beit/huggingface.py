@@ -15,7 +15,6 @@ import numpy as np
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
 from beitv2_jax.convert.files import write_safetensors
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
@@ -260,7 +259,7 @@ def make_config(kind: str, arguments: dict, class_names: tuple[str, ...] = ()) -
     return config
 
 
-def make_preprocessor(kind: str, normalization: str, image_size: int) -> dict:
+def make_preprocessor(kind: str, normalization: str, image_size: int, crop_fraction: float) -> dict:
     """Return the preprocessor_config.json of a model: how its input images are resized, cropped and normalised.
 
     `BeitImageProcessor` can only stretch an image to a square; that of BiT resizes the shorter side and cuts the
@@ -273,7 +272,7 @@ def make_preprocessor(kind: str, normalization: str, image_size: int) -> dict:
     else:
         geometry = {
             "image_processor_type": "BitImageProcessor",
-            "size": {"shortest_edge": int(image_size / eval_crop_fraction(image_size))},
+            "size": {"shortest_edge": int(image_size / crop_fraction)},
             "do_center_crop": True,
             "crop_size": square,
         }

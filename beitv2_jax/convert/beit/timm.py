@@ -13,7 +13,6 @@ import numpy as np
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
 from beitv2_jax.convert.files import write_safetensors
-from beitv2_jax.data.augment import eval_crop_fraction
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
@@ -50,7 +49,9 @@ def stated_heads(config: dict) -> int | None:
     return (config.get("model_args") or {}).get("num_heads")
 
 
-def make_config(kind: str, arguments: dict, normalization: str, class_names: tuple[str, ...]) -> dict:
+def make_config(
+    kind: str, arguments: dict, normalization: str, class_names: tuple[str, ...], crop_fraction: float
+) -> dict:
     """Return the config.json of a model with these arguments, which must be complete."""
     position, size = arguments["position"], arguments["image_size"]
     mean, std = NORMALIZATIONS[normalization]
@@ -78,7 +79,7 @@ def make_config(kind: str, arguments: dict, normalization: str, class_names: tup
             "input_size": [3, size, size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": eval_crop_fraction(size),
+            "crop_pct": crop_fraction,
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),

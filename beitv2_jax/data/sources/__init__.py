@@ -25,6 +25,8 @@ class Source(Protocol):
       class_names: their names, in label order.
       left_out: files that were found but are no examples.
       empty_classes: names of the classes without examples, where that is known without reading the data.
+
+    A source that knows the label of every example without reading the data lists them as `labels`.
     """
 
     name: str

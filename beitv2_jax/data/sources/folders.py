@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
@@ -88,6 +89,11 @@ class FolderSource:
         self.empty_classes = tuple(name for label, name in enumerate(self.class_names) if label not in present)
         prefixes = [f"{self.class_names[label]}/" if folders else "" for label in self._labels]
         self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes, self.empty_classes)}"
+
+    @property
+    def labels(self) -> Int32[np.ndarray, "n"]:
+        """Label of every image."""
+        return np.repeat(np.array(self._labels, np.int32), self._files.group_sizes)
 
     @functools.cached_property
     def sizes(self) -> str:
