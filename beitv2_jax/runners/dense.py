@@ -110,7 +110,7 @@ def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]
     return metrics
 
 
-def held_out_images(count: int, fraction: float, seed: int) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b2"]]:
+def held_out_images(count: int, fraction: float, seed: int) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
     """Return the images to learn from and those that are held out, `fraction` of all and at least one, by a draw.
 
     Raises:
