@@ -11,16 +11,17 @@ from PIL import Image
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import write
 from beitv2_jax.runners import dense, stages
+from beitv2_jax.tasks import dense as tasks_dense
 
 SIDE, PATCH = 12, 3
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return the folder and the config of a run on five training pairs and two others, of two classes by colour."""
+    """Return the folder and the config of a run on eleven training pairs and three others, of two classes by colour."""
     root = tmp_path_factory.mktemp("dense")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 5), ("test", 2)):
+    for split, count in (("train", 11), ("test", 3)):
         for folder in (root / "data" / split, root / "data" / f"{split}annot"):
             folder.mkdir(parents=True)
         for index in range(count):
@@ -37,7 +38,7 @@ def finished(tmp_path_factory):
     config.views.image_size = SIDE
     config.backbone.run = str(root / "mim")
     config.dense.update(neighbors=(3,), strengths=(1.0,), max_patches=0)
-    config.run.batch_size = 3
+    config.model.num_classes = 2
     stages.run_stage(config, str(root / "run"))
     return root, config
 
@@ -50,10 +51,10 @@ def cached(root, name, split):
 def test_metrics_are_those_of_arithmetic_by_hand(finished):
     root, _ = finished
     metrics = json.loads((root / "run" / "summary.json").read_text())["metrics"]
-    assert (metrics["train_examples"], metrics["eval_examples"]) == (5, 2)
+    assert (metrics["train_examples"], metrics["eval_examples"]) == (11, 3)
     for name in ("pretrained", "random", "pixels"):
         train, test = (cached(root, name, split) for split in ("train", "test"))
-        fit, _ = dense.held_out_images(5, 0.1, 0)
+        fit, _ = dense.held_out_images(11, 0.1, 0)
         of_fit = train["features"][fit].reshape(-1, train["features"].shape[-1]).astype(np.float64)
         scale = np.where(of_fit.std(axis=0) > 1e-6, of_fit.std(axis=0), np.inf)
         bank, queries = (
@@ -83,11 +84,9 @@ def test_metrics_are_those_of_arithmetic_by_hand(finished):
 
 def test_features_are_of_every_image_once_for_any_batch(finished):
     root, config = finished
-    built = stages.importlib.import_module("beitv2_jax.tasks.dense").build(
-        config_lib.decided(config, {"backbone.layer": 2, "model.num_classes": 2})
-    )
-    (pixels,) = (feature_set for feature_set in built.feature_sets if feature_set.name == "pixels")
-    config = config_lib.decided(config, {"backbone.layer": 2, "model.num_classes": 2, "run.batch_size": 4})
+    config = config_lib.decided(config, {"backbone.layer": 2, "run.batch_size": 16})
+    built = tasks_dense.build(config)
+    pixels = built.feature_sets[-1]
     found = dense.cached_patches(pixels, built, built.sources[0], config, str(root / "other"))
     for name, array in cached(root, "pixels", "train").items():
         np.testing.assert_array_equal(found._asdict()[name], array)
