@@ -30,7 +30,7 @@ FLAGS = {
     "finetune": "--config=configs/finetune.py:smoke",
     "live": "--config=configs/mim.py:smoke --config.tokenizer.run=vqkd",
     "mim": "--config=configs/mim.py:smoke --config.tokenizer.codes=DIR --config.views.num_views=1",
-    "dense": "--config=configs/dense.py:smoke --config.backbone.run=mim",
+    "dense": "--config=configs/dense.py:smoke --config.backbone.run=mim --config.backbone.layer=3",
     "pipeline": "--config=configs/pipeline.py --config.teacher.weights=FILE",
     "probe": "--config=configs/probe.py:smoke --config.backbone.run=mim",
     "quickstart": "--config=configs/quickstart.py:smoke",

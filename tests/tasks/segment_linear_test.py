@@ -87,7 +87,7 @@ def test_a_new_layer_is_near_zero():
 @pytest.mark.long
 def test_a_run_learns_the_layer_alone_and_draws_its_picture(tmp_path):
     rng = np.random.default_rng(2)
-    for split, count in (("train", 4), ("val", 2)):
+    for split, count in (("train", 8), ("val", 3)):
         for folder in (f"{split}", f"{split}annot"):
             (tmp_path / "data" / folder).mkdir(parents=True)
         for index in range(count):
@@ -101,10 +101,11 @@ def test_a_run_learns_the_layer_alone_and_draws_its_picture(tmp_path):
     config.data.source = f"folder:{tmp_path / 'data'}"
     config.backbone.run = str(tmp_path / "mim")
     config.views.update(image_size=12, long_side=32, short_side=16)
-    config.evaluation.update(long_side=32, short_side=16, stride=8, batch_size=2)
-    config.run.update(batch_size=4, duration="30 steps", eval_every="30 steps", checkpoint_every="30 steps")
+    config.evaluation.update(long_side=32, short_side=16, stride=8)
+    config.run.update(duration="30 steps", eval_every="30 steps", checkpoint_every="30 steps")
     config.run.keep_every = "30 steps"
     config.optim.peak_lr = 0.05
+    config.model.num_classes = 2
     stages.run_stage(config, str(tmp_path / "run"))
     metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
     assert metrics["eval/pixel_accuracy"] > 0.8
