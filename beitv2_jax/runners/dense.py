@@ -4,12 +4,14 @@ The number of neighbours, their distance and the strength of the logistic regres
 are held out. The eval split is used once, by what was chosen, fitted on all training images.
 """
 
+import functools
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -204,14 +206,6 @@ def nearest(
     """Return the `count` patches of the bank, or all if it has fewer, that are nearest to each patch of the queries."""
     rows, count = queries.features.reshape(-1, queries.features.shape[-1]), min(count, len(bank.features))
     part_rows = min(BANK_ROWS, len(bank.features))
-
-    def in_part(frozen, batch):
-        standard = Standardization(*frozen["standard"])
-        found = arithmetic.nearest_in_part(
-            standard(batch["rows"]), standard(frozen["part"]), frozen["counted"], num_neighbors=count, cosine=cosine
-        )
-        return found._asdict()
-
     found = None
     for first in range(0, len(bank.features), part_rows):
         part = bank.features[first : first + part_rows]
@@ -220,10 +214,22 @@ def nearest(
             "counted": np.arange(part_rows) < len(part),
             "standard": tuple(standard),
         }
-        outputs = list(_in_batches(in_part, frozen, rows, on_move))
+        outputs = list(_in_batches(_nearest_in_part(count, cosine), frozen, rows, on_move))
         of_part = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
         found = arithmetic.merged(found, Neighbors(**of_part), first, count)
     return found
+
+
+@functools.cache  # one function, which is compiled once
+def _nearest_in_part(count: int, cosine: bool) -> Callable:
+    def in_part(frozen, batch):
+        standard = Standardization(*frozen["standard"])
+        part, queries = standard(frozen["part"]), standard(batch["rows"])
+        return arithmetic.nearest_in_part(
+            queries, part, frozen["counted"], num_neighbors=count, cosine=cosine
+        )._asdict()
+
+    return in_part
 
 
 def _votes(bank: Bank, neighbors: Neighbors, count: int, on_move: OnMove) -> Iterator[UInt8[np.ndarray, "q p"]]:
@@ -239,16 +245,17 @@ def _decided(
     fitted, queries: Patches, standard: Standardization, on_move: OnMove
 ) -> Iterator[UInt8[np.ndarray, "q p"]]:
     """Yield the classes of the pixels of the queries by a logistic regression, some queries at a time."""
-
-    def decide(frozen, batch):
-        features = Standardization(*frozen["standard"])(batch["rows"])
-        logits = features @ frozen["fitted"][0] + frozen["fitted"][1]
-        return {"classes": jax.numpy.argmax(logits, axis=-1).astype(np.uint8)}
-
     frozen = {"fitted": tuple(map(np.asarray, fitted)), "standard": tuple(standard)}
     rows, pixels = queries.features.reshape(-1, queries.features.shape[-1]), queries.labels.shape[-1]
-    for output in _in_batches(decide, frozen, rows, on_move):
+    for output in _in_batches(_decide, frozen, rows, on_move):
         yield np.repeat(output["classes"][:, None], pixels, axis=1)
+
+
+def _decide(frozen, batch):
+    kernel, bias = frozen["fitted"]
+    features = Standardization(*frozen["standard"])(batch["rows"])
+    logits = jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    return {"classes": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
 
 
 def _in_batches(function: Callable, frozen: dict, rows: np.ndarray, on_move: OnMove) -> Iterator[dict[str, np.ndarray]]:

@@ -48,6 +48,7 @@ def cached(root, name, split):
     return dict(np.load(path))
 
 
+@pytest.mark.long
 def test_metrics_are_those_of_arithmetic_by_hand(finished):
     root, _ = finished
     metrics = json.loads((root / "run" / "summary.json").read_text())["metrics"]
@@ -82,6 +83,7 @@ def test_metrics_are_those_of_arithmetic_by_hand(finished):
     assert Image.open(root / "run" / "dense.png").width > 1000
 
 
+@pytest.mark.long
 def test_features_are_of_every_image_once_for_any_batch(finished):
     root, config = finished
     config = config_lib.decided(config, {"backbone.layer": 2, "run.batch_size": 16})
