@@ -419,10 +419,8 @@ def check_start(task, config: ConfigDict) -> None:
     if config.stage == "cluster":  # one process, whose batches are divided over no devices
         return
     rows = config.run.batch_size
-    if config.stage in (
-        "probe",
-        "dense",
-    ):  # their processes share every batch; those that fill a target cache share nothing
+    # the processes of these share every batch; those that fill a target cache share nothing
+    if config.stage in ("probe", "dense"):
         rows = BatchRows(rows, jax.process_index(), jax.process_count()).share
     sharding.check_rows(rows, sharding.make_mesh(**config.mesh, devices=jax.local_devices()))
 

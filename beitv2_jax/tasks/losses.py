@@ -108,4 +108,5 @@ def pixel_cross_entropy(logits: Float[Array, "b H W k"], labels: Int[Array, "b H
 
 
 def counted_sum(values: Float[Array, "b H W"], counted: Float[Array, "b H W"]) -> Scalar:
+    """Return the sum of `values` times `counted`; where that is 0 a value does not matter, be it no number."""
     return jnp.sum(jnp.where(counted > 0, counted * values.astype(jnp.float32), 0.0))
