@@ -77,11 +77,7 @@ def get_config(arg=""):
             # are set here; '': random weights
             "init_from": "",
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
-            "labels": {
-                "offset": 1,  # number of class 0 in the label maps
-                "mapping": (),  # pairs (number, class), in place of the offset; several numbers may be one class
-                "ignored": (0, 255),  # numbers of pixels without a class
-            },
+            "labels": sections.labels(),
             "views": {
                 "image_size": 512,  # pixels, of the crop to train on and of the windows to evaluate
                 "long_side": 2048,  # the image is resized to fit into these two, times a ratio

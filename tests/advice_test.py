@@ -21,7 +21,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.convert import runs, weights
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import cluster, finetune, inputs, mim, probe, tokenize
+from beitv2_jax.tasks import cluster, dense, finetune, inputs, mim, probe, tokenize
 
 MIM = "--config=configs/mim.py --workdir=w"
 FLAGS = {
@@ -30,6 +30,7 @@ FLAGS = {
     "finetune": "--config=configs/finetune.py:smoke",
     "live": "--config=configs/mim.py:smoke --config.tokenizer.run=vqkd",
     "mim": "--config=configs/mim.py:smoke --config.tokenizer.codes=DIR --config.views.num_views=1",
+    "dense": "--config=configs/dense.py:smoke --config.backbone.run=mim --config.backbone.layer=3",
     "pipeline": "--config=configs/pipeline.py --config.teacher.weights=FILE",
     "probe": "--config=configs/probe.py:smoke --config.backbone.run=mim",
     "quickstart": "--config=configs/quickstart.py:smoke",
@@ -88,6 +89,11 @@ CONFIGS = [
     ("probe", "--config.probe.learning_rates=()"),
     ("probe", "--config.probe.validation_fraction=1.0"),
     ("probe", "--config.probe.knn_temperature=0.0"),
+    ("dense", "--config.dense.neighbors=(0,3)"),
+    ("dense", "--config.dense.strengths=()"),
+    ("dense", "--config.dense.validation_fraction=1.0"),
+    ("dense", "--config.dense.max_patches=-1"),
+    ("dense", "--config.backbone.run=''"),
     ("mim", "--config.efficiency.accumulation_steps=3"),
     ("segment", "--config.evaluation.stride=0"),
     ("segment", "--config.views.short_side=2000"),
@@ -192,7 +198,7 @@ def follow(arguments: list[str], check, remedy: str | None = None) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    without_loop = ("pipeline", "extract", "cluster", "tokenize", "probe")
+    without_loop = ("pipeline", "extract", "cluster", "tokenize", "probe", "dense")
     config_lib.validate(config, None if config.stage in without_loop else 1000)
 
 
@@ -231,6 +237,7 @@ TASKS = [
     ("probe", probe.build, "--config.data.source=folder:one_class", "--config.data.source=folder:PATH"),
     ("probe", probe.build, "--config.probe.layers=(0,2)"),
     ("probe", probe.build, "--config.probe.batch_size=2000 --config.probe.duration='1 epoch'"),
+    ("dense", dense.build, "--config.backbone.layer=9"),
     ("tokenize", tokenize.build, "--config.tokenizer.run=mim", "--config.tokenizer.run=vqkd"),
     ("tokenize", tokenize.build, "--config.tokenizer.run=vqkd160"),
     ("cluster", cluster.build, "--config.model.codebook_size=40000"),
@@ -270,6 +277,7 @@ def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
     monkeypatch.setattr(FakeSource, "__len__", lambda source: 1000)
     monkeypatch.setattr(inputs, "open_sources", open_sources)
     monkeypatch.setattr(finetune, "make_task", lambda config, opened: None)
+    monkeypatch.setattr(dense, "check_numbers", lambda *_, **__: None)
     monkeypatch.setattr(probe.jax, "jit", lambda function: lambda key: {"params": {"backbone": {}}})
     for module in (runs, weights):
         monkeypatch.setattr(module, "is_run", RUNS.__contains__)

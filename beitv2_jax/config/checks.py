@@ -21,7 +21,19 @@ _DURATION_KEYS = (
     *("usage_window", "kmeans_again"),
 )
 _CHOICES = {
-    "stage": ("finetune", "extract", "vqkd", "cluster", "tokenize", "mim", "probe", "segment", "pipeline"),
+    "stage": (
+        "finetune",
+        "extract",
+        "vqkd",
+        "cluster",
+        "tokenize",
+        "mim",
+        "probe",
+        "segment",
+        "dense",
+        "segment_linear",
+        "pipeline",
+    ),
     "views.interpolation": choices.INTERPOLATIONS,
     "views.tokenizer_interpolation": ("", *choices.INTERPOLATIONS),
     "teacher.normalization": ("", *choices.NORMALIZATIONS),
@@ -82,6 +94,8 @@ _AT_LEAST_ONE = {
     "knn_neighbors": 20,
     "shard_examples": 8192,
     "iterations": 25,
+    "max_iterations": 1000,
+    "layer": 12,
 }
 """Numbers that must be positive, by the last part of their key, with a published value."""
 
@@ -149,6 +163,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
     _check_layers(flat, refuse)
     _check_reading(flat, refuse)
     _check_probe(flat, refuse)
+    _check_dense(flat, refuse)
     _check_clustering(flat, refuse)
     _check_efficiency(flat, refuse)
     _check_windows(flat, refuse)
@@ -324,6 +339,16 @@ def check_codebook_size(predicted: int, codebook_size: int) -> None:
         )
 
 
+def check_layer(layer: int, depth: int) -> None:
+    """Raise UserError unless the block whose patch tokens are to be read is one of the `depth` of its backbone."""
+    if not 1 <= layer <= depth:
+        raise UserError(
+            f"backbone.layer={layer} is not valid: the backbone has {depth} blocks, counted from 1.",
+            "Did you mean the last block?",
+            f"Write --config.backbone.layer={depth}.",
+        )
+
+
 def check_probed_layers(layers: Sequence[int], depth: int) -> None:
     """Raise UserError unless the blocks that the probe is to read are among the `depth` of its backbone."""
     if not layers or not all(1 <= layer <= depth for layer in layers):
@@ -366,6 +391,20 @@ def _check_probe(flat: dict[str, Any], refuse: Callable) -> None:
         refuse("probe.validation_fraction", problem, "Did you mean a tenth of the images?", 0.1)
     if flat["probe.knn_temperature"] <= 0:
         refuse("probe.knn_temperature", "it must be positive", "Did you mean that of DINO?", 0.07)
+
+
+def _check_dense(flat: dict[str, Any], refuse: Callable) -> None:
+    if "dense.neighbors" not in flat:
+        return
+    if not flat["dense.neighbors"] or min(flat["dense.neighbors"]) < 1:
+        refuse("dense.neighbors", "at least one patch votes", "Did you mean those of CAPI?", "'(1, 3, 10, 30)'")
+    if not flat["dense.strengths"] or min(flat["dense.strengths"]) <= 0:
+        refuse("dense.strengths", "they must be positive", "Did you mean to try a single one?", "'(1.0,)'")
+    if not 0 < flat["dense.validation_fraction"] < 1:
+        problem = "some images must be held out, and some must be left to learn from"
+        refuse("dense.validation_fraction", problem, "Did you mean a tenth of the images?", 0.1)
+    if flat["dense.max_patches"] < 0:
+        refuse("dense.max_patches", "a number of patches cannot be negative", "Did you mean all of them?", 0)
 
 
 def _check_clustering(flat: dict[str, Any], refuse: Callable) -> None:
@@ -428,6 +467,8 @@ def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
         "cluster": "teacher.features",
         "tokenize": "tokenizer.run",
         "probe": "backbone.run",
+        "dense": "backbone.run",
+        "segment_linear": "backbone.run",
     }
     for required in ("data.source", *filter(None, [needed.get(stage)])):
         if not flat.get(required, required):

@@ -30,6 +30,34 @@ def labelled_data(**changes: Any) -> dict[str, Any]:
     )
 
 
+def labels() -> dict[str, Any]:
+    """Return what the numbers in the label maps of ADE20K mean."""
+    return {
+        "offset": 1,  # number of class 0 in the label maps
+        "mapping": (),  # pairs (number, class), in place of the offset; several numbers may be one class
+        "ignored": (0, 255),  # numbers of pixels without a class
+    }
+
+
+def voc(config) -> None:
+    """Set the classes of PASCAL VOC: 0 is the background, 255 the border of an object."""
+    config.data.source = "folder:VOCdevkit/VOC2012"
+    config.labels.update(offset=0, ignored=(255,))
+    config.model.num_classes = 21
+
+
+def cityscapes(config) -> None:
+    """Set the 19 classes of Cityscapes that its benchmark counts, by the numbers of its *_labelIds.png.
+
+    Source: labels.py of the data set's scripts, `trainId` of each `id`.
+    """
+    numbers = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
+    config.data.source = "folder:cityscapes"
+    config.labels.mapping = tuple((number, label) for label, number in enumerate(numbers))
+    config.labels.ignored = tuple(number for number in range(34) if number not in numbers)
+    config.model.num_classes = len(numbers)
+
+
 def views(**changes: Any) -> dict[str, Any]:
     """Return how views are cut out of images; `min_scale` must be given."""
     return {

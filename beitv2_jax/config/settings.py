@@ -31,7 +31,7 @@ DECIDED = {
     "tokenizer.run": ("views.image_size", "model.patch_size", "model.codebook_size", *_MASKING),
     "tokenizer.codes": ("views.image_size", "model.patch_size", "model.codebook_size", *_MASKING, *_VIEWS),
     "teacher.features": ("views.image_size", "model.encoder.patch_size", "model.patch_size", *_VIEWS),
-    "backbone.run": ("views.image_size", "probe.layers"),
+    "backbone.run": ("views.image_size", "probe.layers", "backbone.layer"),
     "data.source": ("model.num_classes",),
 }
 """Key that names weights, stored targets or data -> keys that they decide, as far as the stage has these."""

@@ -182,10 +182,10 @@ class TrainRow:
 
 @dataclasses.dataclass(frozen=True)
 class EvalRow:
-    """The central crop at a row of the finite stream of all examples."""
+    """The transformed example at a row of the finite stream of all examples."""
 
     source: Source
-    transform: EvalTransform
+    transform: Callable[[dict[str, Any]], Example]
 
     def __call__(self, row: int) -> Example:
         return self.transform(self.source[row])

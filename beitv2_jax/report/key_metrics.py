@@ -64,6 +64,15 @@ def _probe(metrics: dict, stage) -> list[str]:
     return lines
 
 
+def _dense(metrics: dict, stage) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(key.split("/")[0] for key in metrics if "/" in key):
+        title = "raw pixels" if name == "pixels" else name
+        knn, logistic = (metrics[f"{name}/{classifier}/mean_iou"] for classifier in ("knn", "logistic"))
+        lines.append(f"{title}: mean IoU by nearest patches {knn:.1%}, by logistic regression {logistic:.1%}")
+    return lines
+
+
 def _segment(metrics: dict, stage) -> list[str]:
     return [
         f"mean IoU {metrics['eval/mean_iou']:.1%}, mean accuracy {metrics['eval/mean_accuracy']:.1%}, "
@@ -79,6 +88,8 @@ DESCRIPTIONS = {
     "tokenize": _extract,
     "mim": _mim,
     "probe": _probe,
+    "dense": _dense,
+    "segment_linear": _segment,
     "segment": _segment,
 }
 """Stage -> its lines, from (metrics, config); of any other stage they are the metrics of its evaluation."""

@@ -27,7 +27,18 @@ from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.codes import draw_code_rows
 from beitv2_jax.report.examples import draw_examples
-from beitv2_jax.runners import closing, cluster, probe, provenance, report, segment, targets, verify, workdirs
+from beitv2_jax.runners import (
+    closing,
+    cluster,
+    dense,
+    probe,
+    provenance,
+    report,
+    segment,
+    targets,
+    verify,
+    workdirs,
+)
 from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path
@@ -48,13 +59,15 @@ RUNNERS = {
     "mim": loop.train,
     "probe": probe.run,
     "segment": segment.run,
+    "dense": dense.run,
+    "segment_linear": segment.run_linear,
 }
 """Stage name -> how it runs; what it computes is `beitv2_jax.tasks.<name>.build`."""
 
 
 TARGET_CACHE_STAGES = ("extract", "tokenize")
 """Stages whose workdir is a target cache: it can be extended to more views, and verified."""
-WITHOUT_LOOP = (*TARGET_CACHE_STAGES, "cluster", "probe")
+WITHOUT_LOOP = (*TARGET_CACHE_STAGES, "cluster", "probe", "dense")
 """Stages without a training loop, which listens itself for the notice to end."""
 
 _ALLOWING = "; or add --allow_config_change to resume that run with the new ones."
@@ -406,7 +419,8 @@ def check_start(task, config: ConfigDict) -> None:
     if config.stage == "cluster":  # one process, whose batches are divided over no devices
         return
     rows = config.run.batch_size
-    if config.stage == "probe":  # its processes share every batch; those that fill a target cache share nothing
+    # the processes of these share every batch; those that fill a target cache share nothing
+    if config.stage in ("probe", "dense"):
         rows = BatchRows(rows, jax.process_index(), jax.process_count()).share
     sharding.check_rows(rows, sharding.make_mesh(**config.mesh, devices=jax.local_devices()))
 

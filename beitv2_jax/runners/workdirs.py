@@ -27,6 +27,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 PICTURES = {
     "examples.jpg": "Images of the training split",
     "codes.png": "16 codes on the evaluation images, one row each: the 8 most used, and 8 down to the rarest",
+    "dense.png": "Evaluation images: image, true classes, by the nearest patches, by logistic regression (IoU of both)",
     "segmentation.png": "Evaluation images: image, true classes, predicted classes, where they differ",
 }
 """Picture in a workdir -> its title."""

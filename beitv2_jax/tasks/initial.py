@@ -123,10 +123,13 @@ def _model(config: ConfigDict, weights: Weights) -> Values:
             values |= {name: arguments[name] for name in ("out_layers", "channels", "aux_channels")}
     values = {f"model.{name}": value for name, value in values.items()}
     if config.stage == "segment":
-        # its crops are larger than the images of the weights on purpose, but hold whole patches
-        sides = round(config.views.image_size / backbone.patch_size)
-        values["views.image_size"] = backbone.patch_size * max(1, sides)
+        values["views.image_size"] = _whole_patches(config.views.image_size, backbone.patch_size)
     return values
+
+
+def _whole_patches(image_size: int, patch_size: int) -> int:
+    """Return the image size next to that of a config whose crops are larger than the images of the weights."""
+    return patch_size * max(1, round(image_size / patch_size))
 
 
 def _of_tokenizer(config: ConfigDict) -> tuple[str, Values]:
@@ -172,13 +175,16 @@ def _of_backbone(config: ConfigDict) -> tuple[str, Values]:
     if weights.kind == "mim":
         arguments = with_defaults("mim", weights.arguments)
         early_layer = arguments["early_layer"] if arguments["patch_aggregation"] else early_layer
-    layers = tuple(sorted({early_layer, depth}))
-    return f"{TITLES[weights.kind]} for {image_size} pixels", {"views.image_size": image_size, "probe.layers": layers}
+    values = {"probe.layers": tuple(sorted({early_layer, depth})), "views.image_size": image_size}
+    if config.stage != "probe":
+        whole = _whole_patches(config.views.image_size, backbone_of(weights).patch_size)
+        values = {"backbone.layer": depth, "views.image_size": whole}
+    return f"{TITLES[weights.kind]} for {image_size} pixels", values
 
 
 def _of_data(config: ConfigDict) -> tuple[str, Values]:
     data = config.data
-    if config.stage == "segment":
+    if "labels" in config:
         source = open_label_maps(data.source, data.train_split, data.data_dir)
         count = len(source.class_names) or count_classes(source, **config.labels)
     else:

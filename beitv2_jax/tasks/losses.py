@@ -95,8 +95,8 @@ def segmentation_loss(
     metrics, factors = {}, {"decode": 1.0, "auxiliary": auxiliary_weight}
     for (name, factor), maps in zip(factors.items(), (logits, auxiliary_logits), strict=True):
         maps = resize(maps, labels.shape[1:])
-        metrics[f"{name}_loss"] = factor * _counted_sum(pixel_cross_entropy(maps, labels), counted)
-        metrics[f"{name}_accuracy"] = _counted_sum(jnp.argmax(maps, axis=-1) == labels, counted)
+        metrics[f"{name}_loss"] = factor * counted_sum(pixel_cross_entropy(maps, labels), counted)
+        metrics[f"{name}_accuracy"] = counted_sum(jnp.argmax(maps, axis=-1) == labels, counted)
     return metrics["decode_loss"] + metrics["auxiliary_loss"], counted.sum(), metrics
 
 
@@ -107,5 +107,6 @@ def pixel_cross_entropy(logits: Float[Array, "b H W k"], labels: Int[Array, "b H
     return jnp.where(seen, nll, 0.0)
 
 
-def _counted_sum(values: Float[Array, "b H W"], counted: Float[Array, "b H W"]) -> Scalar:
+def counted_sum(values: Float[Array, "b H W"], counted: Float[Array, "b H W"]) -> Scalar:
+    """Return the sum of `values` times `counted`; where that is 0 a value does not matter, be it no number."""
     return jnp.sum(jnp.where(counted > 0, counted * values.astype(jnp.float32), 0.0))

@@ -214,8 +214,11 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def class_counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, by class, the pixels that are hit, that are there and that are predicted."""
-    return np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    """Return, by class, the pixels that are hit, that are there and that are predicted.
+
+    Columns beyond those of the classes are predictions of no class.
+    """
+    return np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)[: len(confusion)]
 
 
 def _mean_of_ratios(parts: np.ndarray, wholes: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from user_errors import check_all_provoked, flag, provoked
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
-from beitv2_jax.runners import evaluate, features, parts, probe, provenance, report, stages, targets, verify
+from beitv2_jax.runners import dense, evaluate, features, parts, probe, provenance, report, stages, targets, verify
 
 
 class Interrupted(Exception):
@@ -178,14 +178,21 @@ def test_targets_that_differ_from_the_network(tmp_path):
     verify._refuse_below(verify._compare_features(live, live, [(0, 0)], 0.9), directory)
 
 
-def test_cached_features_that_are_damaged(tmp_path):
+@pytest.mark.parametrize("runner", [probe, dense])
+def test_cached_features_that_are_damaged(tmp_path, runner):
     path = tmp_path / "train.npz"
     path.write_bytes(b"PK")
     with provoked(f"Delete {path} and run the same command again"):
-        probe._read(path)
+        runner._read(path)
     path.unlink()
-    probe._write(path, {"labels": np.arange(3)})
-    assert probe._read(path)["labels"].tolist() == [0, 1, 2]
+    runner._write(path, {"labels": np.arange(3)})
+    assert runner._read(path)["labels"].tolist() == [0, 1, 2]
+
+
+def test_a_dense_evaluation_without_an_image_to_hold_out():
+    with provoked("of at least two training images with label maps"):
+        dense.held_out_images(1, 0.1, 0)
+    assert [images.tolist() for images in dense.held_out_images(2, 0.9, 0)] in ([[0], [1]], [[1], [0]])
 
 
 def test_targets_on_a_full_disk(tmp_path):

@@ -13,6 +13,7 @@ from beitv2_jax.errors import UserError
 FOLDER = ROOT / "configs"
 STAGES = {
     "cluster": "cluster",
+    "dense": "dense",
     "extract": "extract",
     "finetune": "finetune",
     "mim": "mim",
@@ -20,16 +21,19 @@ STAGES = {
     "probe": "probe",
     "quickstart": "pipeline",
     "segment": "segment",
+    "segment_linear": "segment_linear",
     "teacher": "finetune",
     "tokenize": "tokenize",
     "vqkd": "vqkd",
 }
 REQUIRED = {
     "cluster": "teacher.features",
+    "dense": "backbone.run",
     "extract": "teacher.weights",
     "mim": "tokenizer.run",
     "pipeline": "teacher.weights",
     "probe": "backbone.run",
+    "segment_linear": "backbone.run",
     "tokenize": "tokenizer.run",
     "vqkd": "teacher.weights",
 }

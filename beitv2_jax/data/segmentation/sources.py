@@ -5,7 +5,7 @@ import itertools
 import os
 import pathlib
 import unicodedata
-from typing import Any
+from typing import Any, NamedTuple
 
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
@@ -32,11 +32,49 @@ PART_MAPS = ("part_map",)
 """Name under which the embedded set keeps which part of its object a pixel is of."""
 ADE_NAMES_FILE = "objectInfo150.txt"
 """In the folder of ADE20K: a line of titles, then one for each class, whose last column is its name."""
+
+
+class Layout(NamedTuple):
+    """How a data set of images and label maps lies in folders.
+
+    Attributes:
+      images, maps: folders of both, in which `{split}` stands for the name of a split.
+      image_end, map_end: what follows the stem that an image and its map have in common, before the endings.
+      lists: file of the stems of a split, one a line; '' where a split has a folder.
+    """
+
+    images: str
+    maps: str
+    image_end: str = ""
+    map_end: str = ""
+    lists: str = ""
+
+    def splits(self, root: pathlib.Path) -> list[str]:
+        """Return the splits that a folder has in this layout."""
+        if self.lists:
+            return sorted(file.stem for file in (root / self.lists).parent.glob("*.txt"))
+        folders = class_folders(root / self.images.partition("{split}")[0])
+        names = itertools.chain.from_iterable(folders.values())
+        return [name for name in names if (root / self.maps.format(split=name)).is_dir()]
+
+    def fits(self, root: pathlib.Path) -> bool:
+        """Tell whether a folder is one of this layout."""
+        fixed = [part.partition("{split}")[0] for part in (self.images, self.maps)]
+        return all((root / part).is_dir() for part in fixed) and (all(fixed) or bool(self.splits(root)))
+
+
+LAYOUTS = (
+    Layout(f"{IMAGES}/{{split}}", f"{MAPS}/{{split}}"),  # ADE20K, and the one to write for data of one's own
+    Layout("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labelIds"),  # Cityscapes
+    Layout("JPEGImages", "SegmentationClass", lists="ImageSets/Segmentation/{split}.txt"),  # PASCAL VOC
+    Layout("{split}", "{split}annot"),  # CamVid
+)
+"""Layouts that are recognised, in this order."""
 _FOLDER_NAMES = {"train": ("train", "training"), "training": ("training", "train")}
 
 
 class FolderLabelMaps:
-    """`PATH/images/<split>/**/<stem>.jpg` with `PATH/annotations/<split>/**/<stem>.png`, as ADE20K is published.
+    """`PATH/images/<split>/**/<stem>.jpg` with `PATH/annotations/<split>/**/<stem>.png`, or another of `LAYOUTS`.
 
     The names of the classes stand in `PATH/labels.txt`, one a line, or in the file of ADE20K; without them there are
     none. Images and maps may have any ending of `IMAGE_SUFFIXES` and `MAP_SUFFIXES`. The splits train and training are
@@ -55,34 +93,43 @@ class FolderLabelMaps:
         self.num_classes = len(self.class_names)
         self._path, self._asked = path, split
         refuse_slice(split, f"The folder {root}")
-        if not (root / IMAGES).is_dir() or not (root / MAPS).is_dir():
+        layout = next((layout for layout in LAYOUTS if layout.fits(root)), None)
+        if layout is None:
             raise UserError(
-                f"{root} has no folders {IMAGES} and {MAPS}.",
+                f"{root} has no folders {IMAGES} and {MAPS}, and not those of Cityscapes, PASCAL VOC or CamVid.",
                 f"Did you mean a folder below {pathlib.Path.cwd()}, where the program runs, or name one of the two?",
                 f"Write --config.data.source=folder:PATH with the folder of {IMAGES}/<split>/ and {MAPS}/<split>/.",
             )
-        available = [folder for spellings in class_folders(root / IMAGES).values() for folder in spellings]
+        available = layout.splits(root)
         asked = next((name for name in _FOLDER_NAMES.get(split, (split,)) if name in available), split)
-        self.split = resolve_split(asked, available, f"The folder {root / IMAGES}")
-        self._images, self._maps = root / IMAGES / self.split, root / MAPS / self.split
+        self.split = resolve_split(asked, available, f"The folder {root}")
+        self._images, self._maps = (root / part.format(split=self.split) for part in (layout.images, layout.maps))
         images, maps = list_images(self._images), list_images(self._maps)
         self._files = images.images
+        if layout.lists:
+            listed = set((root / layout.lists.format(split=self.split)).read_text(encoding="utf-8").split())
+            self._files = [file for file in self._files if _stem(file) in listed]
         if not self._files:
             raise UserError(
                 f"There are no images in {self._images}{first_left_out(images.left_out)}.",
                 f"Did you mean another folder, or images whose names end in {' '.join(IMAGE_SUFFIXES)}?",
                 f"Put the images into {self._images}.",
             )
-        map_of = {_stem(file): file for suffix in MAP_SUFFIXES for file in maps.images if file.lower().endswith(suffix)}
-        if missing := [file for file in self._files if _stem(file) not in map_of]:
+        found = [file for file in maps.images if _stem(file).endswith(layout.map_end)]
+        stems = {file: _stem(file).removesuffix(layout.map_end) for file in found}
+        map_of = {stems[file]: file for suffix in MAP_SUFFIXES for file in found if file.lower().endswith(suffix)}
+        of_image = {file: _stem(file).removesuffix(layout.image_end) for file in self._files}
+        if missing := [file for file, stem in of_image.items() if stem not in map_of]:
             raise UserError(
                 f"{len(missing)} of {len(self._files)} images in {self._images} have no label map, {missing[0]} one.",
                 "Were the label maps not unpacked, or do they have other names?",
-                f"Give {missing[0]} the label map {self._maps / pathlib.PurePath(missing[0]).with_suffix('.png')}, and "
+                f"Give {missing[0]} the label map {self._maps / (of_image[missing[0]] + layout.map_end)}.png, and "
                 "the others theirs, or move these images away.",
             )
-        self._map_files = [map_of[_stem(file)] for file in self._files]
-        unused = [os.fspath(self._maps / file) for file in sorted(set(maps.images) - set(self._map_files))]
+        self._map_files = [map_of[stem] for stem in of_image.values()]
+        # where splits are lists, the others' maps lie in the same folder
+        extra = () if layout.lists else sorted(set(found) - set(self._map_files))
+        unused = [os.fspath(self._maps / file) for file in extra]
         self.left_out = (
             *images.left_out,
             *maps.left_out,

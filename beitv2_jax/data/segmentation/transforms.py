@@ -10,6 +10,7 @@ from typing import Any
 import kornia_rs
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL.Image import Resampling, fromarray
 
 from beitv2_jax.data import decode
 from beitv2_jax.data.segmentation import windows
@@ -191,6 +192,27 @@ class WindowTransform:
             "sizes": np.array(label_map.shape, np.int32),
             **identity(example, fault),
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquareTransform:
+    """Turn an encoded example into the whole image and its label map, both stretched to a square of `image_size`.
+
+    Source: CAPI's dense evaluation, which resizes images by a bicubic filter and label maps to the nearest pixel.
+    """
+
+    ids: LabelIds
+    image_size: int
+
+    def __call__(self, example: dict[str, Any]) -> Example:
+        """Return `images` uint8 'S S 3', `label_maps` uint8 'S S', `example_ids`, `weight` and `faults`."""
+        image, label_map, fault = readable_pair(example, self.ids, self.image_size)
+        filters = {"images": Resampling.BICUBIC, "label_maps": Resampling.NEAREST}
+        square = {
+            name: np.asarray(fromarray(array).resize((self.image_size,) * 2, filters[name]))
+            for name, array in (("images", image), ("label_maps", label_map))
+        }
+        return {**square, **identity(example, fault)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,405 @@
+"""Run the dense evaluation: cache the patch features of both splits, then classify the pixels of the eval split.
+
+The number of neighbours, their distance and the strength of the logistic regression are chosen on training images that
+are held out. The eval split is used once, by what was chosen, fitted on all training images.
+"""
+
+import functools
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from beitv2_jax.convert.runs import weights_hash
+from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
+from beitv2_jax.data.decode import decode_image
+from beitv2_jax.data.segmentation.labels import IGNORED
+from beitv2_jax.errors import UserError
+from beitv2_jax.evaluation import dense as arithmetic
+from beitv2_jax.evaluation.dense import Neighbors, Standardization
+from beitv2_jax.report.segmentation import draw_comparison
+from beitv2_jax.rng import host_rng
+from beitv2_jax.runners.provenance import describe_data, digest
+from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime.atomic_files import replacing
+from beitv2_jax.runtime.buckets import AnyPath, as_path
+from beitv2_jax.tasks import dense, segment
+from beitv2_jax.tasks.dense import Dense, PatchFeatures
+from beitv2_jax.training.inference import apply_batches, run_batches
+from beitv2_jax.training.sharding import make_mesh
+
+BANK_ROWS = 262_144
+"""Patches of the bank on a device at a time."""
+QUERY_ROWS = 2048
+"""Patches that are classified at a time, on all devices of the process."""
+POLL_SECONDS = 0.5
+"""Time between two looks at what the other processes have written."""
+DRAWN_IMAGES = 5
+TITLES = {"knn": "nearest patches", "logistic": "logistic regression"}
+"""Classifier -> its title in the picture."""
+
+OnMove = Callable[[str], None]
+
+
+class Patches(NamedTuple):
+    """The patches of images: their features, the classes of their pixels, and the examples that the images are."""
+
+    features: Float[np.ndarray, "b n d"]
+    labels: UInt8[np.ndarray, "b n p"]
+    example_ids: Int[np.ndarray, "b"]
+
+    def of(self, images: np.ndarray) -> "Patches":
+        """Return the patches of some of the images."""
+        return Patches(*(array[images] for array in self))
+
+
+class Bank(NamedTuple):
+    """Patches to learn from, most of whose pixels have a class."""
+
+    features: Float[np.ndarray, "m d"]
+    labels: UInt8[np.ndarray, "m p"]
+    majority: UInt8[np.ndarray, "m"]
+
+
+class Scored(NamedTuple):
+    """What one classifier makes of the eval split: metrics, and predicted label maps of the images to draw."""
+
+    metrics: dict[str, float]
+    drawn: UInt8[np.ndarray, "b S S"]
+
+
+def run(task: Dense, config, workdir: str) -> dict[str, float]:
+    """Evaluate every feature set and return its metrics as {'pretrained/knn/mean_iou': ..., ...}.
+
+    `train_examples` and `eval_examples` say how many images they are of: those that could be read. The IoU of a class
+    has its name, or its number where the data have no names. `dense.png` shows what the pre-trained features say.
+
+    Features are cached as `features/<set>_<split>.<hash>.npz` under `workdir`, the hash of what they were made from; a
+    cached file is not computed again. Processes share the computing of the features, and each classifies for itself.
+
+    Raises:
+        Preempted: this process was asked to stop; cached features stay.
+    """
+    with (
+        preemption.stops("dense") as stop_if_signalled,
+        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
+    ):
+        return _run(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+
+
+def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]:
+    names, metrics = _class_names(task, config), {}
+    for feature_set in task.feature_sets:
+        train, test = (cached_patches(feature_set, task, source, config, workdir, on_move) for source in task.sources)
+        metrics |= {"train_examples": len(train.features), "eval_examples": len(test.features)}
+        fit, held_out = held_out_images(len(train.features), config.dense.validation_fraction, config.seed)
+        standard = arithmetic.standardization(train.features[fit])
+        scored = {
+            name: classify(train, fit, held_out, test, standard, config, on_move)
+            for name, classify in (("knn", by_neighbors), ("logistic", by_regression))
+        }
+        for name, of_classifier in scored.items():
+            for key, value in of_classifier.metrics.items():
+                label = names[int(key.removeprefix("iou/"))] if key.startswith("iou/") else ""
+                metrics[f"{feature_set.name}/{name}/{f'iou/{label}' if label else key}"] = value
+        if feature_set.name == "pretrained" and jax.process_index() == 0:
+            _draw(task, test, scored, names, as_path(workdir) / "dense.png")
+    return metrics
+
+
+def held_out_images(count: int, fraction: float, seed: int) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
+    """Return the images to learn from and those that are held out, `fraction` of all and at least one, by a draw.
+
+    Raises:
+        UserError: there is none to learn from.
+    """
+    if count < 2:
+        raise UserError(
+            f"The training split has {count} readable image(s), and one has to be held out to choose by.",
+            "Did you mean another split, or another folder?",
+            "Write --config.data.source=folder:PATH of at least two training images with label maps.",
+        )
+    order = host_rng(seed, "held out images").permutation(count)
+    held_out = min(max(1, int(count * fraction)), count - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def by_neighbors(
+    train: Patches,
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    test: Patches,
+    standard: Standardization,
+    config,
+    on_move: OnMove,
+) -> Scored:
+    """Classify by the nearest patches: every pixel has the most frequent class of theirs at its place in the patch."""
+    num_classes, settings = config.model.num_classes, config.dense
+    bank, queries = bank_of(train.of(fit), settings.max_patches, config.seed), train.of(held_out)
+    found = {}
+    for cosine in (True, False):
+        neighbors = nearest(bank, queries, standard, max(settings.neighbors), cosine, on_move)
+        for count in settings.neighbors:
+            confusion, _ = _judged(queries, _votes(bank, neighbors, count, on_move), num_classes)
+            found[count, cosine] = segment.summarize({"confusion": confusion})["mean_iou"]
+    count, cosine = max(found, key=found.get)
+    bank = bank_of(train, settings.max_patches, config.seed)
+    neighbors = nearest(bank, test, standard, count, cosine, on_move)
+    confusion, drawn = _judged(test, _votes(bank, neighbors, count, on_move), num_classes)
+    chosen = {"neighbors": count, "cosine": float(cosine), "held_out_mean_iou": found[count, cosine]}
+    return Scored(chosen | segment.summarize({"confusion": confusion}), drawn)
+
+
+def by_regression(
+    train: Patches,
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    test: Patches,
+    standard: Standardization,
+    config,
+    on_move: OnMove,
+) -> Scored:
+    """Classify by logistic regression on the most frequent class of each patch, which all its pixels are given."""
+    num_classes, settings = config.model.num_classes, config.dense
+    found = {}
+
+    def judged(bank: Bank, queries: Patches, strength: float):
+        on_move("fitting")
+        fitted = arithmetic.fit_logistic(
+            bank.features,
+            bank.majority,
+            standard,
+            num_classes=num_classes,
+            strength=strength,
+            max_iterations=settings.max_iterations,
+        )
+        return _judged(queries, _decided(fitted, queries, standard, on_move), num_classes)
+
+    bank = bank_of(train.of(fit), settings.max_patches, config.seed)
+    for strength in settings.strengths:
+        confusion, _ = judged(bank, train.of(held_out), strength)
+        found[strength] = segment.summarize({"confusion": confusion})["mean_iou"]
+    strength = max(found, key=found.get)
+    confusion, drawn = judged(bank_of(train, settings.max_patches, config.seed), test, strength)
+    chosen = {"strength": strength, "held_out_mean_iou": found[strength]}
+    return Scored(chosen | segment.summarize({"confusion": confusion}), drawn)
+
+
+def bank_of(patches: Patches, max_patches: int, seed: int) -> Bank:
+    """Return the patches whose most frequent label is a class; `max_patches` of them by a draw, unless that is 0."""
+    features, labels = (array.reshape(-1, array.shape[-1]) for array in (patches.features, patches.labels))
+    majority = np.concatenate([arithmetic.majority(of_image) for of_image in patches.labels])
+    rows = np.flatnonzero(majority != IGNORED)
+    if 0 < max_patches < len(rows):
+        rows = np.sort(host_rng(seed, "bank patches").choice(rows, max_patches, replace=False))
+    return Bank(features[rows], labels[rows], majority[rows])
+
+
+def nearest(
+    bank: Bank, queries: Patches, standard: Standardization, count: int, cosine: bool, on_move: OnMove
+) -> Neighbors:
+    """Return the `count` patches of the bank, or all if it has fewer, that are nearest to each patch of the queries."""
+    rows, count = queries.features.reshape(-1, queries.features.shape[-1]), min(count, len(bank.features))
+    part_rows = min(BANK_ROWS, len(bank.features))
+    found = None
+    for first in range(0, len(bank.features), part_rows):
+        part = bank.features[first : first + part_rows]
+        frozen = {
+            "part": _padded(part, part_rows),
+            "counted": np.arange(part_rows) < len(part),
+            "standard": tuple(standard),
+        }
+        outputs = list(_in_batches(_nearest_in_part(count, cosine), frozen, rows, on_move))
+        of_part = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+        found = arithmetic.merged(found, Neighbors(**of_part), first, count)
+    return found
+
+
+@functools.cache  # one function, which is compiled once
+def _nearest_in_part(count: int, cosine: bool) -> Callable:
+    def in_part(frozen, batch):
+        standard = Standardization(*frozen["standard"])
+        part, queries = standard(frozen["part"]), standard(batch["rows"])
+        return arithmetic.nearest_in_part(
+            queries, part, frozen["counted"], num_neighbors=count, cosine=cosine
+        )._asdict()
+
+    return in_part
+
+
+def _votes(bank: Bank, neighbors: Neighbors, count: int, on_move: OnMove) -> Iterator[UInt8[np.ndarray, "q p"]]:
+    """Yield the classes of the pixels of the queries by their `count` nearest patches, some queries at a time."""
+    for first in range(0, len(neighbors.rows), QUERY_ROWS):
+        on_move("classifying")
+        rows = _padded(neighbors.rows[first : first + QUERY_ROWS, :count], QUERY_ROWS)
+        left = len(neighbors.rows) - first
+        yield np.asarray(arithmetic.vote(bank.labels[rows]))[:left]
+
+
+def _decided(
+    fitted, queries: Patches, standard: Standardization, on_move: OnMove
+) -> Iterator[UInt8[np.ndarray, "q p"]]:
+    """Yield the classes of the pixels of the queries by a logistic regression, some queries at a time."""
+    frozen = {"fitted": tuple(map(np.asarray, fitted)), "standard": tuple(standard)}
+    rows, pixels = queries.features.reshape(-1, queries.features.shape[-1]), queries.labels.shape[-1]
+    for output in _in_batches(_decide, frozen, rows, on_move):
+        yield np.repeat(output["classes"][:, None], pixels, axis=1)
+
+
+def _decide(frozen, batch):
+    kernel, bias = frozen["fitted"]
+    features = Standardization(*frozen["standard"])(batch["rows"])
+    logits = jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    return {"classes": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
+
+
+def _in_batches(function: Callable, frozen: dict, rows: np.ndarray, on_move: OnMove) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the outputs of `function(frozen, {'rows': ...})` for all rows in their order, on this process's devices."""
+    devices = jax.local_devices()
+    at_once = -(-QUERY_ROWS // len(devices)) * len(devices)
+    starts = range(0, len(rows), at_once)
+    batches = ({"rows": _padded(rows[first : first + at_once], at_once)} for first in starts)
+    outputs = apply_batches(function, frozen, batches, make_mesh(devices=devices))
+    for first, (_, output) in zip(starts, outputs, strict=True):
+        on_move("classifying")
+        yield {name: array[: len(rows) - first] for name, array in output.items()}
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _judged(
+    queries: Patches, predicted: Iterator[UInt8[np.ndarray, "q p"]], num_classes: int
+) -> tuple[Int[np.ndarray, "k k_and_none"], UInt8[np.ndarray, "b S S"]]:
+    """Return the confusion of all pixels of the queries, and the predicted label maps of the images to draw."""
+    classes = np.concatenate(list(predicted)).reshape(queries.labels.shape)
+    confusion = arithmetic.pixel_confusion(queries.labels, classes, num_classes)
+    return confusion, arithmetic.from_patches(classes[_drawn(len(classes))])
+
+
+def _drawn(count: int) -> Int[np.ndarray, "b"]:
+    return np.unique(np.linspace(0, count - 1, DRAWN_IMAGES).astype(int))
+
+
+def _class_names(task: Dense, config) -> tuple[str, ...]:
+    """Return the names of the classes, or their numbers where the data have no names for them."""
+    names, count = task.sources[0].class_names, config.model.num_classes
+    return names if len(names) == count else tuple(map(str, range(count)))
+
+
+def _draw(task: Dense, test: Patches, scored: dict[str, Scored], names: tuple[str, ...], path: AnyPath) -> None:
+    """Draw some images of the eval split with their true classes and those that each classifier found."""
+    chosen = _drawn(len(test.labels))
+    images = [decode_image(task.sources[1][int(number)]["image"]) for number in test.example_ids[chosen]]
+    true = {"true": arithmetic.from_patches(test.labels[chosen])}
+    found = {
+        f"{TITLES[name]}: mean IoU {of_classifier.metrics['mean_iou']:.1%}": of_classifier
+        for name, of_classifier in scored.items()
+    }
+    draw_comparison(
+        images,
+        true | {title: of_classifier.drawn for title, of_classifier in found.items()},
+        path,
+        iou={title: segment.iou_of_classes(of_classifier.metrics) for title, of_classifier in found.items()},
+        names=names,
+    )
+
+
+def cached_patches(
+    feature_set: PatchFeatures, task: Dense, source, config, workdir: str, on_move: OnMove = lambda phase: None
+) -> Patches:
+    """Return the patches of a whole split, computed once for its data and network and kept in the workdir.
+
+    Of several processes each computes its part of the rows on its devices; process 0 concatenates what all have
+    written, and the others wait for that.
+
+    Raises:
+        UserError: more images than `data.max_bad_fraction` allows were unreadable.
+    """
+    made_from = [
+        weights_hash(feature_set.frozen),
+        describe_data((source,)),
+        config.views.image_size,
+        config.backbone.layer,
+        config.labels.to_dict(),
+        config.model.num_classes,
+    ]
+    name = f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}.npz"
+    path = as_path(workdir) / "features" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index, count = jax.process_index(), jax.process_count()
+        parts = [path.with_name(f"{path.stem}.{number}-of-{count}.npz") for number in range(count)]
+        if not parts[index].exists():
+            _write(parts[index], _share_of_patches(feature_set, task, source, config, workdir, on_move))
+        awaited = parts if index == 0 else [path]
+        while not all(file.exists() for file in awaited):
+            on_move("waiting for other processes")
+            time.sleep(POLL_SECONDS)
+        if index == 0:
+            rows = _concatenated([_read(part) for part in parts])
+            order = np.argsort(rows["example_ids"])
+            _write(path, {name: array[order] for name, array in rows.items()})
+            for part in parts:
+                part.unlink()
+    rows = _read(path)
+    refuse_too_many(
+        len(source) - len(rows["example_ids"]),
+        len(source),
+        config.data.max_bad_fraction,
+        of=f"of split {source.split}",
+        listed=f"listed in {as_path(workdir) / 'bad_records.jsonl'} and delete {path}",
+    )
+    return Patches(**rows)
+
+
+def _share_of_patches(
+    feature_set: PatchFeatures, task: Dense, source, config, workdir: str, on_move: OnMove
+) -> dict[str, np.ndarray]:
+    """Return the features, labels and example ids of the rows of every batch that are this process's."""
+    batches = dense.batches(source, config, jax.process_index(), jax.process_count())
+    rows = []
+    for batch, outputs in run_batches(
+        feature_set.apply,
+        feature_set.frozen,
+        BadRecords(workdir, jax.process_index()).noted(batches, source.split),
+        make_mesh(**config.mesh, devices=jax.local_devices()),
+        total=len(batches),
+        label=f"features {feature_set.name}",
+    ):
+        on_move("computing features")
+        real = batch["weight"] > 0
+        arrays = {
+            "features": outputs["features"],
+            "labels": arithmetic.to_patches(batch["label_maps"], task.patch_size),
+            "example_ids": batch["example_ids"],
+        }
+        rows.append({name: array[real] for name, array in arrays.items()})
+    return _concatenated(rows)
+
+
+def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _write(path: AnyPath, arrays: dict[str, np.ndarray]) -> None:
+    with replacing(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read(path: AnyPath) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"The cached features in {path} are damaged: {error}.",
+            "The machine may have lost its power, or the disk may have been full.",
+            f"Delete {path} and run the same command again.",
+        ) from error
