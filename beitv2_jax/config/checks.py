@@ -260,7 +260,7 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
 
 
 def _check_quantizer(flat: dict[str, Any], refuse: Callable) -> None:
-    """Check that the options are those of the quantizer, and that the levels of one by levels make its codebook."""
+    """Check that the quantizer has a use for the options that are set, and that the levels of 'fsq' make its codes."""
     quantizer = flat.get("model.quantizer")
     if quantizer is None:
         return

@@ -154,7 +154,8 @@ def test_the_rotation_of_a_vector_to_its_opposite_is_a_reflection():
     probe = np.array([[[1.0, 2.0, 3.0]]])
     codes, pull = jax.vjp(lambda unit: q.passed_codes(unit, -unit, "rotation"), jnp.float32(unit))
     np.testing.assert_allclose(codes, -unit, atol=1e-6)
-    np.testing.assert_allclose(pull(jnp.float32(probe))[0][0, 0], rotation_of(unit[0, 0], -unit[0, 0]).T @ probe[0, 0])
+    expected = rotation_of(unit[0, 0], -unit[0, 0]).T @ probe[0, 0]
+    np.testing.assert_allclose(pull(jnp.float32(probe))[0][0, 0], expected, atol=1e-6)
 
 
 def test_no_gradient_reaches_the_codebook_but_commitment_reaches_the_projections():
