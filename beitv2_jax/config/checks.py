@@ -268,18 +268,21 @@ def _check_quantizer(flat: dict[str, Any], refuse: Callable) -> None:
     levels = flat.get(key, ())
     are_levels = all(isinstance(level, int) and level > 1 for level in levels)
     if key in flat and (not are_levels or (quantizer == "fsq" and not levels)):
-        usual = "'(8, 8, 5, 5, 5)' --config.model.codebook_size=8000 --config.model.code_dim=5"
+        usual = (
+            "'(8, 8, 5, 5, 5)' --config.model.quantizer=fsq --config.model.codebook_size=8000 --config.model.code_dim=5"
+        )
         refuse(key, "fsq needs two levels or more of each dimension", "Did you mean those of 8000 codes?", usual)
     sizes = {"model.codebook_size": math.prod(levels), "model.code_dim": len(levels)}
     fitting = " ".join(f"--config.{name}={size}" for name, size in sizes.items())
     for name, (users, default) in _OF_SOME_QUANTIZERS.items():
         if quantizer not in users and flat.get(name, default) != default:
+            other = f" or --config.model.quantizer={users[0]}" if quantizer != "fsq" else ""
             refuse(
                 name,
                 f"model.quantizer={quantizer} has no use for it",
                 f"Did you mean model.quantizer={users[0]}?",
                 repr(str(default)) if isinstance(default, str | tuple) else default,
-                other=f" or --config.model.quantizer={users[0]}" + (f" {fitting}" if users == ("fsq",) else ""),
+                other=f"{other} {fitting}" if users == ("fsq",) else other,
             )
     if quantizer == "fsq" and key in flat and any(flat.get(name, size) != size for name, size in sizes.items()):
         stated = " and ".join(f"{name}={flat[name]}" for name in sizes if name in flat)
