@@ -108,7 +108,7 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["simvq", pytest.param("fsq", marks=pytest.mark.long)])
 def test_other_quantizers_step_alike_on_eight_devices_and_in_micro_batches_and_rest_at_rate_zero(name):
     rows = batch(unreadable=(0, 4, 9))
     outcomes = []
