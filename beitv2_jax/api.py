@@ -121,10 +121,10 @@ class _Network:
 class Tokenizer(_Network):
     """A visual tokenizer, trained or of clusters: images to code ids, and code ids to features of the teacher."""
 
-    @property
+    @functools.cached_property
     def codebook(self) -> Float32[np.ndarray, "k c"]:
-        """The codes, unit vectors."""
-        return np.asarray(self.weights.variables["codebook"]["quantizer"]["codebook"])
+        """The codes: unit vectors, or the points of the grid of a tokenizer with `model.quantizer=fsq`."""
+        return np.asarray(self._tokenizer.codebook(self.weights.variables))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -23,6 +23,9 @@ Presets
               two nearest to 8 sqrt(images), which gives the published 8 192 for ImageNet-1k
   own_1k      ... for fewer images: 256 codes, half as many steps
   own_100k    ... for more: 2 048 codes, four times as many steps
+  fsq         codes by rounding to levels, for comparison: 8 000 codes of (8, 8, 5, 5, 5) levels; unpublished, like the
+              next one
+  simvq       8 192 codes that are learned together as one linear map, for comparison
   smoke       four steps of a toy model on generated pictures
 """
 
@@ -84,6 +87,20 @@ def own_100k(config):
     config.run.duration = "80000 steps"
 
 
+def fsq(config):
+    _without_average(config, "fsq")
+    config.model.update(fsq_levels=(8, 8, 5, 5, 5), codebook_size=8000, code_dim=5)
+
+
+def simvq(config):
+    _without_average(config, "simvq")
+
+
+def _without_average(config, quantizer):
+    config.model.update(quantizer=quantizer, ema_decay=0.99)
+    config.update(revive=False, kmeans_tokens=0)  # which own_data sets
+
+
 def smoke(config):
     config.data.source = "embedded/tiny"
     config.data.num_threads = 2
@@ -109,6 +126,8 @@ PRESETS = {
     "own_data": own_data,
     "own_1k": own_1k,
     "own_100k": own_100k,
+    "fsq": fsq,
+    "simvq": simvq,
     "smoke": smoke,
 }
 
@@ -132,6 +151,10 @@ def get_config(arg=""):
                 "code_dim": 32,
                 "ema_decay": 0.99,  # of the codebook
                 "commitment_weight": 1.0,
+                "quantizer": "ema",  # published; fsq and simvq are for comparison and leave out k-means and revival
+                # how gradients pass the lookup: straight_through (published) or rotation, with ema_decay >= 0.99
+                "quantizer_gradient": "straight_through",
+                "fsq_levels": (),  # of each dimension for fsq: code_dim numbers whose product is codebook_size
             },
             "kmeans_start": True,  # start the codebook by k-means over the first global batch, unless init_from has one
             # tokens a code that k-means starts from, over as many batches as hold them, such as 50; 0: the first batch

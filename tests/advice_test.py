@@ -71,6 +71,18 @@ CONFIGS = [
     ("mim", "--config.model.patch_size=16 --config.masking.num_masked=2 --config.views.image_size=16"),
     ("vqkd", "--config.model.encoder.stem=conv --config.model.encoder.patch_size=24"),
     ("vqkd", "--config.model.codebook_size=1000"),
+    ("vqkd", "--config.model.quantizer=simqv"),
+    ("vqkd", "--config.model.quantizer=fsq"),
+    ("vqkd", "--config.model.fsq_levels='(1, 32)'"),
+    ("vqkd", "--config.model.fsq_levels='(8, 4)'"),
+    ("vqkd", "--config.model.quantizer=fsq --config.model.fsq_levels='(8, 5, 5, 5)'"),
+    ("vqkd", "--config.model.quantizer=simvq --config.revive=True"),
+    ("vqkd", "--config.model.quantizer=simvq --config.kmeans_again='2 steps'"),
+    (
+        "vqkd",
+        "--config.model.quantizer_gradient=rotation --config.model.quantizer=fsq --config.model.fsq_levels='(8, 4)' "
+        "--config.model.code_dim=2",
+    ),
     ("cluster", "--config.clustering.max_tokens=31"),
     ("cluster", "--config.clustering.components=-1"),
     ("cluster", "--config.clustering.iterations=0"),

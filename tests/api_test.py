@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_states import drawn_weights
+from convert_states import arguments_of, drawn_weights
 from paths import CONFIGS, ROOT
 from PIL import Image
 
@@ -114,6 +114,24 @@ def test_a_tokenizer_gives_the_ids_of_the_stages_and_decodes_them(folder, runs):
     np.testing.assert_array_equal(
         tokenizer.codebook, drawn_weights("vqkd").variables["codebook"]["quantizer"]["codebook"]
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantizer": "simvq"}, {"quantizer": "fsq", "fsq_levels": [3, 2, 5], "code_dim": 3}]
+)
+def test_tokenizers_without_a_table_of_codes_decode_what_they_encode(folder, tmp_path, options):
+    arguments = {**arguments_of("vqkd"), "codebook_size": 30, **options}
+    weights = drawn_weights("vqkd", arguments=arguments)
+    write(weights, str(tmp_path / "w"), "run")
+    tokenizer = beitv2_jax.load_tokenizer(tmp_path / "w")
+    model = VQKD.from_arguments(arguments)
+    pixels = jnp.float32(staged(folder, tokenizer.image_size))
+    whole = jax.jit(lambda: model.apply(weights.variables, pixels / 127.5 - 1.0, train=False))()
+    ids = tokenizer.encode(paths_of(folder))
+    np.testing.assert_array_equal(ids.reshape(NUM_IMAGES, 9), whole.code_ids)
+    np.testing.assert_allclose(tokenizer.codebook[ids].reshape(whole.codes.shape), whole.codes, atol=1e-5)
+    features = tokenizer.decode(ids).reshape(whole.reconstruction.shape)
+    np.testing.assert_allclose(features, whole.reconstruction, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)

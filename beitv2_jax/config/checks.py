@@ -49,6 +49,8 @@ _CHOICES = {
     "model.qkv_bias": choices.QKV_BIASES,
     "model.param_init": choices.PARAM_INITS,
     "model.encoder.stem": choices.STEMS,
+    "model.quantizer": choices.QUANTIZERS,
+    "model.quantizer_gradient": choices.QUANTIZER_GRADIENTS,
     "run.on_failed_save": choices.ON_FAILED_SAVE,
     "optim.schedule": choices.SCHEDULES,
     "efficiency.dtype": choices.DTYPES,
@@ -98,6 +100,17 @@ _AT_LEAST_ONE = {
     "layer": 12,
 }
 """Numbers that must be positive, by the last part of their key, with a published value."""
+
+_OF_SOME_QUANTIZERS = {
+    "model.fsq_levels": (("fsq",), ()),
+    "model.quantizer_gradient": (("ema", "simvq"), "straight_through"),
+    "model.commitment_weight": (("ema", "simvq"), 1.0),
+    "model.ema_decay": (("ema",), 0.99),
+    "kmeans_tokens": (("ema",), 0),
+    "kmeans_again": (("ema",), "0 steps"),
+    "revive": (("ema",), False),
+}
+"""Key -> the values of `model.quantizer` that have a use for it, and the value that says nothing."""
 
 
 def validate(config: ConfigDict, num_examples: int | None = None) -> None:
@@ -159,6 +172,7 @@ def _validate_stage(config: ConfigDict, num_examples: int | None) -> None:
         )
     _check_durations(flat, refuse, num_examples)
     _check_sizes(flat, refuse)
+    _check_quantizer(flat, refuse)
     _check_kmeans_start(flat, refuse)
     _check_layers(flat, refuse)
     _check_reading(flat, refuse)
@@ -263,6 +277,41 @@ def _check_sizes(flat: dict[str, Any], refuse: Callable) -> None:
             refuse(f"{section}stem", problem, "Did you mean the published stem?", "linear")
 
 
+def _check_quantizer(flat: dict[str, Any], refuse: Callable) -> None:
+    """Check that the quantizer has a use for the options that are set, and that the levels of 'fsq' make its codes."""
+    quantizer = flat.get("model.quantizer")
+    if quantizer is None:
+        return
+    key = "model.fsq_levels"
+    levels = flat.get(key, ())
+    are_levels = all(isinstance(level, int) and level > 1 for level in levels)
+    if key in flat and (not are_levels or (quantizer == "fsq" and not levels)):
+        usual = (
+            "'(8, 8, 5, 5, 5)' --config.model.quantizer=fsq --config.model.codebook_size=8000 --config.model.code_dim=5"
+        )
+        refuse(key, "fsq needs two levels or more of each dimension", "Did you mean those of 8000 codes?", usual)
+    sizes = {"model.codebook_size": math.prod(levels), "model.code_dim": len(levels)}
+    fitting = " ".join(f"--config.{name}={size}" for name, size in sizes.items())
+    for name, (users, default) in _OF_SOME_QUANTIZERS.items():
+        if quantizer not in users and flat.get(name, default) != default:
+            other = f" or --config.model.quantizer={users[0]}" if quantizer != "fsq" else ""
+            refuse(
+                name,
+                f"model.quantizer={quantizer} has no use for it",
+                f"Did you mean model.quantizer={users[0]}?",
+                repr(str(default)) if isinstance(default, str | tuple) else default,
+                other=f"{other} {fitting}" if users == ("fsq",) else other,
+            )
+    if quantizer == "fsq" and key in flat and any(flat.get(name, size) != size for name, size in sizes.items()):
+        stated = " and ".join(f"{name}={flat[name]}" for name in sizes if name in flat)
+        refuse(
+            key,
+            f"they make {sizes['model.codebook_size']} codes of {len(levels)} dimensions, not {stated}",
+            "Did you mean the sizes that follow from the levels?",
+            f"'{tuple(levels)}' {fitting}",
+        )
+
+
 def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
     """Check that k-means has a patch for each code: it cannot start more codes than it has samples."""
     tokens = flat.get("kmeans_tokens", 0)
@@ -277,7 +326,7 @@ def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
             other=" or --config.kmeans_start=True",
         )
     image_size, patch_size = flat.get("views.image_size"), flat.get("model.encoder.patch_size")
-    starts = flat.get("kmeans_start") and not flat["init_from"]
+    starts = flat.get("kmeans_start") and flat.get("model.quantizer") == "ema" and not flat["init_from"]
     if tokens or not starts or None in (image_size, patch_size):
         return
     batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]

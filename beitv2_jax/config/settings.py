@@ -18,7 +18,7 @@ _HEADS = ("pooling", "early_layer", "head_depth", "shared_head")
 _SEGMENTER = ("out_layers", "channels", "aux_channels")
 _TOKENIZER = (
     *(f"{part}.{name}" for part in ("encoder", "decoder") for name in _SIZES),
-    *("codebook_size", "code_dim"),
+    *("codebook_size", "code_dim", "quantizer", "fsq_levels"),
 )
 _MASKING = ("masking.num_masked", "masking.min_patches")
 _VIEWS = ("seed", *(f"views.{name}" for name in ("num_views", "interpolation", "min_scale", "color_jitter")))

@@ -53,6 +53,7 @@ _DROPPABLE = (
     ("head/", "predicts classes, which the new model does not"),
     ("decoder", "reconstructs teacher features, which the new model does not"),
     ("encode_task/", "computes codes, which the new model does not"),
+    ("quantizer/", "decides codes, which the new model does not"),
     ("decode_task/", "reconstructs teacher features, which the new model does not"),
     ("encoder_norm/", "norm of every token, which the new model does not have"),
     ("fpn", "used in segmentation only"),
@@ -186,6 +187,6 @@ def _mismatch(weights: Weights, kind: str, problem: str) -> UserError:
     return UserError(
         f"The weights of init_from, those of {TITLES[weights.kind]}, do not fit {TITLES[kind]} with the sizes of the "
         f"config: they have {problem}.",
-        "The sizes of the heads or the code_dim of the config may differ from theirs.",
+        "The sizes of the heads, the code_dim or the quantizer of the config may differ from theirs.",
         "Write --config.model.KEY=VALUE with the values that `python -m beitv2_jax.convert SOURCE DEST` prints.",
     )

@@ -27,7 +27,6 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.cluster import ClusterTokenizer
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
-from beitv2_jax.models.quantizer import l2_normalise, nearest_code
 from beitv2_jax.models.upernet import resize
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.models.vqkd import VQKD
@@ -145,11 +144,7 @@ def _function(weights: Weights) -> Callable[[jax.Array], dict[str, jax.Array]]:
         return normalize(images, *NORMALIZATIONS[weights.normalization])
 
     def code_ids(images):
-        # the lookup alone, without the statistics that training counts
-        projections = model.apply(variables, to_unit_range(images), method=VQKD.project)
-        codebook = variables["codebook"]["quantizer"]["codebook"]
-        samples = l2_normalise(projections).reshape(-1, codebook.shape[1])
-        ids = nearest_code(samples, codebook, implementation=_COMPUTE.nearest_code)
+        ids = model.apply(variables, to_unit_range(images), method=VQKD.encode)
         return {"code_ids": ids.reshape(-1, *model.grid)}
 
     def class_logits(images):

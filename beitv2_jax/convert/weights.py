@@ -266,6 +266,7 @@ def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING
     if layout not in _LAYOUTS_OF_ANY_MODEL:
         _refuse_stem(weights, layout)
         _refuse_clusters(weights, layout)
+        _refuse_quantizer(weights, layout)
     save, not_written = _WRITERS[layout](weights, target, licenses)
     # written beside the target, so that it is renamed on one disk; the suffix is kept, as it determines the format
     unfinished = target.with_name(f".unfinished-{target.name}")
@@ -512,6 +513,17 @@ def _refuse_clusters(weights: Weights, layout: str) -> None:
     if weights.kind == "cluster":
         raise UserError(
             f"The layout {layout!r} is one of BEiT's own networks, and {weights.source} is a teacher with a codebook.",
+            "Did you mean to use the tokenizer without this package?",
+            "Write --layout=stablehlo or --layout=onnx, which hold every model, or --layout=run.",
+        )
+
+
+def _refuse_quantizer(weights: Weights, layout: str) -> None:
+    quantizer = weights.arguments.get("quantizer", "ema")
+    if quantizer != "ema":
+        raise UserError(
+            f"The tokenizer has model.quantizer={quantizer}, which the layout {layout!r} cannot hold: "
+            "its tokenizer looks codes up in a codebook that follows a moving average.",
             "Did you mean to use the tokenizer without this package?",
             "Write --layout=stablehlo or --layout=onnx, which hold every model, or --layout=run.",
         )

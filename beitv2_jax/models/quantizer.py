@@ -3,6 +3,9 @@
 Sits between encoder and decoder of the tokenizer. Everything here is float32 for any dtype of the model. A lookup
 returns statistics, plain sums over the rows that jit sees; those of a whole batch, summed over its micro-batches, move
 the codebook once, so the update is the same for any number of devices and of micro-batches.
+
+`Quantizer` is the published one. The others (`models.fsq`, `models.simvq`) have its interface: the three methods, and
+the counts of hits in their state (`hit_counts`).
 """
 
 import dataclasses
@@ -36,25 +39,47 @@ class QuantizerOptions:
     Attributes:
         codebook_size: number of codes.
         code_dim: dimensions of a code.
-        ema_decay: of the moving average that the codes follow, in [0, 1] (`moved_codebook`).
+        ema_decay: of the moving averages of the codes (`moved_codebook`) and of their hits, in [0, 1].
         commitment_weight: factor of the commitment loss.
+        quantizer: which one, a name in `models.vqkd.QUANTIZERS`.
+        quantizer_gradient: what the codes pass on to the projections (`passed_codes`).
+        fsq_levels: of 'fsq' alone, the number of levels of each dimension.
+
+    Raises:
+        ValueError: the levels are not those of `codebook_size` codes of `code_dim` dimensions.
     """
 
     codebook_size: int
     code_dim: int
     ema_decay: float = 0.99
     commitment_weight: float = 1.0
+    quantizer: str = "ema"
+    quantizer_gradient: str = "straight_through"
+    fsq_levels: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        sizes = math.prod(self.fsq_levels), len(self.fsq_levels)
+        if self.quantizer == "fsq" and sizes != (self.codebook_size, self.code_dim):
+            raise ValueError(
+                f"fsq_levels {self.fsq_levels} do not make {self.codebook_size} codes of {self.code_dim} dimensions"
+            )
 
 
 class CodebookStatistics(NamedTuple):
-    """What moves the codebook: the sum of the unit vectors nearest to each code, and how many they are."""
+    """What moves the codebook: the sum of the unit vectors nearest to each code, and how many they are.
 
-    sums: Float[Array, "k c"]
+    `sums` is None for a quantizer whose codes do not follow a moving average.
+    """
+
+    sums: Float[Array, "k c"] | None
     counts: Float[Array, "k"]
 
 
 class QuantizerOutput(NamedTuple):
-    """What one lookup gives: `codes` carry the straight-through gradient, `commitment` is the loss of each row."""
+    """What one lookup gives.
+
+    `codes` carry the gradient of `passed_codes`, `commitment` is the loss of each row, `unit` what was quantized.
+    """
 
     codes: Codes
     code_ids: CodeIds
@@ -98,6 +123,32 @@ def moved_codebook(codebook: Codebook, statistics: CodebookStatistics, options: 
     return jnp.where(counts[:, None] > 0, moved, codebook)
 
 
+def passed_codes(unit: Codes, nearest: Codes, gradient: str) -> Codes:
+    """Return the codes e in `nearest`, with a gradient to the unit vectors z that they replace, and none to themselves.
+
+    'straight_through' passes a cotangent g on as it is. 'rotation' passes R^T g = g - 2 r (r.g) + 2 z (e.g), where
+    R = I - 2 r r^T + 2 e z^T with r = (z + e) / |z + e| is the rotation that takes z to e, held constant. Where e = -z,
+    r is 0 and R the reflection I - 2 z z^T, which takes z to e as well.
+
+    **Source** the rotation trick (Fifty et al. 2024, arXiv 2410.06424) for vectors of length 1.
+    """
+    nearest, passed = jax.lax.stop_gradient(nearest), unit
+    if gradient == "rotation":
+        between, constant = jax.lax.stop_gradient((l2_normalise(unit + nearest), unit))
+        passed = unit - 2.0 * between * _dot(between, unit) + 2.0 * nearest * _dot(constant, unit)
+    return passed + jax.lax.stop_gradient(nearest - passed)
+
+
+def _dot(one: Float[Array, "... c"], other: Float[Array, "... c"]) -> Float[Array, "... 1"]:
+    return jnp.sum(one * other, axis=-1, keepdims=True)
+
+
+def hit_counts(module: nn.Module, codebook_size: int) -> None:
+    """Create the counts that the state of every quantizer has (`updated_state`, `roll_window`)."""
+    for name in ("cluster_counts", "window_counts", "last_window_counts"):
+        module.variable("codebook", name, jnp.zeros, (codebook_size,), jnp.float32)
+
+
 class Quantizer(nn.Module):
     """Replace every projection by its nearest unit code; nothing moves here (`updated_state`).
 
@@ -123,8 +174,7 @@ class Quantizer(nn.Module):
         """
         options = self.options
         codebook = self.variable("codebook", "codebook", self._initial_codebook).value
-        for name in ("cluster_counts", "window_counts", "last_window_counts"):
-            self.variable("codebook", name, jnp.zeros, (options.codebook_size,), jnp.float32)
+        hit_counts(self, options.codebook_size)
         weight = jnp.ones(projections.shape[0]) if weight is None else weight
         unit = l2_normalise(projections)
         samples = jax.lax.stop_gradient(unit).reshape(-1, options.code_dim)
@@ -133,12 +183,22 @@ class Quantizer(nn.Module):
         nearest = jax.lax.stop_gradient(codebook[code_ids])
         sample_weight = jnp.repeat(weight, unit.shape[1])
         return QuantizerOutput(
-            codes=unit + jax.lax.stop_gradient(nearest - unit),
+            codes=passed_codes(unit, nearest, options.quantizer_gradient),
             code_ids=code_ids,
             commitment=options.commitment_weight * jnp.mean((nearest - unit) ** 2, axis=(1, 2)),
             unit=unit,
             statistics=CodebookStatistics(*cluster_sums(samples, flat_ids, sample_weight, options.codebook_size)),
         )
+
+    def code_ids(self, projections: Float[Array, "b n c"]) -> CodeIds:
+        """Return the ids of a lookup alone."""
+        samples = l2_normalise(projections).reshape(-1, self.options.code_dim)
+        codebook = self.get_variable("codebook", "codebook")
+        return nearest_code(samples, codebook, implementation=self.nearest_code).reshape(projections.shape[:-1])
+
+    def codes_of(self, code_ids: Int[Array, "..."]) -> Float[Array, "... c"]:
+        """Return the codes of these ids."""
+        return self.get_variable("codebook", "codebook")[code_ids]
 
     def _initial_codebook(self) -> Codebook:
         shape = (self.options.codebook_size, self.options.code_dim)
@@ -148,11 +208,16 @@ class Quantizer(nn.Module):
 def updated_state(
     codebook_state: PyTree, statistics: CodebookStatistics, options: QuantizerOptions, *, move: bool = True
 ) -> PyTree:
-    """Return the quantizer's state after a batch with these statistics; without `move` only its counts change."""
-    codebook, counts, decay = codebook_state["codebook"], statistics.counts, options.ema_decay
+    """Return the quantizer's state after a batch with these statistics.
+
+    Without `move`, or where the statistics have no sums, only its counts change.
+    """
+    counts, decay = statistics.counts, options.ema_decay
+    if move and statistics.sums is not None:
+        moved = moved_codebook(codebook_state["codebook"], statistics, options)
+        codebook_state = {**codebook_state, "codebook": moved}
     return {
         **codebook_state,
-        "codebook": moved_codebook(codebook, statistics, options) if move else codebook,
         "cluster_counts": decay * codebook_state["cluster_counts"] + (1.0 - decay) * counts,
         "window_counts": codebook_state["window_counts"] + counts,
     }
@@ -369,7 +434,7 @@ def codebook_health(counts: Float[Array, "k"]) -> dict[str, Scalar]:
 
 
 def quantization_distance(unit: Codes, codes: Codes) -> Float[Array, "b"]:
-    """Return the mean over patches of |z - e|^2, of unit vectors and their codes: 2 - 2 cos, from 0 to 4."""
+    """Return the mean over patches of |z - e|^2, of what was quantized and its codes; of unit vectors 2 - 2 cos."""
     return jax.lax.stop_gradient(jnp.mean(jnp.sum((codes - unit) ** 2, axis=-1), axis=1))
 
 

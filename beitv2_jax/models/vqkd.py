@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from beitv2_jax.models.backbone import Backbone, Compute
+from beitv2_jax.models.fsq import FiniteScalarQuantizer
 from beitv2_jax.models.layers import LayerNorm, Linear
 from beitv2_jax.models.quantizer import CodebookStatistics, Quantizer, QuantizerOptions, QuantizerOutput
+from beitv2_jax.models.simvq import SimVQ
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import CodeIds, Codes, Images, TeacherFeatures
+
+QUANTIZERS = {"ema": Quantizer, "fsq": FiniteScalarQuantizer, "simvq": SimVQ}
+"""Name in `choices.QUANTIZERS` -> its module."""
 
 
 class VQKDOutput(NamedTuple):
@@ -79,7 +84,7 @@ class VQKD(nn.Module):
         return cls(
             encoder=Backbone(**{**encoder, "image_size": image_size}),
             decoder=Backbone(**{**decoder, "image_size": grid, "patch_size": 1}),
-            quantizer=QuantizerOptions(**options),
+            quantizer=QuantizerOptions(**{**options, "fsq_levels": tuple(options.get("fsq_levels", ()))}),
             teacher_width=teacher_width,
             compute=compute,
         )
@@ -92,7 +97,8 @@ class VQKD(nn.Module):
         self.decoder_norm = LayerNorm()
         self.encode_task = TaskLayer(self.quantizer.code_dim)
         self.decode_task = TaskLayer(self.teacher_width, self.compute)
-        self.lookup = Quantizer(self.quantizer, self.compute.nearest_code, name="quantizer")
+        quantizer = QUANTIZERS[self.quantizer.quantizer]
+        self.lookup = quantizer(self.quantizer, self.compute.nearest_code, name="quantizer")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -118,7 +124,11 @@ class VQKD(nn.Module):
 
     def encode(self, images: Images) -> CodeIds:
         """Return the code ids of `images` in [-1, 1], patches row-major."""
-        return self.lookup(self.project(images)).code_ids
+        return self.lookup.code_ids(self.project(images))
+
+    def codes_of(self, code_ids: Int[Array, "..."]) -> Float[Array, "... c"]:
+        """Return the codes of these ids."""
+        return self.lookup.codes_of(code_ids)
 
     def decode(self, codes: Codes) -> TeacherFeatures:
         """Return the teacher features that are reconstructed from codes, patches row-major, not normalised."""

@@ -353,11 +353,9 @@ def expected_collectives(step: PlannedStep, mesh: dict[str, int], images: float)
         for size in _sharded_input_outputs(step):
             add("all-reduce", images / steps * FLOAT32_BYTES * size, ("tensor",), 2 * steps)
     if config.stage == "vqkd":
-        add(
-            "all-reduce",
-            FLOAT32_BYTES * config.model.codebook_size * (config.model.code_dim + 1),
-            ("data", "fsdp"),
-        )
+        # a sum of unit vectors and a count of each code; the other quantizers only count
+        numbers = config.model.code_dim + 1 if config.model.quantizer == "ema" else 1
+        add("all-reduce", FLOAT32_BYTES * config.model.codebook_size * numbers, ("data", "fsdp"))
     return found
 
 

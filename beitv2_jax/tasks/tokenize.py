@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.convert.teachers.load import build_teacher
@@ -21,7 +22,7 @@ from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.api import TargetCacheTask
 from beitv2_jax.tasks.common import view_pixels
-from beitv2_jax.typing import CodeIds, Images, PyTree, TeacherFeatures
+from beitv2_jax.typing import Codebook, CodeIds, Images, PyTree, TeacherFeatures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Tokenizer:
         codebook_size: number of codes.
         ids: (variables, images 0..255) -> code ids 'b n', patches row-major.
         features: (variables, code ids) -> the teacher features 'b n t' that they stand for.
+        codebook: variables -> the codes 'k c'.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Tokenizer:
     codebook_size: int
     ids: Callable[[PyTree, Images], CodeIds]
     features: Callable[[PyTree, CodeIds], TeacherFeatures]
+    codebook: Callable[[PyTree], Codebook]
 
     def encode(self, variables: PyTree, images: Images) -> CodeIds:
         """Return the code id of every patch; no gradient passes."""
@@ -57,7 +60,7 @@ def tokenizer_of(weights: Weights, compute: Compute, *, name: str = "", weights_
     Raises:
         KeyError: weights of another kind than those in `TOKENIZERS`.
     """
-    ids, features, grid = TOKENIZERS[weights.kind](weights.arguments, compute)
+    ids, features, codebook, grid = TOKENIZERS[weights.kind](weights.arguments, compute)
     return Tokenizer(
         name=name,
         weights_hash=weights_hash,
@@ -66,6 +69,7 @@ def tokenizer_of(weights: Weights, compute: Compute, *, name: str = "", weights_
         codebook_size=weights.arguments["codebook_size"],
         ids=ids,
         features=features,
+        codebook=codebook,
     )
 
 
@@ -76,15 +80,22 @@ def _vqkd(arguments: Mapping[str, Any], compute: Compute):
         return model.apply(variables, to_unit_range(images), method=VQKD.encode)
 
     def features(variables, code_ids):
-        codes = variables["codebook"]["quantizer"]["codebook"][code_ids]
+        codes = model.apply(variables, code_ids, method=VQKD.codes_of)
         return model.apply(variables, codes, method=VQKD.decode)
 
-    return ids, features, model.grid
+    def codebook(variables):
+        return model.apply(variables, jnp.arange(model.quantizer.codebook_size), method=VQKD.codes_of)
+
+    return ids, features, codebook, model.grid
 
 
 def _cluster(arguments: Mapping[str, Any], compute: Compute):
     tokenizer = ClusterTokenizer(build_teacher(arguments["teacher"], compute.dtype), compute.nearest_code)
-    return tokenizer.encode, tokenizer.decode, tokenizer.teacher.grid
+
+    def codebook(variables):
+        return variables["codebook"]["quantizer"]["codebook"]
+
+    return tokenizer.encode, tokenizer.decode, codebook, tokenizer.teacher.grid
 
 
 TOKENIZERS = {"vqkd": _vqkd, "cluster": _cluster}

@@ -165,12 +165,19 @@ def _warn_of_too_many_codes(config, num_examples: int) -> None:
         fitting = 2 ** max(3, int(math.log2(max(tokens, 1) / TOKENS_PER_CODE)))
         logging.warning(
             "An epoch has %d patches for model.codebook_size=%d codes, fewer than %d each: many of them will hardly be "
-            "used. Write --config.model.codebook_size=%d or less, or train on more images.",
+            "used. Write %s or less, or train on more images.",
             tokens,
             codes,
             TOKENS_PER_CODE,
-            fitting,
+            _codebook_of(config, fitting),
         )
+
+
+def _codebook_of(config, codebook_size: int) -> str:
+    """Return what to write for a codebook of this size."""
+    if config.model.quantizer == "fsq":
+        return f"--config.model.fsq_levels=LEVELS with a product of {codebook_size}"
+    return f"--config.model.codebook_size={codebook_size}"
 
 
 def _patches(config) -> int:
@@ -212,7 +219,8 @@ def make_task(config, opened: inputs.Opened) -> Task:
     durations = dict(batch_size=config.run.batch_size, num_examples=len(source))
     window, num_steps = usage_window(config, len(source)), config_lib.steps(config.run.duration, **durations)
     again = config_lib.steps(config.kmeans_again, **durations)
-    starts = ((0,) if config.kmeans_start and not config.init_from else ()) + ((again,) if again else ())
+    starts_anew = config.model.quantizer == "ema" and config.kmeans_start and not config.init_from
+    starts = ((0,) if starts_anew else ()) + ((again,) if again else ())
     needed = config.kmeans_tokens * config.model.codebook_size
     start_batches = max(1, math.ceil(needed / (config.run.batch_size * _patches(config))))
 
@@ -276,9 +284,9 @@ def _advice(config, metrics: Mapping[str, float]) -> str:
     """Return what to write where few codes are in use."""
     options, fitting = [], fitting_codebook_size(metrics)
     if fitting < config.model.codebook_size:
-        options.append(f"--config.model.codebook_size={fitting}")
+        options.append(_codebook_of(config, fitting))
     options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
-    options += [] if config.revive else ["--config.revive=True"]
+    options += ["--config.revive=True"] if config.model.quantizer == "ema" and not config.revive else []
     if not options:
         return "Train on more images."
     return (

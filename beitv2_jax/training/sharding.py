@@ -30,7 +30,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     # of the segmentation model: rows, columns, in, out
     (r"(conv|fpn2|up_\d)/kernel", P(None, None, "fsdp")),
     (r"(patch_embed/(conv_\d/)?|classes/)kernel", P()),
-    (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|register_tokens|pos_embed|table", P()),
+    (r"bias|q_bias|v_bias|scale|gamma_\d|cls_token|mask_token|register_tokens|pos_embed|table|quantizer/\w+", P()),
 )
 
 ACTIVATION_RULES = (("batch", BATCH_AXES), ("length", None), ("width", None))

@@ -538,5 +538,13 @@ def test_what_a_cluster_tokenizer_is_not(tmp_path):
     assert read(run, image_size=32).arguments["teacher"] == description
 
 
+def test_a_quantizer_that_a_layout_cannot_hold(tmp_path):
+    weights = drawn_weights("vqkd", arguments={**arguments_of("vqkd"), "quantizer": "simvq"})
+    with provoked("--layout=run") as caught:
+        write(weights, str(tmp_path / "w.pth"), "official")
+    assert "--layout=stablehlo or --layout=onnx" in caught.value.instead
+    write(weights, str(tmp_path / "run"), "run")
+
+
 def test_every_error_about_weights_was_provoked(request):
     check_all_provoked(request, "convert")

@@ -126,7 +126,8 @@ def test_published_vqkd_recipe():
     }
     assert config.model.decoder.to_dict() == {"width": 768, "depth": 3, "num_heads": 12, "mlp_dim": 3072}
     model = {key: value for key, value in config.model.items() if key not in ("encoder", "decoder")}
-    assert model == {"codebook_size": 8192, "code_dim": 32, "ema_decay": 0.99, "commitment_weight": 1.0}
+    quantizer = {"quantizer": "ema", "quantizer_gradient": "straight_through", "fsq_levels": ()}
+    assert model == {"codebook_size": 8192, "code_dim": 32, "ema_decay": 0.99, "commitment_weight": 1.0} | quantizer
     assert config.kmeans_start
     # CLIP's own input range, and its projected features
     assert (config.teacher.normalization, config.teacher.output) == ("", "")

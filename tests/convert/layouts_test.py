@@ -5,7 +5,7 @@ import functools
 import json
 
 import pytest
-from convert_states import KINDS, drawn_weights
+from convert_states import KINDS, arguments_of, drawn_weights
 
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
@@ -54,6 +54,15 @@ def test_layouts_of_others_refuse_a_convolutional_stem(layout, kind, tmp_path):
     with pytest.raises(UserError, match=rf"model\.stem=conv.* layout '{layout}' cannot hold"):
         write(weights, str(tmp_path / FILES[layout]), layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quantizer", ("simvq", "fsq"))
+@pytest.mark.parametrize("layout", ("official", "timm", "huggingface"))
+def test_layouts_of_others_refuse_a_quantizer_without_a_moving_codebook(layout, quantizer, tmp_path):
+    arguments = {**arguments_of("vqkd"), "quantizer": quantizer, "codebook_size": 24, "fsq_levels": (2, 3, 2, 2)}
+    with pytest.raises(UserError, match=rf"model\.quantizer={quantizer}.* layout '{layout}' cannot hold") as caught:
+        write(drawn_weights("vqkd", arguments=arguments), str(tmp_path / FILES[layout]), layout)
+    assert "--layout=stablehlo" in caught.value.instead and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ("timm", "huggingface", "run", "stablehlo"))

@@ -139,8 +139,8 @@ def observed(task, *, evaluates: bool, stop_after: int | None):
 
         def note(call, args, kwargs, context):
             output = call(*args, **kwargs)
-            if isinstance(context.module, Quantizer) and context.method_name == "__call__":
-                chosen.append(output.code_ids)
+            if isinstance(context.module, Quantizer) and context.method_name in ("__call__", "code_ids"):
+                chosen.append(output.code_ids if context.method_name == "__call__" else output)
             return output
 
         with nn.intercept_methods(note):

@@ -122,6 +122,42 @@ def test_straight_through_gradient_is_the_identity_on_unit_projections():
     assert np.abs(gradient).max() > 0.01
 
 
+def rotation_of(unit, code):
+    """Return the matrix R = I - 2 r r^T + 2 e z^T of the rotation trick, with r = 0 where e = -z."""
+    between = unit + code
+    between = between / max(np.linalg.norm(between), 1e-9)
+    return np.eye(len(unit)) - 2.0 * np.outer(between, between) + 2.0 * np.outer(code, unit)
+
+
+def test_the_rotation_gradient_is_that_of_the_matrix_that_takes_z_to_e():
+    module, state = start(quantizer_gradient="rotation", commitment_weight=0.0)
+    vectors, probe = projections(4), np.asarray(projections(5), np.float64)
+    out, pull = jax.vjp(lambda vectors: module.apply({"codebook": state}, vectors).codes, vectors)
+    unit, ids = reference_lookup(vectors, state["codebook"])
+    codes = np.asarray(state["codebook"], np.float64)[ids]
+    np.testing.assert_allclose(out, codes, atol=1e-6)
+    through = np.empty_like(unit)
+    for place in np.ndindex(unit.shape[:2]):
+        rotation = rotation_of(unit[place], codes[place])
+        np.testing.assert_allclose(rotation @ unit[place], codes[place], atol=1e-6)
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(CODE_DIM), atol=1e-6)
+        through[place] = rotation.T @ probe[place]
+    # and on through l2norm: (g - z (z.g)) / |x|
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    expected = (through - unit * np.sum(unit * through, axis=-1, keepdims=True)) / length
+    np.testing.assert_allclose(pull(jnp.float32(probe))[0], expected, atol=2e-6)
+    assert np.abs(expected - (probe - unit * np.sum(unit * probe, axis=-1, keepdims=True)) / length).max() > 0.1
+
+
+def test_the_rotation_of_a_vector_to_its_opposite_is_a_reflection():
+    unit = np.array([[[0.6, 0.8, 0.0]]])
+    probe = np.array([[[1.0, 2.0, 3.0]]])
+    codes, pull = jax.vjp(lambda unit: q.passed_codes(unit, -unit, "rotation"), jnp.float32(unit))
+    np.testing.assert_allclose(codes, -unit, atol=1e-6)
+    expected = rotation_of(unit[0, 0], -unit[0, 0]).T @ probe[0, 0]
+    np.testing.assert_allclose(pull(jnp.float32(probe))[0][0, 0], expected, atol=1e-6)
+
+
 def test_no_gradient_reaches_the_codebook_but_commitment_reaches_the_projections():
     module, state = start()
 

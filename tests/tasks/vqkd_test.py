@@ -26,6 +26,7 @@ def task_with(**changes):
         return vqkd.build(config), config
 
 
+FSQ = {"quantizer": "fsq", "fsq_levels": (5, 4), "codebook_size": 20, "code_dim": 2}
 REVIVES, PLAIN = task_with(revive=True), task_with()
 
 
@@ -167,6 +168,10 @@ def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
     revives, _ = task_with(**{"usage_window": "20 steps", "revive": True})
     assert revives.advise(metrics, 28) == ""  # the first window without revivals, after step 8, is not over
     assert "revive" not in revives.advise(metrics, 29) and "codebook_size=8" in revives.advise(metrics, 29)
+    for quantizer, meant in ({"quantizer": "simvq"}, "codebook_size=8"), (FSQ, "fsq_levels=LEVELS with a product of 8"):
+        other, _ = task_with(**{"usage_window": "20 steps", **{f"model.{key}": quantizer[key] for key in quantizer}})
+        assert meant in other.advise(metrics, 21) and "revive" not in other.advise(metrics, 21)
+        assert other.start_codebook is None
     assert task.advise(metrics | {"codebook_usage": 0.9, "codebook_perplexity": 12.0}, 21) == ""
     # 100 images of 9 patches for 19 codes at the start
     assert "hardly" not in caplog.text

@@ -19,12 +19,13 @@ DECODER = dict(width=20, depth=1, num_heads=2, mlp_dim=28)
 BFLOAT16_BOUND = 0.04
 
 
-def tokenizer_task(dtype="float32"):
+def tokenizer_task(dtype="float32", **changes):
     config = config_lib.load(f"{CONFIGS / 'vqkd'}.py")
     config.views.image_size = SIZE
     config.model.encoder.update(ENCODER)
     config.model.decoder.update(DECODER)
     config.model.update(codebook_size=CODES, code_dim=7)
+    config.model.update(changes)
     config.optim.update(clip_norm=1.0, eps=1e-3)  # a small eps magnifies the rounding of gradients near zero
     config.teacher.features = "somewhere"
     config.efficiency.dtype = dtype
@@ -63,9 +64,10 @@ def drawn(task):
     )
     if variables["model_state"]:
         state = variables["model_state"]["quantizer"]
-        codes = state["codebook"] / np.linalg.norm(state["codebook"], axis=-1, keepdims=True)
-        counts = {name: np.zeros_like(array) for name, array in state.items()}
-        variables["model_state"]["quantizer"] = {**counts, "codebook": codes}
+        variables["model_state"]["quantizer"] = {
+            name: array / np.linalg.norm(array, axis=-1, keepdims=True) if array.ndim == 2 else np.zeros_like(array)
+            for name, array in state.items()
+        }
     return jax.tree.map(jnp.asarray, variables)
 
 

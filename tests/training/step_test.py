@@ -47,11 +47,11 @@ def batch(unreadable=()):
     return rows
 
 
-def prepared(build, mesh, accumulation_steps, dtype="float32"):
+def prepared(build, mesh, accumulation_steps, dtype="float32", warmup_steps=0):
     """Return the step and the state at step 0 of a task on a mesh."""
     task, config = build(dtype)
     config.optim.update(eps=1e-3, layer_decay=1.0)  # a small eps magnifies the rounding of gradients near zero
-    optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=0, num_steps=10)
+    optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=warmup_steps, num_steps=10)
     variables = laws.drawn(task)
     state = TrainState(jnp.int32(0), variables["params"], optimizer.init(variables["params"]), variables["model_state"])
     step = make_train_step(
@@ -60,8 +60,8 @@ def prepared(build, mesh, accumulation_steps, dtype="float32"):
     return step, jax.device_put(state, sharding.param_shardings(state, mesh))
 
 
-def compiled(build, mesh, accumulation_steps, rows):
-    step, state = prepared(build, mesh, accumulation_steps)
+def compiled(build, mesh, accumulation_steps, rows, warmup_steps=0):
+    step, state = prepared(build, mesh, accumulation_steps, warmup_steps=warmup_steps)
     placed = sharding.place_batch(rows, mesh)
     return loop.compile_step(step, state, {}, placed, mesh), state, placed
 
@@ -103,6 +103,39 @@ def test_micro_batches_take_the_step_of_the_whole_batch(name, sizes):
         np.testing.assert_array_equal(found["window_counts"], expected["window_counts"])
         np.testing.assert_array_equal(found["cluster_counts"], expected["cluster_counts"])
         np.testing.assert_allclose(found["codebook"], expected["codebook"], atol=1e-6)
+
+
+QUANTIZERS = {
+    "simvq": {"quantizer": "simvq", "quantizer_gradient": "rotation"},
+    "fsq": {"quantizer": "fsq", "fsq_levels": (5, 4, 3), "codebook_size": 60, "code_dim": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["simvq", pytest.param("fsq", marks=pytest.mark.long)])
+def test_other_quantizers_step_alike_on_eight_devices_and_in_micro_batches_and_rest_at_rate_zero(name):
+    rows = batch(unreadable=(0, 4, 9))
+    outcomes = []
+    for sizes, accumulation_steps in (((1, 1, 1), 1), ((8, 1, 1), 2)):
+        mesh = sharding.make_mesh(*sizes)
+        build = lambda dtype: laws.tokenizer_task(dtype, **QUANTIZERS[name])  # noqa: E731
+        step, state, placed = compiled(build, mesh, accumulation_steps, rows, warmup_steps=2)
+        drawn = jax.device_get(state)
+        still, _ = step(state, {}, placed)  # the rate of the first step of a warm-up is 0
+        rested = jax.device_get(still)
+        outcomes.append((drawn, rested, *jax.device_get(step(still, {}, placed))))
+    for drawn, rested, moved, _ in outcomes:
+        jax.tree.map(np.testing.assert_array_equal, rested.params, drawn.params)
+        before, after = drawn.model_state["quantizer"], moved.model_state["quantizer"]
+        assert after["window_counts"].sum() == 2 * (ROWS - 3) * laws.PATCHES
+        assert {key for key in after if "count" not in key} == {"idle_steps", *(["coefficients"] * (name == "simvq"))}
+        if name == "simvq":
+            np.testing.assert_array_equal(after["coefficients"], before["coefficients"])
+            assert np.abs(moved.params["quantizer"]["basis"] - drawn.params["quantizer"]["basis"]).max() > 1e-5
+    (drawn, _, expected, expected_metrics), (_, _, found, found_metrics) = outcomes
+    assert_close(found_metrics, expected_metrics, 2e-6)
+    moves = [jax.tree.map(np.subtract, state.params, drawn.params) for state in (found, expected)]
+    assert_close(*moves, 1e-3)
+    jax.tree.map(np.testing.assert_array_equal, found.model_state, expected.model_state)
 
 
 def test_micro_batches_stay_where_their_rows_are():
