@@ -160,9 +160,7 @@ def rotary_angles(grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "n 
     return (2.0 * np.pi * places * frequencies).reshape(len(places), -1)
 
 
-def rotate(
-    qkv: Float[Array, "b l d3"], num_heads: int, grid: tuple[int, int], first: int
-) -> Float[Array, "b l d3"]:
+def rotate(qkv: Float[Array, "b l d3"], num_heads: int, grid: tuple[int, int], first: int) -> Float[Array, "b l d3"]:
     """Turn queries and keys of the patches, which begin at token `first`, by `rotary_angles`; others stay as they are.
 
     Feature i of a head is paired with feature i + hd/2.

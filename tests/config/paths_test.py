@@ -17,6 +17,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 REMOTE = "s3://bucket/some/where"
 BUCKET = "gs://bucket/some/where"
 NAMES_OF_PARTS = ("data.train_split", "data.eval_split", "teacher.state_dict", "run.keep_best", "run.wandb")
+NAMES_OF_PARTS += ("teacher.license", "teacher.origin")
 
 
 def stages_of(name):

@@ -184,6 +184,12 @@ def test_published_sizes_have_as_many_parameters_there(name):
             more = {"num_register_tokens": registers} if registers else {}
             config = getattr(transformers, f"{kind}Config")(**sizes, use_swiglu_ffn=swiglu, **more)
             model = getattr(transformers, f"{kind}Model")(config)
+        elif name.startswith("DINOv3"):
+            more = {"intermediate_size": arguments["mlp_dim"], "num_register_tokens": 4}
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, **more))
+        elif name.startswith("TIPS"):
+            more = {"mlp_ratio": arguments["mlp_dim"] / arguments["width"]}
+            model = transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**sizes, **more))
         else:
             size = {384: "small", 768: "base"}[arguments["width"]]
             model = timm.create_model(f"vit_{size}_patch{arguments['patch_size']}_224.dino")
