@@ -111,8 +111,8 @@ def from_state(
         arguments["norm_eps"] = vision_config["layer_norm_eps"]
     if arguments["qkv_bias"] == "qv" and family.names("backbone/blocks_0/attn/q_bias")[0] not in state.arrays:
         arguments["qkv_bias"] = "none"
-    if arguments.get("rotary"):
-        _check_rotary(state, arguments, vision_config or {})
+    if (base := (vision_config or {}).get("rope_theta", ROTARY_BASE)) != ROTARY_BASE:
+        raise state.mismatch(f"rope_theta={base} in config.json, where the published networks have {ROTARY_BASE:g}")
     projection_dim = _projection_dim(state, output)
     params, used = _params(state, arguments, projection_dim)
     return TeacherWeights(
@@ -249,21 +249,15 @@ def _num_heads(width: int, num_heads: int, family: Family, vision_config: dict |
     stated = {} if vision_config is None else {"num_attention_heads": family.config_heads, **vision_config}
     given = num_heads or stated.get("num_attention_heads", 0)
     heads = given or UNUSUAL_HEADS.get(width, width // HEAD_WIDTH)
-    if heads == 0 or width % heads or (not given and width not in UNUSUAL_HEADS and width % HEAD_WIDTH):
+    unit, detail = (4, " whose width is a multiple of 4") if family.arguments.get("rotary") else (1, "")
+    if heads == 0 or width % (unit * heads) or (not given and width not in UNUSUAL_HEADS and width % HEAD_WIDTH):
+        parts = f"{given} heads{detail}" if given else f"heads of {HEAD_WIDTH}"
         raise UserError(
-            f"A width of {width} cannot be divided into {f'{given} heads' if given else f'heads of {HEAD_WIDTH}'}.",
+            f"A width of {width} cannot be divided into {parts}.",
             "The network may have an unusual number of heads, which its weights do not show.",
             "Write --config.teacher.num_heads=N with the number of heads that it was trained with.",
         )
     return heads
-
-
-def _check_rotary(state: _State, arguments: dict, vision_config: dict) -> None:
-    """Raise UserError if rotary positions are not those of the published networks."""
-    if (base := vision_config.get("rope_theta", ROTARY_BASE)) != ROTARY_BASE:
-        raise state.mismatch(f"rope_theta={base} in config.json, where the published networks have {ROTARY_BASE:g}")
-    if (head_dim := arguments["width"] // arguments["num_heads"]) % 4:
-        raise state.mismatch(f"heads of {head_dim} features, which rotary positions cannot divide into fours")
 
 
 def _sizes(state: _State, vision_config: dict | None) -> dict[str, int]:
