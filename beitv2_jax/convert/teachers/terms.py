@@ -15,7 +15,6 @@ from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.convert.runs import is_run
 from beitv2_jax.data.target_cache.manifest import MANIFEST_FILE
-from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.buckets import AnyPath
 
 UNKNOWN = "unknown"
@@ -37,10 +36,7 @@ def terms_of_weights(weights: str, *, license: str = "", origin: str = "") -> di
     title of a LICENSE file or what timm's config.json has, beside the weights; the origin is the address on the hub, of
     files in its cache too, or the name that config.json gives. Of a run of this package they follow from the run.
     """
-    try:
-        place = located(weights)
-    except UserError:  # an address of the hub that cannot be reached now
-        return _entry(Path(weights).name, license, origin or weights)
+    place = located(weights)
     if place.exists() and is_run(weights):
         found = _terms_of_run(weights)
     elif place.exists():
@@ -50,18 +46,23 @@ def terms_of_weights(weights: str, *, license: str = "", origin: str = "") -> di
     return _entry(Path(weights).name, license or found[0], origin or found[1])
 
 
-def teachers_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the teachers that a run with this config, whose paths are complete, learns from: {"name", ...} of each."""
+def teachers_of(config: Mapping[str, Any], *, fetch: bool = True) -> list[dict[str, str]]:
+    """Return the teachers that a run with this config, whose paths are complete, learns from: {"name", ...} of each.
+
+    Without `fetch`, of weights on the hub the address alone is known.
+    """
     flat = config_lib.flatten(config)
-    paths = {key: flat.get(key) or "" for key in (*_THROUGH, "teacher.features", "teacher.weights")}
+    paths = {key: flat.get(key) or "" for key in (*_THROUGH, "teacher.features")}
+    weights = flat.get("teacher.weights") or ""
     stated = {name: flat.get(f"teacher.{name}") or "" for name in ("license", "origin")}
     found = [entry for key in _THROUGH if paths[key] for entry in _teachers_behind(key, paths[key])]
     if paths["teacher.features"]:
         first, *others = _teachers_of_features(paths["teacher.features"])
         found += [{**first, **{name: _line(text) for name, text in stated.items() if text}}, *others]
-    elif paths["teacher.weights"]:
-        found.append(terms_of_weights(paths["teacher.weights"], **stated))
-        found += _teachers_behind("teacher.weights", paths["teacher.weights"])
+    elif weights and (fetch or not weights.startswith(HUB)):
+        found += [terms_of_weights(weights, **stated), *_teachers_behind("teacher.weights", weights)]
+    elif weights:
+        found.append(_entry(Path(weights).name, stated["license"], stated["origin"] or weights))
     return [entry for place, entry in enumerate(found) if entry not in found[:place]]
 
 
@@ -73,7 +74,8 @@ def teachers_of_run(directory: str) -> list[dict[str, str]]:
     root = run_directory(directory)
     config = config_lib.flatten(read_config(directory) or {})
     texts = {key: value for key, value in config.items() if isinstance(value, str)}
-    found = teachers_of({key: text.replace("{workdir}", str(root.parent)) for key, text in texts.items()})
+    complete = {key: text.replace("{workdir}", str(root.parent)) for key, text in texts.items()}
+    found = teachers_of(complete, fetch=False)
     return found or ([_unknown_of(root.name)] if texts["stage"] in _LEARN_FROM_TEACHERS else [])
 
 

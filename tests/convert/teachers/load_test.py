@@ -70,7 +70,12 @@ def test_every_family_gives_the_features_of_its_library(name, tmp_path):
 
 def test_the_cases_detect_wrong_details(tmp_path):
     """Wrong options change the features by more than the tolerance."""
-    for name, option in (("hf_clip", {"activation": "gelu_tanh"}), ("hf_dinov2", {"position_resize": "antialias"})):
+    wrong = {
+        "hf_clip": {"activation": "gelu_tanh"},
+        "hf_dinov2": {"position_resize": "antialias"},
+        "hf_tips": {"position_resize": "antialias"},
+    }
+    for name, option in wrong.items():
         assert CASES[name].error(tmp_path, **option) > 1.5 * teacher_cases.TOLERANCE, name
 
 

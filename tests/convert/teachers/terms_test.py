@@ -119,6 +119,8 @@ def test_runs_of_older_versions_are_followed_by_their_configs(tmp_path):
     run(tmp_path / "vqkd", "vqkd", teacher={"features": "{workdir}/extract", "weights": ""})
     student = run(tmp_path / "mim", "mim", tokenizer={"run": "{workdir}/vqkd"}, inputs={"train": {}})
     assert teachers_of_run(student) == [terms_of_weights(str(tmp_path / "dinov3"))]
+    live = run(tmp_path / "live", "vqkd", teacher={"weights": "hf:google/tipsv2-b14"})  # which is not fetched
+    assert teachers_of_run(live) == [{"name": "tipsv2-b14", "license": UNKNOWN, "origin": "hf:google/tipsv2-b14"}]
 
 
 def test_features_of_an_own_program_have_what_their_manifest_says(tmp_path):
