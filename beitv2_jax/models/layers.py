@@ -152,7 +152,7 @@ def rotary_angles(grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "n 
     With y and x the centre of a patch on a square from -1 to 1, and f_i = 100^(-4i/hd) for i < hd/4, they are
     2 pi y f_0, 2 pi y f_1, ..., 2 pi x f_0, 2 pi x f_1, ...
 
-    Source: DINOv3 section 3.2 and its released models.
+    Source: the released DINOv3 networks.
     """
     centres = [(2.0 * np.arange(size) + 1.0) / size - 1.0 for size in grid]
     places = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2, 1)

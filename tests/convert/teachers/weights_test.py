@@ -227,7 +227,7 @@ def test_rotary_positions_that_are_not_the_published_ones_are_refused():
         from_state(case.state, case.config | {"rope_theta": 10000.0})
     with pytest.raises(UserError, match=r"8 heads whose width is a multiple of 4\.\n.*\n.*teacher\.num_heads"):
         from_state(case.state, case.config, num_heads=8)
-    with pytest.raises(UserError, match=r"layer\.1\.attention\.q_proj\.bias"):  # of one layer alone
+    with pytest.raises(UserError, match=r"layer\.0\.attention\.v_proj\.bias"):  # of one layer alone
         some = {key: array for key, array in case.state.items() if key != "layer.0.attention.q_proj.bias"}
         from_state(some, case.config)
 
