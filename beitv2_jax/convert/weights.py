@@ -436,7 +436,7 @@ def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Sa
         write_run(str(path), config, variables)
         if weights.kind == "cluster":
             (path / TEACHER_FILE).write_text(json.dumps(weights.arguments["teacher"], indent=2) + "\n")
-        teachers = teachers_of_run(weights.source) if weights.layout == "run" else []
+        teachers = teachers_of_run(weights.source) if weights.source and is_run(weights.source) else []
         if weights.class_names or teachers:
             inputs = {"train": {"classes": list(weights.class_names)}, "teachers": teachers}
             (path / INPUTS_FILE).write_text(json.dumps(inputs, indent=2) + "\n")
