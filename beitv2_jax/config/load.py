@@ -29,6 +29,8 @@ HARMLESS = (
     "data.max_bad_fraction",
     "output.verify_examples",
     "data.data_dir",
+    "teacher.license",
+    "teacher.origin",
 )
 """Sections and keys that may change between two starts of one run.
 

@@ -75,11 +75,13 @@ def teacher(**changes: Any) -> dict[str, Any]:
         "weights": "",  # weights of a published network, or a run directory
         "state_dict": "",  # of a file with several: 'teacher', 'model_ema'; '' takes the usual one
         "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
-        "normalization": "",  # of its input: 'half', 'imagenet' or 'clip'
+        "normalization": "",  # of its input: 'half', 'imagenet', 'clip' or 'unit'
         "output": "",  # 'projected' or 'tokens'
         "activation": "",
         "grid_match": "resize_input",  # or 'resample_features': how its grid becomes that of the tokenizer
         "position_resize": "",  # how its position embeddings are resized to another grid
+        "license": "",  # kept with what is made from it, such as 'mit'; '': what the files beside its weights state
+        "origin": "",  # where its weights were published; '' likewise
         **changes,
     }
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         average=options.weights == "average",
         state_dict=options.state_dict,
     )
-    licenses = weights_lib.Licenses(options.license, options.teacher_license)
+    licenses = weights_lib.Licenses(options.license, options.teacher_license, options.teacher_origin)
     not_written = weights_lib.write(weights, options.dest, options.layout, licenses)
     try:
         print(summary(weights, options.dest, options.layout, not_written), flush=True)
@@ -109,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--license", default="", metavar="ID", help="of the weights, for the model card, such as apache-2.0"
     )
-    parser.add_argument("--teacher_license", default="", metavar="ID", help="of the teacher, for the model card")
+    parser.add_argument(
+        "--teacher_license", default="", metavar="ID", help="of the teacher, in place of what the runs have kept of it"
+    )
+    parser.add_argument(
+        "--teacher_origin", default="", metavar="TEXT", help="where the teacher was published, likewise"
+    )
     return parser
 
 

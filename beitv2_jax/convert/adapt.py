@@ -24,7 +24,7 @@ TITLES = {
     "vit": "a plain vision transformer",
 }
 _SIZES = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem", "qkv_bias")
-_FIXED = ("activation", "pre_norm", "patch_bias", "class_token", "num_registers")
+_FIXED = ("activation", "pre_norm", "patch_bias", "class_token", "num_registers", "rotary")
 """Fields of `Backbone` that no stage of this package has a key for."""
 _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
 

@@ -21,8 +21,8 @@ FILES_IN_FOLDER = (
     "pytorch_model.bin.index.json",
 )
 """Weights in a folder of transformers or timm, in the order in which they are looked for."""
-_BESIDE = ["*.json", "checkpoints/*"]
-"""What belongs to weights: settings beside a file, and the checkpoints of a run directory."""
+_BESIDE = ["*.json", "checkpoints/*", "README.md", "LICENSE*"]
+"""What belongs to weights: settings and terms beside a file, and the checkpoints of a run directory."""
 _SUFFIXES = (("*.safetensors",), ("*.bin", "*.pth", "*.pt", "*.npz", "*.ckpt", "*.tar"))
 """Weights that are fetched, the second ones where there are none of the first."""
 

@@ -14,16 +14,18 @@ from beitv2_jax import __version__
 from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_config
 from beitv2_jax.convert.runs import is_run
+from beitv2_jax.convert.teachers.terms import rows_of, teachers_of_run
 from beitv2_jax.models.preprocess import NORMALIZATIONS
 
 CARD_FILE = "README.md"
 
 
 class Licenses(NamedTuple):
-    """Identifiers of licences, as the Hugging Face hub has them ('apache-2.0'); '' is not stated."""
+    """Licences, as the Hugging Face hub has them ('apache-2.0'), and the origin of the teacher; '' is not stated."""
 
     weights: str = ""
     teacher: str = ""
+    origin: str = ""
 
 
 NOTHING_STATED = Licenses()
@@ -179,20 +181,16 @@ def _origin(source: str, licenses: Licenses) -> list[str]:
         return [
             f"## Origin\n\nConverted from {Path(source).name or 'weights'}, which does not say how they were trained."
         ]
-    runs, others = _lineage(_Run(source))
-    sections = [f"## {_STAGES[run.config['stage']]}\n\n{_table(_facts(run))}" for run in runs]
-    teachers = [Path(path).name for key, path in others if key == "teacher.weights"]
-    stored = [_Run(path).json(_CACHE_MANIFEST) for key, path in others if key == "teacher.features"]
-    teachers += [manifest["teacher"] for manifest in stored if "teacher" in manifest]
-    if teachers or any(run.config["stage"] in ("extract", "vqkd") for run in runs):
-        stated = licenses.teacher or "not recorded by the runs; see where the teacher was published"
-        sections.append(f"## Teacher\n\n{_table({'weights': ', '.join(teachers) or 'a run above', 'licence': stated})}")
+    sections = [f"## {_STAGES[run.config['stage']]}\n\n{_table(_facts(run))}" for run in _lineage(_Run(source))]
+    for name, licence, origin in rows_of(teachers_of_run(source)):
+        facts = {"weights": name, "licence": licenses.teacher or licence, "origin": licenses.origin or origin}
+        sections.append(f"## Teacher\n\n{_table(facts)}")
     return sections
 
 
-def _lineage(first: _Run) -> tuple[list[_Run], list[tuple[str, str]]]:
-    """Return the runs that `first` was made from, itself first, and (key, path) of what is no run or not there."""
-    runs, others, pending, seen = [], [], [first], set()
+def _lineage(first: _Run) -> list[_Run]:
+    """Return the runs that `first` was made from, itself first, as far as they are there."""
+    runs, pending, seen = [], [first], set()
     while pending:
         run = pending.pop(0)
         if os.path.abspath(run.directory) in seen:
@@ -203,9 +201,7 @@ def _lineage(first: _Run) -> tuple[list[_Run], list[tuple[str, str]]]:
             path = run.path(key)
             if path and is_run(path) and read_config(path)["stage"] in _STAGES:
                 pending.append(_Run(path))
-            elif path:
-                others.append((key, path))
-    return runs, others
+    return runs
 
 
 def _facts(run: _Run) -> dict[str, str]:

@@ -17,6 +17,8 @@ _RATIO_PRECISION = 1e-6
 _SPLINE_DEGREE = 3
 _CUBIC = -0.75
 _OFFSET = 0.1
+_ANTIALIASED = {"antialias": "cubic", "bilinear": "linear"}
+"""Method -> that of jax, whose kernels are those that PyTorch uses for antialiasing."""
 
 
 def grid_of_table(rows: int) -> int | None:
@@ -113,6 +115,7 @@ def resize_position_embedding(
         'offset': the same with (i + ½) · s / (g + 0.1) − ½, as in the code of DINO and CLIP, which add 0.1 to guard
             against rounding.
         'antialias': cubic interpolation with antialiasing (a = −0.5), as in timm and OpenCLIP.
+        'bilinear': linear interpolation along both axes with antialiasing, as in TIPS.
 
     Raises:
         UserError: the patches form no square.
@@ -127,10 +130,9 @@ def resize_position_embedding(
         )
     if tuple(grid) == (side, side):
         return embedding
-    if method == "antialias":
-        # the cubic kernel of jax is the one that PyTorch uses for antialiasing
+    if method in _ANTIALIASED:
         square = patches.reshape(side, side, -1)
-        resized = np.asarray(jax.image.resize(square, (*grid, square.shape[-1]), "cubic"))
+        resized = np.asarray(jax.image.resize(square, (*grid, square.shape[-1]), _ANTIALIASED[method]))
     else:
         rows, columns = (_cubic_weights(side, size, _OFFSET if method == "offset" else 0.0) for size in grid)
         square = patches.astype(np.float64).reshape(side, side, -1)

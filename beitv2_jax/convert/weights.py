@@ -33,6 +33,7 @@ from beitv2_jax.convert.input_statistics import crop_fraction_of, normalization_
 from beitv2_jax.convert.model_card import CARD_FILE, NOTHING_STATED, Licenses, make_card
 from beitv2_jax.convert.positions import resize_positions
 from beitv2_jax.convert.runs import Run, check_stage, is_run, read_run, write_run
+from beitv2_jax.convert.teachers.terms import teachers_of_run
 from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state, is_plain_vit, refuse_plain_vit
 from beitv2_jax.convert.torch_files import writer
 from beitv2_jax.convert.wrappers import StateDict
@@ -458,8 +459,9 @@ def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Sa
         write_run(str(path), config, variables)
         if weights.kind == "cluster":
             (path / TEACHER_FILE).write_text(json.dumps(weights.arguments["teacher"], indent=2) + "\n")
-        if weights.class_names:
-            inputs = {"train": {"classes": list(weights.class_names)}}
+        teachers = teachers_of_run(weights.source) if weights.source and is_run(weights.source) else []
+        if weights.class_names or teachers:
+            inputs = {"train": {"classes": list(weights.class_names)}, "teachers": teachers}
             (path / INPUTS_FILE).write_text(json.dumps(inputs, indent=2) + "\n")
 
     return save, {}

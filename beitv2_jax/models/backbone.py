@@ -32,6 +32,7 @@ class Backbone:
         stem: how a patch is embedded, 'linear' (as released) or 'conv' (`vit.ConvStem`).
         class_token: prepend [CLS]; SigLIP has none.
         num_registers: learned tokens without position between [CLS] and the patches, as in DINOv2.
+        rotary: turn the queries and keys of patches by their positions (`layers.rotary_angles`), as DINOv3 does.
 
     Raises:
         ValueError: `image_size` is not a multiple of `patch_size`, `position` or `stem` is unknown, a conv stem has a
@@ -57,6 +58,7 @@ class Backbone:
     stem: str = "linear"
     class_token: bool = True
     num_registers: int = 0
+    rotary: bool = False
 
     def __post_init__(self):
         if self.image_size % self.patch_size:

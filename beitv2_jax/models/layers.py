@@ -21,6 +21,7 @@ from beitv2_jax.models.ops.custom_vjp import PRODUCT, add_bias, gelu, layer_norm
 from beitv2_jax.typing import AttentionBias, Tokens
 
 INIT_STD = 0.02
+ROTARY_BASE = 100.0
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -145,6 +146,35 @@ class RelativePositionBias(nn.Module):
         return jnp.take(table, relative_position_index(self.grid), axis=0).transpose(2, 0, 1)
 
 
+def rotary_angles(grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "n half"]:
+    """Return the angles by which rotary position embedding turns pairs of features of each patch, row-major.
+
+    With y and x the centre of a patch on a square from -1 to 1, and f_i = 100^(-4i/hd) for i < hd/4, they are
+    2 pi y f_0, 2 pi y f_1, ..., 2 pi x f_0, 2 pi x f_1, ...
+
+    Source: the released DINOv3 networks.
+    """
+    centres = [(2.0 * np.arange(size) + 1.0) / size - 1.0 for size in grid]
+    places = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    frequencies = ROTARY_BASE ** -np.arange(0.0, 1.0, 4.0 / head_dim)
+    return (2.0 * np.pi * places * frequencies).reshape(len(places), -1)
+
+
+def rotate(qkv: Float[Array, "b l d3"], num_heads: int, grid: tuple[int, int], first: int) -> Float[Array, "b l d3"]:
+    """Turn queries and keys of the patches, which begin at token `first`, by `rotary_angles`; others stay as they are.
+
+    Feature i of a head is paired with feature i + hd/2.
+    """
+    batch, length, width = qkv.shape
+    heads = qkv.reshape(batch, length, 3, num_heads, 2, -1)
+    angles = rotary_angles(grid, 2 * heads.shape[-1])
+    angles = np.pad(angles, ((first, length - first - len(angles)), (0, 0)))[:, None, None]
+    cos, sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+    low, high = (heads[:, :, :2, :, half].astype(jnp.float32) for half in (0, 1))
+    turned = jnp.stack([low * cos - high * sin, high * cos + low * sin], axis=-2).astype(qkv.dtype)
+    return jnp.concatenate([turned, heads[:, :, 2:]], axis=2).reshape(batch, length, width)
+
+
 def drop_path(branch: Tokens, rate: float, key: PRNGKeyArray) -> Tokens:
     """Zero a whole branch of a sample with probability `rate`, dividing the others by 1 − rate."""
     keep = jax.random.bernoulli(key, 1.0 - rate, (branch.shape[0], 1, 1))
@@ -155,12 +185,14 @@ class Attention(nn.Module):
     """Attend over all tokens: softmax(q kᵀ / √hd + bias) v, then an output projection.
 
     `qkv_bias`: 'qv' learns biases of queries and values only (a key bias cancels in the softmax), 'full' one vector for
-    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table.
+    all three, 'none' nothing. With `relative_grid` the layer owns a relative-position table; with `rotary_grid` it
+    turns queries and keys of the patches, the last tokens, by `rotary_angles`.
     """
 
     num_heads: int
     qkv_bias: str = "qv"
     relative_grid: tuple[int, int] | None = None
+    rotary_grid: tuple[int, int] | None = None
     param_init: str = "normal"
     init_scale: float = 1.0
     compute: Compute = Compute()
@@ -178,6 +210,9 @@ class Attention(nn.Module):
             q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
             qkv = add_bias(qkv, jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]))
+        if self.rotary_grid is not None:
+            first = (length or tokens.shape[1]) - self.rotary_grid[0] * self.rotary_grid[1]
+            qkv = rotate(qkv, self.num_heads, self.rotary_grid, first)
         if self.relative_grid is not None:
             own = RelativePositionBias(self.relative_grid, self.num_heads, name="rel_pos_bias")()
             bias = own if bias is None else bias + own
@@ -240,8 +275,11 @@ class Block(nn.Module):
             init_scale=float(1.0 / np.sqrt(2.0 * self.layer_index)),
             compute=self.compute,
         )
-        relative_grid = backbone.grid if backbone.position == "relative" else None
-        attention = Attention(backbone.num_heads, backbone.qkv_bias, relative_grid, **shared, name="attn")
+        grids = dict(
+            relative_grid=backbone.grid if backbone.position == "relative" else None,
+            rotary_grid=backbone.grid if backbone.rotary else None,
+        )
+        attention = Attention(backbone.num_heads, backbone.qkv_bias, **grids, **shared, name="attn")
         mlp = Mlp(backbone.mlp_dim, backbone.activation, **shared, name="mlp")
         drops = [lambda branch: branch] * 2
         if train and self.drop_path_rate > 0.0:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.teachers.terms import UNKNOWN
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
@@ -87,7 +88,8 @@ def write_features(
     number of processes may do the same call at the same time, as in the extract stage.
 
     Args:
-        config: of the vqkd stage that will learn from the features; its data, views, seed and patch size count.
+        config: of the vqkd stage that will learn from the features; its data, views, seed and patch size count, and
+            its `teacher.license` and `teacher.origin` are kept with the features.
         workdir: directory of the features.
         teacher: is called with crops of one view of different images, `run.batch_size` or fewer.
         name: of the teacher; it is kept with the features, and another one is refused in the same directory.
@@ -117,6 +119,8 @@ def write_features(
             "teacher_hash": "",
             "teacher_width": encoding.width,
             "teacher_input_size": config.views.image_size,
+            "teacher_license": config.teacher.license or UNKNOWN,
+            "teacher_origin": config.teacher.origin or UNKNOWN,
             "target": encoding.target,
             "dtype": encoding.dtype,
             "compute_dtype": "",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -19,7 +20,8 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_weights
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
-from beitv2_jax.data.target_cache.manifest import read_manifest
+from beitv2_jax.convert.teachers.terms import rows_of, teachers_of
+from beitv2_jax.data.target_cache.manifest import identity, read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
 from beitv2_jax.runtime.buckets import absolute, as_path
@@ -93,7 +95,7 @@ def _network(path: str, state_dict: str) -> str:
 
 def _cache(path: str) -> str:
     # a finished cache may be extended, which leaves the views that are there as they are
-    manifests = [{**read_manifest(os.path.join(path, part)), "num_views": None} for part in PARTS]
+    manifests = [{**identity(read_manifest(os.path.join(path, part))), "num_views": None} for part in PARTS]
     return f"targets {digest(manifests)}"
 
 
@@ -115,9 +117,12 @@ def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_inputs(workdir: str, inputs: dict[str, Any]) -> None:
-    """Keep in `workdir` what the run is made from."""
-    write_text(os.path.join(workdir, INPUTS_FILE), json.dumps(inputs, indent=2) + "\n")
+def write_inputs(workdir: str, inputs: dict[str, Any], config: ConfigDict) -> None:
+    """Keep in `workdir` what the run is made from, with licence and origin of the teachers that it learns from."""
+    teachers = teachers_of(config.to_dict())
+    for name, license, origin in rows_of(teachers):
+        logging.info("teacher %s: licence %s, origin %s", name, license, origin)
+    write_text(os.path.join(workdir, INPUTS_FILE), json.dumps({**inputs, "teachers": teachers}, indent=2) + "\n")
 
 
 def changed_inputs(workdir: str, inputs: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 from beitv2_jax import config as config_lib
 from beitv2_jax.command_line import Parser, report_errors
 from beitv2_jax.config.paths import refuse_remote
+from beitv2_jax.convert.teachers.terms import rows_of
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.curves import Chart, draw_curves
 from beitv2_jax.report.key_metrics import key_metrics
@@ -123,6 +124,10 @@ class _Writer:
         if self._is_new(data):
             self.page.heading("Data", self._level)
             self.page.table(data)
+        teachers = rows_of(run.inputs.get("teachers", []))
+        if teachers and self._is_new(teachers):
+            self.page.heading("Teacher", self._level)
+            self.page.table([("teacher", "licence", "origin"), *teachers])
         for name, title in PICTURES.items():
             path = run.workdir / name
             if path.is_file() and self._is_new(path.read_bytes()):

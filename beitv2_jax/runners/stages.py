@@ -141,7 +141,7 @@ def run_stage(
             loop.check_checkpoint(task, resolved, workdir)
         if writes:
             write_text(_config_path(workdir), config_lib.to_json(config))
-            provenance.write_inputs(workdir, inputs)
+            provenance.write_inputs(workdir, inputs, resolved)
         if jax.process_index() == 0:
             workdirs.write_started(workdir, config, defaults)
             records = BadRecords(workdir)

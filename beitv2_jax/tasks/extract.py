@@ -22,6 +22,7 @@ def build(config) -> TargetCacheTask:
         encoding=encoding,
         manifest={
             **targets.teacher_manifest(teacher),
+            **targets.teacher_terms(config),
             "target": encoding.target,
             "dtype": encoding.dtype,
             "compute_dtype": config.efficiency.dtype,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from beitv2_jax.convert.teachers.terms import terms_of_weights
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
-from beitv2_jax.data.target_cache.manifest import check_manifest, read_manifest
+from beitv2_jax.data.target_cache.manifest import check_manifest, identity, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
@@ -42,6 +43,13 @@ def teacher_manifest(teacher) -> dict:
         "teacher_width": teacher.width,
         **{f"teacher_{key}": value for key, value in teacher.choices.items()},
     }
+
+
+def teacher_terms(config) -> dict:
+    """Return the licence and the origin of a config's teacher, in the manifest of a cache of its features."""
+    teacher = config.teacher
+    terms = terms_of_weights(teacher.weights, license=teacher.license, origin=teacher.origin)
+    return {f"teacher_{name}": terms[name] for name in ("license", "origin")}
 
 
 def stated_choices(config) -> dict:
@@ -159,12 +167,14 @@ def open_cache(
     for part, source, reader in zip(PARTS, sources, readers, strict=True):
         expected = {"target": target, **cache_manifest(config, source, part), "grid": list(grid), **(made_with or {})}
         reader.check(expected)
-    identity = [{name: value for name, value in reader.manifest.items() if _of_network(name)} for reader in readers]
-    if identity[0] != identity[1]:
-        name = next(name for name in identity[0] if identity[0][name] != identity[1].get(name))
+    networks = [
+        {name: value for name, value in identity(reader.manifest).items() if _of_network(name)} for reader in readers
+    ]
+    if networks[0] != networks[1]:
+        name = next(name for name in networks[0] if networks[0][name] != networks[1].get(name))
         raise UserError(
-            f"The parts views and centre in {directory} were made with {name} = {identity[0][name]!r} and "
-            f"{identity[1].get(name)!r}.",
+            f"The parts views and centre in {directory} were made with {name} = {networks[0][name]!r} and "
+            f"{networks[1].get(name)!r}.",
             "One of them may have been computed again with another network.",
             f"Delete both folders in {directory} and run the stage again.",
         )

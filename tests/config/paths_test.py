@@ -18,7 +18,8 @@ REMOTE = "s3://bucket/some/where"
 BUCKET = "gs://bucket/some/where"
 NAMES_OF_PARTS = (
     *("data.train_split", "data.eval_split", "data.train_labels"),
-    *("teacher.state_dict", "run.keep_best", "run.wandb"),
+    *("teacher.state_dict", "teacher.license", "teacher.origin"),
+    *("run.keep_best", "run.wandb"),
 )
 
 

@@ -1,6 +1,7 @@
 """The model card states what the runs know: of the run itself, and of those that it was made from."""
 
 import json
+import shutil
 
 import pytest
 from convert_states import drawn_weights
@@ -82,6 +83,7 @@ def test_the_card_follows_the_runs_back_to_the_teacher(classifier, tmp_path):
         "| codes | 32 |",
         "| weights | ViT-B-16.pt |",
         "| licence | mit |",
+        "| origin | unknown (teacher.license and teacher.origin of the stage that reads the teacher state them) |",
         "| state | not finished when it was exported |",  # extract has no summary
     ):
         assert fact in card, fact
@@ -92,7 +94,7 @@ def test_what_is_not_known_is_not_stated(classifier, tmp_path):
     write(read(str(classifier)), str(tmp_path / "hub"), "timm")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "license:" not in card.split("---")[1]
-    assert "| licence | not recorded by the runs" in card
+    assert "| licence | unknown (teacher.license and" in card
     source = tmp_path / "hub" / "model.safetensors"
     write(read(str(source)), str(tmp_path / "again"), "huggingface")
     card = (tmp_path / "again" / "README.md").read_text()
@@ -103,8 +105,21 @@ def test_what_is_not_known_is_not_stated(classifier, tmp_path):
 def test_a_teacher_of_ones_own_is_named_as_its_features_are(classifier, tmp_path):
     manifest = classifier.parent / "own" / "views" / "manifest.json"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"teacher": "my network"}))
+    manifest.write_text(json.dumps({"teacher": "my network", "teacher_license": "mit", "teacher_origin": "our lab"}))
     leave_run(classifier.parent / "vqkd", smoke("vqkd", teacher__features="{workdir}/own"))
     write(read(str(classifier)), str(tmp_path / "hub"), "huggingface")
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert "| weights | my network |" in card and "ViT-B-16" not in card
+    assert "| weights | my network |\n| licence | mit |\n| origin | our lab |" in card and "ViT-B-16" not in card
+
+
+def test_what_the_run_has_kept_of_its_teacher_is_stated(classifier, tmp_path):
+    """Also where the runs that it was made from are gone, and in the run directory that it is converted to."""
+    teacher = {"name": "dinov3", "license": "dinov3-license", "origin": "hf:facebook/dinov3"}
+    inputs = json.loads((classifier / "inputs.json").read_text())
+    (classifier / "inputs.json").write_text(json.dumps(inputs | {"teachers": [teacher]}))
+    shutil.rmtree(classifier.parent / "mim")
+    write(read(str(classifier)), str(tmp_path / "hub"), "timm")
+    stated = "## Teacher\n\n| | |\n|---|---|\n| weights | dinov3 |\n| licence | dinov3-license |\n"
+    assert f"{stated}| origin | hf:facebook/dinov3 |" in (tmp_path / "hub" / "README.md").read_text()
+    write(read(str(classifier)), str(tmp_path / "copy"), "run")
+    assert json.loads((tmp_path / "copy" / "inputs.json").read_text())["teachers"] == [teacher]

@@ -25,6 +25,11 @@ def _vit(width, depth, patch_size, image_size=224, **arguments):
 _CLIP = dict(pre_norm=True, patch_bias=False, activation="quick_gelu", norm_eps=1e-5)
 _DINOV2 = dict(patch_size=14, image_size=518, layer_scale_init=1.0)
 _GIANT = dict(width=1536, depth=40, mlp_dim=4096, activation="swiglu")
+_DINOV3 = dict(
+    patch_size=16, position="none", rotary=True, qkv_bias="qv", layer_scale_init=1.0, norm_eps=1e-5, num_registers=4
+)
+_TIPS = dict(patch_size=14, image_size=448, layer_scale_init=1.0, num_registers=1)
+_SO400M = dict(num_heads=16, mlp_dim=4304)
 _SIGLIP = dict(class_token=False, activation="gelu_tanh")
 SIZES = {
     "CLIP ViT-B/32": (_vit(768, 12, 32, **_CLIP), 512, 87_849_216),
@@ -41,9 +46,15 @@ SIZES = {
     "DINOv2 ViT-B/14 with registers": (_vit(768, 12, **_DINOV2, num_registers=4), 0, 86_582_784),
     "DINOv2 ViT-L/14 with registers": (_vit(1024, 24, **_DINOV2, num_registers=4), 0, 304_371_712),
     "DINOv2 ViT-g/14 with registers": (_vit(**_DINOV2, **_GIANT, num_registers=4), 0, 1_136_485_376),
+    "DINOv3 ViT-S/16": (_vit(384, 12, **_DINOV3), 0, 21_596_160),
+    "DINOv3 ViT-B/16": (_vit(768, 12, **_DINOV3), 0, 85_659_648),
+    "DINOv3 ViT-L/16": (_vit(1024, 24, **_DINOV3), 0, 303_128_576),
+    "TIPSv2 B/14": (_vit(768, 12, **_TIPS), 0, 86_315_520),
+    "TIPSv2 L/14": (_vit(1024, 24, **_TIPS), 0, 304_015_360),
+    "TIPSv2 So400m/14": (_vit(1152, 27, **_TIPS, **_SO400M), 0, 413_392_752),
     "SigLIP ViT-B/16": (_vit(768, 12, 16, **_SIGLIP), 0, 85_797_120),
     "SigLIP ViT-L/16": (_vit(1024, 24, 16, 256, **_SIGLIP), 0, 303_361_024),
-    "SigLIP So400m/14": (_vit(1152, 27, 14, 378, **_SIGLIP, num_heads=16, mlp_dim=4304), 0, 412_987_248),
+    "SigLIP So400m/14": (_vit(1152, 27, 14, 378, **_SIGLIP, **_SO400M), 0, 412_987_248),
 }
 """Arguments and projection of published teachers, and their parameters: without text tower, pooling and mask token."""
 

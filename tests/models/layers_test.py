@@ -48,6 +48,20 @@ def test_relative_position_index_of_the_released_grid():
     assert index[1:, 1:].min() == 0 and index[1:, 1:].max() == 728
 
 
+def test_rotary_positions_by_hand():
+    """Centres at -1/2 and 1/2 of a 2 by 2 grid, frequencies 1 and 100^(-1/2); pairs of features as complex numbers."""
+    y, x = np.array([-1, -1, 1, 1]) / 2, np.array([-1, 1, -1, 1]) / 2
+    angles = 2 * np.pi * np.stack([y, y / 10, x, x / 10], axis=1)
+    np.testing.assert_allclose(layers.rotary_angles((2, 2), 8), angles, atol=1e-12)
+    qkv = np.random.default_rng(0).normal(size=(2, 7, 3, 3, 2, 4)).astype(np.float32)  # [CLS], a register, padding
+    turned = np.asarray(layers.rotate(qkv.reshape(2, 7, 72), 3, (2, 2), 2)).reshape(qkv.shape)
+    expected = qkv.copy()
+    pairs = (qkv[..., 0, :] + 1j * qkv[..., 1, :])[:, 2:6, :2] * np.exp(1j * angles)[:, None, None]
+    expected[:, 2:6, :2] = np.stack([pairs.real, pairs.imag], axis=-2)
+    np.testing.assert_allclose(turned, expected, atol=1e-6)
+    assert np.abs(turned - qkv).max() > 0.1
+
+
 @settings(max_examples=20, deadline=None)
 @given(gh=st.integers(1, 6), gw=st.integers(1, 6), data=st.data())
 def test_relative_position_index_depends_on_the_offset_only(gh, gw, data):

@@ -45,6 +45,13 @@ BUILDERS = {
         options={"activation": "quick_gelu"},
         **SMALL,
     ),
+    "hf_dinov3": functools.partial(oracles.hf_dinov3, grid=5, **SMALL),
+    "hf_dinov3_huge": functools.partial(oracles.hf_dinov3, gated=True, **SMALL),
+    "hf_tips": functools.partial(oracles.hf_tips, side=5, grid=3, **SMALL),
+    "hf_tips_published": functools.partial(oracles.hf_tips, side=3, grid=4, whole=True, published=True, **SMALL),
+    "timm_tips": functools.partial(
+        oracles.timm_vit, name="vit_base_patch14_reg1_tipsv2", side=4, normalization="unit", **SMALL
+    ),
 }
 
 if __name__ == "__main__":

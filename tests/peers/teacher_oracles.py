@@ -5,6 +5,7 @@ files that a user would have (the arrays with the published names and, if there 
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,7 @@ MEANS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 WIDTH, DEPTH, HEADS, MLP, PROJECTED = 16, 2, 2, 24, 5
 SMALL = 0.05
@@ -160,6 +162,50 @@ def hf_dinov2(rng, patch=14, side=5, grid=5, registers=0, swiglu=False):
         return model(images).last_hidden_state[:, 1 + registers :]
 
     return Case(state, config, {}, pixels, _features(forward, model, pixels, "imagenet"))
+
+
+def hf_dinov3(rng, patch=16, side=3, grid=3, heads=HEADS, gated=False, biases=True):
+    """Build DINOv3; the position of a patch turns its queries and keys, so another grid needs nothing resized."""
+    sizes = _sizes(patch, side) | dict(num_attention_heads=heads, num_register_tokens=4)
+    sizes |= dict(use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", query_bias=biases, value_bias=biases)
+    model = _finish(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes)), rng)
+    state, config = _saved(model)
+    pixels = draw_pixels(rng, grid * patch)
+
+    def forward(model, images):
+        return model(images).last_hidden_state[:, 5:]
+
+    return Case(state, config, {}, pixels, _features(forward, model, pixels, "imagenet"))
+
+
+def hf_tips(rng, patch=14, side=5, grid=5, swiglu=False, whole=False, published=False):
+    """Build TIPSv2, alone or with its text encoder.
+
+    `published` gives it the names and the config.json of the folders on the hub, which transformers reads and does not
+    write: the MLP has other names, and the config none of the sizes of the image network.
+    """
+    sizes = {key: value for key, value in _sizes(patch, side).items() if key != "intermediate_size"}
+    sizes |= dict(mlp_ratio=2 if swiglu else 1.5, use_swiglu_ffn=swiglu)
+    if whole:
+        text = dict(hidden_size=WIDTH, intermediate_size=9, num_hidden_layers=1, num_attention_heads=2, vocab_size=7)
+        model = transformers.Tipsv2Model(transformers.Tipsv2Config(vision_config=sizes, text_config=text))
+    else:
+        model = transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**sizes))
+    model = _finish(model, rng)
+    state, config = _saved(model)
+    options = {}
+    if published:
+        vision = re.compile(r"(vision_encoder\.blocks\.\d+\.mlp\.)c_(fc|proj)")
+        names = {"fc": "fc1", "proj": "fc2"}
+        state = {vision.sub(lambda found: found[1] + names[found[2]], name): array for name, array in state.items()}
+        config = {"model_type": "tipsv2", "vision_fn": "vit_base", "patch_size": patch, "img_size": side * patch}
+        options["num_heads"] = HEADS
+    pixels = draw_pixels(rng, grid * patch)
+
+    def forward(model, images):
+        return getattr(model, "vision_model", model)(images).last_hidden_state[:, 2:]
+
+    return Case(state, config, options, pixels, _features(forward, model, pixels, "unit"))
 
 
 def hf_vit(rng, patch=16, side=3, grid=3, distilled=False):

@@ -19,6 +19,7 @@ TIMM = {
     "deit3_base_patch16_224": ("imagenet", {}),
     "vit_small_patch14_dinov2": ("imagenet", {"position_resize": "antialias"}),
     "vit_giant_patch14_reg4_dinov2": ("imagenet", {}),
+    "vit_base_patch14_reg1_tipsv2": ("unit", {}),
     "vit_base_patch16_siglip_224": ("half", {"activation": "gelu"}),
     "vit_so400m_patch14_siglip_378": ("half", {"activation": "gelu"}),
     "vit_so400m_patch16_siglip_256.v2_webli": ("half", {}),
@@ -63,6 +64,28 @@ def test_hugging_face_siglip(rng, tmp_path, patch, side, grid, whole):
 @pytest.mark.parametrize("grid", [3, 5, 6])
 def test_hugging_face_dinov2(rng, tmp_path, registers, swiglu, grid):
     check(oracles.hf_dinov2(rng, grid=grid, registers=registers, swiglu=swiglu), tmp_path)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 5, 14])
+@pytest.mark.parametrize("gated", [False, True])
+def test_hugging_face_dinov3(rng, tmp_path, grid, gated):
+    check(oracles.hf_dinov3(rng, grid=grid, gated=gated), tmp_path)
+
+
+def test_hugging_face_dinov3_without_biases_in_attention(rng, tmp_path):
+    """As in the 7B network."""
+    check(oracles.hf_dinov3(rng, gated=True, biases=False, heads=4), tmp_path)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("grid", [3, 5, 7])
+def test_hugging_face_tips(rng, tmp_path, swiglu, grid):
+    check(oracles.hf_tips(rng, grid=grid, swiglu=swiglu), tmp_path)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_hugging_face_tips_as_part_of_the_whole_model(rng, tmp_path, published):
+    check(oracles.hf_tips(rng, grid=4, whole=True, published=published), tmp_path)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -110,13 +133,21 @@ def test_a_torchscript_archive_as_openai_released_clip(rng, tmp_path):
     assert error < teacher_cases.TOLERANCE
 
 
-@pytest.mark.parametrize("how, options", [("bicubic", {}), ("antialias", {"antialias": True}), ("offset", None)])
+@pytest.mark.parametrize(
+    "how, options",
+    [
+        ("bicubic", {}),
+        ("antialias", {"antialias": True}),
+        ("bilinear", {"mode": "bilinear", "antialias": True}),
+        ("offset", None),
+    ],
+)
 @pytest.mark.parametrize("source, target", [(37, 14), (37, 16), (14, 28), (7, 14)])
 def test_position_embeddings_are_resized_as_torch_does(rng, how, options, source, target):
     embedding = rng.normal(size=(1, 1 + source**2, 6)).astype(np.float32)
     maps = torch.from_numpy(embedding[:, 1:].reshape(1, source, source, 6)).permute(0, 3, 1, 2)
     wanted = {"size": (target, target)} if options is not None else {"scale_factor": ((target + 0.1) / source,) * 2}
-    resized = torch.nn.functional.interpolate(maps, mode="bicubic", **wanted, **(options or {}))
+    resized = torch.nn.functional.interpolate(maps, **{"mode": "bicubic", **wanted, **(options or {})})
     expected = resized.permute(0, 2, 3, 1).reshape(1, -1, 6).numpy()
     ours = resize_position_embedding(embedding, (target, target), method=how)
     np.testing.assert_array_equal(ours[:, 0], embedding[:, 0])
@@ -153,6 +184,12 @@ def test_published_sizes_have_as_many_parameters_there(name):
             more = {"num_register_tokens": registers} if registers else {}
             config = getattr(transformers, f"{kind}Config")(**sizes, use_swiglu_ffn=swiglu, **more)
             model = getattr(transformers, f"{kind}Model")(config)
+        elif name.startswith("DINOv3"):
+            more = {"intermediate_size": arguments["mlp_dim"], "num_register_tokens": 4}
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, **more))
+        elif name.startswith("TIPS"):
+            more = {"mlp_ratio": arguments["mlp_dim"] / arguments["width"]}
+            model = transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**sizes, **more))
         else:
             size = {384: "small", 768: "base"}[arguments["width"]]
             model = timm.create_model(f"vit_{size}_patch{arguments['patch_size']}_224.dino")

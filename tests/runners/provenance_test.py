@@ -127,7 +127,7 @@ def test_a_finished_stage_is_refused_when_its_network_was_made_anew(tmp_path):
     (codes / "summary.json").write_text(json.dumps(summary))
     (codes / "config.json").write_text(config_lib.to_json(config))
     resolved = config_lib.resolve(config, str(tmp_path))
-    provenance.write_inputs(str(codes), {"networks": provenance.describe_networks(resolved)})
+    provenance.write_inputs(str(codes), {"networks": provenance.describe_networks(resolved)}, resolved)
     assert stages.run_stage(config, str(codes)) == summary
     shutil.rmtree(tmp_path / "vqkd")
     assert stages.run_stage(config, str(codes)) == summary  # what is not there cannot be compared
@@ -158,7 +158,7 @@ def pipeline(tmp_path, monkeypatch):
         (folder / "config.json").write_text(config_lib.to_json(stage))
         (folder / "summary.json").write_text(json.dumps({"stage": name, "metrics": {}}))
         resolved = config_lib.resolve(stage, str(tmp_path))
-        provenance.write_inputs(str(folder), {"networks": provenance.describe_networks(resolved)})
+        provenance.write_inputs(str(folder), {"networks": provenance.describe_networks(resolved)}, resolved)
     begun = []
 
     def run_stage(stage, workdir, **_):
@@ -211,7 +211,8 @@ def test_an_interrupted_stage_of_a_pipeline_may_continue_with_another_network_if
     (tmp_path / "probe" / "features").mkdir(parents=True)
     (tmp_path / "probe" / "features" / "train.npz").touch()
     (tmp_path / "probe" / "config.json").write_text(config_lib.to_json(config.stages.probe))
-    provenance.write_inputs(str(tmp_path / "probe"), {"networks": {"backbone.run": "step 9, weights 0"}})
+    inputs = {"networks": {"backbone.run": "step 9, weights 0"}}
+    provenance.write_inputs(str(tmp_path / "probe"), inputs, config_lib.resolve(config.stages.probe, str(tmp_path)))
     assert outdated(config, tmp_path) == ["probe"]
     stages.run_pipeline(config, str(tmp_path), allow_config_change=True)
     assert begun == list(config.stages)

@@ -12,6 +12,8 @@ from beitv2_jax.runners import closing, report, workdirs
 
 METRICS = {"loss": 2.5, "eval/accuracy": 0.75, "eval/loss": 0.9, "eval/examples": 100, "steps": 20, "seconds": 61.0}
 
+TEACHERS = [{"name": "dinov3", "license": "dinov3-license", "origin": "unknown"}]
+
 
 def write_run(workdir, stage="finetune", *, metrics=METRICS, ended=True, **changes):
     """Write what a run leaves: evaluations at steps 10 and 20, of which the first has the better accuracy."""
@@ -32,7 +34,8 @@ def write_run(workdir, stage="finetune", *, metrics=METRICS, ended=True, **chang
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"source": "folder:birds@1", "split": "train", "examples": 1234, "classes": ["crow", "owl"], "digest": ""}
-    (workdir / "inputs.json").write_text(json.dumps({"train": data, "eval": {**data, "split": "val", "examples": 100}}))
+    inputs = {"train": data, "eval": {**data, "split": "val", "examples": 100}, "teachers": TEACHERS}
+    (workdir / "inputs.json").write_text(json.dumps(inputs))
     workdirs.write_started(str(workdir), config, config_lib.load(f"configs/{stage}.py"))
     Image.new("RGB", (20, 10), "red").save(workdir / "examples.jpg")
     return workdir
@@ -57,6 +60,8 @@ def test_a_run_is_shown_with_metrics_curves_data_settings_and_start(tmp_path, mo
     assert "best eval/accuracy, 0.875 at step 10," in markdown
     assert rows(markdown, "optim.peak_lr")[0] == ["0.25", "0.0005"]
     assert rows(markdown, "train") == [["1,234", "2", "folder:birds@1"]]
+    unknown = "unknown (teacher.license and teacher.origin of the stage that reads the teacher state them)"
+    assert rows(markdown, "dinov3") == [["dinov3-license", unknown]] and "dinov3-license" in html
     assert "python -m beitv2_jax.main \\\n  --config=x.py \\\n  '--a=b c'" in markdown
     assert f"jax {workdirs.metadata.version('jax')}" in rows(markdown, "versions")[0][0]
     assert "![curves](curves.svg)" in markdown and (workdir / "curves.svg").read_text().startswith("<svg")

@@ -12,14 +12,17 @@ from typing import Any
 
 UNUSUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 """Width -> number of heads of published networks whose heads are not 64 wide (So400m, H, g, G, e)."""
-PREFIXES = ("visual.trunk.", "vision_model.", "dinov2.", "dinov2_with_registers.", "vit.", "deit.", "")
+PREFIXES = (
+    *("visual.trunk.", "vision_model.", "vision_encoder.", "dinov2.", "dinov2_with_registers.", "vit.", "deit."),
+    "",
+)
 """Prefixes of the network's names inside a larger model; '' is none."""
 
 TEXT = (
-    r"(text_model|text|transformer|token_embedding|ln_final|text_projection|positional_embedding)(\.|$)",
+    r"(text_model|text_encoder|text|transformer|token_embedding|ln_final|text_projection|positional_embedding)(\.|$)",
     "text encoder",
 )
-CONTRASTIVE = (r"logit_(scale|bias)$", "constant of the contrastive loss")
+CONTRASTIVE = (r"(logit_(scale|bias)|temperature)$", "constant of the contrastive loss")
 SIZES = (r"(input_resolution|context_length|vocab_size)$", "sizes, which the arrays show")
 POSITION_IDS = (r"embeddings\.position_ids$", "the numbers 0, 1, 2, ...")
 MASK_TOKEN = (r"(embeddings\.)?mask_token$", "for masked patches, but a teacher sees complete images")
@@ -37,6 +40,7 @@ class Family:
     Attributes:
         title: name for messages.
         has, lacks: regular expressions; each of `has` must match the start of an entry, none of `lacks` may.
+        num_registers: number of register tokens where it tells the family from another one with its names; else 0.
         trunk: our path, or our module, -> its name, outside the blocks.
         block: the same inside a block; a tuple names arrays that are concatenated in ours.
         blocks: name of block i.
@@ -47,12 +51,15 @@ class Family:
         position_resize: how the network's own code resizes position embeddings, one of `choices.POSITION_RESIZES`.
         projected: whether the published features include the projection.
         config_activation: activation if Hugging Face's config.json has none; '' for families without a config.json.
+        config_heads: number of heads if Hugging Face's config.json has none.
+        config_image_size: the same of the image size, for families whose arrays do not show it.
         dropped: (pattern, reason) of entries that a teacher does not use.
     """
 
     title: str
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
+    num_registers: int = 0
     trunk: Mapping[str, Any]
     block: Mapping[str, Any]
     blocks: str
@@ -64,6 +71,8 @@ class Family:
     position_resize: str = "bicubic"
     projected: bool = False
     config_activation: str = ""
+    config_heads: int = 12
+    config_image_size: int = 0
     dropped: tuple[tuple[str, str], ...] = ()
 
     def names(self, path: str, *, gated: bool = False) -> tuple[str, ...]:
@@ -138,6 +147,13 @@ _DINOV2 = _TIMM | dict(
     normalization="imagenet",
     dropped=(HEAD, MASK_TOKEN),
 )
+_TIPS = _DINOV2 | dict(
+    num_registers=1,  # the second of its two global tokens
+    normalization="unit",
+    position_resize="bilinear",
+    config_activation="gelu",
+    dropped=(HEAD, MASK_TOKEN, TEXT, CONTRASTIVE),
+)
 _HF_CONTRASTIVE = dict(
     trunk={
         "backbone/cls_token": "embeddings.class_embedding",
@@ -195,6 +211,37 @@ _HF_DINOV2 = _HF_VIT | dict(
     arguments={"layer_scale_init": 1.0},
     normalization="imagenet",
 )
+_HF_DINOV3 = dict(
+    trunk={
+        "backbone/cls_token": "embeddings.cls_token",
+        "backbone/register_tokens": "embeddings.register_tokens",
+        "backbone/patch_embed": "embeddings.patch_embeddings",
+        "norm": "norm",
+    },
+    block={
+        "norm1": "norm1",
+        "attn/qkv/kernel": tuple(f"attention.{part}_proj.weight" for part in "qkv"),
+        "attn/q_bias": "attention.q_proj.bias",
+        "attn/v_bias": "attention.v_proj.bias",
+        "attn/proj": "attention.o_proj",
+        "gamma_1": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "mlp/fc1": "mlp.up_proj",
+        "mlp/fc2": "mlp.down_proj",
+        "gamma_2": "layer_scale2.lambda1",
+    },
+    gated={
+        "mlp/fc1/kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "mlp/fc1/bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    },
+    blocks="layer.{}.",
+    arguments={"position": "none", "rotary": True, "qkv_bias": "qv", "layer_scale_init": 1.0, "norm_eps": 1e-5},
+    normalization="imagenet",
+    config_activation="gelu",
+    config_heads=6,
+    config_image_size=224,
+    dropped=(HEAD, MASK_TOKEN),
+)
 
 FAMILIES = (
     Family(
@@ -240,8 +287,21 @@ FAMILIES = (
         has=(r"encoder\.layer\.\d+\.layernorm_before",),
         **_HF_VIT | {"arguments": {"norm_eps": 1e-12}},
     ),
+    Family(title="Hugging Face DINOv3", has=(r"layer\.\d+\.attention\.q_proj\.", r"embeddings\."), **_HF_DINOV3),
+    Family(title="TIPS", has=(r"blocks\.\d+\.ls\d\.", r"register_tokens$"), lacks=(r".*\.c_fc\.",), **_TIPS),
+    Family(
+        title="TIPS as transformers stores it",
+        has=(r"blocks\.\d+\.mlp\.c_fc\.", r"register_tokens$"),
+        **_TIPS | {"block": _TIPS["block"] | {"mlp/fc1": "mlp.c_fc", "mlp/fc2": "mlp.c_proj"}},
+    ),
     Family(title="DINOv2 with registers", has=(r"blocks\.\d+\.ls\d\.", r"register_tokens$"), **_DINOV2),
     Family(title="DINOv2", has=(r"blocks\.\d+\.ls\d\.", r"mask_token$"), **_DINOV2 | {"position_resize": "offset"}),
+    Family(
+        title="TIPS in timm's names",
+        has=(r"blocks\.\d+\.ls\d\.", r"reg_token$"),
+        num_registers=1,
+        **_TIMM | {"arguments": {"layer_scale_init": 1.0}, "normalization": "unit"},
+    ),
     Family(
         title="DINOv2 in timm's names",
         has=(r"blocks\.\d+\.ls\d\.",),

@@ -18,12 +18,16 @@ from beitv2_jax.convert.teachers.layouts import FAMILIES, HEAD, PREFIXES, UNUSUA
 from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
+from beitv2_jax.models.layers import ROTARY_BASE
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.typing import PyTree
 
 _CONFIG_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BEIT = r"(attn\.q_bias|relative_position_bias_table)$"
-_KEY_BIAS = r"\.(attn\.qkv\.bias|attention\.key\.bias|self_attn\.k_proj\.bias|attn\.in_proj_bias)$"
+_PLAIN = (
+    # a bias of the keys, or in DINOv3, which has none, the layer scale
+    r"\.(attn\.qkv\.bias|attention\.key\.bias|self_attn\.k_proj\.bias|attn\.in_proj_bias|layer_scale1\.lambda1)$"
+)
 _DISTILLATION = "backbone/distillation_token"
 
 
@@ -92,12 +96,12 @@ def from_state(
     family, prefix = recognise(arrays)
     state = _State(arrays, family, prefix)
     vision_config = _vision_config(config) if family.config_activation else None
-    sizes = _sizes(state)
+    sizes = _sizes(state, vision_config)
     if sizes.pop("gated"):
         activation = "swiglu"
     arguments = {
         **sizes,
-        "num_heads": _num_heads(sizes["width"], num_heads, vision_config),
+        "num_heads": _num_heads(sizes["width"], num_heads, family, vision_config),
         "position": "absolute",
         "qkv_bias": "full",
         **family.arguments,
@@ -105,6 +109,10 @@ def from_state(
     }
     if vision_config is not None and "layer_norm_eps" in vision_config:
         arguments["norm_eps"] = vision_config["layer_norm_eps"]
+    if arguments["qkv_bias"] == "qv" and family.names("backbone/blocks_0/attn/q_bias")[0] not in state.arrays:
+        arguments["qkv_bias"] = "none"
+    if (base := (vision_config or {}).get("rope_theta", ROTARY_BASE)) != ROTARY_BASE:
+        raise state.mismatch(f"rope_theta={base} in config.json, where the published networks have {ROTARY_BASE:g}")
     projection_dim = _projection_dim(state, output)
     params, used = _params(state, arguments, projection_dim)
     return TeacherWeights(
@@ -178,7 +186,9 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
 
         for family in FAMILIES:
             if all(map(found, family.has)) and not any(map(found, family.lacks)):
-                return family, prefix
+                registers = arrays.get(prefix + family.trunk.get("backbone/register_tokens", ""))
+                if family.num_registers in (0, registers is not None and registers.shape[1]):
+                    return family, prefix
     some = ", ".join(sorted(arrays)[:3])
     happened = f"The weights belong to no known family of teachers; their first entries are {some}."
     if prefix := wrapping_prefix(arrays):
@@ -191,8 +201,8 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Family, str]:
 
 
 def is_plain_vit(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Tell whether the weights are those of a transformer that is no BEiT: its keys have a bias."""
-    return any(re.search(_KEY_BIAS, name) for name in arrays)
+    """Tell whether the weights are those of a transformer that is no BEiT."""
+    return any(re.search(_PLAIN, name) for name in arrays)
 
 
 def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -212,8 +222,10 @@ def refuse_plain_vit(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _vision_config(config: dict | None) -> dict | None:
-    """Return the part of a Hugging Face config.json that describes the image network."""
-    return None if config is None else config.get("vision_config", config)
+    """Return the part of a Hugging Face config.json that describes the image network; None if it does not."""
+    if config is None or "vision_fn" in config:  # that of TIPS's own code names the network only
+        return None
+    return config.get("vision_config", config)
 
 
 def _activation(family: Family, vision_config: dict | None) -> str:
@@ -233,19 +245,22 @@ def _activation(family: Family, vision_config: dict | None) -> str:
     return activation
 
 
-def _num_heads(width: int, num_heads: int, vision_config: dict | None) -> int:
-    given = num_heads or (vision_config or {}).get("num_attention_heads", 0 if vision_config is None else 12)
+def _num_heads(width: int, num_heads: int, family: Family, vision_config: dict | None) -> int:
+    stated = {} if vision_config is None else {"num_attention_heads": family.config_heads, **vision_config}
+    given = num_heads or stated.get("num_attention_heads", 0)
     heads = given or UNUSUAL_HEADS.get(width, width // HEAD_WIDTH)
-    if heads == 0 or width % heads or (not given and width not in UNUSUAL_HEADS and width % HEAD_WIDTH):
+    unit, detail = (4, " whose width is a multiple of 4") if family.arguments.get("rotary") else (1, "")
+    if heads == 0 or width % (unit * heads) or (not given and width not in UNUSUAL_HEADS and width % HEAD_WIDTH):
+        parts = f"{given} heads{detail}" if given else f"heads of {HEAD_WIDTH}"
         raise UserError(
-            f"A width of {width} cannot be divided into {f'{given} heads' if given else f'heads of {HEAD_WIDTH}'}.",
+            f"A width of {width} cannot be divided into {parts}.",
             "The network may have an unusual number of heads, which its weights do not show.",
             "Write --config.teacher.num_heads=N with the number of heads that it was trained with.",
         )
     return heads
 
 
-def _sizes(state: _State) -> dict[str, int]:
+def _sizes(state: _State, vision_config: dict | None) -> dict[str, int]:
     family = state.family
     (kernel_name,) = family.names("backbone/patch_embed/kernel")
     if kernel_name in state.arrays and state.arrays[kernel_name].ndim == 2 and family.flat_tokens:
@@ -257,22 +272,26 @@ def _sizes(state: _State) -> dict[str, int]:
     width, _, patch_size, _ = state.require(kernel_name, ndim=4).shape
     pattern = re.escape(family.blocks).replace(r"\{\}", r"(\d+)")
     depth = 1 + max(int(match[1]) for name in state.arrays if (match := re.match(pattern, name)))
-    gated = bool(family.gated) and family.names("backbone/blocks_0/mlp/fc2/kernel", gated=True)[0] in state.arrays
+    gated = bool(family.gated) and family.names("backbone/blocks_0/mlp/fc1/kernel", gated=True)[0] in state.arrays
     fc1, fc2 = (
-        state.require(family.names(f"backbone/blocks_0/mlp/{layer}/kernel", gated=gated)[0], ndim=2)
+        [state.require(name, ndim=2) for name in family.names(f"backbone/blocks_0/mlp/{layer}/kernel", gated=gated)]
         for layer in ("fc1", "fc2")
     )
-    _, side = _position_rows(state)
+    mlp_dim = fc2[0].shape[1]
+    if family.config_image_size:
+        image_size = (vision_config or {}).get("image_size", family.config_image_size)
+    else:
+        image_size = _position_rows(state)[1] * patch_size
     registers = state.get("backbone/register_tokens")
     num_registers = 0 if registers is None else registers.shape[1]
     return {
-        "image_size": side * patch_size,
+        "image_size": image_size,
         "patch_size": patch_size,
         "width": width,
         "depth": depth,
-        "mlp_dim": fc2.shape[1],
+        "mlp_dim": mlp_dim,
         "num_registers": num_registers + (state.get(_DISTILLATION) is not None),
-        "gated": fc1.shape[0] == 2 * fc2.shape[1],
+        "gated": sum(len(rows) for rows in fc1) == 2 * mlp_dim,
     }
 
 
@@ -355,21 +374,24 @@ def _positions(state: _State, width: int, num_registers: int) -> tuple[dict[str,
     added to it.
     """
     family = state.family
+    distilled = state.get(_DISTILLATION) is not None
+    tokens, names = {}, set()
+    if num_registers:
+        register_names = family.names(_DISTILLATION if distilled else "backbone/register_tokens")
+        tokens["backbone/register_tokens"] = _array(state, register_names, (1, num_registers, width))
+        names |= set(register_names)
+    if family.arguments.get("position") == "none":
+        return tokens, names
     before, side = _position_rows(state)
-    names = family.names("backbone/pos_embed")
+    position_names = family.names("backbone/pos_embed")
     rows = before + side**2
-    positions = _array(state, names, (1, rows, width), (rows, width) if family.flat_tokens else None)
+    positions = _array(state, position_names, (1, rows, width), (rows, width) if family.flat_tokens else None)
     if family.arguments.get("class_token", True) and before == 0:
         positions = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
-    if not num_registers:
-        return {"backbone/pos_embed": positions}, set(names)
-    distilled = state.get(_DISTILLATION) is not None
-    register_names = family.names(_DISTILLATION if distilled else "backbone/register_tokens")
-    registers = _array(state, register_names, (1, num_registers, width))
     if distilled and before:
-        registers = registers + positions[:, 1:2]
+        tokens["backbone/register_tokens"] = tokens["backbone/register_tokens"] + positions[:, 1:2]
         positions = np.delete(positions, 1, axis=1)
-    return {"backbone/pos_embed": positions, "backbone/register_tokens": registers}, {*names, *register_names}
+    return {"backbone/pos_embed": positions, **tokens}, {*position_names, *names}
 
 
 def _dropped(state: _State, used: set[str]) -> dict[str, str]:

@@ -59,15 +59,23 @@ _OF_TARGET = {
     CODE_IDS: {"tokenizer": str, "tokenizer_hash": str, "codebook_size": int},
 }
 
+_STATED = {"teacher_license": str, "teacher_origin": str}
+"""What is stated of the teacher of features. It determines no value, so it is not compared; older caches lack it."""
+
 
 def manifest_fields(part: str, target: str) -> dict[str, type]:
-    """Return name -> type of every field in the manifest of a target cache's `part` that holds `target`."""
+    """Return name -> type of every field that the manifest of a target cache's `part` with `target` must have."""
     return {**_COMMON, **_OF_PART[part], **_OF_TARGET[target]}
 
 
 def plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return `manifest` as it reads back from JSON (tuples become lists)."""
     return json.loads(json.dumps(manifest))
+
+
+def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest that determine the values in the cache."""
+    return {name: value for name, value in manifest.items() if name not in _STATED}
 
 
 def encoding_of(manifest: Mapping[str, Any]) -> Encoding:
@@ -112,7 +120,8 @@ def _check_fields(manifest: dict[str, Any], path: pathlib.Path) -> None:
     for name, known in (("part", _OF_PART), ("target", _OF_TARGET)):
         if not isinstance(manifest.get(name), str) or manifest[name] not in known:
             raise _damaged(path, f"its field {name} is {manifest.get(name)!r}, not one of {', '.join(known)}")
-    for name, kind in manifest_fields(manifest["part"], manifest["target"]).items():
+    stated = {name: kind for name, kind in _STATED.items() if name in manifest}
+    for name, kind in (manifest_fields(manifest["part"], manifest["target"]) | stated).items():
         if name not in manifest:
             raise _damaged(path, f"it has no field {name}")
         # bool is an int in Python; a whole number may stand where a fraction is allowed
@@ -145,7 +154,7 @@ def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], direct
     Raises:
       UserError: names the first field that differs, with both values.
     """
-    for field, value in plain(expected).items():
+    for field, value in identity(plain(expected)).items():
         if found.get(field) != value:
             raise UserError(
                 f"The targets in {directory} were made with {field} = {found.get(field)!r}, this run has {value!r}.",

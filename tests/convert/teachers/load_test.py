@@ -70,13 +70,19 @@ def test_every_family_gives_the_features_of_its_library(name, tmp_path):
 
 def test_the_cases_detect_wrong_details(tmp_path):
     """Wrong options change the features by more than the tolerance."""
-    for name, option in (("hf_clip", {"activation": "gelu_tanh"}), ("hf_dinov2", {"position_resize": "antialias"})):
+    wrong = {
+        "hf_clip": {"activation": "gelu_tanh"},
+        "hf_dinov2": {"position_resize": "antialias"},
+        "hf_tips": {"position_resize": "antialias"},
+    }
+    for name, option in wrong.items():
         assert CASES[name].error(tmp_path, **option) > 1.5 * teacher_cases.TOLERANCE, name
 
 
 def test_default_options_of_published_networks(tmp_path):
     used = {}
-    for name in ("openai_clip", "open_clip", "hf_clip", "hf_siglip", "dinov2", "hf_dinov2_giant_registers"):
+    names = ("openai_clip", "open_clip", "hf_clip", "hf_siglip", "dinov2", "hf_dinov2_giant_registers")
+    for name in (*names, "hf_dinov3", "hf_tips", "timm_tips"):
         teacher, _ = CASES[name].load(tmp_path)
         choices = teacher.choices
         used[name] = tuple(choices[key] for key in ("normalization", "output", "activation", "position_resize"))
@@ -87,6 +93,9 @@ def test_default_options_of_published_networks(tmp_path):
         "hf_siglip": ("half", "tokens", "gelu_tanh", "bicubic"),
         "dinov2": ("imagenet", "tokens", "gelu", "offset"),
         "hf_dinov2_giant_registers": ("imagenet", "tokens", "swiglu", "antialias"),
+        "hf_dinov3": ("imagenet", "tokens", "gelu", "bicubic"),
+        "hf_tips": ("unit", "tokens", "gelu", "bilinear"),
+        "timm_tips": ("unit", "tokens", "gelu", "antialias"),
     }
 
 

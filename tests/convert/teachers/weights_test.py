@@ -25,13 +25,18 @@ TITLES = {
     "hf_deit": "Hugging Face ViT",
     "hf_dinov2": "Hugging Face DINOv2",
     "hf_dinov2_giant_registers": "Hugging Face DINOv2 with registers",
+    "hf_dinov3": "Hugging Face DINOv3",
+    "hf_dinov3_huge": "Hugging Face DINOv3",
     "hf_siglip": "Hugging Face SigLIP",
+    "hf_tips": "TIPS as transformers stores it",
+    "hf_tips_published": "TIPS",
     "open_clip": "OpenCLIP",
     "openai_clip": "OpenAI CLIP",
     "timm_clip": "CLIP in timm's names",
     "timm_deit": "ViT in timm's names",
     "timm_dinov2_registers": "DINOv2 in timm's names",
     "timm_siglip": "SigLIP in timm's names",
+    "timm_tips": "TIPS in timm's names",
 }
 
 
@@ -102,7 +107,7 @@ def test_every_entry_of_every_family_is_used_or_dropped(name):
     size = sum(case.state[key].size for key in used)
     ours = {path: array.size for path, array in traverse_util.flatten_dict(weights.params, sep="/").items()}
     # timm has no position for [CLS]; the position of DeiT's distillation token is added to the token
-    added = {"timm_dinov2_registers": 16, "timm_deit": -16, "hf_deit": -16}.get(name, 0)
+    added = {"timm_dinov2_registers": 16, "timm_tips": 16, "timm_deit": -16, "hf_deit": -16}.get(name, 0)
     assert sum(ours.values()) == size + added
     # a network without its registers is still a network of its family
     for key in (key for key in used if not re.search(r"\.\d+\.|reg(ister)?_token", key)):
@@ -119,6 +124,9 @@ def test_what_is_dropped_and_why():
     assert whole["vision_model.head.probe"] == "attention pooling; the features are the tokens before it"
     assert "text_model.head.weight" in whole and "logit_bias" in whole
     assert case_weights("dinov2").dropped == {"mask_token": "for masked patches, but a teacher sees complete images"}
+    whole = case_weights("hf_tips_published").dropped
+    assert whole["temperature"] == "constant of the contrastive loss"
+    assert whole["text_encoder.token_embedding.weight"] == "text encoder"
     case = CASES["openai_clip"]
     tokens = from_state(case.state, output="tokens", num_heads=2)
     assert tokens.projection_dim == 0
@@ -210,6 +218,27 @@ def test_a_hugging_face_config_sets_heads_activation_and_epsilon():
         from_state(case.state, num_heads=2)
     with pytest.raises(UserError, match=r"teacher\.activation"):
         from_state(case.state, {"vision_config": {"num_attention_heads": 4, "hidden_act": "relu"}})
+
+
+def test_rotary_positions_that_are_not_the_published_ones_are_refused():
+    case = CASES["hf_dinov3"]
+    assert case_weights("hf_dinov3").arguments["qkv_bias"] == "qv"
+    with pytest.raises(UserError, match=r"rope_theta=10000"):
+        from_state(case.state, case.config | {"rope_theta": 10000.0})
+    with pytest.raises(UserError, match=r"8 heads whose width is a multiple of 4\.\n.*\n.*teacher\.num_heads"):
+        from_state(case.state, case.config, num_heads=8)
+    with pytest.raises(UserError, match=r"layer\.0\.attention\.v_proj\.bias"):  # of one layer alone
+        some = {key: array for key, array in case.state.items() if key != "layer.0.attention.q_proj.bias"}
+        from_state(some, case.config)
+
+
+def test_a_config_that_only_names_the_network_leaves_heads_to_the_width():
+    """config.json of TIPS's own code."""
+    state = {key: array for key, array in CASES["hf_tips_published"].state.items()}
+    config = CASES["hf_tips_published"].config
+    with pytest.raises(UserError, match=r"teacher\.num_heads"):
+        from_state(state, config)
+    assert from_state(state, config, num_heads=4).arguments["num_heads"] == 4
 
 
 def test_an_unknown_activation_is_an_error():
