@@ -1,0 +1,102 @@
+"""The heads of the protocol `capi` against the same arithmetic in NumPy, and their choice on cases known beforehand."""
+
+import jax
+import numpy as np
+
+from beitv2_jax.evaluation import capi
+from beitv2_jax.evaluation.streaming import count_hits, shuffled_batches
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def test_the_grid_is_the_published_one():
+    assert len(capi.GRID) == 30 and capi.GRID[0] == (1e-5, 5e-4) and capi.GRID[-1] == (1e-2, 5e-2)
+
+
+def test_the_schedule_by_hand():
+    """Of twenty steps two are the warm-up, at 0 and 1, and 18 the half cosine from 1 to 0."""
+    expected = [0, 1] + [(1 + np.cos(np.pi * step / 17)) / 2 for step in range(18)]
+    np.testing.assert_allclose(capi.schedule(20), expected, atol=1e-6)
+    assert len(capi.schedule(3)) == 3
+
+
+def test_two_classifiers_take_the_steps_of_numpy():
+    """AdamW with another rate and decay for each; the bias does not decay."""
+    rng = np.random.default_rng(0)
+    rates, decays = np.array([0.1, 0.02]), np.array([0.0, 0.5])
+    params = capi.initial_heads(jax.random.key(0), 4, 3, 2, attentive=False)
+    momenta = jax.vmap(capi._ADAM.init)(params)
+    hand = [{name: np.asarray(param[number], np.float64) for name, param in params.items()} for number in range(2)]
+    np.testing.assert_array_equal(hand[0]["kernel"], hand[1]["kernel"])
+    first = [{name: np.zeros_like(param) for name, param in one.items()} for one in hand]
+    second = [{name: np.zeros_like(param) for name, param in one.items()} for one in hand]
+    for step in (1, 2):
+        features, labels = rng.normal(size=(5, 4)), rng.integers(0, 3, 5)
+        params, momenta = capi.train_step(
+            params, momenta, features.astype(np.float32), labels, rates.astype(np.float32), decays.astype(np.float32)
+        )
+        for number in range(2):
+            error = softmax(features @ hand[number]["kernel"] + hand[number]["bias"]) - np.eye(3)[labels]
+            gradients = {"kernel": features.T @ error / 5, "bias": error.mean(axis=0)}
+            for name, gradient in gradients.items():
+                # the gradient of the mean over 120 classifiers
+                gradient = gradient / 120
+                first[number][name] = 0.9 * first[number][name] + 0.1 * gradient
+                second[number][name] = 0.95 * second[number][name] + 0.05 * gradient**2
+                update = first[number][name] / (1 - 0.9**step)
+                update = update / (np.sqrt(second[number][name] / (1 - 0.95**step)) + 1e-8)
+                decay = decays[number] * hand[number][name] if name == "kernel" else 0.0
+                hand[number][name] = hand[number][name] - rates[number] * (update + decay)
+    for number in range(2):
+        for name in ("kernel", "bias"):
+            np.testing.assert_allclose(params[name][number], hand[number][name], atol=2e-5)
+
+
+def test_the_held_out_tenth_chooses_and_the_rest_is_what_is_learned():
+    """Among a rate that learns nothing, one that learns, and a decay that diverges, for vectors and for tokens."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 260)
+    vectors = 3 * np.eye(3, 8)[labels] + rng.normal(size=(260, 8))
+    tokens = np.repeat(vectors[:, None], 3, axis=1) + 0.1 * rng.normal(size=(260, 3, 8))
+    grid = ((1e-7, 5e-4), (0.3, 5e-4), (0.3, 1e3))
+    for features in (vectors, tokens):
+        features = features.astype(np.float16)
+        results = [
+            capi.fit_and_choose(
+                features[:200],
+                labels[:200],
+                features[200:],
+                of_test,
+                num_classes=3,
+                num_steps=40,
+                batch_size=32,
+                seed=0,
+                grid=grid,
+            )
+            for of_test in (labels[200:], 2 - labels[200:])
+        ]
+        assert results[0]["rate"] == 0.3 and results[0]["weight_decay"] == 5e-4
+        assert results[0]["accuracy"] > 0.9 and results[0]["held_out"] in np.arange(21) / 20
+        # other labels of the evaluation split change its accuracy and nothing else
+        assert {**results[1], "accuracy": 0} == {**results[0], "accuracy": 0}
+        assert results[1]["accuracy"] < 0.6
+
+
+def test_batches_see_every_row_once_an_epoch_but_an_incomplete_batch():
+    batches = shuffled_batches(np.arange(10, 21), 4, seed=0, stream="test")
+    epochs = [np.concatenate([next(batches), next(batches)]) for _ in range(3)]
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(10, 21)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_hits_are_counted_once_for_any_batch():
+    labels = np.array([0, 1, 1, 0, 1, 2, 2])
+    guesses = np.array([[0, 1, 0, 0, 1, 2, 0], [1, 1, 1, 1, 1, 1, 2]])
+    predict = lambda params, features: params[:, features[:, 0]]  # noqa: E731
+    for batch_size in (1, 3, 5, 7, 100):
+        rows = np.array([0, 1, 3, 5, 6])
+        hits = count_hits(predict, guesses, np.arange(7)[:, None], labels, rows, batch_size)
+        np.testing.assert_array_equal(hits, [4, 2])
