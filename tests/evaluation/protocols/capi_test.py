@@ -3,8 +3,20 @@
 import jax
 import numpy as np
 
-from beitv2_jax.evaluation import capi
-from beitv2_jax.evaluation.streaming import count_hits, shuffled_batches
+from beitv2_jax.evaluation import heads
+from beitv2_jax.evaluation.features import Features, ProbeSettings
+from beitv2_jax.evaluation.protocols import capi
+
+SETTINGS = ProbeSettings(
+    num_steps=40,
+    batch_size=32,
+    learning_rates=(),
+    weight_decay=0.0,
+    knn_neighbors=1,
+    knn_temperature=1.0,
+    validation_fraction=0.5,
+    seed=0,
+)
 
 
 def softmax(logits):
@@ -27,17 +39,19 @@ def test_two_classifiers_take_the_steps_of_numpy():
     """AdamW with another rate and decay for each; the bias does not decay."""
     rng = np.random.default_rng(0)
     rates, decays = np.array([0.1, 0.02]), np.array([0.0, 0.5])
-    params = capi.initial_heads(jax.random.key(0), 4, 3, 2, attentive=False)
-    momenta = jax.vmap(capi._ADAM.init)(params)
+    params = capi.initial_heads(jax.random.key(0), 2, 4, 3, attentive=False)
     hand = [{name: np.asarray(param[number], np.float64) for name, param in params.items()} for number in range(2)]
-    np.testing.assert_array_equal(hand[0]["kernel"], hand[1]["kernel"])
     first = [{name: np.zeros_like(param) for name, param in one.items()} for one in hand]
     second = [{name: np.zeros_like(param) for name, param in one.items()} for one in hand]
-    for step in (1, 2):
+    optimizer = capi.adamw(rates.astype(np.float32), decays.astype(np.float32), 20)
+    step = heads.gradient_step(
+        lambda params, inputs, labels: heads.sum_of_cross_entropies(capi.logits(params, inputs), labels), optimizer
+    )
+    state = params, optimizer.init(params)
+    # two steps of warm-up, then the peak
+    for number_of_step, fraction in enumerate((0.0, 1.0, 1.0), 1):
         features, labels = rng.normal(size=(5, 4)), rng.integers(0, 3, 5)
-        params, momenta = capi.train_step(
-            params, momenta, features.astype(np.float32), labels, rates.astype(np.float32), decays.astype(np.float32)
-        )
+        state, _ = step(state, features.astype(np.float32), labels)
         for number in range(2):
             error = softmax(features @ hand[number]["kernel"] + hand[number]["bias"]) - np.eye(3)[labels]
             gradients = {"kernel": features.T @ error / 5, "bias": error.mean(axis=0)}
@@ -46,13 +60,13 @@ def test_two_classifiers_take_the_steps_of_numpy():
                 gradient = gradient / 120
                 first[number][name] = 0.9 * first[number][name] + 0.1 * gradient
                 second[number][name] = 0.95 * second[number][name] + 0.05 * gradient**2
-                update = first[number][name] / (1 - 0.9**step)
-                update = update / (np.sqrt(second[number][name] / (1 - 0.95**step)) + 1e-8)
+                update = first[number][name] / (1 - 0.9**number_of_step)
+                update = update / (np.sqrt(second[number][name] / (1 - 0.95**number_of_step)) + 1e-8)
                 decay = decays[number] * hand[number][name] if name == "kernel" else 0.0
-                hand[number][name] = hand[number][name] - rates[number] * (update + decay)
+                hand[number][name] = hand[number][name] - fraction * rates[number] * (update + decay)
     for number in range(2):
         for name in ("kernel", "bias"):
-            np.testing.assert_allclose(params[name][number], hand[number][name], atol=2e-5)
+            np.testing.assert_allclose(state[0][name][number], hand[number][name], atol=2e-5)
 
 
 def test_the_held_out_tenth_chooses_and_the_rest_is_what_is_learned():
@@ -62,41 +76,15 @@ def test_the_held_out_tenth_chooses_and_the_rest_is_what_is_learned():
     vectors = 3 * np.eye(3, 8)[labels] + rng.normal(size=(260, 8))
     tokens = np.repeat(vectors[:, None], 3, axis=1) + 0.1 * rng.normal(size=(260, 3, 8))
     grid = ((1e-7, 5e-4), (0.3, 5e-4), (0.3, 1e3))
-    for features in (vectors, tokens):
-        features = features.astype(np.float16)
-        results = [
-            capi.fit_and_choose(
-                features[:200],
-                labels[:200],
-                features[200:],
-                of_test,
-                num_classes=3,
-                num_steps=40,
-                batch_size=32,
-                seed=0,
-                grid=grid,
-            )
-            for of_test in (labels[200:], 2 - labels[200:])
-        ]
-        assert results[0]["rate"] == 0.3 and results[0]["weight_decay"] == 5e-4
-        assert results[0]["accuracy"] > 0.9 and results[0]["held_out"] in np.arange(21) / 20
+    arrays = {"vectors": vectors[:, None], "noise": rng.normal(size=(260, 1, 4)), "tokens": tokens[:, None]}
+    for names in (("vectors", "noise"), ("tokens",)):
+        found = []
+        for of_test in (labels[200:], 2 - labels[200:]):
+            train = Features({name: array[:200] for name, array in arrays.items()}, labels[:200], (1,), 3)
+            test = Features({name: array[200:] for name, array in arrays.items()}, of_test, (1,), 3)
+            found.append(capi.fit_and_choose(names, train, test, SETTINGS, lambda phase: None, grid))
+        assert found[0]["rate"] == 0.3 and found[0]["weight_decay"] == 5e-4
+        assert found[0]["accuracy"] > 0.9 and found[0]["held_out"] in np.arange(21) / 20
         # other labels of the evaluation split change its accuracy and nothing else
-        assert {**results[1], "accuracy": 0} == {**results[0], "accuracy": 0}
-        assert results[1]["accuracy"] < 0.6
-
-
-def test_batches_see_every_row_once_an_epoch_but_an_incomplete_batch():
-    batches = shuffled_batches(np.arange(10, 21), 4, seed=0, stream="test")
-    epochs = [np.concatenate([next(batches), next(batches)]) for _ in range(3)]
-    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(10, 21)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-def test_hits_are_counted_once_for_any_batch():
-    labels = np.array([0, 1, 1, 0, 1, 2, 2])
-    guesses = np.array([[0, 1, 0, 0, 1, 2, 0], [1, 1, 1, 1, 1, 1, 2]])
-    predict = lambda params, features: params[:, features[:, 0]]  # noqa: E731
-    for batch_size in (1, 3, 5, 7, 100):
-        rows = np.array([0, 1, 3, 5, 6])
-        hits = count_hits(predict, guesses, np.arange(7)[:, None], labels, rows, batch_size)
-        np.testing.assert_array_equal(hits, [4, 2])
+        assert {**found[1], "accuracy": 0} == {**found[0], "accuracy": 0}
+        assert found[1]["accuracy"] < 0.6
