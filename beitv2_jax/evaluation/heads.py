@@ -3,6 +3,7 @@
 No more than a few batches are in memory. A head is one entry on the first axis of its parameters.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from beitv2_jax.evaluation.features import OnMove
+from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings
 from beitv2_jax.rng import host_rng, step_key
 from beitv2_jax.typing import PyTree, Scalar
 
@@ -138,3 +139,43 @@ def gradient_step(
         return (optax.apply_updates(params, updates), optimizer_state), value
 
     return jax.jit(step, donate_argnums=0)
+
+
+def linear_accuracies(
+    train_data: Features,
+    test_data: Features,
+    reader: Callable[[Features], Read],
+    optimizer: optax.GradientTransformation,
+    num_heads: int,
+    settings: ProbeSettings,
+    on_move: OnMove,
+) -> Float[np.ndarray, "h"]:
+    """Train linear heads on every row of `train_data` and return the fraction of `test_data` that each has right.
+
+    Args:
+        train_data: features to train on.
+        test_data: features to evaluate.
+        reader: gives the `Read` of features, whose inputs are 'b d' for all heads or 'h b d'.
+        optimizer: of the parameters of `initial_linear_heads`.
+        num_heads: number of heads.
+        settings: steps, batch size and seed.
+        on_move: called before every batch.
+    """
+    read, rows = reader(train_data), np.arange(len(train_data.labels))
+    width = read(rows[:1]).shape[-1]
+    params = initial_linear_heads(settings.seed, num_heads, width, train_data.num_classes)
+    loss = lambda params, inputs, labels: sum_of_cross_entropies(linear_logits(params, inputs), labels)  # noqa: E731
+    params, _ = train(
+        gradient_step(loss, optimizer),
+        (params, optimizer.init(params)),
+        read,
+        train_data.labels,
+        rows,
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        on_move=on_move,
+    )
+    classify = jax.jit(lambda params, inputs: linear_logits(params, inputs).argmax(axis=-1))
+    predict, rows = functools.partial(classify, params), np.arange(len(test_data.labels))
+    return count_hits(predict, reader(test_data), test_data.labels, rows, on_move) / len(rows)
