@@ -21,6 +21,7 @@ _DURATION_KEYS = (
 )
 _CHOICES = {
     "stage": ("finetune", "extract", "vqkd", "cluster", "tokenize", "mim", "probe", "segment", "pipeline"),
+    "probe.protocol": choices.PROBE_PROTOCOLS,
     "views.interpolation": choices.INTERPOLATIONS,
     "views.tokenizer_interpolation": ("", *choices.INTERPOLATIONS),
     "teacher.normalization": ("", *choices.NORMALIZATIONS),

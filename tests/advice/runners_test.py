@@ -179,13 +179,13 @@ def test_targets_that_differ_from_the_network(tmp_path):
 
 
 def test_cached_features_that_are_damaged(tmp_path):
-    path = tmp_path / "train.npz"
-    path.write_bytes(b"PK")
-    with provoked(f"Delete {path} and run the same command again"):
-        probe._read(path)
-    path.unlink()
-    probe._write(path, {"labels": np.arange(3)})
-    assert probe._read(path)["labels"].tolist() == [0, 1, 2]
+    for path in (tmp_path / "part.npz", tmp_path / "cls.npy"):
+        path.write_bytes(b"PK")
+        with provoked(f"Delete {tmp_path} and run the same command again"):
+            probe._read(path)
+        path.unlink()
+    probe._write(tmp_path / "part.npz", {"labels": np.arange(3)})
+    assert probe._read(tmp_path / "part.npz")["labels"].tolist() == [0, 1, 2]
 
 
 def test_targets_on_a_full_disk(tmp_path):

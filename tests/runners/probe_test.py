@@ -11,9 +11,10 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
+from beitv2_jax.evaluation.features import ProbeSettings
 from beitv2_jax.evaluation.knn import knn_predict
 from beitv2_jax.evaluation.linear import fit_linear, standardize
-from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
+from beitv2_jax.evaluation.protocols.ours import probe_features
 from beitv2_jax.runners import probe
 from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
 
@@ -164,11 +165,12 @@ def test_cached_features_are_those_of_the_network_that_is_asked_for(tmp_path):
         apply = lambda frozen, batch: {"red": frozen["factor"] * batch["images"][:, 0, 0, :1].astype(np.float32)}  # noqa: E731
         feature_set = FeatureSet("pretrained", apply, {"factor": np.float32(factor)})
         source = open_source(f"folder:{tmp_path / f'images{count}'}", "train")
-        return probe.cached_features(feature_set, source, config, str(tmp_path), computed.append)["red"][:, 0].tolist()
+        cached = probe.cached_features(feature_set, source, config, str(tmp_path), computed.append)
+        return cached.arrays["red"][:, 0].tolist()
 
     assert features(1, 3) == [0, 10, 20] * 2
     assert features(2, 3) == [0, 20, 40] * 2
     assert features(1, 4) == [0, 10, 20, 30] * 2
-    assert len(computed) == 3
-    assert features(2, 3) == [0, 20, 40] * 2 and len(computed) == 3
+    assert computed.count("computing features") == 3
+    assert features(2, 3) == [0, 20, 40] * 2 and computed.count("computing features") == 3
     assert len(list((tmp_path / "features").iterdir())) == 3
