@@ -1,4 +1,4 @@
-"""The protocols `ep` and `capi` through the probe stage: what they write, and that cached features are not made again."""
+"""The protocols `ep` and `capi` through the probe stage: what they report and what they keep."""
 
 import json
 
