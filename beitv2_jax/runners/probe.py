@@ -1,7 +1,9 @@
 """Run the probe: cache the features of both splits, then evaluate them by a protocol."""
 
 import dataclasses
+import math
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -76,7 +78,8 @@ def cached_features(
     cannot be mapped, arrays are joined in memory and read as a whole.
 
     Raises:
-        UserError: more images than `data.max_bad_fraction` allows were unreadable.
+        UserError: the disk has no space for the features, or more images than `data.max_bad_fraction` allows were
+            unreadable.
     """
     made_from = [
         weights_hash(feature_set.frozen),
@@ -87,6 +90,7 @@ def cached_features(
     ]
     folder = as_path(workdir) / "features" / f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}"
     if not (folder / _LABELS).exists():
+        _refuse_small_disk(folder, feature_set, len(source), config)
         folder.mkdir(parents=True, exist_ok=True)
         index, count = jax.process_index(), jax.process_count()
         parts = [_Parts(folder, number, count, config.run.batch_size) for number in range(count)]
@@ -112,6 +116,25 @@ def cached_features(
     )
     arrays = {path.stem: _read(path) for path in sorted(folder.glob("*.npy")) if path.name != _LABELS}
     return Features(arrays, labels, feature_set.layers, source.num_classes)
+
+
+def _refuse_small_disk(folder: AnyPath, feature_set: FeatureSet, num_rows: int, config) -> None:
+    """Raise UserError unless the disk has space for the pieces of the features and for the joined arrays."""
+    if buckets.is_remote(folder):
+        return
+    images = jax.ShapeDtypeStruct((1, config.views.image_size, config.views.image_size, 3), np.uint8)
+    row = jax.eval_shape(feature_set.apply, feature_set.frozen, {"images": images})
+    needed = 2 * num_rows * sum(math.prod(array.shape) * array.dtype.itemsize for array in row.values())
+    needed -= sum(path.stat().st_size for path in folder.glob("part.*"))
+    existing = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"The features of {num_rows} images need {needed / 1e9:.3g} GB while they are written, and {existing} has "
+            f"{free / 1e9:.3g} GB free.",
+            "Did you mean a protocol that does not keep every patch token, as 'capi' and 'ep' do?",
+            "Write --workdir=DIR on a larger disk, --config.probe.protocol=dinov3, or a smaller --config.data.source.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Reads:
 READS = {
     "ours": Reads(("cls", "mean"), "chosen", "100 epochs", 1024),
     "dinov3": Reads(("cls", "cls_normed", "mean_normed"), "last", "12500 steps", 1024),
-    "capi": Reads(("cls_normed", "patches_normed"), "last", "10 epochs", 1024),
+    "capi": Reads(("cls_normed", "mean_normed", "patches_normed"), "last", "12500 steps", 1024),
     "ep": Reads(("cls", "cls_normed", "patches"), "last", "90 epochs", 4096),
     "beit": Reads(("cls", "mean"), "all", "100 epochs", 1024),
 }

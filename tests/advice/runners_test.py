@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
 from beitv2_jax.runners import evaluate, features, parts, probe, provenance, report, stages, targets, verify
+from beitv2_jax.tasks.probe import FeatureSet
 
 
 class Interrupted(Exception):
@@ -176,6 +178,18 @@ def test_targets_that_differ_from_the_network(tmp_path):
     with provoked(f"Delete {directory} and run the stage again"):
         verify._refuse_below(verify._compare_features(live, -live, [(0, 0)], 0.9), directory)
     verify._refuse_below(verify._compare_features(live, live, [(0, 0)], 0.9), directory)
+
+
+def test_features_that_do_not_fit_on_the_disk(tmp_path, monkeypatch):
+    """Patch tokens of 100 images, 2 x 16 x 64 float16 each, are there twice while they are joined."""
+    config, free = loaded("probe"), [2 * 100 * 2 * 16 * 64 * 2 - 1]
+    monkeypatch.setattr(probe.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    feature_set = FeatureSet("pretrained", lambda frozen, batch: {"patches": np.zeros((1, 2, 16, 64), np.float16)}, {})
+    with provoked("on a larger disk"):
+        probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
+    assert not list(tmp_path.iterdir())
+    free[0] += 1
+    probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
 
 
 def test_cached_features_that_are_damaged(tmp_path):
