@@ -59,7 +59,7 @@ def _mim(metrics: dict, stage) -> list[str]:
 def _probe(metrics: dict, stage) -> list[str]:
     accuracies = {key: value for key, value in metrics.items() if "/" in key and not key.startswith("chosen/")}
     lines = []
-    if stage.probe.protocol != "ours":
+    if stage.probe.get("protocol", "ours") != "ours":
         for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in accuracies):
             found = [
                 f"{key.rpartition('/')[2]} {value:.1%}"
