@@ -46,6 +46,7 @@ def probed(inputs, workdir, protocol, **settings):
     return stages.run_stage(config, str(workdir))["metrics"]
 
 
+@pytest.mark.long
 def test_ep_reports_the_last_epoch_and_the_best_beside_it(inputs, tmp_path):
     metrics = probed(inputs, tmp_path, "ep", duration="9 steps", batch_size=8)
     kinds = {
@@ -67,6 +68,7 @@ def test_ep_reports_the_last_epoch_and_the_best_beside_it(inputs, tmp_path):
     }
 
 
+@pytest.mark.long
 def test_capi_separates_two_colours_and_reports_what_it_chose(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         capi, "KINDS", {kind: capi.KINDS[kind] for kind in ("cls_and_mean_normed/linear", "patches_normed/attentive")}
