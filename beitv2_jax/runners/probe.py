@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -88,7 +89,8 @@ def cached_features(
         config.probe.protocol,
         feature_set.layers,
     ]
-    folder = as_path(workdir) / "features" / f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}"
+    split = re.sub(r"[^\w-]", "_", source.split)
+    folder = as_path(workdir) / "features" / f"{feature_set.name}_{split}.{digest(made_from)}"
     if not (folder / _LABELS).exists():
         _refuse_small_disk(folder, feature_set, len(source), config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,9 @@ def cached_features(
             time.sleep(POLL_SECONDS)
         if index == 0:
             _join(folder, [path for part in parts for path in part.files()], on_move)
+    if jax.process_index() == 0:
+        for part in folder.glob("part.*"):
+            part.unlink()
     labels = _read(folder / _LABELS)
     refuse_too_many(
         len(source) - len(labels),
@@ -200,8 +205,8 @@ def _write_part(
 
 
 def _join(folder: AnyPath, parts: list[AnyPath], on_move: Callable[[str], None]) -> None:
-    """Write one file for each array, its rows in the order of their example ids, and delete the parts."""
-    ids = np.sort(np.concatenate([_read(part)["example_ids"] for part in parts]))
+    """Write one file for each array, its rows in the order of their example ids."""
+    ids = np.sort(np.concatenate([_read(part, only="example_ids")["example_ids"] for part in parts]))
     joined: dict[str, np.ndarray] = {}
     for part in parts:
         on_move("joining features")
@@ -213,8 +218,6 @@ def _join(folder: AnyPath, parts: list[AnyPath], on_move: Callable[[str], None])
             joined[name][places] = array
     for name in sorted(joined, key=lambda name: f"{name}.npy" == _LABELS):  # the labels last
         _finish_array(folder / f"{name}.npy", joined.pop(name))
-    for part in folder.glob("part.*"):
-        part.unlink()
 
 
 def _new_array(path: AnyPath, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -240,8 +243,8 @@ def _write(path: AnyPath, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
-def _read(path: AnyPath) -> np.ndarray | dict[str, np.ndarray]:
-    """Return the array in an .npy file, mapped where that is possible, or all arrays of an .npz file."""
+def _read(path: AnyPath, only: str = "") -> np.ndarray | dict[str, np.ndarray]:
+    """Return the array of an .npy file, mapped where that is possible, or the arrays of an .npz file, all or one."""
     try:
         if path.suffix == ".npy" and not buckets.is_remote(path) and path.name != _LABELS:
             return np.load(path, mmap_mode="r")
@@ -249,7 +252,7 @@ def _read(path: AnyPath) -> np.ndarray | dict[str, np.ndarray]:
             if path.suffix == ".npy":
                 return np.load(file)
             with np.load(file) as arrays:
-                return dict(arrays)
+                return {name: arrays[name] for name in ([only] if only else arrays.files)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"The cached features in {path} are damaged: {error}.",
