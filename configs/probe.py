@@ -47,10 +47,11 @@ def get_config(arg=""):
             "views": {"image_size": 224},  # pixels; unless set, that of the backbone
             "backbone": {"run": ""},  # required: a run directory or a file of any layout
             "probe": {
+                "protocol": "ours",  # or one of published tables: dinov3, capi, ep, beit (docs/evaluation.md)
                 "layers": (9, 12),  # blocks, from 1, whose tokens are tried; unless set, the early layer and the last
-                "duration": "100 epochs",
-                "batch_size": 1024,
-                "learning_rates": (1e-3, 4e-3, 1.6e-2),
+                "duration": "100 epochs",  # of the linear heads; unless set, that of the protocol
+                "batch_size": 1024,  # of the linear heads; unless set, that of the protocol
+                "learning_rates": (1e-3, 4e-3, 1.6e-2),  # this key and those below are of the protocol ours alone
                 "weight_decay": 1e-4,
                 "knn_neighbors": 20,
                 "knn_temperature": 0.07,

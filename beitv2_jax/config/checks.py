@@ -34,6 +34,7 @@ _CHOICES = {
         "segment_linear",
         "pipeline",
     ),
+    "probe.protocol": choices.PROBE_PROTOCOLS,
     "views.interpolation": choices.INTERPOLATIONS,
     "views.tokenizer_interpolation": ("", *choices.INTERPOLATIONS),
     "teacher.normalization": ("", *choices.NORMALIZATIONS),

@@ -33,8 +33,11 @@ DECIDED = {
     "teacher.features": ("views.image_size", "model.encoder.patch_size", "model.patch_size", *_VIEWS),
     "backbone.run": ("views.image_size", "probe.layers", "backbone.layer"),
     "data.source": ("model.num_classes",),
+    "probe.protocol": ("probe.duration", "probe.batch_size"),
 }
-"""Key that names weights, stored targets or data -> keys that they decide, as far as the stage has these."""
+"""Key that names weights, stored targets, data or a protocol -> keys that it decides, if the stage has them."""
+_DECIDE_NOTHING = ("", "ours")
+"""Values of these keys with which the declared values stay."""
 
 
 class _Setting(FieldReference):
@@ -64,11 +67,12 @@ def watch(config: ConfigDict) -> None:
 
 
 def undecided(config: ConfigDict) -> set[str]:
-    """Return the keys of a stage that were not set and that its weights, stored targets or data decide."""
+    """Return the keys of a stage that were not set and that its weights, stored targets, data or protocol decide."""
     leaves = dict(_leaves(config))
     free = {key for key, leaf in leaves.items() if isinstance(leaf, _Setting) and not leaf.is_given}
     paths = {source: _value(leaves[source]) for source in DECIDED if source in leaves}
-    return {key for source, path in paths.items() if path and "{workdir}" not in path for key in DECIDED[source]} & free
+    deciding = [source for source, path in paths.items() if path not in _DECIDE_NOTHING and "{workdir}" not in path]
+    return {key for source in deciding for key in DECIDED[source]} & free
 
 
 def decided(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:

@@ -147,19 +147,21 @@ def _checked(batch_size: int, reading: dict[str, int]) -> Reading:
 class Batches:
     """A finite sequence of host batches: `len` of them, read anew by every `iter`.
 
-    The last one is filled up with rows of `weight` 0, so that all processes get equally many batches of one size.
+    The last one is filled up with rows of `weight` 0, so that all processes get equally many batches of one size. What
+    an interrupted pass has done is left out by `first`, the number of the batch that `iter` begins with.
     """
 
     load: Callable[[int], Example]
     num_rows: int
     batch_size: int
     reading: Reading
+    first: int = 0
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Example]:
-        iterator = self.reading.start(PaddedRow(self.load, self.num_rows), self.batch_size, 0, len(self))
+        iterator = self.reading.start(PaddedRow(self.load, self.num_rows), self.batch_size, self.first, len(self))
         try:
             yield from iterator
         finally:

@@ -57,8 +57,18 @@ def _mim(metrics: dict, stage) -> list[str]:
 
 
 def _probe(metrics: dict, stage) -> list[str]:
+    accuracies = {key: value for key, value in metrics.items() if "/" in key and not key.startswith("chosen/")}
     lines = []
-    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in metrics if "/" in key):
+    if stage.probe.get("protocol", "ours") != "ours":
+        for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in accuracies):
+            found = [
+                f"{key.rpartition('/')[2]} {value:.1%}"
+                for key, value in accuracies.items()
+                if key.startswith(f"{name}/")
+            ]
+            lines.append(f"{name.replace('/', ' ')}: {', '.join(found)}")
+        return lines
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in accuracies):
         title = "raw pixels" if name == "pixels/pixels" else name.replace("/", " ")
         lines.append(f"{title}: linear {metrics[f'{name}/linear']:.1%}, kNN {metrics[f'{name}/knn']:.1%}")
     return lines

@@ -432,7 +432,7 @@ def holds_results(workdir: str) -> bool:
     that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
     """
     root = as_path(workdir)
-    left = [root / "summary.json", *(root / "features").glob("*.npz")]
+    left = [root / "summary.json", *(root / "features").glob("*/*.np[yz]")]
     left += [path for path in (root / "checkpoints").glob("*") if path.name.isdecimal() and is_complete(path)]
     return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
 

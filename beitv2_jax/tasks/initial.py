@@ -23,6 +23,7 @@ from beitv2_jax.data.sources import class_names
 from beitv2_jax.data.target_cache.encoding import CODE_IDS, FEATURES
 from beitv2_jax.errors import UserError
 from beitv2_jax.sizes import MASKED_FRACTION
+from beitv2_jax.tasks.probe import READS
 from beitv2_jax.tasks.targets import manifest_of
 
 PUBLISHED_PATCHES = 196
@@ -193,6 +194,11 @@ def _of_data(config: ConfigDict) -> tuple[str, Values]:
     return "the data set", {"model.num_classes": count} if count > 1 else {}
 
 
+def _of_protocol(config: ConfigDict) -> tuple[str, Values]:
+    reads = READS[config.probe.protocol]
+    return "as published", {"probe.duration": reads.duration, "probe.batch_size": reads.batch_size}
+
+
 def _masking(flat: Values) -> Values:
     """Return the published fraction of hidden patches, and the published smallest block or that fraction of it."""
     patches = (flat["views.image_size"] // flat["model.patch_size"]) ** 2
@@ -213,5 +219,6 @@ _FINDERS = {
     "init_from": _of_weights,
     "backbone.run": _of_backbone,
     "data.source": _of_data,
+    "probe.protocol": _of_protocol,
 }
 """Key that names weights, targets or data -> what they are and the values that they say; the first ones go first."""

@@ -1,6 +1,6 @@
 """Probe: frozen features of a trained backbone, of the same backbone at random weights, and raw pixels.
 
-How they are evaluated is `beitv2_jax.evaluation.probe`.
+How they are evaluated is `beitv2_jax.evaluation.protocols`; what each protocol reads of a network is said here.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ from jaxtyping import Array
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_probed_layers
 from beitv2_jax.convert.arguments import initialised
-from beitv2_jax.convert.weights import backbone_of, read_backbone
+from beitv2_jax.convert.weights import Weights, backbone_of, read_backbone
 from beitv2_jax.data.sources import Source
-from beitv2_jax.models.backbone import Compute
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.backbone import Backbone, Compute
+from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.rng import step_key
 from beitv2_jax.tasks import common, inputs
@@ -28,13 +30,49 @@ PIXEL_SIDE = 32
 """Raw pixels are averaged to at most this many pixels a side before they are probed."""
 
 
+FEATURES = ("cls", "cls_normed", "mean", "mean_normed", "patches", "patches_normed")
+"""Names of features: [CLS], the mean patch token and all patch tokens, as they are after a block, or after the last
+layer norm of the weights too. Patch tokens are float16, the others float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What a protocol reads of a network, and how long its heads train as published.
+
+    Attributes:
+        names: of `FEATURES`.
+        layers: after which blocks: 'last', 'all', or 'chosen' by `probe.layers`.
+        duration: value of `probe.duration`.
+        batch_size: value of `probe.batch_size`.
+    """
+
+    names: tuple[str, ...]
+    layers: str
+    duration: str
+    batch_size: int
+
+
+READS = {
+    "ours": Reads(("cls", "mean"), "chosen", "100 epochs", 1024),
+    "dinov3": Reads(("cls", "cls_normed", "mean_normed"), "last", "12500 steps", 1024),
+    "capi": Reads(("cls_normed", "mean_normed", "patches_normed"), "last", "12500 steps", 1024),
+    "ep": Reads(("cls", "cls_normed", "patches"), "last", "90 epochs", 4096),
+    "beit": Reads(("cls", "mean"), "all", "100 epochs", 1024),
+}
+"""Value of `probe.protocol` -> what it reads; how it evaluates is in `beitv2_jax.evaluation.protocols`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-    """One kind of frozen features: `apply(frozen, batch)` returns {name: float32 'b layers width'}."""
+    """One kind of frozen features: `apply(frozen, batch)` returns {name: 'b layers width' or 'b layers patches width'}.
+
+    `layers` are the blocks on the second axis; pixels come after none.
+    """
 
     name: str
     apply: Callable[[PyTree, dict], dict]
     frozen: PyTree
+    layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +85,26 @@ class Probe:
 
 
 def build(config) -> Probe:
-    """Build the probe of the weights `config.backbone.run` against random weights and raw pixels.
+    """Build the probe of the weights `config.backbone.run`, and with the protocol 'ours' of random weights and pixels.
 
     Raises:
-        UserError: the data set has no labels, or the weights are missing, or their backbone lacks a block that is to be
-            probed or cannot see images of this size.
+        UserError: the data set has no labels, or the weights are missing, or their backbone lacks what is to be probed
+            or cannot see images of this size.
     """
     weights = read_backbone(config.backbone.run, image_size=config.views.image_size)
     for text in weights.assumptions:
         logging.info("%s: %s", config.backbone.run, text)
-    backbone = backbone_of(weights)
+    backbone, reads = backbone_of(weights), READS[config.probe.protocol]
     check_probed_layers(config.probe.layers, backbone.depth)
+    layers = {
+        "chosen": tuple(config.probe.layers),
+        "last": (backbone.depth,),
+        "all": tuple(range(1, backbone.depth + 1)),
+    }[reads.layers]
+    names, frozen = reads.names, _frozen(weights, weights.variables["params"])
+    if config.probe.protocol == "ours" and not backbone.class_token:
+        names = ("mean",)
+    _refuse_missing(config, names, backbone, "norm" in frozen)
     sources = inputs.open_labelled_sources(config)
     num_steps = config_lib.steps(
         config.probe.duration,
@@ -66,28 +113,62 @@ def build(config) -> Probe:
         batch_key="probe.batch_size",
     )
     model = VisionTransformer(backbone, Compute(dtype=config.efficiency.dtype))
-    apply = functools.partial(token_features, model, weights.normalization or "half", tuple(config.probe.layers))
-    name = "encoder" if weights.kind == "vqkd" else "backbone"
-    initialise = jax.jit(functools.partial(initialised, weights.kind, weights.arguments))
-    random = initialise(step_key(config.seed, "probe"))["params"][name]
-    return Probe(
-        sources=sources,
-        feature_sets=(
-            FeatureSet("pretrained", apply, weights.variables["params"][name]),
-            FeatureSet("random", apply, jax.tree.map(np.asarray, random)),
+    apply = functools.partial(token_features, model, weights.normalization or "half", names, layers)
+    feature_sets = [FeatureSet("pretrained", apply, frozen, layers)]
+    if config.probe.protocol == "ours":
+        initialise = jax.jit(functools.partial(initialised, weights.kind, weights.arguments))
+        random = jax.tree.map(np.asarray, initialise(step_key(config.seed, "probe"))["params"])
+        feature_sets += [
+            FeatureSet("random", apply, _frozen(weights, random), layers),
             FeatureSet("pixels", raw_pixels, {}),
-        ),
-        num_steps=num_steps,
-    )
+        ]
+    return Probe(sources, tuple(feature_sets), num_steps)
 
 
-def token_features(model, normalization: str, layers: tuple[int, ...], params, batch: dict) -> dict[str, Array]:
-    """Return [CLS], where there is one, and the mean patch token after each of `layers` (from 1), not normalised."""
+def _frozen(weights: Weights, params: PyTree) -> dict[str, PyTree]:
+    """Return the parameters of the transformer and, where the weights have one, of the norm of its tokens."""
+    own, norms = ("encoder", ("encoder_norm",)) if weights.kind == "vqkd" else ("backbone", ("norm", "fc_norm"))
+    norm = next((params[name] for name in norms if name in params), None)
+    return {"backbone": params[own], **({} if norm is None else {"norm": norm})}
+
+
+def _refuse_missing(config, names: tuple[str, ...], backbone: Backbone, has_norm: bool) -> None:
+    """Raise UserError if the weights lack the token or the norm that a protocol reads."""
+    lacks_norm = not has_norm and any(name.endswith("_normed") for name in names)
+    lacks_token = not backbone.class_token and any(name.startswith("cls") for name in names)
+    if lacks_norm or lacks_token:
+        lacking = "[CLS]" if lacks_token else "a last layer norm"
+        raise UserError(
+            f"The protocol {config.probe.protocol} needs {lacking}, and the weights {config.backbone.run} have none.",
+            "Did you mean the protocol that takes what the weights have?",
+            "Write --config.probe.protocol=ours.",
+        )
+
+
+def token_features(
+    model: VisionTransformer, normalization: str, names: tuple[str, ...], layers: tuple[int, ...], frozen, batch: dict
+) -> dict[str, Array]:
+    """Return the features `names` (of `FEATURES`) after each of `layers` (from 1).
+
+    The last norm is applied after whichever block, as the published protocols do.
+    """
     images = common.normalized(batch["images"], normalization)
-    output = model.apply({"params": params}, images)
-    tokens = jnp.stack([output.hidden[layer - 1] for layer in layers], axis=1).astype(jnp.float32)
-    features = {"mean": tokens[:, :, model.backbone.num_prefix_tokens :].mean(axis=2)}
-    return {"cls": tokens[:, :, 0], **features} if model.backbone.class_token else features
+    output = model.apply({"params": frozen["backbone"]}, images)
+    norm, first = LayerNorm(model.backbone.norm_eps), model.backbone.num_prefix_tokens
+    limit = float(jnp.finfo(jnp.float16).max)
+    kinds = {
+        "cls": lambda tokens: tokens[:, 0],
+        "mean": lambda tokens: tokens[:, first:].mean(axis=1),
+        "patches": lambda tokens: tokens[:, first:].clip(-limit, limit).astype(jnp.float16),
+    }
+
+    def features(name: str, layer: int) -> Array:
+        tokens = output.hidden[layer - 1].astype(jnp.float32)
+        if name.endswith("_normed"):
+            tokens = norm.apply({"params": frozen["norm"]}, tokens)
+        return kinds[name.removesuffix("_normed")](tokens)
+
+    return {name: jnp.stack([features(name, layer) for layer in layers], axis=1) for name in names}
 
 
 def raw_pixels(frozen, batch: dict) -> dict[str, Array]:

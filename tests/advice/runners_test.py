@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
 from beitv2_jax.runners import dense, evaluate, features, parts, probe, provenance, report, stages, targets, verify
+from beitv2_jax.tasks.probe import FeatureSet
 
 
 class Interrupted(Exception):
@@ -178,15 +180,33 @@ def test_targets_that_differ_from_the_network(tmp_path):
     verify._refuse_below(verify._compare_features(live, live, [(0, 0)], 0.9), directory)
 
 
-@pytest.mark.parametrize("runner", [probe, dense])
-def test_cached_features_that_are_damaged(tmp_path, runner):
+def test_features_that_do_not_fit_on_the_disk(tmp_path, monkeypatch):
+    """Patch tokens of 100 images, 2 x 16 x 64 float16 each, are there twice while they are joined."""
+    config, free = loaded("probe"), [2 * 100 * 2 * 16 * 64 * 2 - 1]
+    monkeypatch.setattr(probe.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    feature_set = FeatureSet("pretrained", lambda frozen, batch: {"patches": np.zeros((1, 2, 16, 64), np.float16)}, {})
+    with provoked("on a larger disk"):
+        probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
+    assert not list(tmp_path.iterdir())
+    free[0] += 1
+    probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
+
+
+def test_cached_features_that_are_damaged(tmp_path):
+    for path in (tmp_path / "part.npz", tmp_path / "cls.npy"):
+        path.write_bytes(b"PK")
+        with provoked(f"Delete {tmp_path} and run the same command again"):
+            probe._read(path)
+        path.unlink()
+    probe._write(tmp_path / "part.npz", {"labels": np.arange(3)})
+    assert probe._read(tmp_path / "part.npz")["labels"].tolist() == [0, 1, 2]
+
+
+def test_cached_patches_that_are_damaged(tmp_path):
     path = tmp_path / "train.npz"
     path.write_bytes(b"PK")
     with provoked(f"Delete {path} and run the same command again"):
-        runner._read(path)
-    path.unlink()
-    runner._write(path, {"labels": np.arange(3)})
-    assert runner._read(path)["labels"].tolist() == [0, 1, 2]
+        dense._read(path)
 
 
 def test_a_dense_evaluation_without_an_image_to_hold_out():

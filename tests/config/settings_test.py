@@ -24,6 +24,7 @@ def test_only_what_names_something_decides():
         *("views.image_size", "model.patch_size", "model.codebook_size", "masking.num_masked", "masking.min_patches")
     }
     assert config_lib.undecided(load("probe.py", backbone__run="x")) == {"views.image_size", "probe.layers"}
+    assert config_lib.undecided(load("probe.py", probe__protocol="ep")) == {"probe.duration", "probe.batch_size"}
     assert config_lib.undecided(load("finetune.py")) == {"model.num_classes"}
 
 

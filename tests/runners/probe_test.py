@@ -11,9 +11,10 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
+from beitv2_jax.evaluation.features import ProbeSettings
 from beitv2_jax.evaluation.knn import knn_predict
 from beitv2_jax.evaluation.linear import fit_linear, standardize
-from beitv2_jax.evaluation.probe import ProbeSettings, probe_features
+from beitv2_jax.evaluation.protocols.ours import probe_features
 from beitv2_jax.runners import probe
 from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
 
@@ -164,11 +165,42 @@ def test_cached_features_are_those_of_the_network_that_is_asked_for(tmp_path):
         apply = lambda frozen, batch: {"red": frozen["factor"] * batch["images"][:, 0, 0, :1].astype(np.float32)}  # noqa: E731
         feature_set = FeatureSet("pretrained", apply, {"factor": np.float32(factor)})
         source = open_source(f"folder:{tmp_path / f'images{count}'}", "train")
-        return probe.cached_features(feature_set, source, config, str(tmp_path), computed.append)["red"][:, 0].tolist()
+        cached = probe.cached_features(feature_set, source, config, str(tmp_path), computed.append)
+        return cached.arrays["red"][:, 0].tolist()
 
     assert features(1, 3) == [0, 10, 20] * 2
     assert features(2, 3) == [0, 20, 40] * 2
     assert features(1, 4) == [0, 10, 20, 30] * 2
-    assert len(computed) == 3
-    assert features(2, 3) == [0, 20, 40] * 2 and len(computed) == 3
+    assert computed.count("computing features") == 3
+    assert features(2, 3) == [0, 20, 40] * 2 and computed.count("computing features") == 3
     assert len(list((tmp_path / "features").iterdir())) == 3
+
+
+def test_an_interrupted_pass_goes_on_after_its_last_part(tmp_path, monkeypatch):
+    folder = tmp_path / "images" / "train"
+    for index in range(20):
+        (folder / "ab"[index // 10]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (10 * index, 0, 0)).save(folder / "ab"[index // 10] / f"{index:02d}.png")
+    config = config_lib.load(f"{ROOT / 'configs/probe.py'}:smoke").unlock()
+    config.views.image_size, config.run.batch_size = 32, 8
+    monkeypatch.setattr(probe, "PART_BYTES", 1)
+    feature_set = FeatureSet("pretrained", lambda frozen, batch: {"red": batch["images"][:, 0, 0, :1] * 1.0}, {}, (3,))
+    source = open_source(f"folder:{tmp_path / 'images'}", "train")
+    moves = []
+
+    def stop_at_the_second_batch(phase):
+        moves.append(phase)
+        if moves == ["computing features"] * 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        probe.cached_features(feature_set, source, config, str(tmp_path), stop_at_the_second_batch)
+    (cache,) = (tmp_path / "features").iterdir()
+    assert [path.name for path in cache.iterdir()] == ["part.0-of-1.batches_of_8.0-1.npz"]
+    del moves[:]
+    features = probe.cached_features(feature_set, source, config, str(tmp_path), moves.append)
+    assert moves.count("computing features") == 2
+    assert features.arrays["red"][:, 0].tolist() == [10 * index for index in range(20)]
+    assert isinstance(features.arrays["red"], np.memmap)
+    assert features.labels.tolist() == [0] * 10 + [1] * 10 and features.layers == (3,)
+    assert sorted(path.name for path in cache.iterdir()) == ["labels.npy", "red.npy"]

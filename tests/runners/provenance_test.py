@@ -208,8 +208,8 @@ def test_an_interrupted_stage_of_a_pipeline_may_continue_with_another_network_if
     shutil.rmtree(tmp_path / "mim")
     write_run(str(tmp_path / "mim"), json.loads(config_lib.to_json(config.stages.mim)), weights(3.0))
     shutil.rmtree(tmp_path / "probe")
-    (tmp_path / "probe" / "features").mkdir(parents=True)
-    (tmp_path / "probe" / "features" / "train.npz").touch()
+    (tmp_path / "probe" / "features" / "train").mkdir(parents=True)
+    (tmp_path / "probe" / "features" / "train" / "labels.npy").touch()
     (tmp_path / "probe" / "config.json").write_text(config_lib.to_json(config.stages.probe))
     inputs = {"networks": {"backbone.run": "step 9, weights 0"}}
     provenance.write_inputs(str(tmp_path / "probe"), inputs, config_lib.resolve(config.stages.probe, str(tmp_path)))

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.report.key_metrics import key_metrics
 from beitv2_jax.runners import closing, report, workdirs
 
 METRICS = {"loss": 2.5, "eval/accuracy": 0.75, "eval/loss": 0.9, "eval/examples": 100, "steps": 20, "seconds": 61.0}
@@ -139,3 +140,19 @@ def test_the_end_of_a_stage_names_its_result_its_files_and_the_next_command(tmp_
         f"--config.tokenizer.run={best} {common}",
     ]
     assert "next:" not in closing.of_stage(workdir, alone=False)
+
+
+def test_a_probe_shows_every_accuracy_of_its_protocol():
+    config = config_lib.load("configs/probe.py")
+    config.probe.protocol = "dinov3"
+    metrics = {"train_examples": 9, "pretrained/cls/knn_10": 0.5, "pretrained/cls/knn_20": 0.25}
+    metrics |= {"pretrained/cls_normed/logistic": 0.75, "chosen/pretrained/cls_normed/logistic_c": 0.1}
+    summary = {"stage": "probe", "metrics": metrics}
+    assert key_metrics(summary, config) == [
+        "pretrained cls: knn_10 50.0%, knn_20 25.0%",
+        "pretrained cls_normed: logistic 75.0%",
+    ]
+    metrics = {"pretrained/cls/linear": 0.5, "pretrained/cls/knn": 0.25, "chosen/pretrained/cls/linear_rate": 0.1}
+    config.probe.protocol = "ours"
+    lines = key_metrics({"stage": "probe", "metrics": metrics}, config)
+    assert lines == ["pretrained cls: linear 50.0%, kNN 25.0%"]

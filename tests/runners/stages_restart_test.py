@@ -128,12 +128,13 @@ def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started
         ("checkpoints/12.orbax-checkpoint-tmp/params/x", False),
         ("views/.writing/plan.json", False),
         ("views/.writing/00000.v0.abc.tmp", False),
-        ("features/pretrained_train.0.tmp", False),
+        ("features/pretrained_train.0/cls.npy.tmp", False),
         ("summary.json", True),
         ("checkpoints/12/params/x", True),
         ("views/.writing/00000.done", True),
         ("centre/manifest.json", True),
-        ("features/pretrained_train.0.npz", True),
+        ("features/pretrained_train.0/part.0-of-1.batches_of_8.0-3.npz", True),
+        ("features/pretrained_train.0/labels.npy", True),
     ],
 )
 def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):

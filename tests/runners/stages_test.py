@@ -207,7 +207,7 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(corrupt_folder, t
     config.data.max_bad_fraction = 0.15
     for source, rows in zip(sources.values(), (24, 9), strict=True):
         features = probe.cached_features(pixels, source, config, str(tmp_path))
-        assert {len(array) for array in features.values()} == {rows}
+        assert {len(array) for array in (features.labels, *features.arrays.values())} == {rows}
     listed = {(r["split"], r["where"].partition(" (")[0]) for r in read_bad_records(tmp_path)}
     corrupt = ("train/plain/03.jpg", "train/checked/07.jpg", "validation/checked/02.jpg")
     assert listed == {(name.partition("/")[0], str(corrupt_folder / name)) for name in corrupt}

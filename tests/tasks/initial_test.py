@@ -109,6 +109,23 @@ def test_what_is_given_stays(tmp_path):
     assert found["model.depth"] == 2
 
 
+@pytest.mark.parametrize(
+    "protocol, published",
+    [
+        ("ours", ("100 epochs", 1024)),
+        ("dinov3", ("12500 steps", 1024)),
+        ("capi", ("12500 steps", 1024)),
+        ("ep", ("90 epochs", 4096)),
+        ("beit", ("100 epochs", 1024)),
+    ],
+)
+def test_a_protocol_of_the_probe_sets_what_was_published_unless_it_is_given(protocol, published):
+    config = initial.completed(load("probe", probe__protocol=protocol), "")
+    assert (config.probe.duration, config.probe.batch_size) == published
+    config = initial.completed(load("probe", probe__protocol=protocol, probe__batch_size=64), "")
+    assert (config.probe.duration, config.probe.batch_size) == (published[0], 64)
+
+
 @pytest.mark.parametrize("kind", ["mim", "vqkd", "classifier", "segmenter"])
 def test_a_probe_reads_the_early_layer_and_the_last(kind, tmp_path):
     found = taken(load("probe", backbone__run=stored(tmp_path, kind)))

@@ -5,29 +5,28 @@ once, by the final choice. The released script takes the best value over blocks 
 this protocol is stricter.
 """
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
 from beitv2_jax.evaluation.knn import knn_predict
 from beitv2_jax.evaluation.linear import fit_linear, standardize
 from beitv2_jax.rng import step_key
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeSettings:
-    """Numbers of the probe's own section of the config (durations already in steps)."""
-
-    num_steps: int
-    batch_size: int
-    learning_rates: tuple[float, ...]
-    weight_decay: float
-    knn_neighbors: int
-    knn_temperature: float
-    validation_fraction: float
-    seed: int
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
+    """Probe every kind of features."""
+    accuracies, chosen = {}, {}
+    for name in train.arrays:
+        on_move("fitting")
+        found = probe_features(
+            train.arrays[name], train.labels, test.arrays[name], test.labels, train.num_classes, settings
+        )
+        accuracies |= {f"{name}/{key}": found[key] for key in ("linear", "knn")}
+        chosen |= {f"{name}/{key}": value for key, value in found.items() if key not in ("linear", "knn")}
+    return Result(accuracies, chosen)
 
 
 def probe_features(
@@ -42,9 +41,7 @@ def probe_features(
 
     The last `validation_fraction` of a seeded permutation of the training rows chooses layer and learning rate.
     """
-    order = np.random.default_rng(settings.seed).permutation(len(train))
-    num_validation = max(1, int(len(order) * settings.validation_fraction))
-    fit_rows, held_rows = order[:-num_validation], order[-num_validation:]
+    fit_rows, held_rows = held_out(len(train), settings.validation_fraction, settings.seed)
     linear, nearest = [], []
     for layer in range(train.shape[1]):
         fit, held, evaluation = standardize(train[fit_rows, layer], train[held_rows, layer], test[:, layer])
