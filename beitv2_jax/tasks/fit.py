@@ -110,7 +110,8 @@ def _tokenizer(path: str, earlier: Earlier) -> tokenize.TokenizerSizes:
 def _check_probed(config: ConfigDict, path: str, earlier: Earlier) -> None:
     weights = _described(path, "config.backbone.run", earlier)
     check_image_size(weights, config.views.image_size)
-    check_probed_layers(config.probe.layers, backbone_of(weights).depth)
+    if "probe" in config:
+        check_probed_layers(config.probe.layers, backbone_of(weights).depth)
 
 
 def _check_initial(config: ConfigDict, path: str, earlier: Earlier) -> None:
