@@ -9,6 +9,7 @@ from beitv2_jax.errors import UserError, did_you_mean, print_error
 VERBS = {
     "train": ("beitv2_jax.main", "run or resume a stage, or predict what it needs on other chips"),
     "evaluate": ("beitv2_jax.evaluate", "measure accuracy, reconstruction or IoU of trained weights on a data set"),
+    "robustness": ("beitv2_jax.robustness", "measure a classifier of ImageNet on its successors, such as ImageNet-C"),
     "predict": ("beitv2_jax.predict", "predict classes of images, or of their pixels"),
     "embed": ("beitv2_jax.embed", "write the features of images to a file"),
     "atlas": ("beitv2_jax.atlas", "write a page that shows every code of a tokenizer, or of two"),
@@ -22,7 +23,7 @@ usage: beitv2 VERB [ARGUMENTS]
 
 BEiT v2 in JAX and Flax, version {__version__}. The verbs:
 
-{chr(10).join(f"  {verb:<9}{help_text}" for verb, (_, help_text) in VERBS.items())}
+{chr(10).join(f"  {verb:<11}{help_text}" for verb, (_, help_text) in VERBS.items())}
 
 beitv2 VERB --help describes the arguments. For example:
 

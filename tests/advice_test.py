@@ -4,6 +4,7 @@ A case names the flags of a run that is refused. What the error says to write is
 itself, and the run must then be accepted. The list of cases is held against the source: an error without a case fails.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -21,7 +22,8 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.convert import runs, weights
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import cluster, dense, finetune, inputs, mim, probe, tokenize
+from beitv2_jax.runners import stages
+from beitv2_jax.tasks import cluster, dense, finetune, fit, inputs, mim, probe, tokenize
 
 MIM = "--config=configs/mim.py --workdir=w"
 FLAGS = {
@@ -126,8 +128,6 @@ CONFIGS = [
     ("pipeline", "--config.tokenizer_views.image_size=100"),
     ("quickstart", "--config.efficiency.dtype=bf16"),
     ("quickstart", "--config.stages.mim.run.batch_size=0"),
-    ("quickstart", "--config.stages.probe.probe.layers=(2,9)"),
-    ("quickstart", "--config.stages.mim.model.codebook_size=12"),
 ]
 """What `config.validate` refuses, with 1000 training images."""
 
@@ -266,6 +266,92 @@ TASKS = [
 """What is refused when the data and the runs of other stages are open; the last column replaces DIR and PATH."""
 
 
+PATCHES_OF_32 = "--config.stages.mim.model.patch_size=32 --config.stages.mim.masking.num_masked=2"
+PIPELINES = [
+    ("quickstart", "--config.tokenizer_views.image_size=80"),
+    ("quickstart", "--config.mim_views.image_size=96"),
+    ("quickstart", "--config.stages.tokenize.views.image_size=96"),
+    ("quickstart", "--config.stages.vqkd.views.image_size=96"),
+    ("quickstart", "--config.stages.mim.views.image_size=96"),
+    ("quickstart", "--config.stages.vqkd.model.encoder.patch_size=32 --config.stages.mim.masking.num_masked=2"),
+    ("quickstart", f"--config.stages.extract.teacher.tokenizer_patch_size=32 {PATCHES_OF_32}"),
+    ("quickstart", "--config.stages.mim.model.patch_size=8"),
+    ("quickstart", "--config.stages.mim.model.codebook_size=12"),
+    ("quickstart", "--config.stages.vqkd.views.num_views=3"),
+    ("quickstart", "--config.stages.mim.views.num_views=3"),
+    ("quickstart", "--config.stages.mim.views.color_jitter=0.4"),
+    ("quickstart", "--config.stages.vqkd.views.min_scale=0.4"),
+    ("quickstart", "--config.stages.mim.views.interpolation=bilinear"),
+    ("quickstart", "--config.stages.mim.seed=3"),
+    ("quickstart", "--config.stages.extract.teacher.normalization=half"),
+    ("quickstart", "--config.stages.mim.mesh.data=16"),
+    ("quickstart", "--config.stages.probe.probe.layers=(2,4)"),
+    ("quickstart", "--config.stages.probe.backbone.run={workdir}/vqkd --config.stages.vqkd.model.encoder.depth=2"),
+    (
+        "quickstart",
+        "--config.stages.probe.backbone.run={workdir}/tokenize",
+        "--config.stages.probe.backbone.run={workdir}/mim",
+    ),
+    (
+        "quickstart",
+        "--config.stages.probe.backbone.run={workdir}/mmi",
+        "--config.stages.probe.backbone.run={workdir}/mim",
+    ),
+    (
+        "quickstart",
+        "--config.stages.mim.tokenizer.codes={workdir}/extract",
+        "--config.stages.mim.tokenizer.codes={workdir}/tokenize",
+    ),
+    (
+        "quickstart",
+        "--config.stages.vqkd.teacher.features={workdir}/teacher",
+        "--config.stages.vqkd.teacher.features={workdir}/extract",
+    ),
+    (
+        "quickstart",
+        "--config.stages.tokenize.tokenizer.run={workdir}/teacher",
+        "--config.stages.tokenize.tokenizer.run={workdir}/vqkd",
+    ),
+    (
+        "quickstart",
+        "--config.stages.extract.teacher.weights={workdir}/vqkd",
+        "--config.stages.extract.teacher.weights={workdir}/teacher",
+    ),
+    ("quickstart", "--config.stages.vqkd.init_from={workdir}/teacher", "--config.stages.vqkd.init_from="),
+    ("live", "--config.tokenizer_views.image_size=112 --config.stages.mim.masking.num_masked=19"),
+    ("live", "--config.stages.mim.views.tokenizer_image_size=112"),
+    ("live", "--config.stages.mim.model.patch_size=32 --config.stages.mim.masking.num_masked=10"),
+    ("live", "--config.stages.mim.model.codebook_size=80"),
+]
+"""What a pipeline refuses before its first stage, as a later stage would; the last column replaces DIR and PATH."""
+PIPELINE_FLAGS = {
+    "quickstart": "--config=configs/quickstart.py:smoke",
+    "live": "--config=configs/pipeline.py:mini,live --config.teacher.weights=LICENSE",
+}
+
+
+class DataAreOpened(Exception):
+    """Stands for the end of the checks of a pipeline."""
+
+    @classmethod
+    def raised(cls, config):
+        raise cls
+
+
+@pytest.mark.parametrize("name, mistake, remedy", [(*case, *[None] * (3 - len(case))) for case in PIPELINES])
+def test_advice_about_stages_that_do_not_fit(name, mistake, remedy, monkeypatch, tmp_path):
+    """Each is refused before the data are opened, and nothing is written."""
+    monkeypatch.setattr(inputs, "open_sources", DataAreOpened.raised)
+    monkeypatch.setattr(fit, "read_teacher", lambda **options: None)
+
+    def start(config):
+        with contextlib.suppress(DataAreOpened):
+            stages.run_stage(config, str(tmp_path / "run"))
+
+    follow([*shlex.split(PIPELINE_FLAGS[name]), *shlex.split(mistake)], start, remedy)
+    assert not (tmp_path / "run").exists()
+
+
 def open_features(monkeypatch) -> None:
     """Let DIR and PATH be features of ten images of 36 patches by an extract stage, and own-program ones by none."""
     manifest = {"teacher": "owl", "teacher_hash": "1", "teacher_width": 8}
@@ -277,6 +363,7 @@ def open_features(monkeypatch) -> None:
         return {"weights_hash": "2" if weights == "other" else "1"}, {}
 
     monkeypatch.setattr(cluster.targets, "manifest_of", lambda folder, target: manifest)
+    monkeypatch.setattr(cluster.targets, "check_targets", lambda *arguments: None)
     monkeypatch.setattr(cluster.targets, "open_cache", lambda *arguments: (reader, reader))
     monkeypatch.setattr(cluster, "is_run", lambda folder: folder != "own_program")
     monkeypatch.setattr(cluster, "read_config", lambda folder: json.loads(extract))

@@ -34,6 +34,7 @@ LAYERS = {
     "evaluate": 9,
     "planning": 9,
     "predict": 9,
+    "robustness": 9,
     "main": 10,
     "cli": 11,
 }

@@ -131,7 +131,6 @@ def validate(config: ConfigDict, num_examples: int | None = None) -> None:
         for name, stage in config.stages.items():
             with stage_errors(config, name):
                 _validate_stage(stage, num_examples)
-        _check_stages_fit(config)
     else:
         _validate_stage(config, num_examples)
 
@@ -363,20 +362,6 @@ def _check_layers(flat: dict[str, Any], refuse: Callable) -> None:
             "Did you mean the last block of every quarter?",
             f"'{tuple(math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4))}'",
         )
-
-
-def _check_stages_fit(pipeline: ConfigDict) -> None:
-    """Check what one stage of a pipeline needs of another, which would otherwise be noticed when that has run."""
-    stages = pipeline.stages
-    if "mim" not in stages:
-        return
-    model = stages.mim.model
-    if "probe" in stages:
-        with stage_errors(pipeline, "probe"):
-            check_probed_layers(stages.probe.probe.layers, model.depth)
-    if "vqkd" in stages:
-        with stage_errors(pipeline, "mim"):
-            check_codebook_size(model.codebook_size, stages.vqkd.model.codebook_size)
 
 
 def check_codebook_size(predicted: int, codebook_size: int) -> None:

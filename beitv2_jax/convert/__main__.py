@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, report_errors
 from beitv2_jax.config.paths import refuse_remote
-from beitv2_jax.convert.files import group_by_reason
+from beitv2_jax.convert.files import group_by_reason, read_config
 
 _DESCRIPTION = """\
 Convert BEiT weights between layouts.
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     not_written = weights_lib.write(weights, options.dest, options.layout, licenses)
     try:
         print(summary(weights, options.dest, options.layout, not_written), flush=True)
+        if options.layout == "stablehlo":
+            print(f"{options.dest} expires: {read_config(options.dest, 'manifest.json')['expiry']}.", flush=True)
     except BrokenPipeError:
         # the reader, such as `head`, has closed the pipe; the weights are written, and the exit flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

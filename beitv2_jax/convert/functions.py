@@ -5,6 +5,7 @@ says what the function takes and returns. The weights are part of the function, 
 bytes.
 """
 
+import calendar
 import datetime
 import importlib.metadata
 import importlib.util
@@ -68,14 +69,30 @@ def export_stablehlo(weights: Weights) -> Function:
     (batch,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
     exported = export.export(jax.jit(_function(weights)), platforms=PLATFORMS)(images)
+    written = datetime.datetime.now(datetime.UTC).date()
     details = {
         "jax_version": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
-        "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "expiry": "read by releases of jax up to six months newer than jax_version; later ones may refuse it",
+        "written": written.isoformat(),
+        "expiry": _expiry(written),
         "platforms": list(PLATFORMS),
     }
     return Function(exported.serialize(), _manifest(weights, "stablehlo", "b", details))
+
+
+def _expiry(written: datetime.date) -> str:
+    """Return until when a function that is written on this day can be read.
+
+    Source: the compatibility guarantees of jax.export, a window of six months between the releases of jax.
+    """
+    months = written.month + 5
+    year, month = written.year + months // 12, months % 12 + 1
+    last = min(written.day, calendar.monthrange(year, month)[1])
+    until = written.replace(year=year, month=month, day=last)
+    return (
+        f"jax {jax.__version__} reads it, and so do the releases of jax in the six months after that one; a release "
+        f"after {until.isoformat()} may refuse it, so keep the weights to write it again"
+    )
 
 
 def export_onnx(weights: Weights) -> Function:

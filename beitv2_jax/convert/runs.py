@@ -59,11 +59,15 @@ def check_stage(workdir: str, stages: Collection[str], key: str) -> None:
     """
     if not is_run(workdir):
         raise _not_a_run(workdir)
-    stage = read_config(workdir)["stage"]
+    refuse_other_stage(read_config(workdir)["stage"], workdir, stages, key)
+
+
+def refuse_other_stage(stage: str, workdir: str, stages: Collection[str], key: str) -> None:
+    """Raise UserError unless the `stage` of the run in `workdir` is one of `stages`; `key` as in `check_stage`."""
     if stage not in stages:
         listed = " or ".join(map(repr, stages))
         raise UserError(
-            f"{workdir} holds a run of stage {stage!r}, but a run of stage {listed} is needed.",
+            f"{workdir} is the folder of a run of stage {stage!r}, but a run of stage {listed} is needed.",
             "The path may be that of another stage.",
             f"{f'Write --{key}=PATH with' if key else 'Pass'} the directory of a run of stage {listed}.",
         )

@@ -5,13 +5,15 @@ config.json), or 'run' (a run directory of this package). The kind of model is r
 and 'onnx' can only be written: a function with the weights in it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -228,14 +230,7 @@ def resized(weights: Weights, image_size: int) -> Weights:
             "Did you mean the image size that the features were extracted at?",
             f"Write {made}, or run the stages extract and cluster at {image_size} pixels.",
         )
-    patch_size = weights.arguments.get("encoder", weights.arguments)["patch_size"]
-    if image_size % patch_size:
-        fitting = patch_size * max(1, round(image_size / patch_size))
-        raise UserError(
-            f"Images of {image_size} pixels cannot be divided into patches of {patch_size} pixels.",
-            f"Did you mean {fitting} pixels?",
-            f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
-        )
+    patch_size = check_image_size(weights, image_size)
     flat = traverse_util.flatten_dict(weights.variables, sep="/", keep_empty_nodes=True)
     has_cls = weights.arguments.get("class_token", True)  # which some plain ViTs lack
     flat = resize_positions(flat, (image_size // patch_size,) * 2, num_prefix=int(has_cls))
@@ -244,6 +239,19 @@ def resized(weights: Weights, image_size: int) -> Weights:
         arguments={**weights.arguments, "image_size": image_size},
         variables=traverse_util.unflatten_dict(flat, sep="/"),
     )
+
+
+def check_image_size(weights: Weights, image_size: int) -> int:
+    """Return the patch size of the weights; raise UserError unless images of this size hold whole patches."""
+    patch_size = weights.arguments.get("encoder", weights.arguments)["patch_size"]
+    if image_size % patch_size:
+        fitting = patch_size * max(1, round(image_size / patch_size))
+        raise UserError(
+            f"Images of {image_size} pixels cannot be divided into patches of {patch_size} pixels.",
+            f"Did you mean {fitting} pixels?",
+            f"Write --image_size={fitting}, or --config.views.image_size={fitting} for a training run.",
+        )
+    return patch_size
 
 
 def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING_STATED) -> dict[str, str]:
@@ -311,15 +319,19 @@ def weights_of_run(path: str, run: Run) -> Weights:
 
 def describe_run(path: str) -> Weights:
     """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
-    kinds = {stage: kind for kind, stage in STAGES.items()}
-    check_stage(path, kinds, "")
-    config = read_config(path)
-    kind = kinds[config["stage"]]
+    check_stage(path, STAGES.values(), "")
+    weights = describe_config(read_config(path))
+    if weights.kind == "cluster":
+        weights.arguments["teacher"] = read_config(path, TEACHER_FILE)
+    return weights
+
+
+def describe_config(config: Mapping[str, Any]) -> Weights:
+    """Return what the config of a stage of `STAGES` says of its weights, as `describe_run` does; without a teacher."""
+    kind = next(kind for kind, stage in STAGES.items() if stage == config["stage"])
     arguments = {**config["model"], "image_size": config["views"]["image_size"]}
     if kind == "segmenter":
         arguments["out_layers"] = tuple(arguments["out_layers"])  # JSON has lists only
-    if kind == "cluster":
-        arguments["teacher"] = read_config(path, TEACHER_FILE)
     return Weights(
         kind=kind,
         arguments=arguments,
@@ -331,7 +343,8 @@ def describe_run(path: str) -> Weights:
 
 
 def _from_plain_vit(path: str, found: StateDict) -> Weights:
-    network = from_state(found.arrays, read_config(path), output="tokens")
+    with _heads_stated_beside():
+        network = from_state(found.arrays, read_config(path), output="tokens", num_heads=_stated_heads(path) or 0)
     normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
     assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
@@ -346,13 +359,31 @@ def _from_plain_vit(path: str, found: StateDict) -> Weights:
     )
 
 
+def _stated_heads(path: str) -> int | None:
+    """Return the number of attention heads that a config.json of Hugging Face or timm beside weights states."""
+    config = read_config(path) or {}
+    return config.get("num_attention_heads") or timm.stated_heads(config)
+
+
+@contextlib.contextmanager
+def _heads_stated_beside() -> Iterator[None]:
+    """Let an error about heads name what can be written for any use of a plain ViT, and not a key of a teacher."""
+    try:
+        yield
+    except UserError as error:
+        stated = '{"num_attention_heads": N} into a file config.json beside the weights,'
+        instead = error.instead.replace("--config.teacher.num_heads=N", stated)
+        raise UserError(error.happened, error.meant, instead) from error
+
+
 def _classifier_from_plain_vit(
     path: str, arrays: dict[str, np.ndarray], num_heads: int | None, normalization: str | None
 ) -> Weights | None:
     """Return the classifier in the state dict of a plain vision transformer; None for another state dict."""
     if not is_plain_vit(arrays):
         return None
-    network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or 0)
+    with _heads_stated_beside():
+        network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or _stated_heads(path) or 0)
     if network is None:
         return None
     usual = network.normalization

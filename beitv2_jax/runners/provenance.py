@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -18,13 +19,13 @@ from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.class_names import INPUTS_FILE
-from beitv2_jax.convert.files import located, read_weights
+from beitv2_jax.convert.files import located, read_weights, run_directory
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.terms import rows_of, teachers_of
 from beitv2_jax.data.target_cache.manifest import identity, read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
-from beitv2_jax.runtime.buckets import absolute, as_path
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks.targets import PARTS
 
 NETWORKS = ("teacher.weights", "tokenizer.run", "backbone.run")
@@ -66,14 +67,14 @@ def describe_network(config: ConfigDict, key: str, path: str) -> str:
     return _network(path, config.teacher.get("state_dict", "") if key == "teacher.weights" else "")
 
 
-def refuse_missing_paths(config: ConfigDict, later: str) -> None:
+def refuse_missing_paths(config: ConfigDict, earlier: Collection[str]) -> None:
     """Raise UserError if a network, target cache or initial weights that the config names are not there.
 
-    Those inside the folder `later` are left out: former stages of a pipeline write them.
+    Those in the workdirs `earlier` are left out: the former stages of a pipeline write them.
     """
     named = {**paths_of_networks(config), "init_from": config.get("init_from", "")}
     for key, path in named.items():
-        if path and not as_path(absolute(path)).is_relative_to(later):
+        if path and str(run_directory(path)) not in earlier:
             _refuse_missing(key, path)
 
 

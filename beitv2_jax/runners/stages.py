@@ -18,7 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.files import located
+from beitv2_jax.convert.files import located, run_directory
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
 from beitv2_jax.data.sources import Source
@@ -43,7 +43,7 @@ from beitv2_jax.runtime import buckets, preemption, startup_times, workdir_lock
 from beitv2_jax.runtime.atomic_files import write_json, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.runtime.disk_checks import refuse_pattern
-from beitv2_jax.tasks import initial
+from beitv2_jax.tasks import fit, initial
 from beitv2_jax.tasks import inputs as tasks_inputs
 from beitv2_jax.tasks.api import Task
 from beitv2_jax.tasks.targets import PARTS
@@ -203,7 +203,8 @@ def run_pipeline(
     """Run `config.stages` in order, each in `workdir/<name>`, then write the report of the whole.
 
     Before the first stage begins, the workdirs of all stages are compared with their configs and with each other, the
-    networks and the data that they name must be there, and a probe is left out where the data have no labels.
+    networks and the data that they name must be there, every stage must fit what it names and what former stages will
+    write, and a probe is left out where the data have no labels. The data are opened last.
     """
     refuse_other_config(config, workdir)
     stages = config.stages
@@ -211,19 +212,26 @@ def run_pipeline(
         name: {"allow_config_change": allow_config_change, "defaults": _of_stage(defaults, name)} for name in stages
     }
     check_writable(workdir)
-    unfinished = {}
-    for name, stage in stages.items():
+    folders = {name: os.path.join(workdir, name) for name in stages}
+    runs = {name: str(run_directory(folder)) for name, folder in folders.items()}
+    unfinished = {name for name, folder in folders.items() if read_summary(folder) is None}
+    for number, (name, stage) in enumerate(stages.items()):
         with config_lib.stage_errors(config, name):
             tasks_inputs.check_implementations(stage)
-            refuse_other_config(
-                stage, os.path.join(workdir, name), allowed=allow_config_change, defaults=arguments[name]["defaults"]
-            )
-            if read_summary(os.path.join(workdir, name)) is None:
-                unfinished[name] = _resolved(stage, os.path.join(workdir, name))
-                provenance.refuse_missing_paths(unfinished[name], workdir)
+            refuse_other_config(stage, folders[name], allowed=allow_config_change, defaults=arguments[name]["defaults"])
+            if name in unfinished:
+                provenance.refuse_missing_paths(_resolved(stage, folders[name]), list(runs.values())[:number])
     refuse_outdated(config, workdir, allowed=allow_config_change)
+    earlier = {}
+    for name, stage in stages.items():
+        with config_lib.stage_errors(config, name):
+            completed = _resolved(_completed(stage, folders[name], with_data=False), folders[name])
+            if name in unfinished:
+                fit.check(completed, earlier)
+                check_devices(completed)
+            earlier[runs[name]] = completed
     opened, chosen = {}, dict(stages.items())
-    for name, stage in unfinished.items():
+    for name, stage in ((name, earlier[runs[name]]) for name in stages if name in unfinished):
         with config_lib.stage_errors(config, name):
             data = tuple(stage.data.items())
             if data not in opened:
@@ -416,6 +424,14 @@ def check_start(task, config: ConfigDict) -> None:
         loop.check(task, config)
         return
     config_lib.validate(config, len(task.sources[0]))
+    check_devices(config)
+
+
+def check_devices(config: ConfigDict) -> None:
+    """Raise UserError unless the devices of a stage are there and divide its batches equally."""
+    if config.stage not in WITHOUT_LOOP:
+        loop.check_devices(config)
+        return
     if config.stage == "cluster":  # one process, whose batches are divided over no devices
         return
     rows = config.run.batch_size
@@ -437,15 +453,20 @@ def holds_results(workdir: str) -> bool:
     return any(path.exists() for path in left) or any(is_begun(root / part) for part in PARTS)
 
 
-def _completed(config: ConfigDict, workdir: str) -> ConfigDict:
+def _completed(config: ConfigDict, workdir: str, *, with_data: bool = True) -> ConfigDict:
     """Return the config of a stage with every key decided: as in the run that is continued, or by what it names.
+
+    Without `with_data` the data are not opened, and what they decide stays as it is declared.
 
     Raises:
         UserError: what it names is not there, or the values do not fit the rest of the config.
     """
     path = _config_path(workdir)
-    former = _read_config(path) if path.exists() and holds_results(workdir) else None
-    config = initial.completed(config, _folder_of_pipeline(workdir), former=former)
+    open_keys = config_lib.undecided(config)
+    former = _read_config(path) if open_keys and path.exists() and holds_results(workdir) else None
+    if former is None and with_data and "model.num_classes" in open_keys:  # which the data decide
+        fit.check(_resolved(_completed(config, workdir, with_data=False), workdir), {})
+    config = initial.completed(config, _folder_of_pipeline(workdir), former=former, with_data=with_data)
     config_lib.validate(config)
     return config
 

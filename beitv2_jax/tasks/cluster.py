@@ -7,7 +7,7 @@ with a_i = k).
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +71,9 @@ def build(config) -> Clustering:
         )
     folder = config.teacher.features
     manifest = targets.manifest_of(folder, FEATURES)
+    check_features(config, manifest)
     sources = inputs.open_sources(config)
-    grid = (config.views.image_size // config.model.patch_size,) * 2
+    grid = _grid(config)
     stored = targets.open_cache(folder, config, sources, FEATURES, grid)
     num_tokens = (len(stored[0]) - len(stored[0].unreadable)) * config.views.num_views * grid[0] * grid[1]
     if num_tokens < config.model.codebook_size:
@@ -99,6 +100,15 @@ def build(config) -> Clustering:
             "extract again.",
         )
     return Clustering(sources, stored, description, params)
+
+
+def check_features(config, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError unless the stored features that the config names are those of its views and patches."""
+    targets.check_targets(manifest, config.teacher.features, config, FEATURES, _grid(config))
+
+
+def _grid(config) -> tuple[int, int]:
+    return (config.views.image_size // config.model.patch_size,) * 2
 
 
 def _teacher_arguments(config) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.tasks.probe import READS
 from beitv2_jax.tasks.targets import manifest_of
+from beitv2_jax.tasks.tokenize import sizes_of
 
 PUBLISHED_PATCHES = 196
 """Patches of an image in the published pre-training."""
@@ -34,7 +35,12 @@ Values = dict[str, Any]
 
 
 def completed(
-    config: ConfigDict, folder: str, *, former: ConfigDict | None = None, tolerant: bool = False
+    config: ConfigDict,
+    folder: str,
+    *,
+    former: ConfigDict | None = None,
+    tolerant: bool = False,
+    with_data: bool = True,
 ) -> ConfigDict:
     """Return a copy of the config of a stage in which every key is decided, and log what came from where.
 
@@ -43,6 +49,7 @@ def completed(
         folder: what '{workdir}' in it stands for.
         former: config of the run that is continued, which has decided already; None decides anew.
         tolerant: keep what is declared where weights, targets or data are not there, and log why.
+        with_data: False keeps what is declared where the data decide, which are then not opened.
 
     Raises:
         UserError: they are not there, or cannot be read.
@@ -54,16 +61,22 @@ def completed(
         before = config_lib.flatten(former)
         values = {key: before[key] for key in keys if key in before}
     else:
-        values = _found(config_lib.resolve(config, folder), keys, tolerant)
+        keys = keys if with_data else keys.difference(DECIDED["data.source"])
+        values = _found(config, folder, keys, tolerant)
     return config_lib.decided(config, values)
 
 
-def _found(config: ConfigDict, keys: set[str], tolerant: bool) -> Values:
-    """Return the value of each of `keys` that can be found; of two sources of one key the first decides."""
+def _found(config: ConfigDict, folder: str, keys: set[str], tolerant: bool) -> Values:
+    """Return the value of each of `keys` that can be found; of two sources of one key the first decides.
+
+    An earlier stage of a pipeline is no source.
+    """
+    earlier = {source for source, path in config_lib.flatten(config).items() if "{workdir}" in str(path)}
+    config = config_lib.resolve(config, folder)
     values, flat = {}, config_lib.flatten(config)
     for source, find in _FINDERS.items():
         wanted = keys.intersection(DECIDED[source]) - values.keys()
-        if not flat.get(source) or not wanted:
+        if not flat.get(source) or source in earlier or not wanted:
             continue
         try:
             title, found = find(config)
@@ -135,10 +148,9 @@ def _whole_patches(image_size: int, patch_size: int) -> int:
 
 def _of_tokenizer(config: ConfigDict) -> tuple[str, Values]:
     check_stage(config.tokenizer.run, TOKENIZER_STAGES, "config.tokenizer.run")
-    trained = read_config(config.tokenizer.run)
-    model, image_size = trained["model"], trained["views"]["image_size"]
-    values = _grid(config, "model", image_size, model.get("encoder", model)["patch_size"])
-    return f"a tokenizer for {image_size} pixels", values | {"model.codebook_size": model["codebook_size"]}
+    sizes = sizes_of(read_config(config.tokenizer.run), config.tokenizer.run)
+    values = _grid(config, "model", sizes.image_size, sizes.image_size // sizes.grid[0])
+    return f"a tokenizer for {sizes.image_size} pixels", values | {"model.codebook_size": sizes.codebook_size}
 
 
 def _of_codes(config: ConfigDict) -> tuple[str, Values]:

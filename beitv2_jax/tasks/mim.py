@@ -6,7 +6,8 @@ is seen with its colour jitter, as in the released recipe.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Batch, LossParts, Task
 from beitv2_jax.tasks.common import init_variables, normalized, released_no_decay, view_pixels
 from beitv2_jax.tasks.losses import masked_cross_entropy, weighted_sum
-from beitv2_jax.tasks.tokenize import load_tokenizer
+from beitv2_jax.tasks.tokenize import Tokenizer, TokenizerSizes, check_image_size, load_tokenizer
 from beitv2_jax.typing import CodeIds, Images, Mask, PyTree
 
 
@@ -154,24 +155,18 @@ def build(config) -> Task:
 def open_inputs(config) -> inputs.Opened:
     """Open the initial weights, the code cache or the tokenizer, and the data; raises as `build` does."""
     initial = inputs.initial_variables(config, "mim", make_model(config, Compute()))
-    grid = _grid(config)
     tokenizer, frozen, stored = None, {}, (None, None)
     if config.tokenizer.codes:
-        codebook_size = targets_lib.manifest_of(config.tokenizer.codes, CODE_IDS)["codebook_size"]
+        check_codes(config, targets_lib.manifest_of(config.tokenizer.codes, CODE_IDS))
     else:
-        tokenizer_size = inputs.tokenizer_view(config).image_size
+        image_size, size_key = inputs.tokenizer_view(config).image_size, _size_key(config)
         tokenizer, frozen["tokenizer"] = load_tokenizer(
-            config.tokenizer.run,
-            tokenizer_size,
-            config.efficiency.dtype,
-            size_key="views.tokenizer_image_size" if config.views.tokenizer_image_size else "views.image_size",
+            config.tokenizer.run, image_size, config.efficiency.dtype, size_key=size_key
         )
-        _check_grid(tokenizer, grid, config)
-        codebook_size = tokenizer.codebook_size
-    check_codebook_size(config.model.codebook_size, codebook_size)
+        check_tokenizer(config, tokenizer)
     sources = inputs.open_sources(config)
     if config.tokenizer.codes:
-        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, grid)
+        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, _grid(config))
     return inputs.Opened(sources, stored, tokenizer, frozen, initial)
 
 
@@ -222,8 +217,22 @@ def _grid(config) -> tuple[int, int]:
     return (config.views.image_size // config.model.patch_size,) * 2
 
 
-def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
-    """Raise UserError unless the tokenizer gives one code per patch of the model's `grid`."""
+def _size_key(config) -> str:
+    return "views.tokenizer_image_size" if config.views.tokenizer_image_size else "views.image_size"
+
+
+def check_codes(config, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError unless the stored codes that the config names are those of its views, patches and codebook."""
+    check_codebook_size(config.model.codebook_size, manifest["codebook_size"])
+    targets_lib.check_targets(manifest, config.tokenizer.codes, config, CODE_IDS, _grid(config))
+
+
+def check_tokenizer(config, tokenizer: Tokenizer | TokenizerSizes) -> None:
+    """Raise UserError unless the tokenizer that the config names reads its views and codes the model's patches."""
+    check_image_size(
+        config.tokenizer.run, tokenizer.image_size, inputs.tokenizer_view(config).image_size, _size_key(config)
+    )
+    grid = _grid(config)
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
         image_size, patch_size = config.views.image_size, config.model.patch_size
@@ -237,6 +246,7 @@ def _check_grid(tokenizer, grid: tuple[int, int], config) -> None:
             "Did you mean one code for each patch?",
             f"Write {fitting}, or use another tokenizer.",
         )
+    check_codebook_size(config.model.codebook_size, tokenizer.codebook_size)
 
 
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:

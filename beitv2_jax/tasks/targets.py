@@ -7,13 +7,14 @@ the train split, its part "centre" one centre crop of the eval split.
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from beitv2_jax.convert.teachers.terms import terms_of_weights
 from beitv2_jax.data.augment import AUGMENTATION_VERSION, eval_crop_fraction
 from beitv2_jax.data.sources import Source
-from beitv2_jax.data.target_cache.manifest import check_manifest, identity, read_manifest
+from beitv2_jax.data.target_cache.manifest import check_manifest, check_views, identity, read_manifest
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.transform import EvalTransform, Example, TrainTransform
 from beitv2_jax.errors import UserError
@@ -62,12 +63,15 @@ def cache_manifest(config, source: Source, part: str) -> dict:
 
     In the config of a stage that reads cached codes it is the tokenizer's own view that counts, where it has one.
     """
+    of_data = {"source": source.name, "split": source.split, "num_examples": len(source)}
+    return of_data | view_manifest(config, part)
+
+
+def view_manifest(config, part: str) -> dict:
+    """Return the part of `cache_manifest` that the config says, whatever the data are."""
     views, seen = config.views, inputs.tokenizer_view(config)
     common = {
         "part": part,
-        "source": source.name,
-        "split": source.split,
-        "num_examples": len(source),
         "image_size": seen.image_size,
         "augmentation_version": AUGMENTATION_VERSION,
     }
@@ -131,6 +135,37 @@ def manifest_of(directory: str, target: str) -> dict:
     return manifest
 
 
+def check_targets(
+    manifest: Mapping[str, Any],
+    directory: str,
+    config,
+    target: str,
+    grid: tuple[int, int],
+    made_with: Mapping | None = None,
+) -> None:
+    """Check the manifest of a train split as `open_cache` does, without the data: same arguments, same errors."""
+    expected = _expected(config, PARTS[0], target, grid, made_with)
+    check_views(manifest, expected, directory, _flags(config, manifest))
+
+
+def _expected(config, part: str, target: str, grid: tuple[int, int], made_with: Mapping | None) -> dict[str, Any]:
+    return {"target": target, **view_manifest(config, part), "grid": list(grid), **(made_with or {})}
+
+
+def _flags(config, found: Mapping[str, Any]) -> dict[str, str]:
+    """Return, by field of a manifest, the flag that gives the stage of `config` the value that is `found` in it."""
+    own_view = {name: f"tokenizer_{name}" for name in ("image_size", "interpolation")}
+    keys = {name: f"views.{name}" for name in ("num_views", "image_size", "interpolation", "min_scale", "color_jitter")}
+    keys |= {name: f"views.{own}" for name, own in own_view.items() if config.views.get(own)}
+    keys |= {"seed": "seed", **{f"teacher_{name}": f"teacher.{name}" for name in TEACHER_CHOICES}}
+    flags = {field: f"--config.{key}={found[field]}" for field, key in keys.items() if field in found}
+    rows = found["grid"][0]
+    if config.views.image_size % rows == 0:
+        section = "model.encoder" if "encoder" in config.model else "model"
+        flags["grid"] = f"--config.{section}.patch_size={config.views.image_size // rows}"
+    return flags
+
+
 def open_parts(directory: str, sources: tuple[Source, Source]) -> tuple[TargetReader, TargetReader]:
     """Open both parts of the cache that an extract or tokenize stage left in `directory`: (views, centre).
 
@@ -165,8 +200,8 @@ def open_cache(
         check_manifest(read_manifest(os.path.join(directory, part)), {"source": source.name}, directory)
     readers = open_parts(directory, sources)
     for part, source, reader in zip(PARTS, sources, readers, strict=True):
-        expected = {"target": target, **cache_manifest(config, source, part), "grid": list(grid), **(made_with or {})}
-        reader.check(expected)
+        expected = cache_manifest(config, source, part) | _expected(config, part, target, grid, made_with)
+        reader.check(expected, _flags(config, reader.manifest))
     networks = [
         {name: value for name, value in identity(reader.manifest).items() if _of_network(name)} for reader in readers
     ]

@@ -5,7 +5,7 @@ Also the one way in which a tokenizer of any kind is loaded and called: `load_to
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,15 +116,40 @@ def load_tokenizer(
     check_stage(run_dir, TOKENIZERS, "config.tokenizer.run")
     run = read_run(run_dir)
     weights = weights_of_run(run_dir, run)
-    trained_size = weights.arguments["image_size"]
+    check_image_size(run_dir, weights.arguments["image_size"], image_size, size_key)
+    tokenizer = tokenizer_of(weights, Compute(dtype=dtype), name=run.name, weights_hash=run.weights_hash)
+    return tokenizer, weights.variables
+
+
+def check_image_size(run_dir: str, trained_size: int, image_size: int, size_key: str = "views.image_size") -> None:
+    """Raise UserError unless the tokenizer in `run_dir` is for images of this size; `size_key` is its config key."""
     if trained_size != image_size:
         raise UserError(
-            f"The tokenizer in {run_dir} was trained at {trained_size} pixels, this run uses {image_size}.",
+            f"The tokenizer in {run_dir} is trained at {trained_size} pixels, this run uses {image_size}.",
             "Did you mean the same image size for both?",
             f"Write --config.{size_key}={trained_size}.",
         )
-    tokenizer = tokenizer_of(weights, Compute(dtype=dtype), name=run.name, weights_hash=run.weights_hash)
-    return tokenizer, weights.variables
+
+
+class TokenizerSizes(NamedTuple):
+    """What the config of a tokenizer's run says of it; attributes as those of `Tokenizer`."""
+
+    name: str
+    image_size: int
+    grid: tuple[int, int]
+    codebook_size: int
+
+
+def sizes_of(config: Mapping[str, Any], name: str) -> TokenizerSizes:
+    """Return the sizes of the tokenizer that a stage with this config makes; `name` is that of its run."""
+    model, image_size = config["model"], config["views"]["image_size"]
+    grid = (image_size // model.get("encoder", model)["patch_size"],) * 2
+    return TokenizerSizes(name, image_size, grid, model["codebook_size"])
+
+
+def check_tokenizer(config, tokenizer: Tokenizer | TokenizerSizes) -> None:
+    """Raise UserError unless the tokenizer that the config of a tokenize stage names reads its views."""
+    check_image_size(config.tokenizer.run, tokenizer.image_size, config.views.image_size)
 
 
 def build(config) -> TargetCacheTask:

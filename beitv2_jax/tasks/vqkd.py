@@ -7,6 +7,7 @@ the step (`teacher.weights`). Both see the same views, so both give the same los
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,8 +181,12 @@ def _codebook_of(config, codebook_size: int) -> str:
     return f"--config.model.codebook_size={codebook_size}"
 
 
+def _grid(config) -> tuple[int, int]:
+    return (config.views.image_size // config.model.encoder.patch_size,) * 2
+
+
 def _patches(config) -> int:
-    return (config.views.image_size // config.model.encoder.patch_size) ** 2
+    return math.prod(_grid(config))
 
 
 def usage_window(config, num_examples: int) -> int:
@@ -197,17 +202,24 @@ def open_inputs(config) -> inputs.Opened:
     patch_size = config.model.encoder.patch_size
     teacher, frozen, stored = None, {}, (None, None)
     if config.teacher.features:
-        teacher_width = targets_lib.manifest_of(config.teacher.features, FEATURES)["teacher_width"]
+        manifest = targets_lib.manifest_of(config.teacher.features, FEATURES)
+        check_features(config, manifest)
+        teacher_width = manifest["teacher_width"]
     else:
         teacher, frozen["teacher"] = load_teacher(**targets_lib.teacher_arguments(config, patch_size))
         teacher_width = teacher.width
     initial = inputs.initial_variables(config, "vqkd", make_model(config, Compute(), teacher_width=teacher_width))
     sources = inputs.open_sources(config)
     if config.teacher.features:
-        grid = (config.views.image_size // patch_size,) * 2
         made_with = targets_lib.stated_choices(config)
-        stored = targets_lib.open_cache(config.teacher.features, config, sources, FEATURES, grid, made_with)
+        stored = targets_lib.open_cache(config.teacher.features, config, sources, FEATURES, _grid(config), made_with)
     return inputs.Opened(sources, stored, teacher, frozen, initial)
+
+
+def check_features(config, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError unless the stored features that the config names are those of its views, patches and teacher."""
+    made_with = targets_lib.stated_choices(config)
+    targets_lib.check_targets(manifest, config.teacher.features, config, FEATURES, _grid(config), made_with)
 
 
 def make_task(config, opened: inputs.Opened) -> Task:

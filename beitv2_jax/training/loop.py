@@ -73,12 +73,18 @@ def check(task: Task, config: ConfigDict) -> None:
         UserError: they do not, `run.keep_best` names no metric of the evaluation, or wandb is not installed.
     """
     Schedule.from_config(config, task.num_train_examples)
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_rows(config.run.batch_size, mesh)
-    sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
+    mesh = check_devices(config)
     best.check_metric(task, config.run.keep_best, config.optim.weight_average > 0, sharding.row_share(mesh))
     wandb_run.check(config.run.wandb)
     task.train_batches(*sharding.row_share(mesh)).close()
+
+
+def check_devices(config: ConfigDict) -> Mesh:
+    """Return the mesh of a config; raise UserError unless its devices are there and divide the batches equally."""
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_rows(config.run.batch_size, mesh)
+    sharding.check_micro_batches(config.run.batch_size, mesh.shape, config.efficiency.accumulation_steps)
+    return mesh
 
 
 def check_checkpoint(task: Task, config: ConfigDict, workdir: str | AnyPath) -> None:

@@ -551,7 +551,7 @@ def test_a_cache_that_is_not_there_or_of_another_config(cache):
     with provoked("Run that stage, which also resumes an unfinished one, or correct the directory"):
         read_manifest(cache / "missing")
     manifest = read_manifest(cache)
-    with provoked("Give this run what the targets were made with (seed = 11)"):
+    with provoked("Give this run what the targets are made with (seed = 11)"):
         check_manifest(manifest, {"seed": 12}, cache)
     check_manifest(manifest, {"seed": 11}, cache)
 

@@ -18,7 +18,20 @@ from user_errors import check_all_provoked, flag, provoked
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
-from beitv2_jax.runners import dense, evaluate, features, parts, probe, provenance, report, stages, targets, verify
+from beitv2_jax.evaluation.classes import imagenet_ids
+from beitv2_jax.runners import (
+    dense,
+    evaluate,
+    features,
+    parts,
+    probe,
+    provenance,
+    report,
+    robustness,
+    stages,
+    targets,
+    verify,
+)
 from beitv2_jax.tasks.probe import FeatureSet
 
 
@@ -308,6 +321,40 @@ def test_workdirs_of_a_report(tmp_path):
     with provoked("Write every workdir once"):
         report._short_names([run, run])
     assert report._short_names([run]) == ["run"]
+
+
+def test_images_of_benchmarks(tmp_path):
+    """Of a validation image of ImageNet, with and without what its name and its folder say."""
+
+    def put(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(path)
+        return path
+
+    put(tmp_path / "val" / "one.png")
+    with provoked("Write folder:PATH with one folder for each class"):
+        robustness.open_benchmark(f"folder:{tmp_path}/val")
+    renamed = put(tmp_path / "val" / "n01440764" / "one.png")
+    (tmp_path / "val" / "one.png").unlink()
+    source = robustness.open_benchmark(f"folder:{tmp_path}/val")
+    with provoked("of images such as ILSVRC2012_val_00000001.JPEG"):
+        robustness._image_numbers(source)
+    renamed.rename(renamed.with_name("ILSVRC2012_val_00000002.png"))
+    source = robustness.open_benchmark(f"folder:{tmp_path}/val")
+    assert robustness._image_numbers(source) == [2]
+    for text in ("[1, 2]", "[[1]]"):
+        (tmp_path / "real.json").write_text(text)
+        with provoked("Write --imagenet_real=FILE with the path of real.json"):
+            robustness.evaluate_real(None, source, str(tmp_path / "real.json"))
+    with provoked("CORRUPTION/SEVERITY/CLASS"):
+        robustness.open_corruptions(f"folder:{tmp_path}")
+    for name, severity in robustness.CORRUPTIONS:
+        put(tmp_path / "c" / name / str(severity) / ("n01440764" if name != "fog" else "n01443537") / "1.png")
+    parts = robustness.open_corruptions(f"folder:{tmp_path}/c")
+    names = imagenet_ids()
+    with provoked("Unpack all archives of ImageNet-C again"):
+        robustness.evaluate_corruptions(robustness.Classifier(None, names, None, 1.0), parts)
+    assert robustness.matched(names, parts[0]).numbers.tolist() == [0]
 
 
 def test_every_error_of_the_stages_was_provoked(request):

@@ -409,28 +409,6 @@ def test_validate_asks_for_a_stage_s_input(stage, missing):
 QUICKSTART = f"{CONFIGS / 'quickstart.py'}:smoke"
 
 
-@pytest.mark.parametrize("layers", [(2, 4), (0, 3), ()])
-def test_a_pipeline_probes_layers_of_its_own_backbone(layers):
-    config = config_lib.load(QUICKSTART)
-    config.stages.probe.probe.layers = layers
-    with pytest.raises(UserError, match=r"Stage probe of the pipeline: probe.layers.*3 blocks") as caught:
-        config_lib.validate(config)
-    assert caught.value.instead == "Write --config.stages.probe.probe.layers='(2, 3)'."
-    config.stages.probe.probe.layers = (2, 3)
-    config_lib.validate(config)
-
-
-def test_a_pipeline_predicts_the_codes_of_its_own_tokenizer():
-    config = config_lib.load(QUICKSTART)
-    config.stages.vqkd.model.codebook_size = 12
-    assert config.stages.mim.model.codebook_size == 12
-    config_lib.validate(config)
-    config.stages.mim.model.codebook_size = 16
-    with pytest.raises(UserError, match="tokenizer has 12 codes, the model predicts 16") as caught:
-        config_lib.validate(config)
-    assert caught.value.instead == "Write --config.stages.mim.model.codebook_size=12."
-
-
 @pytest.mark.parametrize(
     "stage, key, expected",
     [

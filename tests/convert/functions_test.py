@@ -1,5 +1,6 @@
 """Exported functions, run in a process that has jax and not this package, give the numbers of the Python API."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -80,7 +81,19 @@ def test_the_manifest_says_what_the_function_takes_and_returns(tmp_path):
     assert manifest["input"]["shape"] == ["b", 12, 12, 3] and manifest["input"]["dtype"] == "uint8"
     assert manifest["input"]["resize_shorter_side_to"] == 13  # int(12 / 0.875)
     assert manifest["outputs"]["logits"]["shape"] == ["b", 17]
-    assert manifest["jax_version"] == jax.__version__ and "six months" in manifest["expiry"]
+    assert manifest["jax_version"] == jax.__version__ and f"jax {jax.__version__} reads it" in manifest["expiry"]
+
+
+@pytest.mark.parametrize(
+    "written, until",
+    [
+        (datetime.date(2026, 1, 31), "2026-07-31"),
+        (datetime.date(2026, 8, 31), "2027-02-28"),
+        (datetime.date(2026, 12, 1), "2027-06-01"),
+    ],
+)
+def test_the_window_of_jax_is_given_as_a_date(written, until):
+    assert f"a release after {until} may refuse it" in functions._expiry(written)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Image classifiers that are plain vision transformers: logits from the tokens of timm, and what is refused."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import teacher_cases
 from paths import GOLDEN
 from testing import quick_jit
 
-from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.weights import read, read_backbone
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 
@@ -51,6 +52,21 @@ def test_the_normalisation_stands_beside_the_weights_or_is_asked_for(stored, tmp
     assert "--normalization=half" in raised.value.instead
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
     assert read(str(tmp_path / "vit.npz"), num_heads=3, plain_vit=True).normalization == "half"
+
+
+def test_heads_that_the_width_does_not_show_are_read_beside_the_weights(stored, tmp_path):
+    """A width of 48 and three heads: neither an initial network nor a classifier can be read without being told."""
+    path = str(tmp_path / "vit.npz")
+    write_classifier(path, stored)
+    for reader in (read_backbone, functools.partial(read, plain_vit=True, normalization="half")):
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="cannot be divided into heads of 64") as raised:
+            reader(path)
+        assert '{"num_attention_heads": N} into a file config.json' in raised.value.instead
+        assert "teacher" not in raised.value.instead
+        for config in ({"num_attention_heads": 3}, {"model_args": {"num_heads": 3}}):
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert reader(path).arguments["num_heads"] == 3
 
 
 def test_two_heads_and_none_are_refused(stored, tmp_path):

@@ -216,7 +216,7 @@ def test_evaluate_and_convert_take_it(folder, made, tmp_path, capsys):
 
 def test_what_it_cannot_be(folder, features, made, tmp_path):
     workdir, _ = made
-    with pytest.raises(UserError, match="was trained at 9 pixels"):
+    with pytest.raises(UserError, match="is trained at 9 pixels"):
         load_tokenizer(workdir, 12, "float32")
     with pytest.raises(UserError, match="not a backbone"):
         beitv2_jax.load_backbone(workdir)

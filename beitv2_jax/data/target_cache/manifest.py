@@ -148,17 +148,40 @@ def _damaged(path: pathlib.Path, why: str) -> UserError:
     )
 
 
-def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], directory: str | os.PathLike) -> None:
-    """Compare a manifest with what a run expects.
+def check_manifest(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    directory: str | os.PathLike,
+    flags: Mapping[str, str] | None = None,
+) -> None:
+    """Compare a manifest with what a run expects; `flags` are, by field, those that give the run what was `found`.
 
     Raises:
       UserError: names the first field that differs, with both values.
     """
     for field, value in identity(plain(expected)).items():
         if found.get(field) != value:
+            given = f"Give this run what the targets are made with ({field} = {found.get(field)!r})"
+            if flags and field in flags:
+                given = f"Write {flags[field]}"
             raise UserError(
-                f"The targets in {directory} were made with {field} = {found.get(field)!r}, this run has {value!r}.",
+                f"The targets in {directory} are made with {field} = {found.get(field)!r}, this run has {value!r}.",
                 "They belong to another config, so their views or values would not match the images.",
-                f"Give this run what the targets were made with ({field} = {found.get(field)!r}), or compute the "
-                "targets again in another directory.",
+                f"{given}, or compute the targets again in another directory.",
             )
+
+
+def check_views(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    directory: str | os.PathLike,
+    flags: Mapping[str, str] | None = None,
+) -> None:
+    """Compare as `check_manifest` does; a target cache may hold more views than the `num_views` of a run.
+
+    Raises:
+      UserError: names the first field that differs, with both values.
+    """
+    enough = found["num_views"] >= expected.get("num_views", 0)
+    expected = {field: value for field, value in expected.items() if not (field == "num_views" and enough)}
+    check_manifest(found, expected, directory, flags)

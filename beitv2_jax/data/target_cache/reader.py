@@ -20,7 +20,7 @@ import numpy as np
 from beitv2_jax.data import array_files
 from beitv2_jax.data.sources.tfds import opened_builder
 from beitv2_jax.data.target_cache.encoding import zero_entries
-from beitv2_jax.data.target_cache.manifest import check_manifest, encoding_of, read_manifest
+from beitv2_jax.data.target_cache.manifest import check_views, encoding_of, read_manifest
 from beitv2_jax.errors import UserError
 
 BAD_RECORDS_FILE = "bad_records.jsonl"
@@ -142,16 +142,9 @@ class TargetReader:
         """Return the features (float32 'n t') or ids (int32 'n') of (example id, view); only that record is read."""
         return self.encoding.decode(self.entries(*key))
 
-    def check(self, expected: Mapping[str, Any]) -> None:
-        """Compare the manifest with what a run expects; the cache may hold more views than the run's `num_views`.
-
-        Raises:
-          UserError: names the first field that differs, with both values.
-        """
-        enough = self.manifest["num_views"] >= expected.get("num_views", 0)
-        check_manifest(
-            self.manifest, {k: v for k, v in expected.items() if not (k == "num_views" and enough)}, self._directory
-        )
+    def check(self, expected: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
+        """Compare the manifest with what a run expects; arguments and errors as `manifest.check_views`."""
+        check_views(self.manifest, expected, self._directory, flags)
 
     def _unusable(self, why: str) -> UserError:
         return UserError(
