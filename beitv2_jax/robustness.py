@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from beitv2_jax import api
-    from beitv2_jax.data.augment import eval_crop_fraction
     from beitv2_jax.evaluation.classes import NUM_IMAGENET_CLASSES
     from beitv2_jax.runners import robustness
     from beitv2_jax.runners.evaluate import Passing
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     corruptions = robustness.open_corruptions(options.imagenet_c, options.data_dir) if options.imagenet_c else ()
     passing = Passing(batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction, dtype=options.dtype)
-    crop_fraction = options.crop_fraction or eval_crop_fraction(network.image_size)
+    crop_fraction = options.crop_fraction or network.weights.crop_fraction
     classifier = robustness.Classifier(network.weights, network.class_names, passing, crop_fraction)
     found = {}
     for name, source in sources.items():
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="F",
-        help="of the shorter side that the central crop keeps (default: 0.875, from 384 pixels on 1; ImageNet-C: 1)",
+        help="of the shorter side that the central crop keeps (default: as `beitv2 evaluate`; ImageNet-C: always 1)",
     )
     parser.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images computed at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")

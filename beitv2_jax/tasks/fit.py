@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.config.checks import check_probed_layers
+from beitv2_jax.config.checks import check_layer, check_probed_layers
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import flat_arguments, initialised
 from beitv2_jax.convert.files import read_config, run_directory
@@ -112,6 +112,8 @@ def _check_probed(config: ConfigDict, path: str, earlier: Earlier) -> None:
     check_image_size(weights, config.views.image_size)
     if "probe" in config:
         check_probed_layers(config.probe.layers, backbone_of(weights).depth)
+    elif "layer" in config.backbone:
+        check_layer(config.backbone.layer, backbone_of(weights).depth)
 
 
 def _check_initial(config: ConfigDict, path: str, earlier: Earlier) -> None:
