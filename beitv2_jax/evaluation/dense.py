@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from beitv2_jax.data.segmentation.labels import IGNORED
+from beitv2_jax.evaluation.knn import unit
 
 _ROWS_AT_ONCE = 8192
 
@@ -83,9 +84,7 @@ def nearest_in_part(
     Rows that are not `counted` come last.
     """
     if cosine:
-        queries, part = (
-            rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12) for rows in (queries, part)
-        )
+        queries, part = unit(queries), unit(part)
     scores = jnp.einsum("qd,md->qm", queries, part, precision=jax.lax.Precision.HIGHEST)
     scores = scores if cosine else scores - 0.5 * jnp.sum(part**2, axis=-1)
     return Neighbors(*jax.lax.top_k(jnp.where(counted, scores, -jnp.inf), min(num_neighbors, len(part))))

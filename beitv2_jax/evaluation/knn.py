@@ -26,8 +26,7 @@ def knn_predict(
 
     Source: the weighted kNN of Wu et al. 2018 as used for DINO (20 neighbours, temperature 0.07).
     """
-    bank = bank / jnp.maximum(jnp.linalg.norm(bank, axis=-1, keepdims=True), 1e-12)
-    queries = queries / jnp.maximum(jnp.linalg.norm(queries, axis=-1, keepdims=True), 1e-12)
+    bank, queries = unit(bank), unit(queries)
 
     def predict(query):
         similarity, rows = jax.lax.top_k(bank @ query, neighbors)
@@ -60,10 +59,10 @@ def knn_accuracies(
     """
     counts = sorted({min(count, len(bank)) for count in neighbors})
     starts = range(0, len(queries), QUERY_ROWS)
-    units = [_unit(queries[start : start + QUERY_ROWS]) for start in starts]
+    units = [unit(queries[start : start + QUERY_ROWS]) for start in starts]
     found = [(jnp.zeros((len(part), 0)), jnp.zeros((len(part), 0), jnp.int32)) for part in units]
     for first in range(0, len(bank), BANK_ROWS):
-        piece = _unit(bank[first : first + BANK_ROWS])
+        piece = unit(bank[first : first + BANK_ROWS])
         labels = jnp.asarray(bank_labels[first : first + BANK_ROWS], jnp.int32)
         for number, part in enumerate(units):
             on_move("comparing with neighbours")
@@ -78,7 +77,8 @@ def knn_accuracies(
     return {count: hits[count] / len(queries) for count in counts}
 
 
-def _unit(rows: Num[np.ndarray, "n d"]) -> Float[Array, "n d"]:
+def unit(rows: Num[Array | np.ndarray, "n d"]) -> Float[Array, "n d"]:
+    """Return the rows as float32 of length 1; those of zeros stay."""
     rows = jnp.asarray(rows, jnp.float32)
     return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 

@@ -5,8 +5,6 @@ are held out. The eval split is used once, by what was chosen, fitted on all tra
 """
 
 import functools
-import time
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,35 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from beitv2_jax.convert.runs import weights_hash
-from beitv2_jax.data.bad_records import BadRecords, refuse_too_many
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
+from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation import dense as arithmetic
 from beitv2_jax.evaluation.dense import Neighbors, Standardization
+from beitv2_jax.evaluation.features import OnMove
 from beitv2_jax.report.segmentation import draw_comparison
 from beitv2_jax.rng import host_rng
-from beitv2_jax.runners.provenance import describe_data, digest
+from beitv2_jax.runners.feature_cache import cached_arrays
 from beitv2_jax.runtime import preemption, watchdog
-from beitv2_jax.runtime.atomic_files import replacing
 from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.tasks import dense, segment
-from beitv2_jax.tasks.dense import Dense, PatchFeatures
-from beitv2_jax.training.inference import apply_batches, run_batches
+from beitv2_jax.tasks.dense import Dense
+from beitv2_jax.tasks.frozen import FeatureSet
+from beitv2_jax.training.inference import apply_batches
 from beitv2_jax.training.sharding import make_mesh
 
 BANK_ROWS = 262_144
 """Patches of the bank on a device at a time."""
 QUERY_ROWS = 2048
 """Patches that are classified at a time, on all devices of the process."""
-POLL_SECONDS = 0.5
-"""Time between two looks at what the other processes have written."""
 DRAWN_IMAGES = 5
 TITLES = {"knn": "nearest patches", "logistic": "logistic regression"}
 """Classifier -> its title in the picture."""
-
-OnMove = Callable[[str], None]
 
 
 class Patches(NamedTuple):
@@ -79,8 +73,8 @@ def run(task: Dense, config, workdir: str) -> dict[str, float]:
     `train_examples` and `eval_examples` say how many images they are of: those that could be read. The IoU of a class
     has its name, or its number where the data have no names. `dense.png` shows what the pre-trained features say.
 
-    Features are cached as `features/<set>_<split>.<hash>.npz` under `workdir`, the hash of what they were made from; a
-    cached file is not computed again. Processes share the computing of the features, and each classifies for itself.
+    Features are cached in `features/<set>_<split>.<hash>/` under `workdir`, the hash of what they were made from; what
+    is cached is not computed again. Processes share the computing of the features, and each classifies for itself.
 
     Raises:
         Preempted: this process was asked to stop; cached features stay.
@@ -312,94 +306,22 @@ def _draw(task: Dense, test: Patches, scored: dict[str, Scored], names: tuple[st
 
 
 def cached_patches(
-    feature_set: PatchFeatures, task: Dense, source, config, workdir: str, on_move: OnMove = lambda phase: None
+    feature_set: FeatureSet, task: Dense, source: Source, config, workdir: str, on_move: OnMove = lambda phase: None
 ) -> Patches:
-    """Return the patches of a whole split, computed once for its data and network and kept in the workdir.
-
-    Of several processes each computes its part of the rows on its devices; process 0 concatenates what all have
-    written, and the others wait for that.
+    """Return the patches of a whole split, cached as `cached_arrays` does it.
 
     Raises:
-        UserError: more images than `data.max_bad_fraction` allows were unreadable.
+        UserError: as `cached_arrays`.
     """
-    made_from = [
-        weights_hash(feature_set.frozen),
-        describe_data((source,)),
-        config.views.image_size,
-        config.backbone.layer,
-        config.labels.to_dict(),
-        config.model.num_classes,
-    ]
-    name = f"{feature_set.name}_{source.split.replace('/', '_')}.{digest(made_from)}.npz"
-    path = as_path(workdir) / "features" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        index, count = jax.process_index(), jax.process_count()
-        parts = [path.with_name(f"{path.stem}.{number}-of-{count}.npz") for number in range(count)]
-        if not parts[index].exists():
-            _write(parts[index], _share_of_patches(feature_set, task, source, config, workdir, on_move))
-        awaited = parts if index == 0 else [path]
-        while not all(file.exists() for file in awaited):
-            on_move("waiting for other processes")
-            time.sleep(POLL_SECONDS)
-        if index == 0:
-            rows = _concatenated([_read(part) for part in parts])
-            order = np.argsort(rows["example_ids"])
-            _write(path, {name: array[order] for name, array in rows.items()})
-            for part in parts:
-                part.unlink()
-    rows = _read(path)
-    refuse_too_many(
-        len(source) - len(rows["example_ids"]),
-        len(source),
-        config.data.max_bad_fraction,
-        of=f"of split {source.split}",
-        listed=f"listed in {as_path(workdir) / 'bad_records.jsonl'} and delete {path}",
+    arrays = cached_arrays(
+        feature_set,
+        source,
+        config,
+        workdir,
+        on_move,
+        batches=dense.batches,
+        beside=lambda batch: {"labels": arithmetic.to_patches(batch["label_maps"], task.patch_size)},
+        made_from=[config.backbone.layer, config.labels.to_dict(), config.model.num_classes],
+        smaller="a smaller --config.views.image_size",
     )
-    return Patches(**rows)
-
-
-def _share_of_patches(
-    feature_set: PatchFeatures, task: Dense, source, config, workdir: str, on_move: OnMove
-) -> dict[str, np.ndarray]:
-    """Return the features, labels and example ids of the rows of every batch that are this process's."""
-    batches = dense.batches(source, config, jax.process_index(), jax.process_count())
-    rows = []
-    for batch, outputs in run_batches(
-        feature_set.apply,
-        feature_set.frozen,
-        BadRecords(workdir, jax.process_index()).noted(batches, source.split),
-        make_mesh(**config.mesh, devices=jax.local_devices()),
-        total=len(batches),
-        label=f"features {feature_set.name}",
-    ):
-        on_move("computing features")
-        real = batch["weight"] > 0
-        arrays = {
-            "features": outputs["features"],
-            "labels": arithmetic.to_patches(batch["label_maps"], task.patch_size),
-            "example_ids": batch["example_ids"],
-        }
-        rows.append({name: array[real] for name, array in arrays.items()})
-    return _concatenated(rows)
-
-
-def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def _write(path: AnyPath, arrays: dict[str, np.ndarray]) -> None:
-    with replacing(path, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def _read(path: AnyPath) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"The cached features in {path} are damaged: {error}.",
-            "The machine may have lost its power, or the disk may have been full.",
-            f"Delete {path} and run the same command again.",
-        ) from error
+    return Patches(**arrays)

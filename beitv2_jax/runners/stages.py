@@ -444,7 +444,7 @@ def check_devices(config: ConfigDict) -> None:
 def holds_results(workdir: str) -> bool:
     """Return whether an earlier start left something in `workdir` that a later one continues from, or is finished.
 
-    That is a checkpoint (a damaged one too), cached features of a probe, or shards of a target cache, those included
+    That is a checkpoint (a damaged one too), cached features, or shards of a target cache, those included
     that a live process is writing. To find out whether a process of another machine is alive takes up to three minutes.
     """
     root = as_path(workdir)

@@ -9,13 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from jaxtyping import Array
 
 from beitv2_jax.config.checks import check_layer
-from beitv2_jax.convert.arguments import initialised
-from beitv2_jax.convert.weights import backbone_of, read_backbone
+from beitv2_jax.convert.weights import backbone_of
 from beitv2_jax.data import pipeline
 from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.transforms import SquareTransform
@@ -23,9 +20,9 @@ from beitv2_jax.data.sources import Source
 from beitv2_jax.data.transform import EvalRow
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.vit import VisionTransformer
-from beitv2_jax.rng import step_key
 from beitv2_jax.tasks import common, inputs, segment
 from beitv2_jax.tasks.api import Batch
+from beitv2_jax.tasks.frozen import FeatureSet, random_params, read_weights
 from beitv2_jax.typing import Images, PyTree
 
 
@@ -64,29 +61,18 @@ def read_frozen(config) -> FrozenBackbone:
     Raises:
         UserError: there are no readable weights, they have no block `backbone.layer`, or the images no whole patches.
     """
-    weights = read_backbone(config.backbone.run, image_size=config.views.image_size)
-    for text in weights.assumptions:
-        logging.info("%s: %s", config.backbone.run, text)
+    weights = read_weights(config)
     backbone = backbone_of(weights)
     check_layer(config.backbone.layer, backbone.depth)
     name = "encoder" if weights.kind == "vqkd" else "backbone"
     read_blocks = dataclasses.replace(backbone, depth=config.backbone.layer)
     model = VisionTransformer(read_blocks, Compute(dtype=config.efficiency.dtype))
-
-    def random_params(seed: int) -> PyTree:
-        initialise = jax.jit(functools.partial(initialised, weights.kind, weights.arguments))
-        return jax.tree.map(np.asarray, initialise(step_key(seed, "probe"))["params"][name])
-
-    return FrozenBackbone(model, weights.variables["params"][name], weights.normalization or "half", random_params)
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchFeatures:
-    """One kind of frozen features: `apply(frozen, batch)` returns {'features': float16 'b n d'}."""
-
-    name: str
-    apply: Callable[[PyTree, Batch], dict[str, Array]]
-    frozen: PyTree
+    return FrozenBackbone(
+        model,
+        weights.variables["params"][name],
+        weights.normalization or "half",
+        lambda seed: random_params(weights, seed)[name],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +80,7 @@ class Dense:
     """What the dense evaluation compares, on which splits; patches are `patch_size` pixels wide."""
 
     sources: tuple[Source, Source]
-    feature_sets: tuple[PatchFeatures, ...]
+    feature_sets: tuple[FeatureSet, ...]
     patch_size: int
 
 
@@ -114,9 +100,9 @@ def build(config) -> Dense:
     return Dense(
         sources=sources,
         feature_sets=(
-            PatchFeatures("pretrained", of_network, frozen.params),
-            PatchFeatures("random", of_network, frozen.random_params(config.seed)),
-            PatchFeatures("pixels", functools.partial(pixel_features, size), {}),
+            FeatureSet("pretrained", of_network, frozen.params),
+            FeatureSet("random", of_network, frozen.random_params(config.seed)),
+            FeatureSet("pixels", functools.partial(pixel_features, size), {}),
         ),
         patch_size=size,
     )

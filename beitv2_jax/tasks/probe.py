@@ -5,25 +5,21 @@ How they are evaluated is `beitv2_jax.evaluation.protocols`; what each protocol 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from jaxtyping import Array
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_probed_layers
-from beitv2_jax.convert.arguments import initialised
-from beitv2_jax.convert.weights import Weights, backbone_of, read_backbone
+from beitv2_jax.convert.weights import Weights, backbone_of
 from beitv2_jax.data.sources import Source
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.layers import LayerNorm
 from beitv2_jax.models.vit import VisionTransformer
-from beitv2_jax.rng import step_key
 from beitv2_jax.tasks import common, inputs
+from beitv2_jax.tasks.frozen import FeatureSet, random_params, read_weights
 from beitv2_jax.typing import PyTree
 
 PIXEL_SIDE = 32
@@ -63,19 +59,6 @@ READS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureSet:
-    """One kind of frozen features: `apply(frozen, batch)` returns {name: 'b layers width' or 'b layers patches width'}.
-
-    `layers` are the blocks on the second axis; pixels come after none.
-    """
-
-    name: str
-    apply: Callable[[PyTree, dict], dict]
-    frozen: PyTree
-    layers: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Probe:
     """What the probe stage compares, on which splits, by linear classifiers of `num_steps` steps."""
 
@@ -91,9 +74,7 @@ def build(config) -> Probe:
         UserError: the data set has no labels, or the weights are missing, or their backbone lacks what is to be probed
             or cannot see images of this size.
     """
-    weights = read_backbone(config.backbone.run, image_size=config.views.image_size)
-    for text in weights.assumptions:
-        logging.info("%s: %s", config.backbone.run, text)
+    weights = read_weights(config)
     backbone, reads = backbone_of(weights), READS[config.probe.protocol]
     check_probed_layers(config.probe.layers, backbone.depth)
     layers = {
@@ -116,10 +97,8 @@ def build(config) -> Probe:
     apply = functools.partial(token_features, model, weights.normalization or "half", names, layers)
     feature_sets = [FeatureSet("pretrained", apply, frozen, layers)]
     if config.probe.protocol == "ours":
-        initialise = jax.jit(functools.partial(initialised, weights.kind, weights.arguments))
-        random = jax.tree.map(np.asarray, initialise(step_key(config.seed, "probe"))["params"])
         feature_sets += [
-            FeatureSet("random", apply, _frozen(weights, random), layers),
+            FeatureSet("random", apply, _frozen(weights, random_params(weights, config.seed)), layers),
             FeatureSet("pixels", raw_pixels, {}),
         ]
     return Probe(sources, tuple(feature_sets), num_steps)

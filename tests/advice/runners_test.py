@@ -22,9 +22,9 @@ from beitv2_jax.evaluation.classes import imagenet_ids
 from beitv2_jax.runners import (
     dense,
     evaluate,
+    feature_cache,
     features,
     parts,
-    probe,
     provenance,
     report,
     robustness,
@@ -32,7 +32,6 @@ from beitv2_jax.runners import (
     targets,
     verify,
 )
-from beitv2_jax.tasks.probe import FeatureSet
 
 
 class Interrupted(Exception):
@@ -195,31 +194,24 @@ def test_targets_that_differ_from_the_network(tmp_path):
 
 def test_features_that_do_not_fit_on_the_disk(tmp_path, monkeypatch):
     """Patch tokens of 100 images, 2 x 16 x 64 float16 each, are there twice while they are joined."""
-    config, free = loaded("probe"), [2 * 100 * 2 * 16 * 64 * 2 - 1]
-    monkeypatch.setattr(probe.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
-    feature_set = FeatureSet("pretrained", lambda frozen, batch: {"patches": np.zeros((1, 2, 16, 64), np.float16)}, {})
-    with provoked("on a larger disk"):
-        probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
+    free, row = [2 * 100 * 2 * 16 * 64 * 2 - 1], {"patches": np.zeros((1, 2, 16, 64), np.float16)}
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    arguments = (tmp_path / "run" / "features" / "new", row, 100, "smaller images")
+    with provoked("Write --workdir=DIR on a larger disk, smaller images, or"):
+        feature_cache._refuse_small_disk(*arguments)
     assert not list(tmp_path.iterdir())
     free[0] += 1
-    probe._refuse_small_disk(tmp_path / "run" / "features" / "new", feature_set, 100, config)
+    feature_cache._refuse_small_disk(*arguments)
 
 
 def test_cached_features_that_are_damaged(tmp_path):
     for path in (tmp_path / "part.npz", tmp_path / "cls.npy"):
         path.write_bytes(b"PK")
         with provoked(f"Delete {tmp_path} and run the same command again"):
-            probe._read(path)
+            feature_cache._read(path)
         path.unlink()
-    probe._write(tmp_path / "part.npz", {"labels": np.arange(3)})
-    assert probe._read(tmp_path / "part.npz")["labels"].tolist() == [0, 1, 2]
-
-
-def test_cached_patches_that_are_damaged(tmp_path):
-    path = tmp_path / "train.npz"
-    path.write_bytes(b"PK")
-    with provoked(f"Delete {path} and run the same command again"):
-        dense._read(path)
+    feature_cache._write(tmp_path / "part.npz", {"labels": np.arange(3)})
+    assert feature_cache._read(tmp_path / "part.npz")["labels"].tolist() == [0, 1, 2]
 
 
 def test_a_dense_evaluation_without_an_image_to_hold_out():

@@ -44,8 +44,7 @@ def finished(tmp_path_factory):
 
 
 def cached(root, name, split):
-    (path,) = (root / "run" / "features").glob(f"{name}_{split}.*.npz")
-    return dict(np.load(path))
+    return {path.stem: np.load(path) for path in (root / "run" / "features").glob(f"{name}_{split}.*/*.npy")}
 
 
 @pytest.mark.long

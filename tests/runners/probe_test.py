@@ -15,8 +15,9 @@ from beitv2_jax.evaluation.features import ProbeSettings
 from beitv2_jax.evaluation.knn import knn_predict
 from beitv2_jax.evaluation.linear import fit_linear, standardize
 from beitv2_jax.evaluation.protocols.ours import probe_features
-from beitv2_jax.runners import probe
-from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
+from beitv2_jax.runners import feature_cache, probe
+from beitv2_jax.tasks.frozen import FeatureSet
+from beitv2_jax.tasks.probe import raw_pixels
 
 SETTINGS = ProbeSettings(
     num_steps=200,
@@ -183,7 +184,7 @@ def test_an_interrupted_pass_goes_on_after_its_last_part(tmp_path, monkeypatch):
         Image.new("RGB", (40, 40), (10 * index, 0, 0)).save(folder / "ab"[index // 10] / f"{index:02d}.png")
     config = config_lib.load(f"{ROOT / 'configs/probe.py'}:smoke").unlock()
     config.views.image_size, config.run.batch_size = 32, 8
-    monkeypatch.setattr(probe, "PART_BYTES", 1)
+    monkeypatch.setattr(feature_cache, "PART_BYTES", 1)
     feature_set = FeatureSet("pretrained", lambda frozen, batch: {"red": batch["images"][:, 0, 0, :1] * 1.0}, {}, (3,))
     source = open_source(f"folder:{tmp_path / 'images'}", "train")
     moves = []
@@ -203,4 +204,4 @@ def test_an_interrupted_pass_goes_on_after_its_last_part(tmp_path, monkeypatch):
     assert features.arrays["red"][:, 0].tolist() == [10 * index for index in range(20)]
     assert isinstance(features.arrays["red"], np.memmap)
     assert features.labels.tolist() == [0] * 10 + [1] * 10 and features.layers == (3,)
-    assert sorted(path.name for path in cache.iterdir()) == ["labels.npy", "red.npy"]
+    assert sorted(path.name for path in cache.iterdir()) == ["example_ids.npy", "labels.npy", "red.npy"]

@@ -48,7 +48,7 @@ assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and of_jax  # Python d
 from tests.runners import stages_preempted_test
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import Preempted
-from beitv2_jax.runners import probe, stages
+from beitv2_jax.runners import feature_cache, stages
 from beitv2_jax.runtime import watchdog
 
 undisturbed = watchdog.moving
@@ -65,14 +65,14 @@ for name, config in configs.items():
 
 # the probe again, by both, undisturbed
 watchdog.moving = undisturbed
-run_batches, rows = probe.run_batches, []
+run_batches, rows = feature_cache.run_batches, []
 
 def noted(*args, **kwargs):
     for batch, outputs in run_batches(*args, **kwargs):
         rows.extend(batch["example_ids"][batch["weight"] > 0].tolist())
         yield batch, outputs
 
-probe.run_batches = noted
+feature_cache.run_batches = noted
 stages.run_stage(configs["probe"], folders["probe"])
 pathlib.Path(workdir, f"rows-{index}").write_text(json.dumps(rows))
 launch.leave(Preempted.EXIT_CODE)

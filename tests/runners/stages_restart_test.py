@@ -134,7 +134,7 @@ def test_a_run_without_results_blocks_no_other_config_and_no_other_stage(started
         ("views/.writing/00000.done", True),
         ("centre/manifest.json", True),
         ("features/pretrained_train.0/part.0-of-1.batches_of_8.0-3.npz", True),
-        ("features/pretrained_train.0/labels.npy", True),
+        ("features/pretrained_train.0/example_ids.npy", True),
     ],
 )
 def test_results_are_what_a_later_start_goes_on_from(tmp_path, path, result):

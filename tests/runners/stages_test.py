@@ -197,7 +197,8 @@ def corrupt_folder(image_folder, tmp_path_factory):
 
 def test_the_probe_leaves_unreadable_images_out_and_lists_them(corrupt_folder, tmp_path):
     from beitv2_jax.runners import probe
-    from beitv2_jax.tasks.probe import FeatureSet, raw_pixels
+    from beitv2_jax.tasks.frozen import FeatureSet
+    from beitv2_jax.tasks.probe import raw_pixels
 
     config = stage_config(corrupt_folder, str(tmp_path), "probe")
     pixels = FeatureSet("pixels", raw_pixels, {})
