@@ -23,7 +23,7 @@ from beitv2_jax.config.flags import parse_flags
 from beitv2_jax.convert import runs, weights
 from beitv2_jax.errors import UserError
 from beitv2_jax.runners import stages
-from beitv2_jax.tasks import cluster, dense, finetune, fit, inputs, mim, probe, tokenize
+from beitv2_jax.tasks import cluster, dense, finetune, fit, inputs, mim, probe, segment, tokenize
 
 MIM = "--config=configs/mim.py --workdir=w"
 FLAGS = {
@@ -378,7 +378,7 @@ def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
     monkeypatch.setattr(FakeSource, "__len__", lambda source: 1000)
     monkeypatch.setattr(inputs, "open_sources", open_sources)
     monkeypatch.setattr(finetune, "make_task", lambda config, opened: None)
-    monkeypatch.setattr(dense, "check_numbers", lambda *_, **__: None)
+    monkeypatch.setattr(segment, "check_numbers", lambda *_, **__: None)
     monkeypatch.setattr(probe.jax, "jit", lambda function: lambda key: {"params": {"backbone": {}}})
     for module in (runs, weights):
         monkeypatch.setattr(module, "is_run", RUNS.__contains__)

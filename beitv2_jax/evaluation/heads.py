@@ -4,7 +4,7 @@ No more than a few batches are in memory. A head is one entry on the first axis 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,12 @@ Read = Callable[[Int[np.ndarray, "b"]], PyTree]
 
 EVAL_ROWS = 1024
 """Rows that are classified at once."""
+
+
+def side_by_side(names: Sequence[str], features: Features) -> Read:
+    """Return what reads the features `names` after the last layer, joined along their width."""
+    arrays = [features.last(name) for name in names]
+    return lambda rows: np.concatenate([array[rows] for array in arrays], axis=-1)
 
 
 def batches_of_rows(num_rows: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, "b"]]:
@@ -117,12 +123,17 @@ def sum_of_cross_entropies(logits: Float[Array, "h b k"], labels: Int[Array, "b"
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(axis=-1).sum()
 
 
+def by_head(factors: Float[np.ndarray, "h"], array: Float[Array, "h ..."]) -> Float[Array, "h ..."]:
+    """Return `array` times the factor of each head."""
+    return jnp.asarray(factors).reshape(-1, *(1,) * (array.ndim - 1)) * array
+
+
 def scale_by_head(factors: Float[np.ndarray, "h"]) -> optax.GradientTransformation:
     """Return the transformation that multiplies the updates of each head by its factor, such as minus its rate."""
 
     def update(updates, params):
         del params
-        return jax.tree.map(lambda leaf: jnp.asarray(factors).reshape(-1, *(1,) * (leaf.ndim - 1)) * leaf, updates)
+        return jax.tree.map(functools.partial(by_head, factors), updates)
 
     return optax.stateless(update)
 

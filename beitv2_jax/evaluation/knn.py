@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from beitv2_jax.evaluation.features import OnMove
+from beitv2_jax.evaluation.features import Features, OnMove
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "neighbors", "chunk_size"))
@@ -75,6 +75,26 @@ def knn_accuracies(
             predicted = _vote(*nearest, count, num_classes, temperature)
             hits[count] += int(np.sum(np.asarray(predicted) == query_labels[start : start + QUERY_ROWS]))
     return {count: hits[count] / len(queries) for count in counts}
+
+
+def class_token_accuracies(
+    train: Features, test: Features, neighbors: Sequence[int], temperature: float, on_move: OnMove
+) -> dict[str, float]:
+    """Return `knn_accuracies` of [CLS] before the last norm and after it, as {'cls/knn_10': ..., ...}."""
+    accuracies = {}
+    for name in ("cls", "cls_normed"):
+        found = knn_accuracies(
+            train.last(name),
+            train.labels,
+            test.last(name),
+            test.labels,
+            num_classes=train.num_classes,
+            neighbors=neighbors,
+            temperature=temperature,
+            on_move=on_move,
+        )
+        accuracies |= {f"{name}/knn_{count}": value for count, value in found.items()}
+    return accuracies
 
 
 def unit(rows: Num[Array | np.ndarray, "n d"]) -> Float[Array, "n d"]:

@@ -14,7 +14,6 @@ from jaxtyping import Array
 from beitv2_jax.config.checks import check_layer
 from beitv2_jax.convert.weights import backbone_of
 from beitv2_jax.data import pipeline
-from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.transforms import SquareTransform
 from beitv2_jax.data.sources import Source
 from beitv2_jax.data.transform import EvalRow
@@ -88,17 +87,13 @@ def build(config) -> Dense:
     """Build the dense evaluation of the weights `config.backbone.run` against random weights and raw pixels.
 
     Raises:
-        UserError: as `read_frozen`; there are no label maps, or their numbers are not those of the classes.
+        UserError: as `read_frozen` and `segment.open_sources`.
     """
     frozen = read_frozen(config)
-    sources = segment.open_sources(config)
-    for source, is_training in zip(sources, (True, False), strict=True):
-        ids, max_bad = segment.label_ids(config), config.data.max_bad_fraction
-        check_numbers(source, ids, max_bad_fraction=max_bad, is_training=is_training)
     size = frozen.model.backbone.patch_size
     of_network = functools.partial(network_features, frozen)
     return Dense(
-        sources=sources,
+        sources=segment.open_sources(config),
         feature_sets=(
             FeatureSet("pretrained", of_network, frozen.params),
             FeatureSet("random", of_network, frozen.random_params(config.seed)),

@@ -18,6 +18,7 @@ from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.label_maps import LabelIds
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.segmentation.transforms import CropTransform, WindowRow, window_row
+from beitv2_jax.data.sources import Source
 from beitv2_jax.models import preprocess
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.sliding_window import Segmented, segment
@@ -94,17 +95,20 @@ def build(config) -> Task:
     """
     inputs.check_implementations(config)
     initial = inputs.initial_variables(config, "segmenter", make_model(config, Compute()))
-    sources = open_sources(config)
-    for source, is_training in zip(sources, (True, False), strict=True):
-        max_bad = config.data.max_bad_fraction
-        check_numbers(source, label_ids(config), max_bad_fraction=max_bad, is_training=is_training)
-    return make_task(config, inputs.Opened(sources, initial=initial))
+    return make_task(config, inputs.Opened(open_sources(config), initial=initial))
 
 
-def open_sources(config):
-    """Open the train and eval splits that `config.data` names, with their label maps."""
+def open_sources(config) -> tuple[Source, Source]:
+    """Open the train and eval splits that `config.data` names, with their label maps.
+
+    Raises:
+        UserError: there are no label maps, or their numbers are not those of the classes.
+    """
     data = config.data
-    return tuple(open_label_maps(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+    train, test = (open_label_maps(data.source, split, data.data_dir) for split in (data.train_split, data.eval_split))
+    for source, is_training in ((train, True), (test, False)):
+        check_numbers(source, label_ids(config), max_bad_fraction=data.max_bad_fraction, is_training=is_training)
+    return train, test
 
 
 def make_task(config, opened: inputs.Opened) -> Task:

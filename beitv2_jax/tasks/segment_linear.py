@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.data.segmentation.histogram import check_numbers
 from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.data.segmentation.transforms import CropTransform
 from beitv2_jax.models.linear_segmenter import LinearSegmenter
@@ -29,14 +28,11 @@ def build(config) -> Task:
     """Build the linear segmentation on the weights `config.backbone.run`.
 
     Raises:
-        UserError: as `dense.read_frozen`; there are no label maps, or their numbers are not those of the classes.
+        UserError: as `dense.read_frozen` and `segment.open_sources`.
     """
     model, backbone = networks(config)
     sources = segment.open_sources(config)
-    ids = segment.label_ids(config)
-    for source, is_training in zip(sources, (True, False), strict=True):
-        check_numbers(source, ids, max_bad_fraction=config.data.max_bad_fraction, is_training=is_training)
-    crops = CropTransform(seed=config.seed, ids=ids, distortion=_UNCHANGED, **config.views)
+    crops = CropTransform(seed=config.seed, ids=segment.label_ids(config), distortion=_UNCHANGED, **config.views)
     predict = predictor(model, backbone, config)
     return Task(
         name="segment_linear",

@@ -57,12 +57,9 @@ def adamw(rates: Float[np.ndarray, "h"], weight_decays: Float[np.ndarray, "h"], 
     number; that changes nothing but the meaning of the epsilon 1e-8, which is therefore larger by this number.
     """
 
-    def by_head(factors: Float[np.ndarray, "h"], array: Array) -> Array:
-        return jnp.asarray(factors).reshape(-1, *(1,) * (array.ndim - 1)) * array
-
     def decayed(updates, params):
         return {
-            name: update if "bias" in name else update + by_head(weight_decays, params[name])
+            name: update if "bias" in name else update + heads.by_head(weight_decays, params[name])
             for name, update in updates.items()
         }
 
@@ -130,11 +127,7 @@ def fit_and_choose(
         `accuracy` of the chosen one on the evaluation split and `held_out`, both in [0, 1], its `rate` and its
         `weight_decay`.
     """
-
-    def reading(features: Features):
-        arrays = [features.last(name) for name in names]
-        return lambda rows: np.concatenate([array[rows] for array in arrays], axis=-1)
-
+    reading = functools.partial(heads.side_by_side, names)
     fit_rows, held_rows = held_out(len(train.labels), HELD_OUT, settings.seed)
     batch_size = min(settings.batch_size, len(fit_rows))
     rates, weight_decays = np.array(grid, np.float32).T

@@ -8,12 +8,14 @@ are those of centre crops.
 Source: the evaluation scripts of Siméoni et al. 2025, DINOv3 (arXiv 2508.10104).
 """
 
+import functools
+
 import numpy as np
 import optax
 
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
-from beitv2_jax.evaluation.knn import knn_accuracies
+from beitv2_jax.evaluation.knn import class_token_accuracies
 from beitv2_jax.evaluation.logistic import LogisticRegression
 
 NEIGHBORS = (10, 20, 100, 200)
@@ -37,19 +39,7 @@ def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: 
       on `test` is reported, as published: that choice is not held out.
     - Logistic regression on [CLS]: C is chosen on a tenth of the training images, then all of them are fitted.
     """
-    accuracies, chosen = {}, {}
-    for name in ("cls", "cls_normed"):
-        found = knn_accuracies(
-            train.last(name),
-            train.labels,
-            test.last(name),
-            test.labels,
-            num_classes=train.num_classes,
-            neighbors=NEIGHBORS,
-            temperature=TEMPERATURE,
-            on_move=on_move,
-        )
-        accuracies |= {f"{name}/knn_{count}": value for count, value in found.items()}
+    accuracies, chosen = class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move), {}
     of_rates = sgd_accuracies(train, test, settings, on_move)
     best = int(of_rates.argmax())
     accuracies["cls_mean_normed/sgd"] = float(of_rates[best])
@@ -60,11 +50,7 @@ def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: 
 
 def sgd_accuracies(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> np.ndarray:
     """Return the accuracy on `test` of the head of each of `RATES`."""
-
-    def reader(features: Features) -> heads.Read:
-        token, mean = features.last("cls_normed"), features.last("mean_normed")
-        return lambda rows: np.concatenate([token[rows], mean[rows]], axis=1).astype(np.float32)
-
+    reader = functools.partial(heads.side_by_side, ("cls_normed", "mean_normed"))
     rates = np.float32(RATES) * settings.batch_size / 256
     optimizer = optax.chain(
         optax.trace(MOMENTUM),

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.attentive import MOST_QUERIES, efficient_pool, largest_divisor
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result
-from beitv2_jax.evaluation.knn import knn_accuracies
+from beitv2_jax.evaluation.knn import class_token_accuracies
 from beitv2_jax.rng import host_rng, step_key
 from beitv2_jax.typing import PyTree, Scalar
 
@@ -163,19 +163,7 @@ def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: 
 
     Of a head there are the accuracy after the last epoch, and `NAME_best_on_validation`, that of the best epoch.
     """
-    accuracies, chosen = {}, {}
-    for name in ("cls", "cls_normed"):
-        found = knn_accuracies(
-            train.last(name),
-            train.labels,
-            test.last(name),
-            test.labels,
-            num_classes=train.num_classes,
-            neighbors=NEIGHBORS,
-            temperature=TEMPERATURE,
-            on_move=on_move,
-        )
-        accuracies |= {f"{name}/knn_{count}": value for count, value in found.items()}
+    accuracies, chosen = class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move), {}
     for head, name in HEADS.items():
         of_epochs = fit(
             name,
