@@ -1,6 +1,7 @@
 """A small teacher from scratch: train a ViT classifier on labels where no pretrained network is available.
 
-Not part of the published method, whose teachers are CLIP and DINO; the quickstart needs one that trains in minutes.
+Not part of the published method, whose teachers are CLIP and DINO; that of the quickstart was made by the preset scenes
+(beitv2_jax/data/embedded/teacher/README.md).
 Any run of this stage serves as teacher: --config.teacher.weights=<workdir> of configs/extract.py or configs/vqkd.py.
 
 Command   python -m beitv2_jax.main --config=configs/teacher.py --workdir=runs/teacher
@@ -8,7 +9,7 @@ Hardware  one GPU; a CPU takes hours
 Expected  no published number
 
 Presets
-  scenes      the small teacher that comes with the package: patches of 8 pixels at 64 pixels, for a CPU
+  scenes      the small teacher that comes with the package, made in minutes on a CPU: patches of 8 pixels at 64 pixels
   imagenette  ten classes of ImageNet at 160 pixels (9 469 images), ViT-S/16
   smoke       four steps of a toy model on generated pictures
 """
