@@ -14,14 +14,10 @@ Presets
   smoke        a few steps of everything, the teacher included, to see that it runs
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-import beitv2_jax
 from beitv2_jax.config import apply_presets, link, load, sections
 
-TEACHER_WEIGHTS = str(Path(beitv2_jax.__file__).parent / "data" / "embedded" / "teacher" / "vit_scenes.safetensors")
 CHAIN = ("extract", "vqkd", "tokenize", "mim", "probe")
 # All numbers of the miniature. Durations are in steps of `batch_size` images.
 SOURCE = "embedded"
@@ -123,7 +119,7 @@ def _build_stages(config, names):
         link(stages.teacher.views, config.teacher_views)
         stages.extract.teacher.weights = "{workdir}/teacher"
     else:
-        stages.extract.teacher.weights = TEACHER_WEIGHTS
+        stages.extract.teacher.weights = sections.SCENES_TEACHER
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"
