@@ -30,7 +30,7 @@ setup(
     ],
     packages=[*find_packages(include=["beitv2_jax", "beitv2_jax.*"]), "beitv2_jax.configs"],
     package_dir={"beitv2_jax.configs": "configs"},
-    package_data={"beitv2_jax": ["py.typed", "report/*.html"]},
+    package_data={"beitv2_jax": ["py.typed", "report/*.html", "data/embedded/teacher/*"]},
     entry_points={"console_scripts": ["beitv2=beitv2_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[

@@ -326,7 +326,7 @@ def _check_kmeans_start(flat: dict[str, Any], refuse: Callable) -> None:
             other=" or --config.kmeans_start=True",
         )
     image_size, patch_size = flat.get("views.image_size"), flat.get("model.encoder.patch_size")
-    starts = flat.get("kmeans_start") and flat.get("model.quantizer") == "ema" and not flat["init_from"]
+    starts = flat.get("kmeans_start") and flat.get("model.quantizer", "ema") == "ema" and not flat["init_from"]
     if tokens or not starts or None in (image_size, patch_size):
         return
     batch_size, codes = flat["run.batch_size"], flat["model.codebook_size"]

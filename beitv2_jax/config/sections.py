@@ -3,7 +3,11 @@
 Every function returns a new dict for a section of a `ConfigDict`.
 """
 
+from pathlib import Path
 from typing import Any
+
+SCENES_TEACHER = str(Path(__file__).parents[1] / "data" / "embedded" / "teacher" / "vit_scenes.safetensors")
+"""Path of the small teacher of the drawn scenes that comes with the package."""
 
 
 def data(**changes: Any) -> dict[str, Any]:

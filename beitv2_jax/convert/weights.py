@@ -5,13 +5,12 @@ config.json), or 'run' (a run directory of this package). The kind of model is r
 and 'onnx' can only be written: a function with the weights in it.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +342,7 @@ def describe_config(config: Mapping[str, Any]) -> Weights:
 
 
 def _from_plain_vit(path: str, found: StateDict) -> Weights:
-    with _heads_stated_beside():
-        network = from_state(found.arrays, read_config(path), output="tokens", num_heads=_stated_heads(path) or 0)
+    network = from_state(found.arrays, read_config(path), output="tokens", num_heads=_stated_heads(path) or 0)
     normalization = normalization_of(path, given="", usual=network.normalization, option="--config.normalization")
     assumptions = () if normalization else ("normalization=imagenet: the weights do not say which one they need",)
     return Weights(
@@ -365,25 +363,13 @@ def _stated_heads(path: str) -> int | None:
     return config.get("num_attention_heads") or timm.stated_heads(config)
 
 
-@contextlib.contextmanager
-def _heads_stated_beside() -> Iterator[None]:
-    """Let an error about heads name what can be written for any use of a plain ViT, and not a key of a teacher."""
-    try:
-        yield
-    except UserError as error:
-        stated = '{"num_attention_heads": N} into a file config.json beside the weights,'
-        instead = error.instead.replace("--config.teacher.num_heads=N", stated)
-        raise UserError(error.happened, error.meant, instead) from error
-
-
 def _classifier_from_plain_vit(
     path: str, arrays: dict[str, np.ndarray], num_heads: int | None, normalization: str | None
 ) -> Weights | None:
     """Return the classifier in the state dict of a plain vision transformer; None for another state dict."""
     if not is_plain_vit(arrays):
         return None
-    with _heads_stated_beside():
-        network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or _stated_heads(path) or 0)
+    network = classifier_from_state(arrays, read_config(path), num_heads=num_heads or _stated_heads(path) or 0)
     if network is None:
         return None
     usual = network.normalization

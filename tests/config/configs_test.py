@@ -1,7 +1,9 @@
 """Every config file and preset: found by listing the folder, built, checked; and the published numbers in them."""
 
 import ast
+import hashlib
 import itertools
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -354,12 +356,18 @@ def test_shared_settings_of_a_pipeline_reach_every_stage_unless_set_there(name, 
     assert config.stages.mim.views.image_size == config.stages.probe.views.image_size == 48
 
 
-def test_quickstart_trains_a_teacher_first_and_needs_nothing():
+def test_quickstart_begins_with_the_teacher_of_the_package_or_trains_one():
     config = given("quickstart")
-    assert list(config.stages) == ["teacher", "extract", "vqkd", "tokenize", "mim", "probe"]
-    assert config.stages.extract.teacher.weights == "/runs/1/teacher"
-    assert config.stages.extract.teacher.normalization == config.stages.teacher.normalization
+    assert list(config.stages) == ["extract", "vqkd", "tokenize", "mim", "probe"]
+    weights = Path(config.stages.extract.teacher.weights)
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in weights.with_name("README.md").read_text()
     assert all(stage.data.source == "embedded" for stage in config.stages.values())
+    trained = given("quickstart", "from_labels")
+    assert list(trained.stages) == ["teacher", *config.stages]
+    assert trained.stages.extract.teacher.weights == "/runs/1/teacher"
+    for stage in (trained.stages.extract, trained.stages.vqkd):
+        assert stage.teacher.normalization == trained.stages.teacher.normalization
+    assert trained.stages.teacher.model == given("teacher", "scenes").model
     smoke = given("quickstart", "smoke")
     assert all(stage.data.source == "embedded/tiny" for stage in smoke.stages.values())
     for stage in smoke.stages.values():

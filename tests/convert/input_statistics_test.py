@@ -35,6 +35,7 @@ def found(path, *, given="", usual=""):
         ("config.json", {"model_type": "vit"}, ""),
         ("config.json", {"pretrained_cfg": {}}, ""),
         ("preprocessor_config.json", {"image_mean": None, "image_std": None}, ""),
+        ("preprocessor_config.json", {"image_mean": HALF, "image_std": HALF, "do_normalize": False}, "unit"),
     ],
 )
 def test_every_library_s_file_is_read(name, content, expected, tmp_path):
@@ -56,7 +57,7 @@ def test_what_is_given_goes_before_what_is_stated_and_that_before_the_usual(tmp_
     assert len(caplog.records) == 2
 
 
-@pytest.mark.parametrize("content", [{"image_mean": HALF, "image_std": [0.3] * 3}, {"do_normalize": False}])
+@pytest.mark.parametrize("content", [{"image_mean": HALF, "image_std": [0.3] * 3}, {"image_mean": [0.1] * 3}])
 def test_numbers_without_a_name_are_refused_unless_one_is_given(content, tmp_path):
     path = beside(tmp_path, {"image_mean": HALF, "image_std": HALF} | content)
     with pytest.raises(UserError, match=r"mean \[.*preprocessor_config\.json") as raised:

@@ -255,7 +255,8 @@ def _num_heads(width: int, num_heads: int, family: Family, vision_config: dict |
         raise UserError(
             f"A width of {width} cannot be divided into {parts}.",
             "The network may have an unusual number of heads, which its weights do not show.",
-            "Write --config.teacher.num_heads=N with the number of heads that it was trained with.",
+            'Write {"num_attention_heads": N} into a file config.json beside the weights, or, of a teacher, '
+            "--config.teacher.num_heads=N, with the number of heads that it was trained with.",
         )
     return heads
 

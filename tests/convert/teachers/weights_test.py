@@ -271,7 +271,8 @@ def test_other_networks_are_refused_by_kind():
 def test_families_have_names_for_all_parameters():
     """Every family names every parameter of its networks."""
     for family in FAMILIES:
-        assert family.names("backbone/blocks_4/attn/qkv/bias") and family.names("norm/scale")
+        bias = "q_bias" if family.arguments.get("qkv_bias") == "qv" else "qkv/bias"
+        assert family.names(f"backbone/blocks_4/attn/{bias}") and family.names("norm/scale")
         if "layer_scale_init" in family.arguments:
             assert family.names("backbone/blocks_0/gamma_1") != family.names("backbone/blocks_0/gamma_2")
         if family.projected:
