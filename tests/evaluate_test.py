@@ -202,7 +202,7 @@ def test_a_masked_model_on_the_codes_of_its_tokenizer(photos, runs, tmp_path):
     drawn = dict(num_masked=3, min_patches=3, max_patches=None)
     masks = np.stack([block_mask(host_rng(0, "eval_mask", number), (3, 3), **drawn).reshape(-1) for number in readable])
     weights = drawn_weights("mim")
-    pixels = beitv2_jax.api._pixels(images, 9) / 255.0
+    pixels = beitv2_jax.api._pixels(images, 9, 0.875) / 255.0
     normalised = np.float32((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
     model = mim.MaskedImageModel.from_arguments(weights.arguments, Compute())
     logits = model.apply({"params": weights.variables["params"]}, normalised, masks, method="logits_everywhere")
