@@ -72,7 +72,9 @@ def smoke(config):
     stages = config.stages
     for views in (config.tokenizer_views, config.mim_views):
         views.num_views = 1
-    stages.teacher.model.update(vit)
+    for stage in (stages.extract, stages.vqkd):
+        stage.teacher.grid_match = "resize_input"
+    stages.teacher.model.update(vit, patch_size=16)
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
     stages.vqkd.model.update(codebook_size=16, code_dim=8)

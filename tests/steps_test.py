@@ -80,7 +80,9 @@ def every_structure():
 EVERY_STRUCTURE = every_structure()
 
 
-@pytest.mark.parametrize("name", EVERY_STRUCTURE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.endswith(":") else pytest.mark.long) for name in EVERY_STRUCTURE]
+)
 def test_the_step_of_every_structure(name):
     before, after, metrics = traced_step(EVERY_STRUCTURE[name])
     shapes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))

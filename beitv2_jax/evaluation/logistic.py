@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import optax
-import scipy.optimize
 from jaxtyping import Float, Int, Num
 
 from beitv2_jax.evaluation.features import OnMove
@@ -61,6 +60,8 @@ class LogisticRegression:
             loss, gradient = loss / len(self._rows), gradient / len(self._rows)
             gradient[:-1] += strength * params[:-1]
             return loss + 0.5 * strength * np.sum(params[:-1] ** 2), gradient.reshape(-1)
+
+        import scipy.optimize  # here, so that other runs do not load it
 
         with jax.enable_x64(True):
             found = scipy.optimize.minimize(objective, self._start, jac=True, method="L-BFGS-B", options=self._options)

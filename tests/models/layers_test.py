@@ -147,7 +147,7 @@ def test_layer_norm_uses_its_epsilon_and_float32():
     assert module.apply(variables, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("biased", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_block_padded_for_cudnn_computes_the_same(monkeypatch, biased):
     """13 tokens become 16; cuDNN itself is stood in for by what jax calls its reference."""
     reference = jax.nn.dot_product_attention

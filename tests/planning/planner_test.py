@@ -279,6 +279,7 @@ def test_the_best_of_many_fit_and_are_in_order(base):
     assert len({tuple(plan.mesh.values()) for plan in plans}) == len(plans)
 
 
+@pytest.mark.long
 def test_of_each_number_of_chips_the_best_two_are_shown(base):
     plans = search.find_best(base, "v5e", make=None, minutes=0)
     counts = [plan.target.count for plan in plans]

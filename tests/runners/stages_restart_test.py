@@ -337,6 +337,7 @@ def test_a_pipeline_stops_at_a_stage_that_was_told_to_end(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
+@pytest.mark.long
 def test_the_program_told_to_end_saves_and_exits_with_75(tmp_path):
     """The whole way, in a real process: `main`, the stage, the loop; what it continues with is tested with the loop."""
     command = [sys.executable, "-m", "beitv2_jax.main", f"--config={ROOT}/configs/teacher.py:smoke"]

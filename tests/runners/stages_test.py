@@ -133,6 +133,7 @@ def test_vqkd_from_stored_features_equals_vqkd_with_the_live_teacher(pipeline, i
     np.testing.assert_allclose(losses(tmp_path / "live", name), losses(os.path.join(workdir, "vqkd"), name), rtol=2e-6)
 
 
+@pytest.mark.long
 def test_mim_from_stored_codes_equals_mim_with_the_live_tokenizer(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "mim")

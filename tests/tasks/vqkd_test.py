@@ -84,6 +84,7 @@ def test_a_step_revives_the_rarest_code_with_a_token_of_a_readable_image(revived
     assert np.sum(before["codebook"][7] * after["codebook"][7]) < 0.99
 
 
+@pytest.mark.long
 def test_the_same_code_is_revived_on_eight_devices_and_by_micro_batches(revived):
     _, expected, metrics = revived
     _, found, other = stepped(*REVIVES, (8, 1, 1), accumulation_steps=2)

@@ -111,7 +111,8 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["simvq", pytest.param("fsq", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_other_quantizers_step_alike_on_eight_devices_and_in_micro_batches_and_rest_at_rate_zero(name):
     rows = batch(unreadable=(0, 4, 9))
     outcomes = []
@@ -211,6 +212,7 @@ def reductions(gradient_dtype, folder):
     }
 
 
+@pytest.mark.long
 def test_gradients_of_matrices_are_reduced_in_the_dtype_asked_for(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     exact, rounded = reductions("float32", tmp_path / "a"), reductions("bfloat16", tmp_path / "b")

@@ -91,7 +91,7 @@ def test_records_are_read_for_their_labels_and_those_without_are_left_out():
 
 def messages(caplog, train, evaluation):
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         log_classes(train, evaluation)
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
