@@ -39,7 +39,6 @@ SLOWEST_FIRST = (
     "runners/stages_test",
     "runners/stages_preempted_test",
     "golden_test",
-    "runners/stages_killed_test",
     "training/loop_test",
     "training/step_test",
     "tasks/unreadable_test",

@@ -64,7 +64,7 @@ def test_records_that_were_mixed_up_fail_the_task_verify(extract):
     first.rename(workdir / "aside")
     second.rename(first)
     (workdir / "aside").rename(second)
-    with pytest.raises(UserError, match=r"worst_view_cosine is 0\.\d+ over 13 of them, and must be at least 0.9995"):
+    with pytest.raises(UserError, match=r"worst_view_cosine is -?0\.\d+ over 13 of them, and must be at least 0.9995"):
         stages.verify_stage(config, str(workdir))
     report = json.loads((workdir / "verify.json").read_text())
     assert report["views"]["worst_view_cosine"] < 0.9995 < report["centre"]["worst_view_cosine"]
