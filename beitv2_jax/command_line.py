@@ -4,8 +4,10 @@ import argparse
 import functools
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.errors import UserError, print_error
 
 
@@ -29,6 +31,30 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def add_input_options(parser: Parser) -> None:
+    """Add the options that say how a network sees images."""
+    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
+    )
+
+
+def check_out(out: str, done_before: str) -> None:
+    """Check the value of --out, unless it is ''; `done_before` asks whether the command was given before.
+
+    Raises:
+        UserError: it exists, or its folder does not.
+    """
+    if out and Path(out).exists():
+        raise UserError(f"{out} exists already.", done_before, "Write another --out, or delete the old one.")
+    if out and not Path(out).absolute().parent.is_dir():
+        raise UserError(
+            f"The folder {Path(out).absolute().parent} does not exist.",
+            "Did you mistype the path?",
+            "Write --out in a folder that exists.",
+        )
 
 
 def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:

@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beitv2_jax.choices import NORMALIZATIONS
-from beitv2_jax.command_line import Parser, positive, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, positive, report_errors
 from beitv2_jax.data.sources import Source, open_source
 from beitv2_jax.data.transform import EvalRow, EvalTransform
 from beitv2_jax.errors import UserError, print_error
@@ -261,12 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=_layers, default=[], metavar="N,N", help="blocks, from 1 (default: the last one)"
     )
-    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
+    add_input_options(parser)
     parser.add_argument(
         "--batch_size", type=positive, default=64, metavar="N", help="images at once in a process (default: 64)"
-    )
-    parser.add_argument(
-        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
     )
     return parser
 

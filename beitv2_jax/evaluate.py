@@ -18,7 +18,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.choices import NORMALIZATIONS
-from beitv2_jax.command_line import Parser, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, check_out, report_errors
 from beitv2_jax.errors import UserError, print_error
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import json_text, write_json
@@ -42,11 +42,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate what `argv` asks for."""
-    code = _main(argv)
-    jax = sys.modules.get("jax")
-    if code and jax is not None and jax.distributed.is_initialized():
-        launch.leave(code)  # the other processes may wait for this one
-    return code
+    return launch.ended(_main(argv))
 
 
 class _Evaluated(NamedTuple):
@@ -358,7 +354,7 @@ def _crop_fraction(network, options) -> float:
 
 
 def _write(out: Path, network, options, found: _Evaluated, published) -> None:
-    """Write the folder `out`, whole or not at all."""
+    """Write the folder `out`, which appears when all of it is written."""
     result, source, weights = found.result, found.source, network.weights
     unfinished = out.absolute().with_name(f".unfinished-{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -389,18 +385,7 @@ def _write(out: Path, network, options, found: _Evaluated, published) -> None:
 
 
 def _check(options) -> None:
-    if options.out and Path(options.out).exists():
-        raise UserError(
-            f"{options.out} exists already.",
-            "Did you evaluate these weights before?",
-            "Write another --out, or delete the old one.",
-        )
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise UserError(
-            f"The folder {Path(options.out).absolute().parent} does not exist.",
-            "Did you mistype the path?",
-            "Write --out in a folder that exists.",
-        )
+    check_out(options.out, "Did you evaluate these weights before?")
     if options.batch_size < 0 or not 0 <= options.crop_fraction <= 1 or not 0 <= options.max_bad_fraction <= 1:
         raise UserError(
             "One of the options --batch_size, --crop_fraction and --max_bad_fraction is out of range.",
@@ -428,10 +413,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare_pixels", action="store_true", help="of a tokenizer: also cluster the pixels of the patches"
     )
     parser.add_argument("--tokenizer", default="", metavar="PATH", help="of a masked model (default: that of the run)")
-    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
-    parser.add_argument(
-        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
-    )
+    add_input_options(parser)
     parser.add_argument(
         "--crop_fraction",
         type=float,

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.choices import NORMALIZATIONS
-from beitv2_jax.command_line import Parser, positive, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, check_out, positive, report_errors
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources.folders import digest_of_sizes, list_images
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predict what `argv` asks for."""
     options = _parser().parse_args(argv)
     files = _files(Path(options.images))
-    _check_out(options.out)
+    check_out(options.out, "Did you predict these images before?")
     # imported here: a mistake in an argument is reported before jax is loaded
     from beitv2_jax import api
     from beitv2_jax.convert.runs import weights_hash
@@ -203,21 +202,6 @@ def _files(images: Path) -> list[Path]:
     return [images / name for name in listing.images]
 
 
-def _check_out(out: str) -> None:
-    if out and Path(out).exists():
-        raise UserError(
-            f"{out} exists already.",
-            "Did you predict these images before?",
-            "Write another --out, or delete the old one.",
-        )
-    if out and not Path(out).absolute().parent.is_dir():
-        raise UserError(
-            f"The folder {Path(out).absolute().parent} does not exist.",
-            "Did you mistype the path?",
-            "Write --out in a folder that exists.",
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="beitv2 predict", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument(
@@ -228,10 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="", help=".csv or .jsonl file; for segmentation a folder (default: JSON lines on the terminal)"
     )
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
-    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
-    parser.add_argument(
-        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
-    )
+    add_input_options(parser)
     return parser
 
 

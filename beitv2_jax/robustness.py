@@ -8,8 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from beitv2_jax.choices import NORMALIZATIONS
-from beitv2_jax.command_line import Parser, positive, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, check_out, positive, report_errors
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import write_json
@@ -30,9 +29,13 @@ _HELP = {
 }
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what `argv` asks for, and return the exit code."""
+    return launch.ended(_main(argv))
+
+
 @report_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what `argv` asks for."""
+def _main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     _check(options)
     launch.start_jax(None, "")
@@ -109,12 +112,7 @@ def _check(options) -> None:
             "Did you forget where the images are?",
             f"Write one or more of {', '.join(f'--{name}=folder:PATH' for name in _HELP)}.",
         )
-    if options.out and Path(options.out).exists():
-        raise UserError(
-            f"{options.out} exists already.",
-            "Did you measure these weights before?",
-            "Write another --out, or delete the old one.",
-        )
+    check_out(options.out, "Did you measure these weights before?")
     if not 0 <= options.crop_fraction <= 1 or not 0 <= options.max_bad_fraction <= 1:
         raise UserError(
             "One of the options --crop_fraction and --max_bad_fraction is out of range.",
@@ -133,10 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", default="", metavar="FILE", help="new JSON file, with the errors of every corruption")
     parser.add_argument("--data_dir", default="", help="directory of prepared TFDS sets")
-    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")
-    parser.add_argument(
-        "--normalization", choices=NORMALIZATIONS, help="of the input, for weights that do not state it"
-    )
+    add_input_options(parser)
     parser.add_argument(
         "--crop_fraction",
         type=float,

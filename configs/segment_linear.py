@@ -46,22 +46,8 @@ def get_config(arg=""):
             "seed": 0,
             "data": sections.data(source="folder:ADEChallengeData2016"),  # a source with label maps
             "labels": sections.labels(),
-            "views": {
-                "image_size": 512,  # pixels, of the crop to train on and of the windows to evaluate
-                "long_side": 2048,  # the image is resized to fit into these two, times a ratio
-                "short_side": 512,
-                "min_ratio": 0.5,
-                "max_ratio": 2.0,
-                "max_class_fraction": 1.0,  # largest fraction of one class in the labelled pixels of a crop; 1: off
-            },
-            "evaluation": {
-                "long_side": 2048,
-                "short_side": 512,
-                "stride": 341,  # pixels between windows
-                "scales": (1.0,),  # of long_side and short_side; the probabilities are averaged
-                "flip": False,  # mirrored views too
-                "batch_size": 16,  # global
-            },
+            "views": sections.label_map_crops(max_class_fraction=1.0),
+            "evaluation": sections.windows(),
             "model": {
                 "num_classes": 150,  # unless set, that of the source
                 "dropout_rate": 0.1,  # of whole channels

@@ -138,6 +138,7 @@ def test_of_other_data_sets_the_labels_are_read():
         (["--imagenet_real=real.json"], "its images are the validation images"),
         (["--imagenet_a=folder:x", "--crop_fraction=90"], "out of range"),
         (["--imagenet_a=folder:/nowhere"], "/nowhere does not exist"),
+        (["--imagenet_a=folder:x", "--out=/nowhere/found.json"], "Write --out in a folder that exists"),
     ],
 )
 def test_mistakes_are_named(run, arguments, message, capsys):

@@ -43,6 +43,30 @@ def labels() -> dict[str, Any]:
     }
 
 
+def label_map_crops(**changes: Any) -> dict[str, Any]:
+    """Return how images with label maps are cropped, as published for ADE20K; `max_class_fraction` must be given."""
+    return {
+        "image_size": 512,  # pixels, of the crop to train on and of the windows to evaluate
+        "long_side": 2048,  # the image is resized to fit into these two, times a ratio
+        "short_side": 512,
+        "min_ratio": 0.5,
+        "max_ratio": 2.0,
+        **changes,  # max_class_fraction: largest fraction of one class in the labelled pixels of a crop; 1: off
+    }
+
+
+def windows() -> dict[str, Any]:
+    """Return how whole images are segmented window by window, as published for ADE20K."""
+    return {
+        "long_side": 2048,
+        "short_side": 512,
+        "stride": 341,  # pixels between windows
+        "scales": (1.0,),  # of long_side and short_side; the probabilities are averaged
+        "flip": False,  # mirrored views too
+        "batch_size": 16,  # global
+    }
+
+
 def voc(config) -> None:
     """Set the classes of PASCAL VOC: 0 is the background, 255 the border of an object."""
     config.data.source = "folder:VOCdevkit/VOC2012"

@@ -1,4 +1,4 @@
-"""The names of the classes that a model predicts, as they stand beside its weights."""
+"""The names of the classes that a model predicts, kept in files beside its weights."""
 
 import json
 from typing import Any

@@ -9,7 +9,7 @@ import numpy as np
 
 from beitv2_jax.convert.runs import write_checkpoint
 from beitv2_jax.convert.weights import TEACHER_FILE
-from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime import watchdog
 from beitv2_jax.runtime.atomic_files import write_json
 from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks.cluster import ROWS, Clustering, clustered, drawn_tokens, evaluated, features_of_codes
@@ -25,11 +25,7 @@ def run(task: Clustering, config, workdir: str) -> dict[str, float]:
     Raises:
         Preempted: this process was asked to stop; nothing is saved.
     """
-    with (
-        preemption.stops("cluster") as stop_if_signalled,
-        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
-    ):
-        on_move = watchdog.moving(watch, stop_if_signalled)
+    with watchdog.watched("cluster", workdir, config.run.hang_timeout) as on_move:
         codebook, metrics = _made(task, config, on_move)
         root = as_path(workdir)
         shutil.rmtree(root / "checkpoints", ignore_errors=True)  # of an earlier start, which did not finish

@@ -23,7 +23,7 @@ from beitv2_jax.evaluation.features import OnMove
 from beitv2_jax.report.segmentation import draw_comparison
 from beitv2_jax.rng import host_rng
 from beitv2_jax.runners.feature_cache import cached_arrays
-from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime import watchdog
 from beitv2_jax.runtime.buckets import AnyPath, as_path
 from beitv2_jax.tasks import dense, segment
 from beitv2_jax.tasks.dense import Dense
@@ -79,11 +79,8 @@ def run(task: Dense, config, workdir: str) -> dict[str, float]:
     Raises:
         Preempted: this process was asked to stop; cached features stay.
     """
-    with (
-        preemption.stops("dense") as stop_if_signalled,
-        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
-    ):
-        return _run(task, config, workdir, watchdog.moving(watch, stop_if_signalled))
+    with watchdog.watched("dense", workdir, config.run.hang_timeout) as on_move:
+        return _run(task, config, workdir, on_move)
 
 
 def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]:

@@ -7,7 +7,7 @@ from beitv2_jax.data.sources import Source
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings
 from beitv2_jax.evaluation.protocols import PROTOCOLS
 from beitv2_jax.runners.feature_cache import cached_arrays
-from beitv2_jax.runtime import preemption, watchdog
+from beitv2_jax.runtime import watchdog
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.frozen import FeatureSet
 from beitv2_jax.tasks.probe import Probe
@@ -25,11 +25,8 @@ def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     Raises:
         Preempted: this process was asked to stop; cached features stay.
     """
-    with (
-        preemption.stops("probe") as stop_if_signalled,
-        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
-    ):
-        return _probe(probe, config, workdir, watchdog.moving(watch, stop_if_signalled))
+    with watchdog.watched("probe", workdir, config.run.hang_timeout) as on_move:
+        return _probe(probe, config, workdir, on_move)
 
 
 def _probe(probe: Probe, config, workdir: str, on_move: OnMove) -> dict[str, float]:

@@ -21,7 +21,7 @@ from beitv2_jax.data.target_cache.manifest import read_manifest
 from beitv2_jax.data.target_cache.writer import ShardLost, ShardWriter, TargetCache
 from beitv2_jax.data.view_stream import view_stream
 from beitv2_jax.errors import UserError
-from beitv2_jax.runtime import preemption, startup_times, watchdog
+from beitv2_jax.runtime import startup_times, watchdog
 from beitv2_jax.runtime.disk_checks import cause_of, free_space, remedy
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
@@ -59,12 +59,7 @@ def fill(
     task: TargetCacheTask, config, workdir: str, apply_to: Callable[[str], Apply], *, shard_examples: int
 ) -> dict[str, float]:
     """Do what `run` does with targets that `apply_to(part)` computes in place of `task.apply`."""
-    with (
-        preemption.stops(task.name) as stop_if_signalled,
-        watchdog.Watch(workdir, config.run.hang_timeout, alone=True) as watch,
-        explained(workdir),
-    ):
-        on_move = watchdog.moving(watch, stop_if_signalled)
+    with watchdog.watched(task.name, workdir, config.run.hang_timeout) as on_move, explained(workdir):
         return _fill(task, config, workdir, apply_to, shard_examples, on_move)
 
 

@@ -1,7 +1,7 @@
 """Paths of buckets (gs://...) beside those of mounted file systems: what differs between the two is known here.
 
-A bucket holds objects. One appears whole or not at all, is replaced as a whole, and cannot be appended to, locked or
-renamed; folders exist only as the beginnings of names.
+A bucket holds objects. One appears when all of it is written, is replaced as a whole, and cannot be appended to, locked
+or renamed; folders exist only as the beginnings of names.
 """
 
 import atexit

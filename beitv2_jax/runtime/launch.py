@@ -211,10 +211,18 @@ def failed_write(error: Exception) -> UserError | None:
     )
 
 
+def ended(code: int) -> int:
+    """Return the exit code of a command; one of several processes leaves if it failed, as others may wait for it."""
+    if code and _is_one_of_several():
+        leave(code)
+    return code
+
+
 def leave(code: int) -> None:
     """Exit with `code`; one of several processes does not wait long for the others, which may be waiting for it."""
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
+    if _is_one_of_several():
+        import jax
+
         from beitv2_jax.runtime import watchdog
 
         # processes that all end normally meet here; otherwise the exit of process 0 would abort the others
@@ -223,3 +231,8 @@ def leave(code: int) -> None:
         shutdown.join(SHUTDOWN_SECONDS)
         watchdog.end_at_once(code)
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # before jax is loaded, a process is alone
+    return jax is not None and jax.distributed.is_initialized()

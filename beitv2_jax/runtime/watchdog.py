@@ -22,7 +22,7 @@ import jax
 from absl import logging
 
 from beitv2_jax.errors import Preempted, UserError, print_error
-from beitv2_jax.runtime import heartbeat
+from beitv2_jax.runtime import heartbeat, preemption
 from beitv2_jax.runtime.atomic_files import write_over, write_text
 from beitv2_jax.runtime.buckets import AnyPath, as_path, os_errors
 
@@ -180,6 +180,17 @@ class Watch:
             beat = {**owner, **self._place, **counts, "state": self._state, "error": self._error}
             with contextlib.suppress(OSError):  # the next heartbeat makes up for one that fails
                 write_over(self._file(self._index), json.dumps(beat) + "\n")
+
+
+@contextlib.contextmanager
+def watched(label: str, workdir: str, hang_timeout: float) -> Iterator[Callable[[str], None]]:
+    """Yield `moving` for a stage without a training loop, which preemption signals stop and a `Watch` ends if it hangs.
+
+    Raises:
+        Preempted: from the yielded function, if this process was asked to stop.
+    """
+    with preemption.stops(label) as stop_if_signalled, Watch(workdir, hang_timeout, alone=True) as watch:
+        yield moving(watch, stop_if_signalled)
 
 
 def moving(watch: Watch, stop_if_signalled: Callable[[], None]) -> Callable[[str], None]:

@@ -13,6 +13,7 @@ from user_errors import check_all_provoked, provoked
 
 import beitv2_jax
 from beitv2_jax import cli
+from beitv2_jax.command_line import check_out
 from beitv2_jax.convert import __main__ as convert
 from beitv2_jax.convert.weights import write
 
@@ -91,6 +92,19 @@ def test_a_command_line_that_is_not_valid(runs, tmp_path, capsys):
     advised = re.search(r"Write python -m beitv2_jax.convert (.*), or see", capsys.readouterr().err)[1]
     names = {"SOURCE": str(runs / "mim"), "DEST": os.fspath(tmp_path / "w.npz")}
     assert convert.main([*(names[name] for name in shlex.split(advised)), "--layout=official"]) == 0
+
+
+def test_the_place_of_results(tmp_path):
+    out = tmp_path / "new" / "results.json"
+    with provoked("Write --out in a folder that exists"):
+        check_out(str(out), "Did you measure these weights before?")
+    out.parent.mkdir()
+    out.touch()
+    with provoked("Write another --out, or delete the old one") as caught:
+        check_out(str(out), "Did you measure these weights before?")
+    assert caught.value.meant == "Did you measure these weights before?"
+    out.unlink()
+    check_out(str(out), "")
 
 
 def test_every_error_of_the_api_and_the_verbs_was_provoked(request):

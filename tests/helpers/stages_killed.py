@@ -239,13 +239,12 @@ def lane(folder: Path, name: str, kills: int, seed: list[int], tear_every: int, 
 
 
 def killed(folder: Path, kills: int, seed: int, tear_every: int) -> dict:
-    """Kill runs in two lanes at a time, a single kill in one; return counts, times and the outcomes of all runs."""
+    """Kill runs in two lanes at a time; return counts, times and the outcomes of all runs."""
     beginning = time.monotonic()
     folder.mkdir(parents=True)
     write_teacher(folder / "teacher.safetensors")
     save_seconds, cold_seconds = undisturbed(folder, folder / "undisturbed")
-    shares = {"a": kills - kills // 2} | ({"b": kills // 2} if kills > 1 else {})
-    times = (save_seconds, 0.3 * cold_seconds)
+    shares, times = {"a": kills // 2, "b": kills - kills // 2}, (save_seconds, 0.3 * cold_seconds)
     tasks = [(name, share, [seed, number], tear_every, times) for number, (name, share) in enumerate(shares.items())]
     for process in [started(folder, lane, folder, *task) for task in tasks]:
         _, status = os.waitpid(process, 0)

@@ -4,9 +4,22 @@ import functools
 
 import jax
 import numpy as np
+from PIL import Image
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` for tests whose time goes into compiling; the arithmetic does not depend on the optimisation level."""
+
+
+def write_dark_and_light(folder, *, train, validation):
+    """Write PNGs of 24 pixels in the classes dark and light: `train` and `validation` of each, by one generator."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("validation", validation)):
+        for label in ("dark", "light"):
+            place = folder / split / label
+            place.mkdir(parents=True)
+            for number in range(count):
+                low = rng.integers(0, 128, (4, 4, 3)) + 127 * (label == "light")
+                Image.fromarray(np.uint8(low)).resize((24, 24), Image.Resampling.BICUBIC).save(place / f"{number}.png")
 
 
 def drawn_variables(model, *args, seed=1, **kwargs):

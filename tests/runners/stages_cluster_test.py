@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from convert_states import drawn_weights
 from paths import ROOT
-from PIL import Image
-from testing import quick_jit
+from testing import quick_jit, write_dark_and_light
 
 import beitv2_jax
 from beitv2_jax import config as config_lib
@@ -31,14 +30,7 @@ CODES = 12
 def folder(tmp_path_factory):
     """Twelve images in two classes for training, six for evaluation, and the weights of a teacher."""
     root = tmp_path_factory.mktemp("cluster")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3)):
-        for label in ("dark", "light"):
-            place = root / "images" / split / label
-            place.mkdir(parents=True)
-            for number in range(count):
-                low = rng.integers(0, 128, (4, 4, 3)) + 127 * (label == "light")
-                Image.fromarray(np.uint8(low)).resize((24, 24), Image.Resampling.BICUBIC).save(place / f"{number}.png")
+    write_dark_and_light(root / "images", train=6, validation=3)
     write(drawn_weights("classifier"), str(root / "teacher"), "run")
     return root
 

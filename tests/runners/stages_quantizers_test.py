@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from convert_states import drawn_weights
 from paths import ROOT
-from PIL import Image
+from testing import write_dark_and_light
 
 import beitv2_jax
 from beitv2_jax import config as config_lib
@@ -34,14 +34,7 @@ MODELS = {
 def folder(tmp_path_factory):
     """Sixteen images for training, six for evaluation, and the weights of a teacher."""
     root = tmp_path_factory.mktemp("quantizers")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("validation", 3)):
-        for label in ("dark", "light"):
-            place = root / "images" / split / label
-            place.mkdir(parents=True)
-            for number in range(count):
-                low = rng.integers(0, 128, (4, 4, 3)) + 127 * (label == "light")
-                Image.fromarray(np.uint8(low)).resize((24, 24), Image.Resampling.BICUBIC).save(place / f"{number}.png")
+    write_dark_and_light(root / "images", train=8, validation=3)
     write(drawn_weights("classifier"), str(root / "teacher"), "run")
     return root
 

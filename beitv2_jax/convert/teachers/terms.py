@@ -1,7 +1,7 @@
 """Licence and origin of the teachers that a run learns from, directly or through tokenizers and initial weights.
 
 A run keeps them in its `inputs.json` as a list of {"name", "license", "origin"}, and a target cache of features in its
-manifest. What nobody states is 'unknown'.
+manifest. What is not stated is 'unknown'.
 """
 
 import re
