@@ -1,9 +1,8 @@
 """Evaluate trained weights on a data set: beitv2 evaluate WEIGHTS DATA [--out=DIR].
 
 What is measured follows from the weights: accuracies of a classifier, or average precision where images have several
-classes, reconstruction and codes of a tokenizer, accuracy
-on hidden patches of a masked model, IoU of a segmentation network. The metrics are printed as a table; --out also
-writes them as JSON, with CSV files and pictures.
+classes, reconstruction and codes of a tokenizer, accuracy on hidden patches of a masked model, IoU of a segmentation
+network. The metrics are printed as a table; --out also writes them as JSON, with CSV files and pictures.
 """
 
 import argparse
@@ -110,8 +109,6 @@ def _classifier(network, options) -> _Evaluated:
     from beitv2_jax.report import evaluation as report
     from beitv2_jax.runners import evaluate
 
-    if options.out:
-        report.require_matplotlib()
     source = open_source(options.data, options.split, options.data_dir, options.train_split)
     if not source.class_names:
         raise UserError(
@@ -132,6 +129,8 @@ def _classifier(network, options) -> _Evaluated:
             "Did you mean the data set that the weights were trained on?",
             "Write the DATA with several classes an image, such as folder:PATH with a labels.csv in every split.",
         )
+    if options.out:
+        report.require_matplotlib()
     result = evaluate.evaluate_classifier(
         network.weights, source, classes, _passing(options, 64), crop_fraction=_crop_fraction(network, options)
     )

@@ -169,8 +169,8 @@ def evaluate_multi_label(
 ) -> Result:
     """Evaluate a classifier on images with several classes, those of `source` by `classes`; others do not count.
 
-    Details: `logits` and `labels` by class of the data and `example_ids` of every image, and the `Judged` of the classes
-    by the names of its attributes.
+    Details: `logits` and `labels` by class of the data and `example_ids` of every image, and what `Judged` has of the
+    classes.
     """
     model = MODELS["classifier"].from_arguments(weights.arguments, passing.compute)
     logits_of = finetune.logits_of(model, weights.normalization)
