@@ -91,8 +91,8 @@ def build(config) -> Probe:
     if is_multi_label(sources[0]):
         raise UserError(
             f"The images of {sources[0].name} may have several classes, and a probe needs one class for each image.",
-            "Did you mean to measure the network by fine-tuning it on these images?",
-            "Write --config=configs/finetune.py, or --config.data.source=SOURCE of a data set with one class an image.",
+            "Did you mean the stage finetune, which learns several?",
+            "Write --config.data.source=SOURCE of a data set with one class an image, or run configs/finetune.py.",
         )
     num_steps = config_lib.steps(
         config.probe.duration,

@@ -86,17 +86,6 @@ def test_balanced_weights_are_those_of_scikit_learn_for_each_class(tmp_path, mon
     assert weights[:, 2].tolist() == [1, 0]  # no image has this class
 
 
-def test_smoothing_is_that_of_two_classes():
-    """As the smoothed cross entropy of a softmax over the logits (0, x)."""
-    logits, batch, _ = drawn(1)
-    pairs = np.stack([np.zeros_like(logits), logits], axis=-1)
-    log_p = pairs - np.log(np.exp(pairs).sum(axis=-1, keepdims=True))
-    targets = np.eye(2)[batch["labels"].astype(int)] * 0.9 + 0.1 / 2
-    expected = -(targets * log_p).sum(axis=-1)
-    found = multi_label.binary_cross_entropy(jnp.asarray(logits), jnp.asarray(batch["labels"]), 0.1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 def test_the_settings_reach_their_functions(monkeypatch):
     seen = {}
 
