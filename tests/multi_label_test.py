@@ -11,7 +11,7 @@ from convert_states import drawn_weights
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import embed, evaluate, predict
+from beitv2_jax import api, embed, evaluate, predict
 from beitv2_jax.convert.class_names import is_multi_label
 from beitv2_jax.convert.functions import _manifest
 from beitv2_jax.convert.weights import read, write
@@ -90,18 +90,16 @@ def test_predictions_are_all_classes_that_are_probable_enough(run, photos, proba
     assert "'1.5' is not a number from 0 to 1" in capsys.readouterr().err
 
 
-def test_a_threshold_of_a_classifier_of_one_class(weights, tmp_path, photos):
-    path = photos[0] / "0.png"
-    write(dataclasses.replace(weights, multi_label=False), str(tmp_path / "run"), "run")
-    classifier = beitv2_jax.load_classifier(tmp_path / "run")
-    logits = classifier.logits(path)[0].astype(np.float64)
+def test_a_threshold_of_a_classifier_of_one_class(weights):
+    classifier = api.Classifier(dataclasses.replace(weights, multi_label=False), "", "float32")
+    logits = np.random.default_rng(0).normal(size=(1, 17))
     expected = np.exp(logits) / np.exp(logits).sum()
-    assert len(classifier.predict(path)[0]) == 5
-    (found,) = classifier.predict(path, top=17, threshold=0.05)
+    assert len(classifier.best(logits)[0]) == 5
+    (found,) = classifier.best(logits, top=17, threshold=0.05)
     np.testing.assert_allclose([p.probability for p in found], -np.sort(-expected[expected >= 0.05]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("is_stated", [True, False])
+@pytest.mark.parametrize("is_stated", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_evaluation_against_scikit_learn(is_stated, weights, run, photos, probabilities, tmp_path, capsys):
     root, labels = photos
     if not is_stated:  # as in the released layout
@@ -120,7 +118,9 @@ def test_an_evaluation_against_scikit_learn(is_stated, weights, run, photos, pro
     has = labels.any(axis=0)
     assert has.tolist() == [True, True, True, False]
     precision = [sklearn.metrics.average_precision_score(labels[:, k], p[:, k]) for k in range(3)]
-    assert found["average_precision"] == pytest.approx(dict(zip([NAMES[k] for k in USED], [*precision, None])))
+    assert found["average_precision"] == pytest.approx(
+        dict(zip([NAMES[k] for k in USED], [*precision, None], strict=True))
+    )
     arguments = labels[:, has], p[:, has] >= 0.5
     expected = {
         "mean_average_precision": np.mean(precision),
@@ -131,7 +131,8 @@ def test_an_evaluation_against_scikit_learn(is_stated, weights, run, photos, pro
     assert found["metrics"] == pytest.approx(expected, rel=1e-5)
     with (tmp_path / "out" / "classes.csv").open() as file:
         rows = list(csv.reader(file))
-    assert [row[:3] for row in rows[1:]] == [[NAMES[k], str(k), str(n)] for k, n in zip(USED, labels.sum(axis=0))]
+    counts = labels.sum(axis=0)
+    assert [row[:3] for row in rows[1:]] == [[NAMES[k], str(k), str(n)] for k, n in zip(USED, counts, strict=True)]
     assert rows[0][3:] == ["average_precision", "precision", "recall", "f1"] and rows[4][3:] == [""] * 4
     with (tmp_path / "out" / "mistakes.csv").open() as file:
         mistakes = list(csv.DictReader(file))
