@@ -4,6 +4,7 @@ The stage `finetune` takes them where its data set is multi-label; everything el
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ class Judged(NamedTuple):
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over the classes that have positives, and the F1 of all decisions."""
+        """Means over the classes that have positives, NaN where none has, and the F1 of all decisions."""
         return {
             "mean_average_precision": _mean(self.average_precision),
             "macro_f1": _mean(self.f1),
@@ -191,4 +192,4 @@ def _warn_of_empty(names: tuple[str, ...]) -> None:
 
 
 def _mean(values: Float[np.ndarray, "k"]) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan

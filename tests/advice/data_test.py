@@ -175,7 +175,7 @@ def test_label_files_of_splits_that_do_not_fit(tmp_path):
             open_source(f"folder:{tmp_path}", "validation")
         (tmp_path / "aside.csv").rename(tmp_path / split / "labels.csv")
     (tmp_path / "val" / "labels.csv").write_text("file_name,bee\n2.png,1\n")
-    with provoked("Write the same classes into both files"):
+    with provoked("Write the name of labels.csv into"):
         open_source(f"folder:{tmp_path}", "validation")
     (tmp_path / "train" / "labels.csv").write_text("file_name,ant,bee\n1.png,1,0\n")
     source = open_source(f"folder:{tmp_path}", "validation")

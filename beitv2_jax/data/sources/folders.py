@@ -366,7 +366,7 @@ def _named_by(
         raise UserError(
             f"{own.path} has the class {unknown[0]!r}, which the training split's {of_training.path} has not.",
             "Did you give the class another name in one of the splits?",
-            f"Write the same classes into both files; an image of {class_directory} need not have all of them.",
+            f"Write the name of {of_training.path.name} into {own.path}, or add the class to {of_training.path}.",
         )
     named = [name for name in listing.images if comparable(name) in own.classes]
     beside = {comparable(name) for name in listing.images}

@@ -15,9 +15,10 @@ CSV, JSON_LINES = "labels.csv", "labels.jsonl"
 _CELLS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _INSTEAD = {
     CSV: "Write the first line as file_name,CLASS,CLASS,... and for each image a line with its path below the folder "
-    "of the file and 1 or 0 for each class.",
+    "of the file and 1 or 0 for each class, or move the file away where folders name the classes.",
     JSON_LINES: 'Write a line {"file_name": "PATH", "labels": ["CLASS", "CLASS"]} for each image, with its path below '
-    "the folder of the file and the names of its classes, or [] for none.",
+    "the folder of the file and the names of its classes, or [] for none, or move the file away where folders name the "
+    "classes.",
 }
 
 Row = tuple[int, str, list[str]]
