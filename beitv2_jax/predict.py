@@ -101,7 +101,8 @@ def _classify(network, files: list[Path], out: Path, made_from: dict[str, Any], 
                 classes = [prediction._asdict() for prediction in best] if weight else None
                 file.write(json.dumps({"file": str(files[number]), "classes": classes}) + "\n")
 
-    parts = Parts(out, {**made_from, "classes": network.class_names}, len(files), PART_ROWS, ".jsonl")
+    made_from = made_from | {"classes": network.class_names, "multi_label": network.multi_label}
+    parts = Parts(out, made_from, len(files), PART_ROWS, ".jsonl")
     parts.fill(
         EvalRow(_Files(files), EvalTransform(network.image_size, network.weights.crop_fraction)),
         lambda variables, batch: {"logits": network.logits_function(variables, batch["images"])},

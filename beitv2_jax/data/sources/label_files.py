@@ -2,11 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
 import pathlib
 import posixpath
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from beitv2_jax.errors import UserError
@@ -59,10 +60,10 @@ def read_label_file(directory: pathlib.Path) -> LabelFile | None:
     (path,) = paths
     content = path.read_bytes()
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _refusal(path, 1 + content.count(b"\n", 0, error.start), "it is no text in UTF-8") from error
-    names, rows = _table(path, lines) if path.name == CSV else ((), _json_lines(path, lines))
+    names, rows = _table(path, text) if path.name == CSV else ((), _json_lines(path, text))
     classes: dict[str, list[str]] = {}
     for line, file, of_file in rows:
         if (name := comparable(file)) in classes:
@@ -77,9 +78,9 @@ def comparable(file: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(file))
 
 
-def _table(path: pathlib.Path, lines: list[str]) -> tuple[list[str], Iterator[Row]]:
+def _table(path: pathlib.Path, text: str) -> tuple[list[str], Iterator[Row]]:
     """Return the classes and the rows of a table with a column for each class."""
-    table = csv.reader(lines, skipinitialspace=True)
+    table = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
     first, *names = next(table, [""])
     names = [unicodedata.normalize("NFC", name.strip()) for name in names]
     if first.strip() != "file_name" or not names or len({*names, ""}) <= len(names):
@@ -98,12 +99,12 @@ def _table(path: pathlib.Path, lines: list[str]) -> tuple[list[str], Iterator[Ro
     return names, rows()
 
 
-def _json_lines(path: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
-    for line, text in enumerate(lines, 1):
-        if not text.strip():
+def _json_lines(path: pathlib.Path, text: str) -> Iterator[Row]:
+    for line, row in enumerate(text.split("\n"), 1):
+        if not row.strip():
             continue
         try:
-            entry = json.loads(text)
+            entry = json.loads(row)
             file, names = entry["file_name"], entry["labels"]
         except (ValueError, TypeError, KeyError) as error:
             raise _refusal(path, line, "it is no JSON object with file_name and labels") from error

@@ -17,7 +17,7 @@ from beitv2_jax.data.sources.image_features import NAMES_FILE, ImageFeatures
 from beitv2_jax.data.sources.labels import class_counts, few_labels, labels_of, log_classes
 from beitv2_jax.data.transform import EvalTransform
 
-TABLE = "file_name,dog,cat\n a/2.png, 1,0\n./a/1.png,1,1.0\nb.png,False,TRUE\nc.png,0,0\n"
+TABLE = "file_name,dog,cat\r\n a/2.png, 1,0\n./a/1.png,1,1.0\nb.png,False,TRUE\nc.png,0,0\n"
 LINES = [("a/2.png", ["dog"]), ("a/1.png", ["cat", "dog", "cat"]), ("b.png", ["cat"]), ("c.png", [])]
 EXPECTED = {"a/1.png": {"dog", "cat"}, "a/2.png": {"dog"}, "b.png": {"cat"}, "c.png": set()}
 
