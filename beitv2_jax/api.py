@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Float64, Int, UInt8
 from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
@@ -43,6 +43,7 @@ from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.tasks import segment
 from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.common import normalized
+from beitv2_jax.tasks.multi_label import THRESHOLD
 from beitv2_jax.tasks.tokenize import tokenizer_of
 from beitv2_jax.training import sharding
 from beitv2_jax.typing import PyTree
@@ -277,26 +278,50 @@ class _WithClasses(_Network):
 
 
 class Classifier(_WithClasses):
-    """An image classifier."""
+    """An image classifier; a multi-label one, which says so (`multi_label`), may find several classes or none."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class has a probability of its own, the sigmoid of its logit, in place of their softmax."""
+        return self.weights.multi_label
 
     def logits(self, images: Images) -> Float32[np.ndarray, "b k"]:
         """Return the logits of every class."""
         return self._run(self._logits, images)
 
-    def predict(self, images: Images, top: int = 5) -> list[list[Prediction]]:
-        """Return, for each image, the `top` most probable classes, the most probable first."""
-        return self.best(self.logits(images), top)
+    def probabilities(self, images: Images) -> Float64[np.ndarray, "b k"]:
+        """Return the probability of every class."""
+        return self._probabilities(self.logits(images))
 
-    def best(self, logits: Float32[np.ndarray, "b k"], top: int) -> list[list[Prediction]]:
-        """Return the `top` most probable classes of each row of logits."""
-        logits = logits.astype(np.float64)
-        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    def predict(self, images: Images, top: int | None = None, threshold: float | None = None) -> list[list[Prediction]]:
+        """Return, for each image, the most probable classes, the most probable first.
+
+        Args:
+            images: one or many.
+            top: most classes of an image; None: 5, and all of a multi-label classifier.
+            threshold: smallest probability of a class; None: 0, and 0.5 of a multi-label classifier.
+        """
+        return self.best(self.logits(images), top, threshold)
+
+    def best(
+        self, logits: Float32[np.ndarray, "b k"], top: int | None = None, threshold: float | None = None
+    ) -> list[list[Prediction]]:
+        """Return the most probable classes of each row of logits; the other arguments are those of `predict`."""
+        usual_top, usual_threshold = (None, THRESHOLD) if self.multi_label else (5, 0.0)
+        least = usual_threshold if threshold is None else threshold
+        probabilities = self._probabilities(logits)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : usual_top if top is None else top]
         return [
-            [Prediction(self.class_names[k], float(row[k])) for k in best]
+            [Prediction(self.class_names[k], float(row[k])) for k in best if row[k] >= least]
             for row, best in zip(probabilities, order, strict=True)
         ]
+
+    def _probabilities(self, logits: Float32[np.ndarray, "b k"]) -> Float64[np.ndarray, "b k"]:
+        logits = logits.astype(np.float64)
+        if self.multi_label:
+            return np.exp(-np.logaddexp(0.0, -logits))
+        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return probabilities / probabilities.sum(axis=1, keepdims=True)
 
     def logits_function(self, variables: PyTree, crops: UInt8[jax.Array, "b S S 3"]) -> Float32[jax.Array, "b k"]:
         """Return the logits of images that are cropped already: a pure function, to be compiled by the caller."""

@@ -114,7 +114,8 @@ def _write(folder: Path, tokenizers: Sequence["Tokenizer"], options, source: Sou
         for path, ids, tokenizer in zip(options.tokenizers, code_ids, tokenizers, strict=True)
     ]
     indices = [example["example_id"] for example in read]
-    labels = np.array([example["label"] for example in read], np.int32)
+    # the page shows one class an image, or none
+    labels = np.array([-1 if np.ndim(example["label"]) else example["label"] for example in read], np.int32)
     path_of = getattr(source, "path_of", "example {}".format)
     names = [os.path.basename(str(path_of(index))).encode("utf-8", "replace").decode() for index in indices]
     num_shown = report.write_page(

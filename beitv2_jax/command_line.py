@@ -33,6 +33,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def probability(text: str) -> float:
+    """Return the number from 0 to 1 that an argument holds; the `type` of an option."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
 def add_input_options(parser: Parser) -> None:
     """Add the options that say how a network sees images."""
     parser.add_argument("--image_size", type=int, metavar="PIXELS", help="resize positions to this image size")

@@ -1,8 +1,8 @@
 """Evaluate trained weights on a data set: beitv2 evaluate WEIGHTS DATA [--out=DIR].
 
-What is measured follows from the weights: accuracies of a classifier, reconstruction and codes of a tokenizer, accuracy
-on hidden patches of a masked model, IoU of a segmentation network. The metrics are printed as a table; --out also
-writes them as JSON, with CSV files and pictures.
+What is measured follows from the weights: accuracies of a classifier, or average precision where images have several
+classes, reconstruction and codes of a tokenizer, accuracy on hidden patches of a masked model, IoU of a segmentation
+network. The metrics are printed as a table; --out also writes them as JSON, with CSV files and pictures.
 """
 
 import argparse
@@ -104,12 +104,11 @@ def _main(argv: Sequence[str] | None = None) -> None:
 
 def _classifier(network, options) -> _Evaluated:
     from beitv2_jax.data.sources import LabelledSource, open_source
+    from beitv2_jax.data.sources.label_sets import is_multi_label
     from beitv2_jax.evaluation.classes import match_classes, read_class_names
     from beitv2_jax.report import evaluation as report
     from beitv2_jax.runners import evaluate
 
-    if options.out:
-        report.require_matplotlib()
     source = open_source(options.data, options.split, options.data_dir, options.train_split)
     if not source.class_names:
         raise UserError(
@@ -122,6 +121,16 @@ def _classifier(network, options) -> _Evaluated:
         names = read_class_names(options.classes, len(names))
     classes = match_classes(names, source.class_names)
     source = LabelledSource(source)
+    if is_multi_label(source):
+        return _multi_label(network, options, source, classes)
+    if network.multi_label:
+        raise UserError(
+            f"An image may have several of the classes of {options.weights}, and those of {source.name} have one each.",
+            "Did you mean the data set that the weights were trained on?",
+            "Write the DATA with several classes an image, such as folder:PATH with a labels.csv in every split.",
+        )
+    if options.out:
+        report.require_matplotlib()
     result = evaluate.evaluate_classifier(
         network.weights, source, classes, _passing(options, 64), crop_fraction=_crop_fraction(network, options)
     )
@@ -143,6 +152,38 @@ def _classifier(network, options) -> _Evaluated:
     lines = [f"classes: {classes.stated}"]
     extra = {"classes": classes.stated, "class_accuracy": accuracy}
     return _Evaluated(result, source, lines, write, extra, num_among=len(data_names))
+
+
+def _multi_label(network, options, source, classes) -> _Evaluated:
+    from beitv2_jax.report import evaluation as report
+    from beitv2_jax.runners import evaluate
+
+    result = evaluate.evaluate_multi_label(
+        network.weights, source, classes, _passing(options, 64), crop_fraction=_crop_fraction(network, options)
+    )
+    names, details = source.class_names, result.details
+
+    def write(folder: Path) -> None:
+        columns = ("positives", "average_precision", "precision", "recall", "f1")
+        values = zip(*(details[name].tolist() for name in columns), strict=True)
+        rows = [
+            (name, int(number), *("" if np.isnan(value) else value for value in of_class))
+            for name, number, of_class in zip(names, classes.numbers, values, strict=True)
+        ]
+        report.write_csv(folder / "classes.csv", [("class", "number", *columns), *rows])
+        mistakes = report.most_probable_absent(source, details)
+        report.write_csv(folder / "mistakes.csv", [report.Mistake._fields, *mistakes])
+        if mistakes:
+            report.draw_mistakes(source, mistakes, folder / "mistakes.png")
+
+    lines = [f"classes: {classes.stated}"]
+    if not network.multi_label:
+        lines.append("the weights do not say that an image may have several classes; each logit is taken by itself")
+    if empty := [name for name, count in zip(names, details["positives"], strict=True) if not count]:
+        shown = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
+        lines.append(f"the means are over {len(names) - len(empty)} of {len(names)} classes; no image has: {shown}")
+    average_precision = dict(zip(names, details["average_precision"].tolist(), strict=True))
+    return _Evaluated(result, source, lines, write, {"classes": classes.stated, "average_precision": average_precision})
 
 
 def _tokenizer(network, options) -> _Evaluated:

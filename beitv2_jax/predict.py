@@ -1,7 +1,8 @@
 """Predict the classes of images: beitv2 predict WEIGHTS IMAGES [--out=FILE].
 
-Classifiers give the most probable classes of each image, as JSON lines or CSV; segmentation networks give the class of
-every pixel, as PNG files. A command with --out that was killed continues with the parts that it left beside it.
+Classifiers give the most probable classes of each image, as JSON lines or CSV, multi-label ones every class that is
+probable enough; segmentation networks give the class of every pixel, as PNG files. A command with --out that was killed
+continues with the parts that it left beside it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.command_line import Parser, add_input_options, check_out, positive, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, check_out, positive, probability, report_errors
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.decode import CorruptImageError, decode_image
 from beitv2_jax.data.sources.folders import digest_of_sizes, list_images
@@ -35,6 +36,8 @@ _EXAMPLES = """\
 examples:
   # the five most probable classes of every image below a folder
   beitv2 predict runs/finetune photos --out=classes.csv
+  # every class of at least 30 %, with a classifier whose images may have several
+  beitv2 predict runs/multi_label photos --threshold=0.3
   # the class of every pixel: NAME.png with class numbers, NAME.overlay.png to look at
   beitv2 predict runs/segment photos --out=maps
 """
@@ -72,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files": hashlib.sha256(os.fsencode("\0".join(map(str, files)))).hexdigest(),
         "sizes": digest_of_sizes(files),
         "top": options.top,
+        "threshold": options.threshold,
     }
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(options.out or f"{temporary}/predictions.jsonl")
@@ -88,16 +92,17 @@ def _classify(network, files: list[Path], out: Path, made_from: dict[str, Any], 
     from beitv2_jax.api import BATCH_SIZE
     from beitv2_jax.runners.parts import Parts
 
-    top = made_from["top"]
+    top, threshold = made_from["top"], made_from["threshold"]
 
     def save(path: Path, part: dict[str, np.ndarray]) -> None:
-        predictions = network.best(part["logits"], top)
+        predictions = network.best(part["logits"], top, threshold)
         with replacing(path) as file:
             for number, weight, best in zip(part["example_ids"], part["weight"], predictions, strict=True):
                 classes = [prediction._asdict() for prediction in best] if weight else None
                 file.write(json.dumps({"file": str(files[number]), "classes": classes}) + "\n")
 
-    parts = Parts(out, {**made_from, "classes": network.class_names}, len(files), PART_ROWS, ".jsonl")
+    made_from = made_from | {"classes": network.class_names, "multi_label": network.multi_label}
+    parts = Parts(out, made_from, len(files), PART_ROWS, ".jsonl")
     parts.fill(
         EvalRow(_Files(files), EvalTransform(network.image_size, network.weights.crop_fraction)),
         lambda variables, batch: {"logits": network.logits_function(variables, batch["images"])},
@@ -112,7 +117,8 @@ def _classify(network, files: list[Path], out: Path, made_from: dict[str, Any], 
     with replacing(parts.joined) as file:
         writer = csv.writer(file, lineterminator="\n") if out.suffix == ".csv" else None
         if writer:
-            ranks = range(1, top + 1)
+            most = top or max((len(json.loads(text)["classes"] or ()) for text in _lines(parts.paths)), default=0)
+            ranks = range(1, most + 1)
             writer.writerow(["file", *(f"{part}_{rank}" for rank in ranks for part in ("class", "probability"))])
         for text in _lines(parts.paths):
             line = json.loads(text)
@@ -211,7 +217,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="", help=".csv or .jsonl file; for segmentation a folder (default: JSON lines on the terminal)"
     )
-    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
+    parser.add_argument(
+        "--top",
+        type=positive,
+        metavar="N",
+        help="most classes of each image (default: 5; of a multi-label classifier all)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=probability,
+        metavar="P",
+        help="smallest probability of a class (default: 0; of a multi-label classifier 0.5)",
+    )
     add_input_options(parser)
     return parser
 

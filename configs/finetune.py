@@ -11,7 +11,8 @@ Expected  top-1 on ImageNet-1k: base1600 (this file) 85.5 %, base300 85.0 %, lar
 The learning rates are absolute. Relative positions have one table a block; the shared one of pre-training is copied to
 each. Patch tokens are averaged, [CLS] is not used, and the norm after them and the head start anew. The warm-up of the
 presets without 21k in their name is that of the published commands for ImageNet-21k; theirs is not published. Where
-RandAugment is on, colour jitter is off, as released.
+RandAugment is on, colour jitter is off, as released. Data whose images may have several classes are learnt with a
+sigmoid for each class (docs/photographs.md).
 
 Presets
   base300    ViT-B/16 pre-trained for 300 epochs
@@ -105,7 +106,9 @@ def get_config(arg=""):
             "views": sections.views(min_scale=0.08),
             "normalization": "imagenet",
             "label_smoothing": 0.1,  # probability moved from the label to all classes
-            "class_weights": "none",  # of images in the loss; 'balanced': every class has the same sum of weights
+            # of images in the loss; 'balanced': every class has the same sum of weights, and where an image may have
+            # several, the images with a class as much as those without it
+            "class_weights": "none",
             "augment": sections.augment(randaugment_ops=2, mixup=0.8, cutmix=1.0, erasing=0.25),
             "model": sections.backbone(
                 position="relative",  # a table per block

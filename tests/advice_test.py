@@ -248,6 +248,7 @@ TASKS = [
     ("finetune", finetune.build, "--config.efficiency.attention=cudnn"),
     ("finetune", finetune.build, "--config.data.source=folder:unlabelled", "--config.data.source=folder:PATH"),
     ("probe", probe.build, "--config.data.source=folder:one_class", "--config.data.source=folder:PATH"),
+    ("probe", probe.build, "--config.data.source=folder:several", "--config.data.source=SOURCE"),
     ("probe", probe.build, "--config.probe.layers=(0,2)"),
     ("probe", probe.build, "--config.probe.protocol=dinov3"),
     ("probe", probe.build, "--config.probe.batch_size=2000 --config.probe.duration='1 epoch'"),
@@ -373,7 +374,9 @@ def open_features(monkeypatch) -> None:
 @pytest.mark.parametrize("name, build, mistake, remedy", [(*case, *[None] * (4 - len(case))) for case in TASKS])
 def test_advice_about_data_and_runs(name, build, mistake, remedy, monkeypatch):
     def open_sources(config):
-        return (FakeSource({"folder:unlabelled": 0, "folder:one_class": 1}.get(config.data.source, 10)),) * 2
+        source = FakeSource({"folder:unlabelled": 0, "folder:one_class": 1}.get(config.data.source, 10))
+        source.multi_label = config.data.source == "folder:several"
+        return source, source
 
     monkeypatch.setattr(FakeSource, "__len__", lambda source: 1000)
     monkeypatch.setattr(inputs, "open_sources", open_sources)

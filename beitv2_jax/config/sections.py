@@ -28,7 +28,9 @@ def labelled_data(**changes: Any) -> dict[str, Any]:
     """Return `data` of a stage that learns labels."""
     return data(
         **{
-            "train_labels": "",  # '10%' or '5 shots': part or number of training images of each class; '': all
+            # '10%' or '5 shots': part or number of training images of each class, or part of all where they may have
+            # several; '': all
+            "train_labels": "",
             **changes,
         }
     )

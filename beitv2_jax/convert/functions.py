@@ -189,6 +189,7 @@ def _outputs(weights: Weights) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _manifest(weights: Weights, layout: str, batch: str | int, details: dict[str, Any]) -> dict[str, Any]:
     size = weights.arguments["image_size"]
+    meaning = _MEANING | ({"logits": _MEANING["logits"].replace("softmax", "sigmoids")} if weights.multi_label else {})
     return {
         "layout": layout,
         "file": MODEL_FILES[layout],
@@ -204,7 +205,7 @@ def _manifest(weights: Weights, layout: str, batch: str | int, details: dict[str
             "center_crop": size,
         },
         "outputs": {
-            name: {"shape": [batch, *output.shape[1:]], "dtype": str(output.dtype), "meaning": _MEANING[name]}
+            name: {"shape": [batch, *output.shape[1:]], "dtype": str(output.dtype), "meaning": meaning[name]}
             for name, output in _outputs(weights).items()
         },
         "class_names": list(weights.class_names),

@@ -138,6 +138,8 @@ def make_card(
     source: str,
     library: str,
     licenses,
+    *,
+    multi_label: bool = False,
 ) -> str:
     """Return the card of weights of this `kind`.
 
@@ -149,8 +151,12 @@ def make_card(
         source: path that the weights were read from; '' if there is none.
         library: 'transformers' or 'timm', which reads the folder.
         licenses: what the user stated.
+        multi_label: whether an image may have several of the classes.
     """
     title, task = _KINDS[kind]
+    use = _USE[library, kind]
+    if multi_label:
+        title, use = "A multi-label image classifier", use.replace(".softmax(-1)", ".sigmoid()")
     header = {"library_name": library, "pipeline_tag": task, "tags": ["beit", "beitv2", "vision-transformer"]}
     header |= {"license": licenses.weights} if licenses.weights else {}
     size, (mean, std) = arguments["image_size"], NORMALIZATIONS[normalization]
@@ -167,7 +173,9 @@ def make_card(
         f"{title}: ViT with patches of {arguments['patch_size']} pixels, width {arguments['width']}, "
         f"{arguments['depth']} blocks and {arguments['num_heads']} heads. The method is BEiT v2 "
         f"([arXiv 2208.06366](https://arxiv.org/abs/2208.06366)); the folder was written by beitv2_jax {__version__}.",
-        f"## How to use\n\n```python\n{_USE[library, kind]}\n```",
+        f"## How to use\n\n```python\n{use}\n```"
+        + "\n\nAn image may have several classes or none: each has a probability of its own, the sigmoid of its logit."
+        * multi_label,
         f"## Input\n\n{resized} Then scale the values to 0..1 and normalise with mean {list(mean)} and standard "
         f"deviation {list(std)}; the files beside this card say the same.",
         *_origin(source, licenses),

@@ -28,7 +28,7 @@ from beitv2_jax.convert.arguments import (
 )
 from beitv2_jax.convert.beit import huggingface, timm
 from beitv2_jax.convert.beit.official import USAGE_COUNTERS, dropped_entries, from_official, recognise, to_official
-from beitv2_jax.convert.class_names import INPUTS_FILE, class_names_of
+from beitv2_jax.convert.class_names import INPUTS_FILE, class_names_of, is_multi_label
 from beitv2_jax.convert.files import read_config, read_weights, write_safetensors
 from beitv2_jax.convert.input_statistics import crop_fraction_of, normalization_of
 from beitv2_jax.convert.model_card import CARD_FILE, NOTHING_STATED, Licenses, make_card
@@ -78,6 +78,7 @@ class Weights:
         stated_crop_fraction: fraction of the resized shorter side that the central crops of an evaluation keep; 0 if
             the source does not say one, or that of the released evaluation.
         class_names: of the classes that the model predicts, in the order of its outputs; () if the source has none.
+        multi_label: whether an image may have several of them, each with the sigmoid of its logit for a probability.
         source: the path that the weights were read from; '' if they were not read.
     """
 
@@ -91,6 +92,7 @@ class Weights:
     normalization_known: bool = True
     stated_crop_fraction: float = 0.0
     class_names: tuple[str, ...] = ()
+    multi_label: bool = False
     source: str = ""
 
     @property
@@ -152,7 +154,12 @@ def read(
             weights, dropped=weights.dropped | found.dropped, assumptions=found.assumptions + weights.assumptions
         )
     num_classes = weights.arguments.get("num_classes", 0)
-    weights = dataclasses.replace(weights, class_names=class_names_of(path, num_classes), source=path)
+    weights = dataclasses.replace(
+        weights,
+        class_names=class_names_of(path, num_classes),
+        multi_label=weights.kind == "classifier" and num_classes > 0 and is_multi_label(path),
+        source=path,
+    )
     if weights.arguments["image_size"] is None and image_size is None:
         raise UserError(
             f"The image size of {path} is unknown: the model has no position embeddings or tables.",
@@ -447,9 +454,9 @@ def _timm_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_S
         return _state_saver(state, target), not_written | not_stored
     arguments = with_defaults(weights.kind, weights.arguments)
     config = timm.make_config(
-        weights.kind, arguments, weights.normalization, weights.class_names, weights.crop_fraction
+        weights.kind, arguments, weights.normalization, weights.class_names, weights.crop_fraction, weights.multi_label
     )
-    in_config = ("normalization", "num_heads", "crop_fraction")
+    in_config = ("normalization", "num_heads", "crop_fraction", "multi_label")
     not_stored = {name: reason for name, reason in not_stored.items() if name not in in_config}
     state, card = _contiguous(state), _card(weights, "timm", licenses)
     return lambda path: _save_folder(path, card, timm.save, state, config), not_written | not_stored
@@ -459,7 +466,7 @@ def _huggingface_writer(weights: Weights, target: Path, licenses: Licenses) -> t
     official = to_official(weights.kind, weights.variables)
     state, not_written = huggingface.to_huggingface(weights.kind, official)
     arguments = with_defaults(weights.kind, weights.arguments)
-    config = huggingface.make_config(weights.kind, arguments, weights.class_names)
+    config = huggingface.make_config(weights.kind, arguments, weights.class_names, weights.multi_label)
     preprocessor = huggingface.make_preprocessor(
         weights.kind, weights.normalization, weights.arguments["image_size"], weights.crop_fraction
     )
@@ -477,8 +484,9 @@ def _run_writer(weights: Weights, target: Path, licenses: Licenses) -> tuple[_Sa
         if weights.kind == "cluster":
             (path / TEACHER_FILE).write_text(json.dumps(weights.arguments["teacher"], indent=2) + "\n")
         teachers = teachers_of_run(weights.source) if weights.source and is_run(weights.source) else []
-        if weights.class_names or teachers:
-            inputs = {"train": {"classes": list(weights.class_names)}, "teachers": teachers}
+        if weights.class_names or weights.multi_label or teachers:
+            train = {"classes": list(weights.class_names)} | ({"multi_label": True} if weights.multi_label else {})
+            inputs = {"train": train, "teachers": teachers}
             (path / INPUTS_FILE).write_text(json.dumps(inputs, indent=2) + "\n")
 
     return save, {}
@@ -508,7 +516,16 @@ _LAYOUTS_OF_ANY_MODEL = ("run", "stablehlo", "onnx")
 def _card(weights: Weights, library: str, licenses: Licenses) -> str:
     arguments = with_defaults(weights.kind, weights.arguments)
     kind = "backbone" if arguments.get("num_classes") == 0 else weights.kind
-    return make_card(kind, arguments, weights.normalization, weights.crop_fraction, weights.source, library, licenses)
+    return make_card(
+        kind,
+        arguments,
+        weights.normalization,
+        weights.crop_fraction,
+        weights.source,
+        library,
+        licenses,
+        multi_label=weights.multi_label,
+    )
 
 
 def _save_folder(path: Path, card: str, save: Callable[..., None], *content) -> None:
@@ -593,6 +610,10 @@ def _not_stored(weights: Weights, read_as: str) -> dict[str, str]:
     if weights.stated_crop_fraction:
         not_stored["crop_fraction"] = (
             f"the layout cannot store {weights.stated_crop_fraction:g}; evaluate the file with --crop_fraction"
+        )
+    if weights.multi_label:
+        not_stored["multi_label"] = (
+            "the layout cannot store that an image may have several classes; its logits will be read as those of one"
         )
     for part in (arguments, arguments.get("encoder") or {}, arguments.get("decoder") or {}):
         has_table = part.get("position", "absolute").startswith("relative")

@@ -154,7 +154,8 @@ def words_for(example: dict[str, Any]) -> str:
 
 
 def _identity(example: dict[str, Any], fault: str) -> Example:
-    return {"labels": np.int32(example["label"]), **identity(example, fault)}
+    label = example["label"]
+    return {"labels": label if np.ndim(label) else np.int32(label), **identity(example, fault)}
 
 
 def identity(example: dict[str, Any], fault: str) -> Example:

@@ -16,11 +16,15 @@ from beitv2_jax.data.transform import readable_image
 from beitv2_jax.errors import UserError
 from beitv2_jax.report.captions import fitted
 from beitv2_jax.report.page import markdown_table
+from beitv2_jax.tasks.multi_label import THRESHOLD
 
 _TITLES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
     "mean_class_accuracy": "mean accuracy of the classes",
+    "mean_average_precision": "mAP (mean average precision)",
+    "macro_f1": "mean F1 of the classes",
+    "micro_f1": "F1 of all decisions",
     "nll": "negative log-likelihood (nats)",
     "calibration_error": "calibration error",
     "reconstruction_loss": "reconstruction loss (1 - cosine)",
@@ -162,20 +166,36 @@ def most_confident_mistakes(
     """Return the wrong predictions of highest probability; `names` are those of the classifier's classes."""
     wrong = np.flatnonzero(details["labels"] != details["predicted"])
     order = wrong[np.argsort(-details["confidence"][wrong], kind="stable")][:count]
-    path_of = getattr(source, "path_of", None)
-    mistakes = []
-    for row in order:
-        example_id = int(details["example_ids"][row])
-        mistakes.append(
-            Mistake(
-                example_id,
-                str(path_of(example_id)) if path_of else f"{source.name} split {source.split}, example {example_id}",
-                names[details["labels"][row]],
-                names[details["predicted"][row]],
-                float(details["confidence"][row]),
-            )
+    return [
+        _mistake(
+            source,
+            details["example_ids"][row],
+            names[details["labels"][row]],
+            names[details["predicted"][row]],
+            details["confidence"][row],
         )
+        for row in order
+    ]
+
+
+def most_probable_absent(source: Source, details: Mapping[str, np.ndarray], count: int = NUM_MISTAKES) -> list[Mistake]:
+    """Return the images and classes of highest probability where the image has not the class, of a multi-label set."""
+    logits = np.where(details["labels"] > 0, -np.inf, details["logits"])
+    order = np.argsort(-logits, axis=None, kind="stable")[:count]
+    mistakes = []
+    for row, label in zip(*np.unravel_index(order, logits.shape), strict=True):
+        true = ", ".join(source.class_names[number] for number in np.flatnonzero(details["labels"][row]))
+        probability = 1 / (1 + np.exp(-logits[row, label]))
+        if probability >= THRESHOLD:
+            name = source.class_names[label]
+            mistakes.append(_mistake(source, details["example_ids"][row], true or "none", name, probability))
     return mistakes
+
+
+def _mistake(source: Source, example_id: int, true: str, predicted: str, probability: float) -> Mistake:
+    path_of = getattr(source, "path_of", None)
+    where = str(path_of(example_id)) if path_of else f"{source.name} split {source.split}, example {example_id}"
+    return Mistake(int(example_id), where, true, predicted, float(probability))
 
 
 def draw_mistakes(source: Source, mistakes: Sequence[Mistake], path: Path) -> None:

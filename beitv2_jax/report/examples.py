@@ -25,7 +25,9 @@ def draw_examples(source: Source, path: str, *, num_images: int = 8) -> None:
         except CorruptImageError:
             continue
         label = example.get("label", -1)
-        tiles.append((pixels, source.class_names[label] if 0 <= label < len(source.class_names) else ""))
+        labels = np.flatnonzero(label) if np.ndim(label) else [label]
+        names = [source.class_names[number] for number in labels if 0 <= number < len(source.class_names)]
+        tiles.append((pixels, ", ".join(names)))
     if not tiles:
         return
     has_names = any(name for _, name in tiles)

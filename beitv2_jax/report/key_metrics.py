@@ -21,6 +21,12 @@ def _evaluation(metrics: dict, stage) -> list[str]:
 
 
 def _finetune(metrics: dict, stage) -> list[str]:
+    if "eval/mean_average_precision" in metrics:
+        return [
+            f"mAP {metrics['eval/mean_average_precision']:.1%}, F1 {metrics['eval/micro_f1']:.1%} of all decisions, "
+            f"{metrics['eval/macro_f1']:.1%} in the mean over the classes, on {stage.data.eval_split} "
+            f"(train loss {metrics['loss']:.3f})"
+        ]
     return [f"accuracy {metrics['eval/accuracy']:.1%} on {stage.data.eval_split} (train loss {metrics['loss']:.3f})"]
 
 

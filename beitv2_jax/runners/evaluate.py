@@ -38,7 +38,7 @@ from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.ops.implementations import AUTO, resolve_auto
 from beitv2_jax.models.teachers import Teacher
 from beitv2_jax.rng import host_rng
-from beitv2_jax.tasks import cluster, finetune, inputs, mim, segment, vqkd
+from beitv2_jax.tasks import cluster, finetune, inputs, mim, multi_label, segment, vqkd
 from beitv2_jax.tasks.api import Batch
 from beitv2_jax.tasks.tokenize import tokenizer_of
 from beitv2_jax.training import sharding
@@ -164,6 +164,32 @@ def _classification_metrics(rows: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
+def evaluate_multi_label(
+    weights: Weights, source: Source, classes: ClassMap, passing: Passing, *, crop_fraction: float
+) -> Result:
+    """Evaluate a classifier on images with several classes, those of `source` by `classes`; others do not count.
+
+    Details: `logits` and `labels` by class of the data and `example_ids` of every image, and what `Judged` has of the
+    classes.
+    """
+    model = MODELS["classifier"].from_arguments(weights.arguments, passing.compute)
+    logits_of = finetune.logits_of(model, weights.normalization)
+    numbers = jnp.asarray(classes.numbers)
+
+    def evaluate(params, batch):
+        return {"rows": {"logits": logits_of(params, batch)[:, numbers], "labels": batch["labels"]}}
+
+    mesh = sharding.make_mesh()
+    batches = pipeline.eval_batches(
+        source, image_size=weights.arguments["image_size"], crop_fraction=crop_fraction, **passing.reading(mesh)
+    )
+    passed = _pass(evaluate, weights.variables["params"], batches, source, passing, mesh)
+    logits, labels = (passed.rows[name].astype(np.float64) for name in ("logits", "labels"))
+    found = multi_label.judge(logits, labels)
+    metrics = {**found.means, "loss": multi_label.mean_cross_entropy(logits, labels)}
+    return passed.result(metrics, {**passed.rows, **found._asdict()})
+
+
 def evaluate_tokenizer(
     weights: Weights,
     source: Source,
@@ -176,8 +202,8 @@ def evaluate_tokenizer(
 ) -> Result:
     """Evaluate a tokenizer; its reconstruction is compared with the features of `teacher`, if there is one.
 
-    Where images have classes or `label_maps` (by the name of what they label), their patches have labels, and the
-    metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with
+    Where images have one class each or `label_maps` (by the name of what they label), their patches have labels, and
+    the metrics of `evaluation.code_labels.code_label_metrics` say what the codes have to do with these; with
     `compare_pixels` also what as many k-means clusters of the pixels of the same patches have (`pixels_...`). A cluster
     tokenizer has its own teacher.
 
@@ -206,7 +232,9 @@ def evaluate_tokenizer(
     passed = _pass(evaluate, variables, batches, source, passing, mesh)
     metrics = vqkd.summarize(passed.sums)
     code_ids = passed.rows["code_ids"]
-    labels = {"class": np.broadcast_to(passed.rows["labels"][:, None], code_ids.shape)}
+    of_images, labels = passed.rows["labels"], {}
+    if of_images.ndim == 1:  # of several classes none is that of a patch
+        labels["class"] = np.broadcast_to(of_images[:, None], code_ids.shape)
     size, example_ids = weights.arguments["image_size"], passed.rows["example_ids"].tolist()
     for name, maps in label_maps.items():
         labels[name] = _labels_of_patches(maps, example_ids, tokenizer.grid, size, crop_fraction)

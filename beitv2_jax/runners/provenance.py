@@ -22,6 +22,7 @@ from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_weights, run_directory
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
 from beitv2_jax.convert.teachers.terms import rows_of, teachers_of
+from beitv2_jax.data.sources.label_sets import is_multi_label
 from beitv2_jax.data.target_cache.manifest import identity, read_manifest
 from beitv2_jax.errors import UserError
 from beitv2_jax.runtime.atomic_files import write_text
@@ -111,6 +112,7 @@ def describe_data(sources: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
             "split": source.split,
             "examples": len(source),
             "classes": list(getattr(source, "class_names", ())),
+            **({"multi_label": True} if is_multi_label(source) else {}),
             "digest": getattr(source, "digest", ""),
             "sizes": getattr(source, "sizes", ""),
         }

@@ -22,6 +22,7 @@ from beitv2_jax.convert.files import located, run_directory
 from beitv2_jax.data.bad_records import BadRecords
 from beitv2_jax.data.order import BatchRows
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.sources.label_sets import is_multi_label
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.data.target_cache.writer import is_begun
 from beitv2_jax.errors import UserError
@@ -236,8 +237,10 @@ def run_pipeline(
             data = tuple(stage.data.items())
             if data not in opened:
                 opened[data], _ = tasks_inputs.open_sources(stage)
-            if stage.stage == "probe" and tasks_inputs.num_classes_with_images(opened[data]) < 2:
-                logging.info("the stage %s is left out: %s has no labels to probe", name, opened[data].name)
+            source = opened[data]
+            if stage.stage == "probe" and (is_multi_label(source) or tasks_inputs.num_classes_with_images(source) < 2):
+                text = "the stage %s is left out: %s has no single label of each image to probe"
+                logging.info(text, name, source.name)
                 del chosen[name]
             else:
                 config_lib.validate(stage, len(opened[data]))

@@ -39,6 +39,18 @@ class LossParts(NamedTuple):
     statistics: PyTree = None
 
 
+class Rows(NamedTuple):
+    """Arrays of an evaluation that are joined over its batches, where all else is added up.
+
+    Attributes:
+        values: arrays by name, the batch axis first.
+        weight: of the rows; those of weight 0 are left out when they are joined.
+    """
+
+    values: dict[str, Any]
+    weight: Any
+
+
 def _added(one: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, one, other)
 
@@ -76,8 +88,8 @@ class Task:
         layer_of: `(path) -> ` layer id 0 .. num_layers + 1 for layer decay, None for the full rate.
         num_layers: number of blocks, `L` of layer decay.
         eval_batches: `(process_index, process_count) -> ` finite iterable of padded batches, a new one at each call.
-        evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows.
-        summarize: `(sums over all batches, on the host) -> ` dict of floats to log.
+        evaluate: `(params, model_state, frozen, batch) -> ` dict of sums over the batch's real rows, or of `Rows`.
+        summarize: `(sums over all batches, on the host, and joined rows) -> ` dict of floats to log.
         start_codebook: `(params, model_state, frozen, batches, key) -> ` codebook from the next batches, as one tree
             with the axis of the batches before that of their rows.
         codebook_starts: numbers of finished steps after which `start_codebook` is called, 0 before the first one.

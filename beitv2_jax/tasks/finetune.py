@@ -1,7 +1,8 @@
 """Stage 3, classification: fine-tune a pre-trained backbone on labels, or train a classifier from scratch.
 
 The published recipe changes images in three places: random views and RandAugment on the host, random erasing, mixup and
-CutMix inside the step (`config.augment`).
+CutMix inside the step (`config.augment`). Loss and metrics of data sets with several classes an image are those of
+`multi_label`.
 """
 
 import functools
@@ -13,12 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beitv2_jax.data.randaugment import RandAugment
+from beitv2_jax.data.sources.label_sets import is_multi_label
 from beitv2_jax.data.sources.labels import class_counts, log_classes
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import mixing
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.tasks import inputs
+from beitv2_jax.tasks import inputs, multi_label
 from beitv2_jax.tasks.api import LossParts, Task
 from beitv2_jax.tasks.common import init_variables, layer_of, normalized, released_no_decay, view_pixels
 from beitv2_jax.tasks.losses import smoothed_cross_entropy, smoothed_targets, soft_cross_entropy, weighted_sum
@@ -94,6 +96,17 @@ def logits_of(model: Classifier, normalization: str) -> Callable:
     )
 
 
+def finetune_evaluation(logits_of: Callable) -> Callable:
+    """Return the `evaluate` of classification: sums of what `judged` says of the rows, and their number."""
+
+    def evaluate(params, model_state, frozen, batch):
+        weight = batch["weight"].astype(jnp.float32)
+        rows = judged(logits_of(params, batch), batch["labels"])
+        return {**{name: jnp.sum(weight * values) for name, values in rows.items()}, "examples": weight.sum()}
+
+    return evaluate
+
+
 def judged(logits: Float[Array, "b k"], labels: Int[Array, "b"]) -> dict[str, Array]:
     """Return for each row whether the class of the largest logit is that of the label, and the nll in nats."""
     hits = jnp.argmax(logits, axis=-1) == labels
@@ -119,7 +132,11 @@ def build(config) -> Task:
     log_classes(*sources)
     class_weights = None
     if config.get("class_weights", "none") == "balanced":
-        class_weights = balanced_class_weights(class_counts(source))
+        counts = class_counts(source)
+        class_weights = balanced_class_weights(counts)
+        if is_multi_label(source):  # each class is a problem of two: without it, and with it
+            pairs = [balanced_class_weights(np.array([len(source) - count, count])) for count in counts]
+            class_weights = np.stack(pairs, axis=1)
     return make_task(config, inputs.Opened(sources, initial=initial, class_weights=class_weights))
 
 
@@ -141,38 +158,42 @@ def make_task(config, opened: inputs.Opened) -> Task:
     source, eval_source = opened.sources
     model = make_model(config, inputs.compute(config))
     logits = logits_of(model, config.normalization)
+    changes = {
+        "normalization": config.normalization,
+        "label_smoothing": config.label_smoothing,
+        "mixup": config.augment.mixup,
+        "cutmix": config.augment.cutmix,
+        "mix_probability": config.augment.mix_probability,
+        "switch_probability": config.augment.switch_probability,
+        "erasing": config.augment.erasing,
+        "class_weights": opened.class_weights,
+    }
 
-    def evaluate(params, model_state, frozen, batch):
-        weight = batch["weight"].astype(jnp.float32)
-        rows = judged(logits(params, batch), batch["labels"])
-        return {**{name: jnp.sum(weight * values) for name, values in rows.items()}, "examples": weight.sum()}
-
+    if is_multi_label(source):
+        of_labels = {
+            "loss": multi_label.multi_label_loss(model, **changes),
+            "evaluate": multi_label.multi_label_evaluation(logits),
+            "summarize": functools.partial(multi_label.summarize, source.class_names),
+        }
+    else:
+        of_labels = {
+            "loss": finetune_loss(model, num_classes=config.model.num_classes, **changes),
+            "evaluate": finetune_evaluation(logits),
+            "summarize": summarize,
+        }
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
     return Task(
         name="finetune",
         init=lambda key: init_variables(model, key, jnp.zeros(image_shape), train=False),
         initial=opened.initial,
-        loss=finetune_loss(
-            model,
-            num_classes=config.model.num_classes,
-            normalization=config.normalization,
-            label_smoothing=config.label_smoothing,
-            mixup=config.augment.mixup,
-            cutmix=config.augment.cutmix,
-            mix_probability=config.augment.mix_probability,
-            switch_probability=config.augment.switch_probability,
-            erasing=config.augment.erasing,
-            class_weights=opened.class_weights,
-        ),
         frozen={},
         sources=opened.sources,
         train_batches=inputs.train_batches(config, source, randaugment=rand_augment(config)),
         eval_batches=functools.partial(inputs.eval_batches, eval_source, config),
-        evaluate=evaluate,
-        summarize=summarize,
         no_decay=released_no_decay,
         layer_of=functools.partial(layer_of, depth=config.model.depth),
         num_layers=config.model.depth,
+        **of_labels,
     )
 
 

@@ -124,7 +124,8 @@ class Opened:
         network: the teacher or tokenizer that makes the targets in the step, where they are not.
         frozen: its weights, by its name.
         initial: trained weights that the model starts from, as `initial_variables` returns them.
-        class_weights: how much an image of each class counts in the loss; None: every image counts 1.
+        class_weights: how much an image of each class counts in the loss, of a multi-label set how much one without it
+            and one with it; None: every image counts 1.
     """
 
     sources: tuple[Source, Source]
@@ -132,7 +133,7 @@ class Opened:
     network: Any = None
     frozen: PyTree = dataclasses.field(default_factory=dict)
     initial: PyTree = dataclasses.field(default_factory=dict)
-    class_weights: Float[np.ndarray, "k"] | None = None
+    class_weights: Float[np.ndarray, "k"] | Float[np.ndarray, "2 k"] | None = None
 
 
 def open_sources(config) -> tuple[Source, Source]:

@@ -14,6 +14,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_probed_layers
 from beitv2_jax.convert.weights import Weights, backbone_of
 from beitv2_jax.data.sources import Source
+from beitv2_jax.data.sources.label_sets import is_multi_label
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.layers import LayerNorm
@@ -71,8 +72,8 @@ def build(config) -> Probe:
     """Build the probe of the weights `config.backbone.run`, and with the protocol 'ours' of random weights and pixels.
 
     Raises:
-        UserError: the data set has no labels, or the weights are missing, or their backbone lacks what is to be probed
-            or cannot see images of this size.
+        UserError: the data set has no labels, or several an image, or the weights are missing, or their backbone lacks
+            what is to be probed or cannot see images of this size.
     """
     weights = read_weights(config)
     backbone, reads = backbone_of(weights), READS[config.probe.protocol]
@@ -87,6 +88,12 @@ def build(config) -> Probe:
         names = ("mean",)
     _refuse_missing(config, names, backbone, "norm" in frozen)
     sources = inputs.open_labelled_sources(config)
+    if is_multi_label(sources[0]):
+        raise UserError(
+            f"The images of {sources[0].name} may have several classes, and a probe needs one class for each image.",
+            "Did you mean the stage finetune, which learns several?",
+            "Write --config.data.source=SOURCE of a data set with one class an image, or run configs/finetune.py.",
+        )
     num_steps = config_lib.steps(
         config.probe.duration,
         batch_size=config.probe.batch_size,

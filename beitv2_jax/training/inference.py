@@ -1,12 +1,13 @@
 """Run a frozen or a trained network over many batches, one batch ahead, and bring the results to the host."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from beitv2_jax.tasks.api import Batch
+from beitv2_jax.tasks.api import Batch, Rows
 from beitv2_jax.training import sharding
 from beitv2_jax.training.writer import Progress
 from beitv2_jax.typing import PyTree
@@ -57,6 +58,8 @@ def sum_batches(
 ) -> PyTree:
     """Return the sums of `compiled(weights, batch)` over all batches, added in float64 on the host.
 
+    `Rows` among the outputs are joined instead, in the order of the batches.
+
     Args:
         compiled: jitted function whose outputs are whole on every device.
         weights: placed weights.
@@ -64,9 +67,34 @@ def sum_batches(
     """
     sums: PyTree = None
     for _, outputs in outputs_ahead(compiled, weights, batches, mesh):
-        values = jax.tree.map(lambda value: np.asarray(value, np.float64), outputs)
-        sums = values if sums is None else jax.tree.map(np.add, sums, values)
-    return {} if sums is None else sums
+        values = jax.tree.map(_on_host, outputs, is_leaf=_are_rows)
+        sums = values if sums is None else jax.tree.map(operator.add, sums, values)
+    return {} if sums is None else jax.tree.map(lambda leaf: leaf.joined() if isinstance(leaf, _Parts) else leaf, sums)
+
+
+class _Parts:
+    """The rows of some batches; a leaf of a tree."""
+
+    def __init__(self, parts: list[Rows]):
+        self._parts = parts
+
+    def __add__(self, other: "_Parts") -> "_Parts":
+        self._parts += other._parts
+        return self
+
+    def joined(self) -> Rows:
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *self._parts)
+
+
+def _are_rows(node: PyTree) -> bool:
+    return isinstance(node, Rows)
+
+
+def _on_host(output: jax.Array | Rows) -> np.ndarray | _Parts:
+    if not isinstance(output, Rows):
+        return np.asarray(output, np.float64)
+    counted = np.asarray(output.weight) > 0
+    return _Parts([jax.tree.map(lambda array: np.asarray(array)[counted], output)])
 
 
 def outputs_ahead(

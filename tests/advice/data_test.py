@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import types
@@ -18,6 +19,7 @@ from PIL import Image
 from target_caches import CODE_MANIFEST, fill
 from user_errors import check_all_provoked, flag, provoked
 
+from beitv2_jax.config.train_labels import parse_train_labels
 from beitv2_jax.data import array_files, augment, embedded, workers
 from beitv2_jax.data.bad_records import refuse_too_many
 from beitv2_jax.data.order import BatchRows
@@ -125,6 +127,63 @@ def test_images_beside_the_classes(tmp_path):
     (tmp_path / "train/a/1.png").rename(tmp_path / "train/1.png")
     (tmp_path / "train/a").rmdir()
     assert open_source(f"folder:{tmp_path}", "train").num_classes == 0
+
+
+@pytest.mark.parametrize(
+    "name, text, happened",
+    [
+        ("labels.csv", "filename,ant,bee\n1.png,1,0\n", "Line 1 .* it is not file_name and the names of the classes"),
+        ("labels.csv", "file_name,ant,ant\n1.png,1,0\n", "Line 1 .* it is not file_name and the names of the classes"),
+        ("labels.csv", "file_name,ant\n1.png,1\n2.png,1,0\n", "Line 3 .* it has 2 values for 1 classes"),
+        ("labels.csv", "file_name,ant,bee\n1.png,1,\n", "Line 2 .* the value '' is neither 0 nor 1"),
+        ("labels.csv", "file_name,ant,bee\n1.png,1,0\n./1.png,1,0\n", "Line 3 .* the image ./1.png has a line already"),
+        ("labels.csv", b"file_name,ant,b\xe9e\n", "Line 1 .* it is no text in UTF-8"),
+        (
+            "labels.jsonl",
+            '{"file_name": "1.png", "labels": []}\n1.png',
+            "Line 2 .* no JSON object with file_name and labels",
+        ),
+        ("labels.jsonl", '{"file_name": "1.png"}', "Line 1 .* it is no JSON object with file_name and labels"),
+        ("labels.jsonl", '{"file_name": "1.png", "labels": "ant"}', "Line 1 .* or labels not a list of texts"),
+    ],
+)
+def test_a_label_file_in_another_form(name, text, happened, tmp_path):
+    images(tmp_path / "1.png", tmp_path / "2.png")
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with provoked("its path below the folder of the file") as caught:
+        open_source(f"folder:{tmp_path}", "train")
+    assert re.search(happened, caught.value.happened), caught.value.happened
+    if name == "labels.csv":
+        assert "file_name,CLASS,CLASS,..." in caught.value.instead
+        (tmp_path / name).write_text("file_name,ant,bee\n1.png,1,0\n2.png,0,0\n")
+    else:
+        (line,) = re.findall("{.*}", caught.value.instead)
+        (tmp_path / name).write_text(line.replace("PATH", "2.png").replace('"CLASS", "CLASS"', '"ant", "bee"'))
+    assert open_source(f"folder:{tmp_path}", "train").class_names == ("ant", "bee")
+
+
+def test_label_files_of_splits_that_do_not_fit(tmp_path):
+    images(tmp_path / "train" / "1.png", tmp_path / "val" / "2.png")
+    for split, name in (("train", "labels.csv"), ("val", "labels.csv"), ("val", "labels.jsonl")):
+        (tmp_path / split / name).write_text("file_name,ant\n1.png,1\n2.png,1\n")
+    with provoked("Move one of the two files away"):
+        open_source(f"folder:{tmp_path}", "validation")
+    (tmp_path / "val" / "labels.jsonl").unlink()
+    for split in ("train", "val"):
+        (tmp_path / split / "labels.csv").rename(tmp_path / "aside.csv")
+        with provoked(f"Put labels.csv or labels.jsonl into every split's folder, {tmp_path / split} too"):
+            open_source(f"folder:{tmp_path}", "validation")
+        (tmp_path / "aside.csv").rename(tmp_path / split / "labels.csv")
+    (tmp_path / "val" / "labels.csv").write_text("file_name,bee\n2.png,1\n")
+    with provoked("Write the name of labels.csv into"):
+        open_source(f"folder:{tmp_path}", "validation")
+    (tmp_path / "train" / "labels.csv").write_text("file_name,ant,bee\n1.png,1,0\n")
+    source = open_source(f"folder:{tmp_path}", "validation")
+    assert source[0]["label"].tolist() == [0, 1]
+    with provoked("--config.data.train_labels=10%") as caught:
+        few_labels(source, seed=0, shots=5)
+    fraction = parse_train_labels(flag(caught.value.instead, "data.train_labels"))
+    assert len(few_labels(source, seed=0, **fraction)) == 1
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
+from beitv2_jax.convert.class_names import PROBLEM_TYPE
 from beitv2_jax.convert.files import write_safetensors
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
@@ -199,8 +200,10 @@ def to_huggingface(kind: str, state: dict[str, np.ndarray]) -> tuple[dict[str, n
     return converted, not_written
 
 
-def make_config(kind: str, arguments: dict, class_names: tuple[str, ...] = ()) -> dict:
+def make_config(kind: str, arguments: dict, class_names: tuple[str, ...] = (), multi_label: bool = False) -> dict:
     """Return the config.json of a model with these arguments, which must be complete; () numbers the classes.
+
+    With `multi_label` transformers gives every class the sigmoid of its logit for a probability.
 
     Raises:
         UserError: a segmentation model that Hugging Face cannot build.
@@ -233,6 +236,7 @@ def make_config(kind: str, arguments: dict, class_names: tuple[str, ...] = ()) -
         labels = class_names or [f"LABEL_{index}" for index in range(arguments["num_classes"])]
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: int(index) for index, label in config["id2label"].items()}
+    config |= PROBLEM_TYPE if multi_label else {}
     if kind == "classifier" and arguments["num_classes"] == 0:
         config |= {"architectures": ["BeitModel"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if kind == "segmenter":

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from beitv2_jax.convert.beit.names import INDEX, TABLE
+from beitv2_jax.convert.class_names import PROBLEM_TYPE
 from beitv2_jax.convert.files import write_safetensors
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import NORMALIZATIONS
@@ -50,9 +51,17 @@ def stated_heads(config: dict) -> int | None:
 
 
 def make_config(
-    kind: str, arguments: dict, normalization: str, class_names: tuple[str, ...], crop_fraction: float
+    kind: str,
+    arguments: dict,
+    normalization: str,
+    class_names: tuple[str, ...],
+    crop_fraction: float,
+    multi_label: bool = False,
 ) -> dict:
-    """Return the config.json of a model with these arguments, which must be complete."""
+    """Return the config.json of a model with these arguments, which must be complete.
+
+    timm has no word for `multi_label`; that of Hugging Face is written, which timm leaves alone.
+    """
     position, size = arguments["position"], arguments["image_size"]
     mean, std = NORMALIZATIONS[normalization]
     num_classes = arguments["num_classes"] if kind == "classifier" else 0
@@ -89,7 +98,8 @@ def make_config(
             "classifier": "head",
         },
     }
-    return config | ({"label_names": list(class_names)} if class_names else {})
+    config |= {"label_names": list(class_names)} if class_names else {}
+    return config | (PROBLEM_TYPE if multi_label else {})
 
 
 def save(directory: Path, state: dict[str, np.ndarray], config: dict) -> None:

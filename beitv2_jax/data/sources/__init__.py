@@ -8,6 +8,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.sources.array_records import ArrayRecordSource
 from beitv2_jax.data.sources.folders import FolderSource, class_names_of, divided_folder
@@ -26,7 +28,8 @@ class Source(Protocol):
       left_out: files that were found but are no examples.
       empty_classes: names of the classes without examples, where that is known without reading the data.
 
-    A source that knows the label of every example without reading the data lists them as `labels`.
+    A source that knows the label of every example without reading the data lists them as `labels`. One whose examples
+    may have several classes has `multi_label` True; its labels are vectors of 0 and 1, `labels` a `LabelSets`.
     """
 
     name: str
@@ -60,7 +63,7 @@ class LabelledSource:
 
     def __getitem__(self, example_id: int) -> dict[str, Any]:
         example = self._source[example_id]
-        unlabelled = example["label"] < 0 and not example.get("fault")
+        unlabelled = np.ndim(example["label"]) == 0 and example["label"] < 0 and not example.get("fault")
         return {**example, "fault": "it has no label"} if unlabelled else example
 
     def __getattr__(self, name: str) -> Any:

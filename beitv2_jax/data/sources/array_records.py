@@ -71,6 +71,7 @@ class ArrayRecordSource:
         folder = os.path.dirname(self._files[0])
         self.class_names = listed_class_names(folder) if features is None else features.class_names
         self.num_classes = len(self.class_names)
+        self.multi_label = features is not None and features.multi_label
         self.name = f"arrayrecord:{_digest(self._files, counts)}"
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class ArrayRecordSource:
         try:
             image, label = self._read(self._records[example_id])
         except array_files.RecordError as error:
-            return unreadable(example_id, where, error)
+            return unreadable(example_id, where, error, self.num_classes if self.multi_label else 0)
         return {
             "image": image,
             "label": label,
@@ -183,7 +184,7 @@ def _num_records(file: str) -> int:
         ) from error
 
 
-def _reader(features, records: array_files.RecordFiles, file: str) -> Callable[[bytes], tuple[bytes, int]]:
+def _reader(features, records: array_files.RecordFiles, file: str) -> Callable[[bytes], tuple[bytes, Any]]:
     """Return the function record -> (encoded image, label); an image that a record lacks is empty."""
     if features is not None:
         return features.read

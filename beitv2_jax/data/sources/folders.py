@@ -1,4 +1,4 @@
-"""Images as files in folders, one folder a class or all in one: a source of `data.sources`."""
+"""Images as files in folders, one folder a class, with a label file or without labels: a source of `data.sources`."""
 
 import functools
 import hashlib
@@ -15,6 +15,8 @@ from jaxtyping import Int32
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.data.bad_records import LeftOut
 from beitv2_jax.data.decode import IMAGE_SUFFIXES
+from beitv2_jax.data.sources.label_files import LabelFile, comparable, read_label_file
+from beitv2_jax.data.sources.label_sets import LabelSets
 from beitv2_jax.data.sources.splits import EVALUATION_SPLITS, candidates, refuse_slice, resolve_split
 from beitv2_jax.data.sources.unreadable import file_bytes, unreadable
 from beitv2_jax.errors import UserError
@@ -27,13 +29,17 @@ SYSTEM_FOLDERS = _OF_SERVERS | {"__MACOSX", "$RECYCLE.BIN", "System Volume Infor
 class FolderSource:
     """Images in class folders, `PATH/<split>/<class>/**`, or without classes, `PATH/<split>/*`.
 
+    With a label file `PATH/<split>/labels.csv` or `labels.jsonl` the source is multi-label: its examples are the images
+    below the folder that the file names, and their classes what it says of them.
+
     `<split>/` may be missing for the training split, which then has all images; `divided_folder` divides them. Labels
     number the sorted class names, example ids the sorted files of the sorted classes; without classes the label is -1.
     Every split takes its class names from the training split, so that a class missing in it shifts no label. The name
     carries a digest of the relative file names and of the classes without images: it follows the data when they are
     moved and changes when they do.
 
-    `sizes` is a digest of the sizes of the files, which are looked up when it is asked for.
+    `sizes` is a digest of the sizes of the files, which are looked up when it is asked for, and `digest` one of the
+    label file.
 
     Costs 8 bytes and its name a file in every process: 0.4 GB for 14 million.
 
@@ -45,8 +51,8 @@ class FolderSource:
         with the second, 'training' the others, '' all.
 
     Raises:
-      UserError: no such folder or split, no images, images beside the class folders, or a class that the training
-        split has not.
+      UserError: no such folder or split, no images, images beside the class folders, a class that the training split
+        has not, or a label file that cannot be used.
     """
 
     def __init__(self, path: str, split: str, train_split: str = "train", part: str = ""):
@@ -54,23 +60,32 @@ class FolderSource:
         self._arguments = (path, split, train_split, part)
         found, self._root, class_directory = _folder_of_split(root, "train" if part else split, train_split)
         self.split = split if part else found
-        self.class_names = tuple(class_folders(class_directory))
+        listed = read_label_file(class_directory)
+        own = listed if class_directory == self._root else read_label_file(self._root)
+        self.multi_label, self.digest = listed is not None, own.digest if own else ""
+        self.class_names = listed.class_names if listed else tuple(class_folders(class_directory))
         self.num_classes = len(self.class_names)
         folders_here = class_folders(self._root)
-        beside = list_images(self._root, deep=False)
-        _check_classes(self._root, folders_here, beside.images, class_directory, self.class_names)
-        # what holds images: of each class the folders of its name, all there is if there are no classes
-        folders = [(label, file) for label, name in enumerate(self.class_names) for file in folders_here.get(name, ())]
+        listing = list_images(self._root, deep=self.multi_label)
+        folders: list[tuple[int, str]] = []
+        if listed or own:
+            listing = _named_by(own, listed, listing, self._root, class_directory)
+        else:
+            _check_classes(self._root, folders_here, listing.images, class_directory, self.class_names)
+            # what holds images: of each class the folders of its name, all there is if there are no classes
+            folders = [
+                (label, file) for label, name in enumerate(self.class_names) for file in folders_here.get(name, ())
+            ]
         self._labels, self._folders = zip(*folders or [(-1, "")], strict=True)
-        left_out = [*beside.left_out]
+        left_out = [*listing.left_out]
 
         def images_of(folder: str) -> list[str]:
-            listing = list_images(self._root / folder)
-            left_out.extend(listing.left_out)
-            return _part_of(listing.images, part)
+            found = list_images(self._root / folder)
+            left_out.extend(found.left_out)
+            return _part_of(found.images, part)
 
         # folder by folder, as Python's strings take three times the memory of `_Names`
-        self._files = _Names(map(images_of, self._folders) if folders else [_part_of(beside.images, part)])
+        self._files = _Names(map(images_of, self._folders) if folders else [_part_of(listing.images, part)])
         self.left_out = tuple(left_out)
         if not len(self._files) and part == "evaluation":
             raise UserError(
@@ -85,14 +100,22 @@ class FolderSource:
                 f"Did you mean another folder, or images whose names end in {' '.join(IMAGE_SUFFIXES)}?",
                 f"Put the images into {self._root}/<class>/, or into {self._root} itself to use them without classes.",
             )
-        present = {label for label, count in zip(self._labels, self._files.group_sizes, strict=True) if count}
+        if own:
+            number = {name: number for number, name in enumerate(self.class_names)}
+            classes = (own.classes[comparable(file)] for _, file in self._files)
+            self._label_sets = LabelSets(([number[name] for name in of_file] for of_file in classes), self.num_classes)
+            present = set(np.flatnonzero(self._label_sets.counts()).tolist())
+        else:
+            present = {label for label, count in zip(self._labels, self._files.group_sizes, strict=True) if count}
         self.empty_classes = tuple(name for label, name in enumerate(self.class_names) if label not in present)
         prefixes = [f"{self.class_names[label]}/" if folders else "" for label in self._labels]
-        self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes, self.empty_classes)}"
+        self.name = f"folder:{root.resolve().name}@{self._files.digest(prefixes, () if own else self.empty_classes)}"
 
     @property
-    def labels(self) -> Int32[np.ndarray, "n"]:
-        """Label of every image."""
+    def labels(self) -> Int32[np.ndarray, "n"] | LabelSets:
+        """Label, or labels, of every image."""
+        if self.multi_label:
+            return self._label_sets
         return np.repeat(np.array(self._labels, np.int32), self._files.group_sizes)
 
     @functools.cached_property
@@ -111,10 +134,10 @@ class FolderSource:
         try:
             image = file_bytes(path)
         except RecordError as error:
-            return unreadable(example_id, where, error)
+            return unreadable(example_id, where, error, self.num_classes if self.multi_label else 0)
         return {
             "image": image,
-            "label": self._labels[group],
+            "label": self._label_sets[example_id] if self.multi_label else self._labels[group],
             "example_id": int(example_id),
             "where": where,
         }
@@ -217,10 +240,11 @@ def class_names_of(path: str, train_split: str) -> tuple[str, ...]:
     """Return the names of the classes in a folder, in the order of their labels; none if its images have no classes.
 
     Raises:
-      UserError: no such folder or split.
+      UserError: no such folder or split, or a label file that cannot be used.
     """
     _, _, directory = _folder_of_split(pathlib.Path(path).expanduser(), train_split, train_split)
-    return tuple(class_folders(directory))
+    listed = read_label_file(directory)
+    return listed.class_names if listed else tuple(class_folders(directory))
 
 
 class Listing(NamedTuple):
@@ -317,6 +341,47 @@ def _check_classes(
             "Did images without a class get among those with one?",
             f"Move these images out of {directory}, or all images into one folder to use them without classes.",
         )
+
+
+def _named_by(
+    own: LabelFile | None,
+    of_training: LabelFile | None,
+    listing: Listing,
+    directory: pathlib.Path,
+    class_directory: pathlib.Path,
+) -> Listing:
+    """Return the images that the label file of a split names; what it or the folder alone has is left out.
+
+    Raises:
+      UserError: this split or the training split has no label file, or this one has a class that that one has not.
+    """
+    if own is None or of_training is None:
+        has, lacks = (class_directory, directory) if own is None else (directory, class_directory)
+        raise UserError(
+            f"{has} has a file of labels, and {lacks} has none.",
+            "Did you label one of the splits alone, or is --config.data.train_split another one?",
+            f"Put labels.csv or labels.jsonl into every split's folder, {lacks} too.",
+        )
+    if unknown := [name for name in own.class_names if name not in of_training.class_names]:
+        raise UserError(
+            f"{own.path} has the class {unknown[0]!r}, which the training split's {of_training.path} has not.",
+            "Did you give the class another name in one of the splits?",
+            f"Write the name of {of_training.path.name} into {own.path}, or add the class to {of_training.path}.",
+        )
+    named = [name for name in listing.images if comparable(name) in own.classes]
+    beside = {comparable(name) for name in listing.images}
+    left_out = [entry for entry in listing.left_out if entry.where != str(own.path)]
+    left_out += [
+        LeftOut(str(directory / name), f"{own.path.name} has no line for it")
+        for name in listing.images
+        if comparable(name) not in own.classes
+    ]
+    left_out += [
+        LeftOut(str(directory / name), f"{own.path.name} has a line for it, and there is no such image")
+        for name in own.classes
+        if name not in beside
+    ]
+    return Listing(named, left_out)
 
 
 def _has_splits(root: pathlib.Path) -> bool:

@@ -20,8 +20,8 @@ from beitv2_jax.runtime.buckets import as_path
 class TfdsSource:
     """A prepared TFDS directory in a random-access format, read without TensorFlow.
 
-    Needs a feature `image`; a feature `label` is used if it is there. Other features are not decoded. `digest` stands
-    for what the metadata say of the split's files, because data sets of one name and version may differ.
+    Needs a feature `image`; labels are used if they are there (`ImageFeatures`). `digest` stands for what the metadata
+    say of the split's files, because data sets of one name and version may differ.
     """
 
     left_out = empty_classes = ()
@@ -53,7 +53,7 @@ class TfdsSource:
         if multiprocessing.parent_process() is None:  # once, not in every worker process
             self._records.check()
         self.class_names = self._features.class_names
-        self.num_classes = len(self.class_names)
+        self.num_classes, self.multi_label = len(self.class_names), self._features.multi_label
 
     @property
     def image_features(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class TfdsSource:
         try:
             image, label = self._features.read(self._records[example_id])
         except RecordError as error:
-            return unreadable(example_id, where, error)
+            return unreadable(example_id, where, error, self.num_classes if self.multi_label else 0)
         return {
             "image": image,
             "label": label,

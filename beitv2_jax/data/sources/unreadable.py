@@ -3,13 +3,19 @@
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from beitv2_jax.data.array_files import RecordError
 from beitv2_jax.runtime import open_files
 
 
-def unreadable(example_id: int, where: str, cause: object) -> dict[str, Any]:
-    """Return the placeholder of an example that cannot be read; `fault` is the reason."""
-    return {"image": b"", "label": -1, "example_id": int(example_id), "where": where, "fault": str(cause)}
+def unreadable(example_id: int, where: str, cause: object, num_labels: int = 0) -> dict[str, Any]:
+    """Return the placeholder of an example that cannot be read; `fault` is the reason.
+
+    `num_labels` is the number of classes of a multi-label source, 0 of any other.
+    """
+    label = np.zeros(num_labels, np.float32) if num_labels else -1
+    return {"image": b"", "label": label, "example_id": int(example_id), "where": where, "fault": str(cause)}
 
 
 def file_bytes(path: pathlib.Path) -> bytes:
