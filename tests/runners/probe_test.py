@@ -107,7 +107,7 @@ def test_accuracies_are_those_of_standardised_features(monkeypatch):
     scales = np.array([1.0, 100.0, 0.0, 5.0])
     labels = [rng.integers(0, 4, count) for count in (37, 23)]
     train, test = (
-        (np.array([3.0, 5, 7, 0]) + scales * (rng.normal(size=(len(y), 4)) + np.eye(4)[y])).astype(np.float32)
+        (np.array([3.0, 5, 7, 0]) + scales * (rng.normal(size=(len(y), 4)) + 2 * np.eye(4)[y])).astype(np.float32)
         for y in labels
     )
     monkeypatch.setattr(knn, "BANK_ROWS", 16)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, Rows, held_out
@@ -69,8 +69,7 @@ def linear_accuracies(
         on_move=on_move,
         saved=saved,
     )
-    classify = jax.jit(lambda params, inputs: heads.linear_logits(params, inputs).argmax(axis=-1))
-    predict, all_rows = functools.partial(classify, params), np.arange(len(test.labels))
+    predict, all_rows = functools.partial(_classes, params), np.arange(len(test.labels))
     held = heads.count_hits(predict, reader(features), train.labels, held_rows, on_move) / len(held_rows)
     found = heads.count_hits(predict, reader(test.last(name)), test.labels, all_rows, on_move) / len(all_rows)
     return np.stack([held, found], axis=1).tolist()
@@ -85,26 +84,46 @@ def linear_training(
     drawn uniformly with replacement. All classifiers begin with the same weights and see the same batches.
     """
     start_key, batch_key = jax.random.split(step_key(settings.seed, "linear_probe"))
-    rates = np.float32(settings.learning_rates)
+    rates = tuple(settings.learning_rates)
     kernel = 0.01 * jax.random.normal(start_key, (width, num_classes))
     params = {
         "kernel": jnp.broadcast_to(kernel, (len(rates), *kernel.shape)),
         "bias": jnp.zeros((len(rates), num_classes)),
     }
+    optimizer, step = _adamw_step(rates, settings.weight_decay, settings.num_steps)
+    batch_size = min(settings.batch_size, len(rows))
+
+    def batch_of(number: int) -> Int[np.ndarray, "b"]:
+        return rows[np.asarray(_drawn(batch_key, number, batch_size, len(rows)))]
+
+    return (params, optimizer.init(params)), step, batch_of
+
+
+@functools.cache  # so that the step is compiled once for all layers
+def _adamw_step(
+    rates: tuple[float, ...], weight_decay: float, num_steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
     optimizer = optax.chain(
         optax.scale_by_adam(),
-        optax.add_decayed_weights(settings.weight_decay),
-        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, settings.num_steps)),
-        heads.scale_by_head(-rates),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, num_steps)),
+        heads.scale_by_head(-np.float32(rates)),
     )
-    batch_size = min(settings.batch_size, len(rows))
-    draw = jax.jit(lambda step: jax.random.randint(jax.random.fold_in(batch_key, step), (batch_size,), 0, len(rows)))
 
     def loss(params, inputs, labels):
         return heads.sum_of_cross_entropies(heads.linear_logits(params, inputs), labels)
 
-    step = heads.gradient_step(loss, optimizer)
-    return (params, optimizer.init(params)), step, lambda number: rows[np.asarray(draw(number))]
+    return optimizer, heads.gradient_step(loss, optimizer)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _drawn(key: jax.Array, number: int, batch_size: int, num_rows: int) -> Int[Array, "b"]:
+    return jax.random.randint(jax.random.fold_in(key, number), (batch_size,), 0, num_rows)
+
+
+@jax.jit
+def _classes(params: dict[str, Array], inputs: Float[Array, "b d"]) -> Int[Array, "r b"]:
+    return heads.linear_logits(params, inputs).argmax(axis=-1)
 
 
 def neighbor_accuracies(
