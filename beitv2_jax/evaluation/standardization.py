@@ -1,6 +1,6 @@
 """Standardisation of frozen features: the mean of every feature becomes 0 and its variance 1."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +20,18 @@ class Standardization(NamedTuple):
         return (features.astype(np.float32) - self.shift) * self.factor
 
 
-def standardization(features: Num[np.ndarray, "n *m d"], rows: Int[np.ndarray, "r"]) -> Standardization:
-    """Return the standardization of some rows of `features`, over their middle axes too, summed in float64."""
+def standardization(
+    features: Num[np.ndarray, "n *m d"], rows: Int[np.ndarray, "r"], on_move: Callable[[str], None]
+) -> Standardization:
+    """Return the standardization of some rows of `features`, over their middle axes too, summed in float64.
+
+    They are read piece by piece, and `on_move` is called before each.
+    """
     rows = np.sort(rows)
 
     def pieces() -> Iterator[Float[np.ndarray, "p d"]]:
         for start in range(0, len(rows), PIECE_ROWS):
+            on_move("standardising")
             yield features[rows[start : start + PIECE_ROWS]].reshape(-1, features.shape[-1]).astype(np.float64)
 
     count = len(rows) * int(np.prod(features.shape[1:-1]))

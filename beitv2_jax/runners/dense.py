@@ -125,7 +125,7 @@ def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]
             fit=fit,
             held_out=train.of(held),
             test=test,
-            standard=standardization(train.features, fit),
+            standard=standardization(train.features, fit, on_move),
             num_classes=config.model.num_classes,
             settings=config.dense,
             seed=config.seed,

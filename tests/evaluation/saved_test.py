@@ -49,14 +49,14 @@ def test_a_protocol_that_was_stopped_goes_on_and_finds_the_same(protocol, tmp_pa
 
     moves = []
     expected = found(moves.append)
-    budget = iter(range(2 * len(moves) // 3))
+    budget = iter(range(4 * len(moves) // 5))
 
-    def stop_after_two_thirds(phase):
+    def stop_near_the_end(phase):
         if next(budget, None) is None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        found(stop_after_two_thirds, tmp_path)
+        found(stop_near_the_end, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()].count(".npz") == 1
     steps, restored = [], Saved.restored
 

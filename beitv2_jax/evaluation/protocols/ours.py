@@ -53,7 +53,7 @@ def linear_accuracies(
     """Return the accuracies of the linear classifier of each rate, on the held-out images and on those of `test`."""
     features = train.last(name)
     fit_rows, held_rows = held_out(len(features), settings.validation_fraction, settings.seed)
-    standard = standardization(features, fit_rows)
+    standard = standardization(features, fit_rows, on_move)
     state, step, batch_of = linear_training(fit_rows, features.shape[-1], train.num_classes, settings)
 
     def reader(of: np.ndarray) -> heads.Read:
@@ -133,7 +133,7 @@ def neighbor_accuracies(
     del saved
     features = train.last(name)
     fit_rows, held_rows = map(np.sort, held_out(len(features), settings.validation_fraction, settings.seed))
-    standard = standardization(features, fit_rows)
+    standard = standardization(features, fit_rows, on_move)
     accuracies = []
     for of, labels, rows in (
         (features, train.labels, held_rows),
