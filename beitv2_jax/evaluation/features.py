@@ -94,19 +94,25 @@ class Evaluate(Protocol):
 
 
 def held_out(num_rows: int, fraction: float, seed: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """Return the images to fit on and those held out to choose by: the last `fraction` of a seeded permutation.
+    """Return the rows to fit on and those held out to choose by: the last `fraction` of a seeded permutation.
 
-    At least one is held out.
+    Raises:
+        UserError: as `divided`.
+    """
+    return divided(np.random.default_rng(seed).permutation(num_rows), fraction)
+
+
+def divided(order: Int[np.ndarray, "b"], fraction: float) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    """Return the first images of `order`, to fit on, and the last `fraction` of it, at least one, to choose by.
 
     Raises:
         UserError: there is none to fit on.
     """
-    if num_rows < 2:
+    if len(order) < 2:
         raise UserError(
-            f"The training split has {num_rows} readable image(s), and one has to be held out to choose by.",
+            f"The training split has {len(order)} readable image(s), and one has to be held out to choose by.",
             "Did you mean another split, or another folder?",
             "Write a --config.data.source of at least two training images.",
         )
-    order = np.random.default_rng(seed).permutation(num_rows)
-    num_held = min(max(1, int(num_rows * fraction)), num_rows - 1)
+    num_held = min(max(1, int(len(order) * fraction)), len(order) - 1)
     return order[:-num_held], order[-num_held:]

@@ -20,7 +20,7 @@ from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.data.sources import Source
 from beitv2_jax.evaluation import dense as arithmetic
 from beitv2_jax.evaluation.dense import Neighbors
-from beitv2_jax.evaluation.features import OnMove, held_out
+from beitv2_jax.evaluation.features import OnMove, divided
 from beitv2_jax.evaluation.standardization import Standardization, standardization
 from beitv2_jax.report.segmentation import draw_comparison
 from beitv2_jax.rng import host_rng
@@ -119,7 +119,9 @@ def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]
     for feature_set in task.feature_sets:
         train, test = (cached_patches(feature_set, task, source, config, workdir, on_move) for source in task.sources)
         metrics |= {"train_examples": len(train.features), "eval_examples": len(test.features)}
-        fit, held = map(np.sort, held_out(len(train.features), config.dense.validation_fraction, config.seed))
+        order = host_rng(config.seed, "held out images").permutation(len(train.features))
+        # the first ones are held out
+        fit, held = map(np.sort, divided(order[::-1], config.dense.validation_fraction))
         problem = Problem(
             train=train,
             fit=fit,
