@@ -23,7 +23,8 @@ import numpy as np
 from beitv2_jax.evaluation.features import Features, ProbeSettings
 from beitv2_jax.evaluation.knn import knn_accuracies
 from beitv2_jax.evaluation.logistic import PIECE_ROWS, LogisticRegression
-from beitv2_jax.evaluation.protocols import beit, dinov3
+from beitv2_jax.evaluation.protocols import beit, dinov3, ours
+from beitv2_jax.evaluation.saved import Parts, Saved
 
 NAMES = ("cls", "mean")
 BLOCK_ROWS = 4096
@@ -46,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         train = _features(Path(folder), shape, flags.classes)
         arrays = {name: array[: flags.queries] for name, array in train.arrays.items()}
         test = Features(arrays, train.labels[: flags.queries], train.layers, train.num_classes)
-        print(f"{'before':40} {_anonymous_memory() / 1e9:6.2f} GB")
+        print(f"{'before':44} {_anonymous_memory() / 1e9:6.2f} GB")
         for title, run in _parts(train, test, flags.steps).items():
             started = time.monotonic()
             with _peak() as peak:
                 run()
-            print(f"{title:40} {peak[0] / 1e9:6.2f} GB {time.monotonic() - started:7.0f} s", flush=True)
+            print(f"{title:44} {peak[0] / 1e9:6.2f} GB {time.monotonic() - started:7.0f} s", flush=True)
     return 0
 
 
@@ -68,7 +69,7 @@ def _features(folder: Path, shape: tuple[int, ...], num_classes: int) -> Feature
 
 
 def _parts(train: Features, test: Features, num_steps: int) -> dict[str, Callable]:
-    settings = ProbeSettings(num_steps, 1024, (), 0.0, 0, 0.0, 0.0, seed=0)
+    settings = ProbeSettings(num_steps, 1024, (1e-3, 4e-3, 1.6e-2), 1e-4, 20, 0.07, 0.1, seed=0)
 
     def knn():
         tensors = (train.last("cls"), train.labels, test.last("cls"), test.labels)
@@ -84,10 +85,15 @@ def _parts(train: Features, test: Features, num_steps: int) -> dict[str, Callabl
     return {
         "kNN": knn,
         f"sweep of {len(dinov3.RATES)} linear heads (dinov3)": lambda: dinov3.sgd_accuracies(
-            train, test, settings, _ignore
+            train, test, settings, _ignore, Saved()
         ),
-        f"linear heads of {len(train.layers)} blocks (beit)": lambda: beit.evaluate(train, test, settings, _ignore),
+        f"linear heads of {len(train.layers)} blocks (beit)": lambda: beit.evaluate(
+            train, test, settings, _ignore, Parts()
+        ),
         "logistic regression, one step": logistic,
+        "standardised, linear heads of 3 rates (ours)": lambda: ours.linear_accuracies(
+            "mean", train, test, settings, _ignore, Saved()
+        ),
     }
 
 

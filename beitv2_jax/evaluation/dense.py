@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.evaluation.knn import unit
+from beitv2_jax.evaluation.standardization import Standardization
 
 _ROWS_AT_ONCE = 8192
 
@@ -41,25 +42,6 @@ def majority(labels: UInt8[np.ndarray, "q p"]) -> UInt8[np.ndarray, "q"]:
     rows = np.arange(len(labels))[:, None] * 256
     counts = np.bincount((rows + labels).reshape(-1), minlength=256 * len(labels))
     return counts.reshape(-1, 256).argmax(axis=1).astype(np.uint8)
-
-
-class Standardization(NamedTuple):
-    """What makes the mean of every feature 0 and its variance 1: (x - shift) * factor; constant features become 0."""
-
-    shift: Float[Array, "d"]
-    factor: Float[Array, "d"]
-
-    def __call__(self, features: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return (features.astype(jnp.float32) - self.shift) * self.factor
-
-
-def standardization(features: Float[np.ndarray, "b n d"]) -> Standardization:
-    """Return the standardization of all patches of some images, summed in float64."""
-    count = features.shape[0] * features.shape[1]
-    mean = sum(image.sum(axis=0, dtype=np.float64) for image in features) / count
-    variance = sum(((image - mean) ** 2).sum(axis=0) for image in features) / count
-    factor = np.where(variance > 1e-12, 1.0 / np.sqrt(np.maximum(variance, 1e-12)), 0.0)
-    return Standardization(mean.astype(np.float32), factor.astype(np.float32))
 
 
 class Neighbors(NamedTuple):

@@ -4,7 +4,7 @@ No more than a few batches are in memory. A head is one entry on the first axis 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,15 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings
+from beitv2_jax.evaluation.saved import Saved
 from beitv2_jax.rng import host_rng, step_key
 from beitv2_jax.typing import PyTree, Scalar
 
 Read = Callable[[Int[np.ndarray, "b"]], PyTree]
 """Row numbers -> the inputs of the heads for these rows."""
+
+BatchOf = Callable[[int], Int[np.ndarray, "b"]]
+"""Number of a step (from 0) -> the rows of its batch."""
 
 EVAL_ROWS = 1024
 """Rows that are classified at once."""
@@ -30,18 +34,22 @@ def side_by_side(names: Sequence[str], features: Features) -> Read:
     return lambda rows: np.concatenate([array[rows] for array in arrays], axis=-1)
 
 
-def batches_of_rows(num_rows: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, "b"]]:
-    """Yield `num_steps` batches of row numbers: every row once in a random order, then once more in another, ...
+def shuffled(rows: Int[np.ndarray, "m"], batch_size: int, seed: int) -> BatchOf:
+    """Return the batches in which every row comes once in a random order, then once more in another, ...
 
-    A batch may end one order and begin the next. Within a batch rows are sorted, which is how disks like to read.
+    A batch may end one order and begin the next.
     """
-    waiting, epoch = np.empty(0, np.int64), 0
-    for _ in range(num_steps):
-        while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, host_rng(seed, "probe_order", epoch).permutation(num_rows)])
-            epoch += 1
-        yield np.sort(waiting[:batch_size])
-        waiting = waiting[batch_size:]
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Int[np.ndarray, "m"]:
+        return host_rng(seed, "probe_order", epoch).permutation(len(rows))
+
+    def batch_of(step: int) -> Int[np.ndarray, "b"]:
+        epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(rows))
+        chosen = [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return rows[np.concatenate(chosen)]
+
+    return batch_of
 
 
 def train(
@@ -49,12 +57,11 @@ def train(
     state: PyTree,
     read: Read,
     labels: Int[np.ndarray, "n"],
-    rows: Int[np.ndarray, "m"],
+    batch_of: BatchOf,
     *,
     num_steps: int,
-    batch_size: int,
-    seed: int,
     on_move: OnMove,
+    saved: Saved,
 ) -> PyTree:
     """Return `state` after `num_steps` times `state, loss = step(state, read(batch), labels[batch])`.
 
@@ -63,20 +70,21 @@ def train(
         state: parameters, optimizer state and what else the heads have.
         read: gives the inputs of rows.
         labels: of all rows.
-        rows: those to train on.
+        batch_of: gives the rows of each batch, in any order; they are read in that of the disk.
         num_steps: number of batches.
-        batch_size: rows of each.
-        seed: of the order of the rows.
         on_move: called before every batch.
+        saved: what was done before, and where the state is written now and then.
     """
+    done, state = saved.restored(state)
     former = None
-    for batch in batches_of_rows(len(rows), batch_size, num_steps, seed):
+    for number in range(done, num_steps):
         on_move("fitting")
-        chosen = np.sort(rows[batch])
-        state, loss = step(state, read(chosen), jnp.asarray(labels[chosen]))
+        batch = np.sort(batch_of(number))
+        state, loss = step(state, read(batch), jnp.asarray(labels[batch]))
         if former is not None:
             former.block_until_ready()  # so that no more than two batches wait for the device
         former = loss
+        saved.offer(number + 1, num_steps, state)
     return state
 
 
@@ -160,6 +168,7 @@ def linear_accuracies(
     num_heads: int,
     settings: ProbeSettings,
     on_move: OnMove,
+    saved: Saved,
 ) -> Float[np.ndarray, "h"]:
     """Train linear heads on every row of `train_data` and return the fraction of `test_data` that each has right.
 
@@ -171,6 +180,7 @@ def linear_accuracies(
         num_heads: number of heads.
         settings: steps, batch size and seed.
         on_move: called before every batch.
+        saved: as in `train`.
     """
     read, rows = reader(train_data), np.arange(len(train_data.labels))
     width = read(rows[:1]).shape[-1]
@@ -181,11 +191,10 @@ def linear_accuracies(
         (params, optimizer.init(params)),
         read,
         train_data.labels,
-        rows,
+        shuffled(rows, settings.batch_size, settings.seed),
         num_steps=settings.num_steps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
         on_move=on_move,
+        saved=saved,
     )
     classify = jax.jit(lambda params, inputs: linear_logits(params, inputs).argmax(axis=-1))
     predict, rows = functools.partial(classify, params), np.arange(len(test_data.labels))

@@ -8,33 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from beitv2_jax.evaluation.features import Features, OnMove
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "neighbors", "chunk_size"))
-def knn_predict(
-    bank: Float[Array, "b d"],
-    bank_labels: Int[Array, "b"],
-    queries: Float[Array, "q d"],
-    *,
-    num_classes: int,
-    neighbors: int,
-    temperature: float,
-    chunk_size: int = 256,
-) -> Int[Array, "q"]:
-    """Vote over the `neighbors` most similar rows of `bank`, each with weight exp(cosine / temperature).
-
-    Source: the weighted kNN of Wu et al. 2018 as used for DINO (20 neighbours, temperature 0.07).
-    """
-    bank, queries = unit(bank), unit(queries)
-
-    def predict(query):
-        similarity, rows = jax.lax.top_k(bank @ query, neighbors)
-        votes = jnp.zeros(num_classes).at[bank_labels[rows]].add(jnp.exp(similarity / temperature))
-        return jnp.argmax(votes)
-
-    return jax.lax.map(predict, queries, batch_size=chunk_size)
-
+from beitv2_jax.evaluation.features import Features, OnMove, Rows
 
 BANK_ROWS = 2**15
 """Rows of a bank on the disk that are compared at once."""
@@ -43,9 +17,9 @@ QUERY_ROWS = 1024
 
 
 def knn_accuracies(
-    bank: Num[np.ndarray, "n d"],
+    bank: Num[np.ndarray, "n d"] | Rows,
     bank_labels: Int[np.ndarray, "n"],
-    queries: Num[np.ndarray, "q d"],
+    queries: Num[np.ndarray, "q d"] | Rows,
     query_labels: Int[np.ndarray, "q"],
     *,
     num_classes: int,
@@ -53,9 +27,12 @@ def knn_accuracies(
     temperature: float,
     on_move: OnMove,
 ) -> dict[int, float]:
-    """Return {number of neighbours: fraction of the queries that `knn_predict` would classify as their labels say}.
+    """Return {number of neighbours: fraction of the queries that are classified as their labels say}.
 
-    The bank is read piece by piece. A number beyond its rows stands for all of them.
+    The neighbours vote for their labels, each with weight exp(cosine / temperature). The bank is read piece by piece. A
+    number of neighbours beyond its rows stands for all of them.
+
+    Source: the weighted kNN of Wu et al. 2018 as used for DINO (20 neighbours, temperature 0.07).
     """
     counts = sorted({min(count, len(bank)) for count in neighbors})
     starts = range(0, len(queries), QUERY_ROWS)

@@ -39,7 +39,7 @@ class LogisticRegression:
         self._options = {"maxiter": max_steps, "gtol": tolerance, "maxls": _LINE_SEARCH_STEPS}
         self._options["ftol"] = 64 * np.finfo(np.float64).eps
         self._shape = (features.shape[1] + 1, len(self._classes))
-        self._start = np.zeros(self._shape).reshape(-1)
+        self.start = np.zeros(self._shape).reshape(-1)
         self._piece: Callable = jax.jit(jax.value_and_grad(_sum_of_losses))
 
     def fit(self, inverse_strength: float) -> Float[np.ndarray, "d_and_bias k"]:
@@ -64,8 +64,8 @@ class LogisticRegression:
         import scipy.optimize  # here, so that other runs do not load it
 
         with jax.enable_x64(True):
-            found = scipy.optimize.minimize(objective, self._start, jac=True, method="L-BFGS-B", options=self._options)
-        self._start = found.x
+            found = scipy.optimize.minimize(objective, self.start, jac=True, method="L-BFGS-B", options=self._options)
+        self.start = found.x
         return found.x.reshape(self._shape)
 
     def accuracy(

@@ -21,15 +21,18 @@ from beitv2_jax.convert.arguments import abstract_variables
 from beitv2_jax.convert.files import located
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, describe_run
+from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, backbone_of, describe_run
+from beitv2_jax.convert.weights import describe as describe_weights
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import CodeEncoding, Encoding, FeatureEncoding, zero_entries
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.backbone import Compute
+from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.teachers import clip_teacher
+from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.sizes import SIZES
 from beitv2_jax.tasks import inputs, targets
 from beitv2_jax.tasks.api import Batch, Task
+from beitv2_jax.tasks.dense import FrozenBackbone
 from beitv2_jax.tasks.tokenize import load_tokenizer, tokenizer_of
 from beitv2_jax.typing import PyTree
 
@@ -41,7 +44,16 @@ KNOWN_SETS = {
     r"(?i)ade(20k|challengedata)": 20_210,
 }
 """Training images of known data sets, by pattern of data.source. Source: their descriptions; 22k is that of 2011."""
-TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment")
+TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment", "segment_linear")
+_WITHOUT_STEP = {
+    "extract": "every view passes through the teacher once",
+    "tokenize": "every view passes through the tokenizer once",
+    "cluster": "it clusters stored features",
+    "probe": "every image passes through the backbone once, and what trains on its features is small",
+    "dense": "every image passes through the backbone once, and what is fitted to its features is small",
+    "pipeline": "it is a list of stages",
+}
+"""Stage without a training step -> what it does instead."""
 PUBLISHED = "(published)"
 TEACHER_WIDTH = 512  # of CLIP's projection
 CODE_DIM = 32
@@ -68,29 +80,33 @@ def complete(config):
     """Return a copy of `config` in which nothing is left open, and a note on each assumption.
 
     Raises:
-        UserError: the config is of a stage that trains nothing.
+        UserError: the config is of a stage that trains no network.
     """
     if config.stage not in TRAINED_STAGES:
         raise UserError(
-            f"The stage '{config.stage}' has no training step.",
+            f"The stage '{config.stage}' has no training step to plan: {_WITHOUT_STEP[config.stage]}.",
             "Did you mean the config of a stage that trains?",
             f"Pass the --config of one stage of {', '.join(TRAINED_STAGES)}, such as --config=configs/mim.py.",
         )
     config = config.copy_and_resolve_references().unlock()
-    config.init_from = ""
+    if "init_from" in config:
+        config.init_from = ""
     notes = []
     section, stored_key, live_key, live = {
         "vqkd": ("teacher", "features", "weights", "CLIP ViT-B/16"),
         "mim": ("tokenizer", "codes", "run", "the published tokenizer"),
+        "segment_linear": ("backbone", "", "run", "the published backbone"),
     }.get(config.stage, ("", "", "", ""))
-    if section and not config[section][stored_key]:
+    stored = bool(stored_key and config[section][stored_key])
+    if section and not stored:
         given = config[section][live_key]
         if not located(given or PUBLISHED).exists():
-            missing = f"{section}.{live_key} nor {section}.{stored_key}"
-            why = f"{section}.{live_key}={given!r} does not exist" if given else f"Neither {missing} is given"
+            missing = " nor ".join(f"{section}.{key}" for key in (live_key, stored_key) if key)
+            none_given = f"Neither {missing} is given" if stored_key else f"{missing} is not given"
+            why = f"{section}.{live_key}={given!r} does not exist" if given else none_given
             notes.append(f"{why}, so {live} is assumed to run in the step.")
             config[section][live_key] = PUBLISHED
-    if section and config[section][stored_key]:
+    if stored:
         config.views.num_views = max(1, config.views.num_views)
     return config.lock(), tuple(notes)
 
@@ -144,6 +160,8 @@ def describe(config, num_examples: int, frozen_size: Mapping[str, int] = SIZES["
         opened = _with_teacher(config, opened, frozen_size)
     elif config.stage == "mim":
         opened = _with_tokenizer(config, opened, frozen_size)
+    elif config.stage == "segment_linear":
+        opened = _with_backbone(config, opened, frozen_size)
     row = _row(stage, config, opened)
     batch = batch_shapes(row, config.run.batch_size)
     return Description(stage.make_task(config, opened), batch, row, opened.network, config)
@@ -207,6 +225,19 @@ def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> i
         tokenizer = tokenizer_of(dataclasses.replace(weights, arguments=arguments), Compute(dtype=dtype))
         frozen = abstract_variables(weights.kind, arguments)
     return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": _shapes(frozen)})
+
+
+def _with_backbone(config, opened: inputs.Opened, size: Mapping[str, int]) -> inputs.Opened:
+    sizes = {"image_size": config.views.image_size, "depth": config.backbone.layer}
+    if config.backbone.run == PUBLISHED:
+        backbone = Backbone(**{**size, **sizes}, position="relative", layer_scale_init=0.1)
+    else:
+        backbone = dataclasses.replace(backbone_of(describe_weights(config.backbone.run)), **sizes)
+    model = VisionTransformer(backbone, Compute(dtype=config.efficiency.dtype))
+    images = jnp.zeros((1, backbone.image_size, backbone.image_size, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    network = FrozenBackbone(model, params, "imagenet", random_params=lambda seed: params)
+    return dataclasses.replace(opened, network=network, frozen={"backbone": _shapes(params)})
 
 
 def _shapes(tree: PyTree) -> PyTree:

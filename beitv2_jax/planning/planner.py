@@ -334,7 +334,7 @@ def expected_collectives(step: PlannedStep, mesh: dict[str, int], images: float)
     """
     config, local = step.config, traced.device_bytes(step.state.params)
     steps = config.efficiency.accumulation_steps
-    summed = "bf16" if config.efficiency.gradient_dtype == "bfloat16" and steps == 1 else "f32"
+    summed = "bf16" if config.efficiency.get("gradient_dtype") == "bfloat16" and steps == 1 else "f32"
     found = []
 
     def add(kind: str, size: float, axes: tuple[str, ...], count: int = 1, dtype: str = "f32") -> None:

@@ -97,7 +97,7 @@ def compare_predictions(predictions: list[Prediction]) -> str:
             (
                 prediction.target.name,
                 "x".join(map(str, prediction.mesh.values())),
-                efficiency.remat,
+                efficiency.get("remat", "none"),
                 f"{images:g}",
                 f"{images / efficiency.accumulation_steps:g}",
                 f"{prediction.memory.peak / GIB:.2f}",

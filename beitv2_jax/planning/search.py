@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import planner, topologies
@@ -59,19 +60,25 @@ def with_remedies(prediction: Prediction, step: PlannedStep, *, confirm: Make | 
 def _changes(step: PlannedStep, refused: Prediction) -> Iterator[dict[str, object]]:
     """Yield changed keys of a config: those that leave the result as it is, then smaller batches."""
     efficiency, target, mesh = step.config.efficiency, refused.target, refused.mesh
-    more = REMAT[REMAT.index(efficiency.remat) + 1 :]
-    for remat in more:
-        yield {"efficiency.remat": remat}
+    own, *more = _remat_keys(efficiency)
+    yield from more
     rows = step.config.run.batch_size // batch_shards(mesh) // efficiency.accumulation_steps
     divisors = [divisor for divisor in (2, 4, 8, 16) if rows % divisor == 0]
     for divisor in divisors:
         yield {"efficiency.accumulation_steps": divisor * efficiency.accumulation_steps}
     shards = min(target.count // target.slices, 8)
     if mesh["fsdp"] == 1 and shards > 1:
-        for remat in (efficiency.remat, *more[-1:]):
-            yield {"mesh.fsdp": shards, "efficiency.remat": remat}
+        for remat in (own, *more[-1:]):
+            yield {"mesh.fsdp": shards, **remat}
     for divisor in divisors:
         yield {"run.batch_size": step.config.run.batch_size // divisor}
+
+
+def _remat_keys(efficiency: ConfigDict, first: str = "") -> list[dict[str, object]]:
+    """Return the key of a config for each remat from `first` on, or from its own; a frozen backbone has no remat."""
+    if "remat" not in efficiency:
+        return [{}]
+    return [{"efficiency.remat": remat} for remat in REMAT[REMAT.index(first or efficiency.remat) :]]
 
 
 def find_best(step: PlannedStep, kind: str, *, make: Make | None, minutes: float) -> list[Prediction]:
@@ -152,8 +159,8 @@ def _tried(step: PlannedStep, target: Target) -> Iterator[Prediction]:
     for mesh in _meshes(target):
         rows, remainder = divmod(step.config.run.batch_size, batch_shards(mesh))
         possible = [steps for steps in ACCUMULATION if not remainder and rows % steps == 0]
-        for remat in REMAT:
-            keys = [{"efficiency.remat": remat, "efficiency.accumulation_steps": steps} for steps in possible]
+        for remat in _remat_keys(step.config.efficiency, REMAT[0]):
+            keys = [{**remat, "efficiency.accumulation_steps": steps} for steps in possible]
             plans = [planner.predict(planner.varied(step, **changes), target, mesh) for changes in keys]
             yield from (plan for plan in plans if not plan.fits)
             if fitting := [plan for plan in plans if plan.fits]:
@@ -173,8 +180,4 @@ def config_keys(prediction: Prediction) -> dict[str, object]:
     """Return the keys of a config that ask for a plan's mesh, remat and accumulation."""
     efficiency = prediction.config.efficiency
     sizes = {f"mesh.{axis}": size for axis, size in prediction.mesh.items()}
-    return {
-        **sizes,
-        "efficiency.remat": efficiency.remat,
-        "efficiency.accumulation_steps": efficiency.accumulation_steps,
-    }
+    return {**sizes, **_remat_keys(efficiency)[0], "efficiency.accumulation_steps": efficiency.accumulation_steps}

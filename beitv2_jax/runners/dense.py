@@ -4,6 +4,7 @@ The number of neighbours, their distance and the strength of the logistic regres
 are held out. The eval split is used once, by what was chosen, fitted on all training images.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
 
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.labels import IGNORED
 from beitv2_jax.data.sources import Source
-from beitv2_jax.errors import UserError
 from beitv2_jax.evaluation import dense as arithmetic
-from beitv2_jax.evaluation.dense import Neighbors, Standardization
-from beitv2_jax.evaluation.features import OnMove
+from beitv2_jax.evaluation.dense import Neighbors
+from beitv2_jax.evaluation.features import OnMove, divided
+from beitv2_jax.evaluation.standardization import Standardization, standardization
 from beitv2_jax.report.segmentation import draw_comparison
 from beitv2_jax.rng import host_rng
 from beitv2_jax.runners.feature_cache import cached_arrays
@@ -60,6 +62,35 @@ class Bank(NamedTuple):
     majority: UInt8[np.ndarray, "m"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a classifier is fitted to and scored on.
+
+    Attributes:
+        train: patches of all training images.
+        fit: images to learn from while something is to be chosen.
+        held_out: patches of the other ones, which choose.
+        test: of the eval split.
+        standard: what standardises features, by those of `fit`.
+        num_classes: number of classes.
+        settings: the section `dense` of the config.
+        seed: of draws.
+    """
+
+    train: Patches
+    fit: Int[np.ndarray, "b"]
+    held_out: Patches
+    test: Patches
+    standard: Standardization
+    num_classes: int
+    settings: ConfigDict
+    seed: int
+
+    def bank(self, patches: Patches) -> Bank:
+        """Return those of `patches` to learn from: `dense.max_patches` at most, by a draw."""
+        return bank_of(patches, self.settings.max_patches, self.seed)
+
+
 class Scored(NamedTuple):
     """What one classifier makes of the eval split: metrics, and predicted label maps of the images to draw."""
 
@@ -88,12 +119,20 @@ def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]
     for feature_set in task.feature_sets:
         train, test = (cached_patches(feature_set, task, source, config, workdir, on_move) for source in task.sources)
         metrics |= {"train_examples": len(train.features), "eval_examples": len(test.features)}
-        fit, held_out = held_out_images(len(train.features), config.dense.validation_fraction, config.seed)
-        standard = arithmetic.standardization(train.features[fit])
-        scored = {
-            name: classify(train, fit, held_out, test, standard, config, on_move)
-            for name, classify in (("knn", by_neighbors), ("logistic", by_regression))
-        }
+        order = host_rng(config.seed, "held out images").permutation(len(train.features))
+        # the first ones are held out
+        fit, held = map(np.sort, divided(order[::-1], config.dense.validation_fraction))
+        problem = Problem(
+            train=train,
+            fit=fit,
+            held_out=train.of(held),
+            test=test,
+            standard=standardization(train.features, fit, on_move),
+            num_classes=config.model.num_classes,
+            settings=config.dense,
+            seed=config.seed,
+        )
+        scored = {"knn": by_neighbors(problem, on_move), "logistic": by_regression(problem, on_move)}
         for name, of_classifier in scored.items():
             for key, value in of_classifier.metrics.items():
                 label = names[int(key.removeprefix("iou/"))] if key.startswith("iou/") else ""
@@ -103,80 +142,43 @@ def _run(task: Dense, config, workdir: str, on_move: OnMove) -> dict[str, float]
     return metrics
 
 
-def held_out_images(count: int, fraction: float, seed: int) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
-    """Return the images to learn from and those that are held out, `fraction` of all and at least one, by a draw.
-
-    Raises:
-        UserError: there is none to learn from.
-    """
-    if count < 2:
-        raise UserError(
-            f"The training split has {count} readable image(s), and one has to be held out to choose by.",
-            "Did you mean another split, or another folder?",
-            "Write --config.data.source=folder:PATH of at least two training images with label maps.",
-        )
-    order = host_rng(seed, "held out images").permutation(count)
-    held_out = min(max(1, int(count * fraction)), count - 1)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def by_neighbors(
-    train: Patches,
-    fit: np.ndarray,
-    held_out: np.ndarray,
-    test: Patches,
-    standard: Standardization,
-    config,
-    on_move: OnMove,
-) -> Scored:
+def by_neighbors(problem: Problem, on_move: OnMove) -> Scored:
     """Classify by the nearest patches: every pixel has the most frequent class of theirs at its place in the patch."""
-    num_classes, settings = config.model.num_classes, config.dense
-    bank, queries = bank_of(train.of(fit), settings.max_patches, config.seed), train.of(held_out)
-    found = {}
+    bank, queries, found = problem.bank(problem.train.of(problem.fit)), problem.held_out, {}
     for cosine in (True, False):
-        neighbors = nearest(bank, queries, standard, max(settings.neighbors), cosine, on_move)
-        for count in settings.neighbors:
-            confusion, _ = _judged(queries, _votes(bank, neighbors, count, on_move), num_classes)
+        neighbors = nearest(bank, queries, problem.standard, max(problem.settings.neighbors), cosine, on_move)
+        for count in problem.settings.neighbors:
+            confusion, _ = _judged(queries, _votes(bank, neighbors, count, on_move), problem.num_classes)
             found[count, cosine] = segment.summarize({"confusion": confusion})["mean_iou"]
     count, cosine = max(found, key=found.get)
-    bank = bank_of(train, settings.max_patches, config.seed)
-    neighbors = nearest(bank, test, standard, count, cosine, on_move)
-    confusion, drawn = _judged(test, _votes(bank, neighbors, count, on_move), num_classes)
+    bank = problem.bank(problem.train)
+    neighbors = nearest(bank, problem.test, problem.standard, count, cosine, on_move)
+    confusion, drawn = _judged(problem.test, _votes(bank, neighbors, count, on_move), problem.num_classes)
     chosen = {"neighbors": count, "cosine": float(cosine), "held_out_mean_iou": found[count, cosine]}
     return Scored(chosen | segment.summarize({"confusion": confusion}), drawn)
 
 
-def by_regression(
-    train: Patches,
-    fit: np.ndarray,
-    held_out: np.ndarray,
-    test: Patches,
-    standard: Standardization,
-    config,
-    on_move: OnMove,
-) -> Scored:
+def by_regression(problem: Problem, on_move: OnMove) -> Scored:
     """Classify by logistic regression on the most frequent class of each patch, which all its pixels are given."""
-    num_classes, settings = config.model.num_classes, config.dense
-    found = {}
 
     def judged(bank: Bank, queries: Patches, strength: float):
         on_move("fitting")
         fitted = arithmetic.fit_logistic(
             bank.features,
             bank.majority,
-            standard,
-            num_classes=num_classes,
+            problem.standard,
+            num_classes=problem.num_classes,
             strength=strength,
-            max_iterations=settings.max_iterations,
+            max_iterations=problem.settings.max_iterations,
         )
-        return _judged(queries, _decided(fitted, queries, standard, on_move), num_classes)
+        return _judged(queries, _decided(fitted, queries, problem.standard, on_move), problem.num_classes)
 
-    bank = bank_of(train.of(fit), settings.max_patches, config.seed)
-    for strength in settings.strengths:
-        confusion, _ = judged(bank, train.of(held_out), strength)
+    bank, found = problem.bank(problem.train.of(problem.fit)), {}
+    for strength in problem.settings.strengths:
+        confusion, _ = judged(bank, problem.held_out, strength)
         found[strength] = segment.summarize({"confusion": confusion})["mean_iou"]
     strength = max(found, key=found.get)
-    confusion, drawn = judged(bank_of(train, settings.max_patches, config.seed), test, strength)
+    confusion, drawn = judged(problem.bank(problem.train), problem.test, strength)
     chosen = {"strength": strength, "held_out_mean_iou": found[strength]}
     return Scored(chosen | segment.summarize({"confusion": confusion}), drawn)
 
@@ -310,7 +312,7 @@ def cached_patches(
     Raises:
         UserError: as `cached_arrays`.
     """
-    arrays = cached_arrays(
+    _, arrays = cached_arrays(
         feature_set,
         source,
         config,

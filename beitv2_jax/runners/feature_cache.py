@@ -26,6 +26,8 @@ from beitv2_jax.tasks.frozen import FeatureSet
 from beitv2_jax.training.inference import run_batches
 from beitv2_jax.training.sharding import make_mesh
 
+FOLDER = "features"
+"""Folder of a workdir that holds cached features and what protocols found by them."""
 POLL_SECONDS = 0.5
 """Time between two looks at what the other processes have written."""
 PART_BYTES = 2**27
@@ -45,8 +47,10 @@ def cached_arrays(
     beside: Callable[[Batch], dict[str, np.ndarray]],
     made_from: list,
     smaller: str,
-) -> dict[str, np.ndarray]:
+) -> tuple[str, dict[str, np.ndarray]]:
     """Return the features of every readable image of a split, what is kept beside them, and `example_ids`.
+
+    Before them is the hash of what they were made from.
 
     They are computed once for their data, their network and `made_from`. Of several processes each computes its part of
     the rows on its devices and writes it piece by piece; an interrupted process goes on after its last piece. Process 0
@@ -69,8 +73,8 @@ def cached_arrays(
             unreadable.
     """
     made_from = [weights_hash(feature_set.frozen), describe_data((source,)), config.views.image_size, *made_from]
-    split = re.sub(r"[^\w-]", "_", source.split)
-    folder = as_path(workdir) / "features" / f"{feature_set.name}_{split}.{digest(made_from)}"
+    split, made_from = re.sub(r"[^\w-]", "_", source.split), digest(made_from)
+    folder = as_path(workdir) / FOLDER / f"{feature_set.name}_{split}.{made_from}"
     last = folder / f"{_LAST}.npy"
     if not last.exists():
         index, count = jax.process_index(), jax.process_count()
@@ -104,7 +108,7 @@ def cached_arrays(
         listed=f"listed in {as_path(workdir) / 'bad_records.jsonl'} and delete {folder}",
     )
     files = (path for path in sorted(folder.glob("*.npy")) if path.stem != _LAST)
-    return {_LAST: example_ids} | {path.stem: _read(path) for path in files}
+    return made_from, {_LAST: example_ids} | {path.stem: _read(path) for path in files}
 
 
 def _refuse_small_disk(folder: AnyPath, row: Mapping[str, jax.ShapeDtypeStruct], num_rows: int, smaller: str) -> None:

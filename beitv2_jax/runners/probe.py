@@ -1,13 +1,18 @@
 """Run the probe: cache the features of both splits, then evaluate them by a protocol."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from beitv2_jax.data.sources import Source
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings
 from beitv2_jax.evaluation.protocols import PROTOCOLS
-from beitv2_jax.runners.feature_cache import cached_arrays
+from beitv2_jax.evaluation.saved import Parts
+from beitv2_jax.runners.feature_cache import FOLDER, cached_arrays
+from beitv2_jax.runners.provenance import digest
 from beitv2_jax.runtime import watchdog
+from beitv2_jax.runtime.buckets import as_path
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks.frozen import FeatureSet
 from beitv2_jax.tasks.probe import Probe
@@ -20,7 +25,8 @@ def run(probe: Probe, config, workdir: str) -> dict[str, float]:
     in 'chosen/pretrained/cls/linear_rate', ....
 
     Features are cached in `features/<set>_<split>.<hash>/` under `workdir`, the hash of what they were made from: one
-    array a file, which is mapped and not read as a whole. What is cached is not computed again.
+    array a file, which is mapped and not read as a whole. What is cached is not computed again. What a protocol has
+    found by them is kept in `features/<set>_heads.<hash>/`, and so are heads that are not finished.
 
     Raises:
         Preempted: this process was asked to stop; cached features stay.
@@ -38,9 +44,10 @@ def _probe(probe: Probe, config, workdir: str, on_move: OnMove) -> dict[str, flo
     for feature_set in probe.feature_sets:
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
         metrics |= {"train_examples": len(train.labels), "eval_examples": len(test.labels)}
-        # accelerators round products of float32 further unless told not to
-        with jax.default_matmul_precision(None if protocol == "ours" else "highest"):
-            result = PROTOCOLS[protocol](train, test, settings, on_move)
+        found_by = digest([protocol, train.made_from, test.made_from, dataclasses.asdict(settings)])
+        parts = Parts(as_path(workdir) / FOLDER / f"{feature_set.name}_heads.{found_by}")
+        with jax.default_matmul_precision("highest"):  # accelerators round products of float32 further by default
+            result = PROTOCOLS[protocol](train, test, settings, on_move, parts)
         metrics |= {f"{feature_set.name}/{name}": value for name, value in result.accuracies.items()}
         metrics |= {f"chosen/{feature_set.name}/{name}": value for name, value in result.chosen.items()}
     return metrics
@@ -54,7 +61,7 @@ def cached_features(
     Raises:
         UserError: as `cached_arrays`.
     """
-    arrays = cached_arrays(
+    made_from, arrays = cached_arrays(
         feature_set,
         source,
         config,
@@ -67,4 +74,4 @@ def cached_features(
     )
     del arrays["example_ids"]
     labels = np.array(arrays.pop("labels"))  # read as a whole
-    return Features(arrays, labels, feature_set.layers, source.num_classes)
+    return Features(arrays, labels, feature_set.layers, source.num_classes, made_from)

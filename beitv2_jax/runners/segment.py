@@ -7,7 +7,7 @@ import jax
 from beitv2_jax.convert.runs import Run, read_run
 from beitv2_jax.report.segmentation import draw_segmentations
 from beitv2_jax.runtime.buckets import as_path
-from beitv2_jax.tasks import inputs, segment, segment_linear
+from beitv2_jax.tasks import dense, inputs, segment, segment_linear
 from beitv2_jax.tasks.api import Batch, Task
 from beitv2_jax.training import loop
 
@@ -27,7 +27,7 @@ def run_linear(task: Task, config, workdir: str) -> dict[str, float]:
     """Do what `run` does for a linear layer on a frozen backbone."""
 
     def predictor(trained: Run) -> Callable[[Batch], jax.Array]:
-        predict_all = segment_linear.predictor(*segment_linear.networks(config), config)
+        predict_all = segment_linear.predictor(segment_linear.make_model(config), dense.read_frozen(config), config)
         predict = jax.jit(lambda *arguments: predict_all(*arguments).label_maps)
         return lambda batch: predict(trained.params, trained.model_state, task.frozen, batch)
 

@@ -30,8 +30,15 @@ def build(config) -> Task:
     Raises:
         UserError: as `dense.read_frozen` and `segment.open_sources`.
     """
-    model, backbone = networks(config)
-    sources = segment.open_sources(config)
+    backbone = dense.read_frozen(config)
+    params = backbone.random_params(config.seed) if config.backbone.random else backbone.params
+    opened = inputs.Opened(segment.open_sources(config), network=backbone, frozen={"backbone": params})
+    return make_task(config, opened)
+
+
+def make_task(config, opened: inputs.Opened) -> Task:
+    """Build the linear segmentation on data that are open and on the backbone `opened.network`."""
+    model, backbone, sources = make_model(config), opened.network, opened.sources
     crops = CropTransform(seed=config.seed, ids=segment.label_ids(config), distortion=_UNCHANGED, **config.views)
     predict = predictor(model, backbone, config)
     return Task(
@@ -40,7 +47,7 @@ def build(config) -> Task:
         init=functools.partial(_init, model, backbone),
         loss=linear_loss(model, backbone),
         finish=segment.segment_finish,
-        frozen={"backbone": backbone.random_params(config.seed) if config.backbone.random else backbone.params},
+        frozen=opened.frozen,
         train_batches=inputs.transformed_batches(config, sources[0], crops),
         eval_batches=segment.EvalBatches(config, sources[1]),
         evaluate=lambda *arguments: {"confusion": predict(*arguments).confusion.sum(axis=0)},
@@ -49,9 +56,9 @@ def build(config) -> Task:
     )
 
 
-def networks(config) -> tuple[LinearSegmenter, FrozenBackbone]:
-    """Return the layer to be learned and the backbone beneath it; raises as `dense.read_frozen`."""
-    return LinearSegmenter(config.model.num_classes, config.model.dropout_rate), dense.read_frozen(config)
+def make_model(config) -> LinearSegmenter:
+    """Build the layer to be learned."""
+    return LinearSegmenter(config.model.num_classes, config.model.dropout_rate)
 
 
 def _init(model: LinearSegmenter, backbone: FrozenBackbone, key) -> dict[str, PyTree]:

@@ -5,7 +5,14 @@ from user_errors import check_all_provoked, flag, provoked
 
 from beitv2_jax import embed
 from beitv2_jax.evaluation.classes import match_classes, read_class_names
+from beitv2_jax.evaluation.features import held_out
 from beitv2_jax.report import evaluation
+
+
+def test_a_training_split_without_an_image_to_hold_out():
+    with provoked("Write a --config.data.source of at least two training images"):
+        held_out(1, 0.1, 0)
+    assert [images.tolist() for images in held_out(2, 0.9, 0)] in ([[0], [1]], [[1], [0]])
 
 
 def test_files_of_class_names(tmp_path):

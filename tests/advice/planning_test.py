@@ -36,7 +36,8 @@ def test_every_chip_that_is_listed():
 
 def test_stages_and_data():
     with provoked("--config=configs/mim.py") as caught:
-        abstract_task.complete(config_lib.load(f"{CONFIGS}/extract.py"))
+        abstract_task.complete(config_lib.load(f"{CONFIGS}/dense.py"))
+    assert "what is fitted to its features is small" in caught.value.happened
     for name in caught.value.instead.partition("one stage of ")[2].partition(", such as")[0].split(", "):
         abstract_task.complete(config_lib.load(f"{CONFIGS}/{name}.py"))
     config = config_lib.load(f"{CONFIGS}/mim.py").unlock()

@@ -20,7 +20,6 @@ from beitv2_jax.data.sources import open_source
 from beitv2_jax.data.target_cache.encoding import FeatureEncoding
 from beitv2_jax.evaluation.classes import imagenet_ids
 from beitv2_jax.runners import (
-    dense,
     evaluate,
     feature_cache,
     features,
@@ -212,12 +211,6 @@ def test_cached_features_that_are_damaged(tmp_path):
         path.unlink()
     feature_cache._write(tmp_path / "part.npz", {"labels": np.arange(3)})
     assert feature_cache._read(tmp_path / "part.npz")["labels"].tolist() == [0, 1, 2]
-
-
-def test_a_dense_evaluation_without_an_image_to_hold_out():
-    with provoked("of at least two training images with label maps"):
-        dense.held_out_images(1, 0.1, 0)
-    assert [images.tolist() for images in dense.held_out_images(2, 0.9, 0)] in ([[0], [1]], [[1], [0]])
 
 
 def test_targets_on_a_full_disk(tmp_path):

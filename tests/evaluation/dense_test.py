@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from beitv2_jax.evaluation import dense
+from beitv2_jax.evaluation import dense, standardization
 from beitv2_jax.tasks import segment
 
 
@@ -54,12 +54,16 @@ def test_neighbors_are_those_of_scikit_learn_however_the_bank_is_cut(cosine, met
         np.testing.assert_array_equal(found.rows, expected)
 
 
-def test_standardization_is_that_of_scikit_learn():
+def test_standardization_is_that_of_scikit_learn(monkeypatch):
     features = np.random.default_rng(2).normal(3, 2, (4, 5, 6)).astype(np.float16)
     features[..., 2] = 7
-    found = dense.standardization(features)(features.reshape(-1, 6))
-    expected = StandardScaler().fit_transform(features.reshape(-1, 6).astype(np.float64))
+    monkeypatch.setattr(standardization, "PIECE_ROWS", 2)  # three rows in two pieces
+    phases = []
+    found = standardization.standardization(features, np.array([3, 0, 1]), phases.append)(features.reshape(-1, 6))
+    scaler = StandardScaler().fit(features[[0, 1, 3]].reshape(-1, 6).astype(np.float64))
+    expected = scaler.transform(features.reshape(-1, 6).astype(np.float64))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(phases) == 4  # both pieces for the mean, and again for the variance
 
 
 def test_logistic_regression_is_that_of_scikit_learn(monkeypatch):
@@ -67,7 +71,7 @@ def test_logistic_regression_is_that_of_scikit_learn(monkeypatch):
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 3, 60).astype(np.uint8)
     features = (rng.normal(size=(60, 4)) + np.eye(3, 4)[labels]).astype(np.float16)
-    standard = dense.standardization(features[None])
+    standard = standardization.standardization(features, np.arange(60), lambda phase: None)
     scaled = np.asarray(standard(features), np.float64)
     for strength in (0.01, 1.0):
         kernel, bias = dense.fit_logistic(

@@ -282,6 +282,16 @@ def test_the_best_of_many_fit_and_are_in_order(base):
 
 
 @pytest.mark.long
+def test_a_frozen_backbone_is_planned_without_remat():
+    step = planner.prepare(small("segment_linear", **{"run.batch_size": 64}), 1000)
+    plans = search.find_best(step, "v5e:8", make=None, minutes=0)
+    assert plans and not any("efficiency.remat" in search.config_keys(plan) for plan in plans)
+    tight = dataclasses.replace(plans[0].memory, peak=plans[0].memory.usable + 1)
+    refused = search.with_remedies(dataclasses.replace(plans[0], memory=tight), step, confirm=None)
+    assert refused.remedies and not any("remat" in remedy for remedy in refused.remedies)
+
+
+@pytest.mark.long
 def test_of_each_number_of_chips_the_best_two_are_shown(base):
     plans = search.find_best(base, "v5e", make=None, minutes=0)
     counts = [plan.target.count for plan in plans]

@@ -56,6 +56,12 @@ SMALL = {
         "model.aux_channels": 12,
         "run.batch_size": 7,
     },
+    "segment_linear": {
+        "views.image_size": 48,
+        "evaluation.stride": 32,
+        "model.num_classes": 13,
+        "run.batch_size": 7,
+    },
 }
 
 

@@ -67,7 +67,9 @@ def test_the_heads_of_masked_image_modelling_by_hand():
     assert parts["lm_head"].flops == 2 * (3 * 2 * 5 * 24 * 29)  # one head for two branches, on the masked patches alone
 
 
-@pytest.mark.parametrize("stage", ["mim", "vqkd", "finetune", pytest.param("segment", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "stage", ["mim", "vqkd", "finetune", pytest.param("segment", marks=pytest.mark.long), "segment_linear"]
+)
 def test_every_product_and_parameter_belongs_to_a_component(stage):
     step = planner._planned(small(stage), 1000, ())
     task, batch, function, state = planner._train_step(step.config, 1000)
@@ -75,6 +77,16 @@ def test_every_product_and_parameter_belongs_to_a_component(stage):
     # a segmentation also multiplies weights of its pooling with each other, once for a batch
     assert whole == pytest.approx(step.config.run.batch_size * step.cost.flops, rel=1e-4 if stage == "segment" else 0)
     assert step.cost.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_linear_layer_on_a_frozen_backbone_by_hand():
+    cost = cost_of("segment_linear")
+    parts = named(cost)
+    frozen = [component for component in cost.components if component.frozen]
+    embedding = 2 * 9 * (3 * 16 * 16) * 768
+    assert sum(component.flops for component in frozen) == embedding + 12 * block_flops(10, 768, 3072)
+    assert parts["head"].flops == 3 * 2 * 9 * 768 * 13  # a gradient reaches the scale and shift of the batch norm
+    assert cost.parameters == 768 * 13 + 13 + 2 * 768
 
 
 def test_accumulation_and_bfloat16_run_the_same_products():

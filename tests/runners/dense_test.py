@@ -10,6 +10,8 @@ from PIL import Image
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import write
+from beitv2_jax.evaluation.features import divided
+from beitv2_jax.rng import host_rng
 from beitv2_jax.runners import dense, stages
 from beitv2_jax.tasks import dense as tasks_dense
 
@@ -54,7 +56,7 @@ def test_metrics_are_those_of_arithmetic_by_hand(finished):
     assert (metrics["train_examples"], metrics["eval_examples"]) == (11, 3)
     for name in ("pretrained", "random", "pixels"):
         train, test = (cached(root, name, split) for split in ("train", "test"))
-        fit, _ = dense.held_out_images(11, 0.1, 0)
+        fit, _ = divided(host_rng(0, "held out images").permutation(11)[::-1], 0.1)
         of_fit = train["features"][fit].reshape(-1, train["features"].shape[-1]).astype(np.float64)
         scale = np.where(of_fit.std(axis=0) > 1e-6, of_fit.std(axis=0), np.inf)
         bank, queries = (

@@ -13,13 +13,14 @@ import optax
 
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result
+from beitv2_jax.evaluation.saved import Parts, Saved
 
 RATE = 1e-3
 """Learning rate for a batch of 256, scaled with the batch: 4e-3 at the documented one of 1024."""
 DECAY = 1e-4
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
     """Return the accuracy on `test` of the head of each block, and the best of them, as published.
 
     AdamW with decay 1e-4, cosine to zero by epoch. The best block is chosen on `test` itself: it is not held out.
@@ -33,8 +34,14 @@ def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: 
     num_epochs = max(1, settings.num_steps // per_epoch)
     cosine = optax.cosine_decay_schedule(RATE * settings.batch_size / 256, num_epochs)
     optimizer = optax.adamw(lambda step: cosine(step // per_epoch), weight_decay=DECAY)
-    found = heads.linear_accuracies(train, test, reader, optimizer, len(train.layers), settings, on_move)
-    accuracies = {f"cls_mean/linear_{layer}": float(value) for layer, value in zip(train.layers, found, strict=True)}
-    best = int(found.argmax())
-    accuracies["cls_mean/linear_best"] = float(found[best])
+
+    def fit(saved: Saved) -> list[float]:
+        return heads.linear_accuracies(
+            train, test, reader, optimizer, len(train.layers), settings, on_move, saved
+        ).tolist()
+
+    found = parts("cls_mean/linear", fit)
+    accuracies = {f"cls_mean/linear_{layer}": value for layer, value in zip(train.layers, found, strict=True)}
+    best = int(np.argmax(found))
+    accuracies["cls_mean/linear_best"] = found[best]
     return Result(accuracies, {"cls_mean/linear_best_layer": train.layers[best]})

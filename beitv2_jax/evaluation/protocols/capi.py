@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.attentive import MOST_HEAD_WIDTH, largest_divisor, multihead_pool
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
+from beitv2_jax.evaluation.saved import Parts, Saved
 from beitv2_jax.rng import step_key
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
@@ -103,11 +104,11 @@ def predict(params: dict[str, Array], inputs: Float[Array, "b ..."]) -> Int[Arra
     return jnp.argmax(logits(params, inputs), axis=-1)
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
     """Train the classifiers of every kind and evaluate the one that the held-out tenth chooses."""
     accuracies, chosen = {}, {}
     for kind, names in KINDS.items():
-        found = fit_and_choose(names, train, test, settings, on_move)
+        found = parts(kind, functools.partial(fit_and_choose, names, train, test, settings, on_move))
         accuracies[kind] = found.pop("accuracy")
         chosen |= {f"{kind}_{name}": value for name, value in found.items()}
     return Result(accuracies, chosen)
@@ -119,6 +120,7 @@ def fit_and_choose(
     test: Features,
     settings: ProbeSettings,
     on_move: OnMove,
+    saved: Saved,
     grid: tuple[tuple[float, float], ...] = GRID,
 ) -> dict[str, float]:
     """Train classifiers of the features `names` side by side, one for each rate (for 256 examples) and decay of `grid`.
@@ -144,11 +146,10 @@ def fit_and_choose(
         (params, optimizer.init(params)),
         reading(train),
         train.labels,
-        fit_rows,
+        heads.shuffled(fit_rows, batch_size, settings.seed),
         num_steps=settings.num_steps,
-        batch_size=batch_size,
-        seed=settings.seed,
         on_move=on_move,
+        saved=saved,
     )
     held = heads.count_hits(functools.partial(predict, params), reading(train), train.labels, held_rows, on_move)
     best = int(np.argmax(held))

@@ -12,11 +12,13 @@ import functools
 
 import numpy as np
 import optax
+from jaxtyping import Float
 
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
 from beitv2_jax.evaluation.knn import class_token_accuracies
 from beitv2_jax.evaluation.logistic import LogisticRegression
+from beitv2_jax.evaluation.saved import Parts, Saved
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -31,7 +33,7 @@ MAX_STEPS, TOLERANCE = 1000, 1e-12
 """Of L-BFGS."""
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
     """Return the accuracies of all three.
 
     - kNN: the whole training split is the bank, votes weigh exp(cosine / 0.07), for k = 10, 20, 100 and 200.
@@ -39,16 +41,19 @@ def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: 
       on `test` is reported, as published: that choice is not held out.
     - Logistic regression on [CLS]: C is chosen on a tenth of the training images, then all of them are fitted.
     """
-    accuracies, chosen = class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move), {}
-    of_rates = sgd_accuracies(train, test, settings, on_move)
-    best = int(of_rates.argmax())
-    accuracies["cls_mean_normed/sgd"] = float(of_rates[best])
-    chosen["cls_mean_normed/sgd_rate"] = RATES[best]
-    accuracies["cls_normed/logistic"], chosen["cls_normed/logistic_c"] = logistic(train, test, settings, on_move)
-    return Result(accuracies, chosen)
+    accuracies = parts("knn", lambda _: class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move))
+    of_rates = parts("sgd", lambda saved: sgd_accuracies(train, test, settings, on_move, saved).tolist())
+    of_regression = parts("logistic", lambda saved: logistic(train, test, settings, on_move, saved))
+    best = int(np.argmax(of_rates))
+    accuracies |= {"cls_mean_normed/sgd": of_rates[best], "cls_normed/logistic": of_regression["accuracy"]}
+    return Result(
+        accuracies, {"cls_mean_normed/sgd_rate": RATES[best], "cls_normed/logistic_c": of_regression["strength"]}
+    )
 
 
-def sgd_accuracies(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> np.ndarray:
+def sgd_accuracies(
+    train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, saved: Saved
+) -> Float[np.ndarray, "r"]:
     """Return the accuracy on `test` of the head of each of `RATES`."""
     reader = functools.partial(heads.side_by_side, ("cls_normed", "mean_normed"))
     rates = np.float32(RATES) * settings.batch_size / 256
@@ -57,17 +62,24 @@ def sgd_accuracies(train: Features, test: Features, settings: ProbeSettings, on_
         optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, settings.num_steps)),
         heads.scale_by_head(-rates),
     )
-    return heads.linear_accuracies(train, test, reader, optimizer, len(rates), settings, on_move)
+    return heads.linear_accuracies(train, test, reader, optimizer, len(rates), settings, on_move, saved)
 
 
-def logistic(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> tuple[float, float]:
-    """Return the accuracy on `test` and the C that was chosen."""
+def logistic(
+    train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, saved: Saved
+) -> dict[str, float]:
+    """Return the `accuracy` on `test`, and the C that was chosen as `strength`."""
     features, labels = train.last("cls_normed"), train.labels
     fit_rows, held_rows = held_out(len(labels), HELD_OUT, settings.seed)
     options = {"max_steps": MAX_STEPS, "tolerance": TOLERANCE, "on_move": on_move}
     regression = LogisticRegression(features, labels, fit_rows, **options)
     held, held_labels = features[held_rows], labels[held_rows]
-    on_held = [regression.accuracy(regression.fit(strength), held, held_labels) for strength in INVERSE_STRENGTHS]
+    on_held, count = np.zeros(len(INVERSE_STRENGTHS)), len(INVERSE_STRENGTHS)
+    done, (on_held, regression.start) = saved.restored((on_held, regression.start))
+    for number in range(done, count):
+        on_held[number] = regression.accuracy(regression.fit(INVERSE_STRENGTHS[number]), held, held_labels)
+        saved.offer(number + 1, count, (on_held, regression.start))
     best = float(INVERSE_STRENGTHS[int(np.argmax(on_held))])
     regression = LogisticRegression(features, labels, np.arange(len(labels)), **options)
-    return regression.accuracy(regression.fit(best), test.last("cls_normed"), test.labels), best
+    accuracy = regression.accuracy(regression.fit(best), test.last("cls_normed"), test.labels)
+    return {"accuracy": accuracy, "strength": best}

@@ -27,6 +27,7 @@ from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.attentive import MOST_QUERIES, efficient_pool, largest_divisor
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result
 from beitv2_jax.evaluation.knn import class_token_accuracies
+from beitv2_jax.evaluation.saved import Parts, Saved
 from beitv2_jax.rng import host_rng, step_key
 from beitv2_jax.typing import PyTree, Scalar
 
@@ -158,22 +159,15 @@ def predict(head: Head, inputs: Float[Array, "b ..."]) -> Int[Array, "b"]:
     return jnp.argmax(_logits(head.params, _pooled(head.params, inputs), head.mean, head.variance), axis=-1)
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
     """Return the accuracies of neighbours, before the last norm and after it, and of both heads.
 
     Of a head there are the accuracy after the last epoch, and `NAME_best_on_validation`, that of the best epoch.
     """
-    accuracies, chosen = class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move), {}
+    accuracies = parts("knn", lambda _: class_token_accuracies(train, test, NEIGHBORS, TEMPERATURE, on_move))
+    chosen = {}
     for head, name in HEADS.items():
-        of_epochs = fit(
-            name,
-            train,
-            test,
-            num_steps=settings.num_steps,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            on_move=on_move,
-        )
+        of_epochs = parts(head, functools.partial(fit, name, train, test, settings, on_move))
         best = int(np.argmax(of_epochs))
         accuracies |= {head: of_epochs[-1], f"{head}_best_on_validation": of_epochs[best]}
         chosen[f"{head}_best_epoch"] = best + 1
@@ -184,38 +178,36 @@ def fit(
     name: str,
     train: Features,
     test: Features,
-    *,
-    num_steps: int,
-    batch_size: int,
-    seed: int,
+    settings: ProbeSettings,
     on_move: OnMove,
+    saved: Saved,
     base_rate: float = BASE_RATE,
 ) -> list[float]:
     """Train one head on the features `name` of the whole training split; return its accuracy after every epoch.
 
     An epoch is a random order of all examples without its incomplete batch; the last one may be shorter.
     """
-    features, of_test = train.last(name), test.last(name)
-    batch_size = min(batch_size, len(features))
+    features, of_test, seed, num_steps = train.last(name), test.last(name), settings.seed, settings.num_steps
+    batch_size = min(settings.batch_size, len(features))
     rows, steps = np.arange(len(features)), len(features) // batch_size
     optimizer = lars(base_rate * batch_size / 256, num_steps)
     key = step_key(seed, f"ep_{name}")
     params = initial_params(key, features.shape[-1], train.num_classes, pooled=features.ndim == 3)
-    head = initial_head(params, optimizer)
-    accuracies = []
-    for epoch, first in enumerate(range(0, num_steps, steps)):
+    num_epochs = -(-num_steps // steps)
+    done, (head, accuracies) = saved.restored((initial_head(params, optimizer), np.zeros(num_epochs)))
+    for epoch in range(done, num_epochs):
         head = heads.train(
             functools.partial(train_step, optimizer),
             head,
             features.__getitem__,
             train.labels,
-            rows,
-            num_steps=min(steps, num_steps - first),
-            batch_size=batch_size,
-            seed=int(host_rng(seed, f"ep_{name}", epoch).integers(2**31)),
+            heads.shuffled(rows, batch_size, int(host_rng(seed, f"ep_{name}", epoch).integers(2**31))),
+            num_steps=min(steps, num_steps - epoch * steps),
             on_move=on_move,
+            saved=Saved(),
         )
         of_head = functools.partial(predict, head)
         hits = heads.count_hits(of_head, of_test.__getitem__, test.labels, np.arange(len(of_test)), on_move)
-        accuracies.append(float(hits / len(of_test)))
-    return accuracies
+        accuracies[epoch] = hits / len(of_test)
+        saved.offer(epoch + 1, num_epochs, (head, accuracies))
+    return accuracies.tolist()

@@ -5,81 +5,149 @@ once, by the final choice. The released script takes the best value over blocks 
 this protocol is stricter.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
 
-from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
-from beitv2_jax.evaluation.knn import knn_predict
-from beitv2_jax.evaluation.linear import fit_linear, standardize
+from beitv2_jax.evaluation import heads
+from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, Rows, held_out
+from beitv2_jax.evaluation.knn import knn_accuracies
+from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.standardization import standardization
 from beitv2_jax.rng import step_key
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove) -> Result:
-    """Probe every kind of features."""
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+    """Return accuracies on `test` of every kind of features, by the layer and the rate that held-out images choose."""
     accuracies, chosen = {}, {}
-    for name in train.arrays:
-        on_move("fitting")
-        found = probe_features(
-            train.arrays[name], train.labels, test.arrays[name], test.labels, train.num_classes, settings
-        )
-        accuracies |= {f"{name}/{key}": found[key] for key in ("linear", "knn")}
-        chosen |= {f"{name}/{key}": value for key, value in found.items() if key not in ("linear", "knn")}
+    for name, array in train.arrays.items():
+        linear, nearest = [], []
+        for place in range(array.shape[1]):
+            layer = train.layers[place] if train.layers else 0  # raw pixels come after no block
+            of_layer = (_at_layer(features, name, place) for features in (train, test))
+            arguments = (name, *of_layer, settings, on_move)
+            of_rates = parts(f"{name}/linear_{layer}", functools.partial(linear_accuracies, *arguments))
+            linear += [(*hits, layer, rate) for hits, rate in zip(of_rates, settings.learning_rates, strict=True)]
+            hits = parts(f"{name}/knn_{layer}", functools.partial(neighbor_accuracies, *arguments))
+            nearest.append((*hits, layer))
+        # the highest on the held-out images, of equal ones the first
+        _, accuracies[f"{name}/linear"], linear_layer, rate = max(linear, key=lambda row: row[0])
+        _, accuracies[f"{name}/knn"], knn_layer = max(nearest, key=lambda row: row[0])
+        chosen |= {f"{name}/linear_layer": linear_layer, f"{name}/linear_rate": rate, f"{name}/knn_layer": knn_layer}
     return Result(accuracies, chosen)
 
 
-def probe_features(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    num_classes: int,
-    settings: ProbeSettings,
-) -> dict[str, float]:
-    """Probe features 'examples layers width' and return accuracies (in [0, 1]) with the layer each choice took.
+def _at_layer(features: Features, name: str, place: int) -> Features:
+    return dataclasses.replace(features, arrays={name: features.arrays[name][:, place : place + 1]})
 
-    The last `validation_fraction` of a seeded permutation of the training rows chooses layer and learning rate.
+
+def linear_accuracies(
+    name: str, train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, saved: Saved
+) -> list[list[float]]:
+    """Return the accuracies of the linear classifier of each rate, on the held-out images and on those of `test`."""
+    features = train.last(name)
+    fit_rows, held_rows = held_out(len(features), settings.validation_fraction, settings.seed)
+    standard = standardization(features, fit_rows, on_move)
+    state, step, batch_of = linear_training(fit_rows, features.shape[-1], train.num_classes, settings)
+
+    def reader(of: np.ndarray) -> heads.Read:
+        return lambda rows: standard(of[rows])
+
+    params, _ = heads.train(
+        step,
+        state,
+        reader(features),
+        train.labels,
+        batch_of,
+        num_steps=settings.num_steps,
+        on_move=on_move,
+        saved=saved,
+    )
+    predict, all_rows = functools.partial(_classes, params), np.arange(len(test.labels))
+    held = heads.count_hits(predict, reader(features), train.labels, held_rows, on_move) / len(held_rows)
+    found = heads.count_hits(predict, reader(test.last(name)), test.labels, all_rows, on_move) / len(all_rows)
+    return np.stack([held, found], axis=1).tolist()
+
+
+def linear_training(
+    rows: Int[np.ndarray, "n"], width: int, num_classes: int, settings: ProbeSettings
+) -> tuple[tuple[dict[str, Array], optax.OptState], Callable, heads.BatchOf]:
+    """Return the first state of one linear classifier for each rate, the step of all, and the batches of `rows`.
+
+    AdamW, weights from N(0, 0.01^2), cosine to zero without warm-up (source: the released linear evaluation), batches
+    drawn uniformly with replacement. All classifiers begin with the same weights and see the same batches.
     """
-    fit_rows, held_rows = held_out(len(train), settings.validation_fraction, settings.seed)
-    linear, nearest = [], []
-    for layer in range(train.shape[1]):
-        fit, held, evaluation = standardize(train[fit_rows, layer], train[held_rows, layer], test[:, layer])
-        fit_labels, held_labels = jnp.asarray(train_labels[fit_rows]), train_labels[held_rows]
-        kernels, biases = fit_linear(
-            jnp.asarray(fit),
-            fit_labels,
-            jnp.asarray(settings.learning_rates, jnp.float32),
-            settings.weight_decay,
-            step_key(settings.seed, "linear_probe"),
-            num_classes=num_classes,
-            num_steps=settings.num_steps,
-            batch_size=min(settings.batch_size, len(fit_rows)),
-        )
-        kernels, biases = np.asarray(kernels), np.asarray(biases)
-        for kernel, bias, rate in zip(kernels, biases, settings.learning_rates, strict=True):
-            hits = [
-                np.mean(np.argmax(x @ kernel + bias, -1) == y)
-                for x, y in ((held, held_labels), (evaluation, test_labels))
-            ]
-            linear.append((*hits, layer, rate))
-        vote = functools.partial(
-            knn_predict,
-            jnp.asarray(fit),
-            fit_labels,
-            num_classes=num_classes,
-            neighbors=min(settings.knn_neighbors, len(fit_rows)),
-            temperature=settings.knn_temperature,
-        )
-        hits = [
-            np.mean(np.asarray(vote(jnp.asarray(x))) == y) for x, y in ((held, held_labels), (evaluation, test_labels))
-        ]
-        nearest.append((*hits, layer))
-    best_linear, best_nearest = max(linear, key=lambda row: row[0]), max(nearest, key=lambda row: row[0])
-    return {
-        "linear": float(best_linear[1]),
-        "linear_layer": best_linear[2],
-        "linear_rate": best_linear[3],
-        "knn": float(best_nearest[1]),
-        "knn_layer": best_nearest[2],
+    start_key, batch_key = jax.random.split(step_key(settings.seed, "linear_probe"))
+    rates = tuple(settings.learning_rates)
+    kernel = 0.01 * jax.random.normal(start_key, (width, num_classes))
+    params = {
+        "kernel": jnp.broadcast_to(kernel, (len(rates), *kernel.shape)),
+        "bias": jnp.zeros((len(rates), num_classes)),
     }
+    optimizer, step = _adamw_step(rates, settings.weight_decay, settings.num_steps)
+    batch_size = min(settings.batch_size, len(rows))
+
+    def batch_of(number: int) -> Int[np.ndarray, "b"]:
+        return rows[np.asarray(_drawn(batch_key, number, batch_size, len(rows)))]
+
+    return (params, optimizer.init(params)), step, batch_of
+
+
+@functools.cache  # so that the step is compiled once for all layers
+def _adamw_step(
+    rates: tuple[float, ...], weight_decay: float, num_steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, num_steps)),
+        heads.scale_by_head(-np.float32(rates)),
+    )
+
+    def loss(params, inputs, labels):
+        return heads.sum_of_cross_entropies(heads.linear_logits(params, inputs), labels)
+
+    return optimizer, heads.gradient_step(loss, optimizer)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _drawn(key: jax.Array, number: int, batch_size: int, num_rows: int) -> Int[Array, "b"]:
+    return jax.random.randint(jax.random.fold_in(key, number), (batch_size,), 0, num_rows)
+
+
+@jax.jit
+def _classes(params: dict[str, Array], inputs: Float[Array, "b d"]) -> Int[Array, "r b"]:
+    return heads.linear_logits(params, inputs).argmax(axis=-1)
+
+
+def neighbor_accuracies(
+    name: str, train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, saved: Saved
+) -> list[float]:
+    """Return the accuracies by nearest neighbours, on the held-out images and on those of `test`."""
+    del saved
+    features = train.last(name)
+    fit_rows, held_rows = map(np.sort, held_out(len(features), settings.validation_fraction, settings.seed))
+    standard = standardization(features, fit_rows, on_move)
+    accuracies = []
+    for of, labels, rows in (
+        (features, train.labels, held_rows),
+        (test.last(name), test.labels, np.arange(len(test.labels))),
+    ):
+        found = knn_accuracies(
+            Rows(features, fit_rows, standard),
+            train.labels[fit_rows],
+            Rows(of, rows, standard),
+            labels[rows],
+            num_classes=train.num_classes,
+            neighbors=(settings.knn_neighbors,),
+            temperature=settings.knn_temperature,
+            on_move=on_move,
+        )
+        accuracies += found.values()
+    return accuracies

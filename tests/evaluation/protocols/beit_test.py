@@ -9,6 +9,7 @@ import pytest
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features
 from beitv2_jax.evaluation.protocols import beit
+from beitv2_jax.evaluation.saved import Parts
 from tests.evaluation.protocols.dinov3_test import SETTINGS, ignore
 
 
@@ -26,7 +27,7 @@ def test_heads_of_all_blocks_train_by_adamw_with_a_rate_for_each_epoch(monkeypat
     settings = dataclasses.replace(SETTINGS, num_steps=6)  # 3 epochs of 2
     rng = np.random.default_rng(5)
     train, test = two_blocks(rng, 17), two_blocks(rng, 60)
-    result = beit.evaluate(train, test, settings, ignore)
+    result = beit.evaluate(train, test, settings, ignore, Parts())
     start = jax.tree.map(np.asarray, heads.initial_linear_heads(settings.seed, 2, 10, 3))
     expected = []
     for block in range(2):
@@ -35,7 +36,9 @@ def test_heads_of_all_blocks_train_by_adamw_with_a_rate_for_each_epoch(monkeypat
         )
         params = [start[name][block].astype(np.float64) for name in ("kernel", "bias")]
         means, squares = ([np.zeros_like(param) for param in params] for _ in range(2))
-        for step, rows in enumerate(heads.batches_of_rows(17, 8, 6, settings.seed)):
+        batch_of = heads.shuffled(np.arange(17), 8, settings.seed)
+        for step in range(6):
+            rows = batch_of(step)
             logits = inputs[rows] @ params[0] + params[1]
             errors = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
             errors[np.arange(8), train.labels[rows]] -= 1

@@ -6,6 +6,7 @@ import numpy as np
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, ProbeSettings
 from beitv2_jax.evaluation.protocols import capi
+from beitv2_jax.evaluation.saved import Saved
 
 SETTINGS = ProbeSettings(
     num_steps=40,
@@ -77,11 +78,9 @@ def test_the_held_out_tenth_chooses():
     tokens = (vectors[:, None] + 0.1 * rng.normal(size=(260, 3, 8)))[:, None].astype(np.float16)
     grid = ((1e-7, 5e-4), (0.3, 5e-4), (0.3, 1e3))
     train = Features({"tokens": tokens[:200]}, labels[:200], (1,), 3)
+    tests = (Features({"tokens": tokens[200:]}, of_test, (1,), 3) for of_test in (labels[200:], 2 - labels[200:]))
     found, other = (
-        capi.fit_and_choose(
-            ("tokens",), train, Features({"tokens": tokens[200:]}, of_test, (1,), 3), SETTINGS, lambda phase: None, grid
-        )
-        for of_test in (labels[200:], 2 - labels[200:])
+        capi.fit_and_choose(("tokens",), train, test, SETTINGS, lambda phase: None, Saved(), grid) for test in tests
     )
     assert found["rate"] == 0.3 and found["weight_decay"] == 5e-4 and found["held_out"] in np.arange(21) / 20
     # other labels of the evaluation split change the accuracy and nothing else

@@ -11,6 +11,7 @@ from beitv2_jax.evaluation.features import Features, ProbeSettings, held_out
 from beitv2_jax.evaluation.knn import knn_accuracies
 from beitv2_jax.evaluation.logistic import LogisticRegression
 from beitv2_jax.evaluation.protocols import dinov3
+from beitv2_jax.evaluation.saved import Saved
 
 SETTINGS = ProbeSettings(
     num_steps=5,
@@ -69,13 +70,13 @@ def test_neighbours_vote_as_in_scikit_learn(monkeypatch, bank_rows):
 
 
 def test_every_row_is_in_every_epoch_once():
-    batches = list(heads.batches_of_rows(10, 4, 6, seed=0))
+    batches = list(map(heads.shuffled(np.arange(10), 4, seed=0), range(6)))
     assert [len(batch) for batch in batches] == [4] * 6
     rows = np.concatenate(batches)
     # 2 1/2 batches are an epoch, so the third one holds two rows of each of the first two
     assert set(rows[:8]) | set(batches[2]) >= set(range(10))
     assert sorted(np.bincount(rows, minlength=10)) == [2] * 6 + [3] * 4
-    assert not np.array_equal(rows[:4], np.concatenate(list(heads.batches_of_rows(10, 4, 1, seed=1))))
+    assert not np.array_equal(rows[:4], heads.shuffled(np.arange(10), 4, seed=1)(0))
 
 
 def test_the_sweep_is_sgd_for_each_rate(monkeypatch):
@@ -83,14 +84,16 @@ def test_the_sweep_is_sgd_for_each_rate(monkeypatch):
     monkeypatch.setattr(dinov3, "RATES", (0.01, 0.3, 8.0))
     rng = np.random.default_rng(1)
     train, test = as_features(rng, 20), as_features(rng, 50)
-    found = dinov3.sgd_accuracies(train, test, SETTINGS, ignore)
+    found = dinov3.sgd_accuracies(train, test, SETTINGS, ignore, Saved())
     start = jax.tree.map(np.asarray, heads.initial_linear_heads(SETTINGS.seed, 3, 10, 3))
     assert start["kernel"].std() == pytest.approx(0.01, rel=0.3) and not start["bias"].any()
     inputs, of_test = (np.concatenate([f.last("cls_normed"), f.last("mean_normed")], axis=1) for f in (train, test))
     for head, rate in enumerate(dinov3.RATES):
         kernel, bias = (start[name][head].astype(np.float64) for name in ("kernel", "bias"))
         speeds = [np.zeros_like(kernel), np.zeros_like(bias)]
-        for step, rows in enumerate(heads.batches_of_rows(20, 8, 5, SETTINGS.seed)):
+        batch_of = heads.shuffled(np.arange(20), 8, SETTINGS.seed)
+        for step in range(5):
+            rows = batch_of(step)
             logits = inputs[rows] @ kernel + bias
             errors = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
             errors[np.arange(8), train.labels[rows]] -= 1
@@ -130,6 +133,6 @@ def test_c_is_chosen_on_held_out_images_and_all_are_fitted(monkeypatch):
     scores = [ScikitLearn(C=c, tol=1e-12).fit(x[fit], y[fit]).score(x[held], y[held]) for c in (1e-6, 1e-2, 1e2)]
     best = (1e-6, 1e-2, 1e2)[int(np.argmax(scores))]
     expected = ScikitLearn(C=best, tol=1e-12).fit(x, y).score(test.last("cls_normed").astype(float), test.labels)
-    accuracy, chosen = dinov3.logistic(train, test, SETTINGS, ignore)
-    assert chosen == best and accuracy == pytest.approx(expected, abs=1e-9)
+    found = dinov3.logistic(train, test, SETTINGS, ignore, Saved())
+    assert found == {"strength": best, "accuracy": pytest.approx(expected, abs=1e-9)}
     assert len(set(scores)) > 1

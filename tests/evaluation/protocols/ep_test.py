@@ -1,5 +1,7 @@
 """The heads of the protocol `ep` against the same arithmetic in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ from testing import quick_jit
 
 from beitv2_jax.evaluation.features import Features
 from beitv2_jax.evaluation.protocols import ep
+from beitv2_jax.evaluation.saved import Saved
+from tests.evaluation.protocols.dinov3_test import SETTINGS, ignore
 
 
 def softmax(logits):
@@ -123,8 +127,7 @@ def test_fit_finds_the_one_token_among_many_that_has_the_class():
     tokens = tokens.astype(np.float16)[:, None]
     train, test = (Features({"x": tokens[part]}, labels[part], (1,), 3) for part in (slice(100), slice(100, 150)))
     # the published rate moves the weights by a hundred-thousandth in such a small batch
-    accuracies = ep.fit(
-        "x", train, test, num_steps=50, batch_size=32, seed=0, on_move=lambda phase: None, base_rate=100.0
-    )
+    settings = dataclasses.replace(SETTINGS, num_steps=50, batch_size=32, seed=0)
+    accuracies = ep.fit("x", train, test, settings, ignore, Saved(), base_rate=100.0)
     # three steps an epoch, and two in the last one
     assert len(accuracies) == 17 and accuracies[-1] > 0.9
