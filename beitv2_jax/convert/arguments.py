@@ -18,7 +18,7 @@ from beitv2_jax.convert.positions import grid_of_table
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.mim import MaskedImageModel, MaskedRegressor, MaskedTransformer
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
@@ -29,6 +29,7 @@ Shape = tuple[int, ...]
 MODELS = {
     "vqkd": VQKD,
     "mim": MaskedImageModel,
+    "regressor": MaskedRegressor,
     "classifier": Classifier,
     "segmenter": Segmenter,
 }
@@ -62,7 +63,7 @@ def initialised(kind: str, arguments: dict, key: jax.Array) -> PyTree:
     inputs, options = [jnp.zeros((1, image_size, image_size, 3))], {"train": False}
     if kind == "vit":
         return NormalisedViT(Backbone(**arguments)).init(rngs, *inputs)
-    if kind == "mim":
+    if issubclass(MODELS[kind], MaskedTransformer):
         inputs.append(jnp.zeros((1, (image_size // _patch_size(arguments)) ** 2), bool))
         options["num_masked"] = 1
     return MODELS[kind].from_arguments(arguments).init(rngs, *inputs, **options)
