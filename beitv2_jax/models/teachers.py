@@ -114,10 +114,11 @@ def classifier_tokens(model: Classifier) -> Callable[[PyTree, Images], Tokens]:
 def pixel_teacher(name: str, *, image_size: int, grid: tuple[int, int]) -> Teacher:
     """Return a teacher without a network: the features of a patch are its pixels in [0, 1]."""
     rows, columns = grid
+    options = dict.fromkeys(("normalization", "output", "activation", "position_resize"), "")
     return Teacher(
         name=name,
         weights_hash=name,
-        choices={},
+        choices={**options, "num_heads": 0, "grid_match": "resize_input", "input_size": image_size},
         normalization="unit",
         image_size=image_size,
         input_size=image_size,

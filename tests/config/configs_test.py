@@ -22,8 +22,10 @@ STAGES = {
     "pipeline": "pipeline",
     "probe": "probe",
     "quickstart": "pipeline",
+    "regress": "regress",
     "segment": "segment",
     "segment_linear": "segment_linear",
+    "study": "pipeline",
     "teacher": "finetune",
     "tokenize": "tokenize",
     "vqkd": "vqkd",
@@ -58,6 +60,8 @@ def given(name: str, arg: str = "") -> ConfigDict:
     config = load(name, arg)
     if name in REQUIRED:
         config.update_from_flattened_dict({REQUIRED[name]: "somewhere"})
+    if name == "study":
+        config.teacher.weights = "somewhere"  # which two of its runs need
     return config_lib.resolve(config, "/runs/1")
 
 
