@@ -16,7 +16,7 @@ Presets
 
 from ml_collections import ConfigDict
 
-from beitv2_jax.config import apply_presets, load, sections
+from beitv2_jax.config import apply_presets, flatten, load, sections
 
 
 def imagenette(config):
@@ -28,10 +28,10 @@ def smoke(config):
 
 
 def _as_in_mim(config, preset):
-    other = load(f"mim:{preset}")
-    for section in ("data", "views", "masking", "model", "optim", "run", "efficiency"):
-        config[section].update({key: value for key, value in other[section].items() if key in config[section]})
-    config.views.color_jitter = 0.0
+    before, after, own = flatten(load("mim")), flatten(load(f"mim:{preset}")), flatten(config)
+    config.update_from_flattened_dict(
+        {key: value for key, value in after.items() if key in own and value != before[key]}
+    )
 
 
 PRESETS = {"imagenette": imagenette, "smoke": smoke}

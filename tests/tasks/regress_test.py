@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convert_states import arguments_of, drawn_weights
 from paths import CONFIGS
 from testing import quick_jit
 from without_data import no_data
 
+import beitv2_jax
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.teachers.load import load_teacher
+from beitv2_jax.convert.weights import backbone_of, read_backbone, write
 from beitv2_jax.tasks import regress
 from tests.training import laws_test as laws
 
@@ -80,3 +84,21 @@ def test_pixels_are_a_teacher_without_a_network():
     teacher, params = load_teacher("pixels", image_size=laws.SIZE, grid=(3, 3))
     assert params == {} and teacher.width == 48
     np.testing.assert_allclose(teacher.features(params, images), patches(images / 255.0), atol=1e-6)
+
+
+def test_other_stages_start_from_its_runs(tmp_path):
+    for source in ("regressor", "mim"):
+        write(drawn_weights(source), str(tmp_path / source), "run")
+    own = read_backbone(str(tmp_path / "regressor"))
+    assert own.arguments["target_width"] == 13 and backbone_of(own).depth == 2
+    blocks = {"backbone", "norm", *(f"aggregation_{number}" for number in range(2))}
+    for kind, source, kept in (
+        ("mim", "regressor", blocks | {"aggregation_norm"}),
+        ("regressor", "mim", blocks | {"aggregation_norm"}),
+        ("regressor", "regressor", {*own.variables["params"]}),
+        ("classifier", "regressor", {"backbone", "norm"}),
+    ):
+        found = adapt_weights(read_backbone(str(tmp_path / source)), kind, arguments_of(kind))
+        assert set(found.variables["params"]) == kept, (kind, source)
+    tokens = beitv2_jax.load(str(tmp_path / "regressor"))(np.zeros((1, 12, 12, 3), np.uint8))
+    assert tokens.cls.shape == (1, 10) and tokens.patches.shape == (1, 3, 3, 10)
