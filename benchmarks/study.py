@@ -131,15 +131,20 @@ def with_needed(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def all_runs() -> list[str]:
-    """Return every run of the study: the main comparison by seeds, then the other claims with one seed."""
+def evaluated_runs() -> list[str]:
+    """Return the runs that are evaluated: the main comparison by seeds, then the other claims with one seed."""
     main = [
         "-".join(filter(None, (arm, seed)))
         for seed in SEEDS
         for arm in FIRST
         if arm != "teacher" or not seed  # whose evaluation has nothing that is drawn
     ]
-    return with_needed([*main, *(name for claim in CLAIMS.values() for name in claim.runs)])
+    return list(dict.fromkeys([*main, *(name for claim in CLAIMS.values() for name in claim.runs)]))
+
+
+def all_runs() -> list[str]:
+    """Return every run of the study, each after those that it needs."""
+    return with_needed(evaluated_runs())
 
 
 def chosen_runs(only: str) -> list[str]:
@@ -242,6 +247,8 @@ def _start(workdir: Path, name: str, weights: Path, data_dir: str, threads: int)
 
 def values_of(workdir: Path, name: str) -> dict[str, float]:
     """Return the figures of a run that are there: those of `COLUMNS`, and of its tokenizer."""
+    if not (workdir / name).is_dir():
+        return {}
     found = {}
     for column, (stage, metric, _) in COLUMNS.items():
         if (summary := summary_of(workdir, name, stage)) and metric in summary["metrics"]:
@@ -256,6 +263,8 @@ def values_of(workdir: Path, name: str) -> dict[str, float]:
 
 def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
     """Yield (step, accuracy of the linear probe) of the probes during and after pre-training."""
+    if not (workdir / name).is_dir():
+        return
     for stage in config_of(name).stages:
         if not (stage.startswith("probe") and stage != "probe"):
             continue
@@ -317,7 +326,7 @@ def table(workdir: Path, out: Path) -> None:
         columns = (*COLUMNS, "usage", "perplexity")
         writer = csv.writer(file)
         writer.writerow(("run", *columns))
-        for name in all_runs():
+        for name in evaluated_runs():
             if values := values_of(workdir, name):
                 writer.writerow((name, *(f"{values[key]:.4f}" if key in values else "" for key in columns)))
     curves = {

@@ -2,33 +2,56 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
 from paths import CONFIGS
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.tasks import fit
 from benchmarks import study
 from benchmarks.study_data import decoded
 
 
+@pytest.mark.long
 def test_every_run_comes_once_and_after_what_it_needs():
     names = study.all_runs()
     assert len(names) == len(set(names))
     for number, name in enumerate(names):
         assert set(study.needed_by(name)) <= set(names[:number]), name
     assert {"vqkd", "vqkd-seed1", "pixels-seed2", "teacher"} <= set(names) and "teacher-seed1" not in names
-    # tokenizers are shared by the seeds, features are not
-    assert study.needed_by("vqkd-seed1") == ["tokenizer"] and study.needed_by("regress-seed1") == ["features-seed1"]
-    assert study.needed_by("vqkd-dim8") == ["tokenizer-dim8"] and study.needed_by("tokenizer-dim8") == ["features"]
     assert study.chosen_runs("cluster") == ["features", "tokenizer_cluster", "cluster"]
     with pytest.raises(SystemExit, match="clusterr"):
         study.chosen_runs("clusterr")
 
 
+def test_seeds_share_tokenizers_and_not_features():
+    assert study.needed_by("vqkd-seed1") == ["tokenizer"] and study.needed_by("regress-seed1") == ["features-seed1"]
+    assert study.needed_by("vqkd-dim8") == ["tokenizer-dim8"] and study.needed_by("tokenizer-dim8") == ["features"]
+
+
+@pytest.mark.long
+def test_every_stage_fits_what_it_finds_in_other_runs():
+    earlier, checked = {}, 0
+    for name in study.all_runs():
+        config = config_lib.load(f"{CONFIGS / 'study'}.py:{study.presets_of(name)}")
+        config.teacher.weights = "/study/classifier/finetune"  # the only teacher that needs no file
+        for key, stage in config_lib.resolve(config, f"/study/{name}").stages.items():
+            flat = {path: value for path, value in config_lib.flatten(stage).items() if isinstance(value, str)}
+            stage = stage.copy_and_resolve_references().unlock()
+            stage.update_from_flattened_dict(
+                {path: os.path.normpath(value) for path, value in flat.items() if value.startswith("/study")}
+            )
+            if name != "teacher" and not (name == "features" or key.startswith("finetune1")):
+                fit.check(stage, earlier)
+                checked += 1
+            earlier[f"/study/{name}/{key}"] = stage
+    assert checked > 200
+
+
+@pytest.mark.long
 def test_every_preset_has_a_run():
-    presets = config_lib.load(f"{CONFIGS / 'study'}.py")  # which knows none, but its file does
-    assert presets.stage == "pipeline"
     used = {preset for name in study.all_runs() for preset in study.presets_of(name).split(",")}
     text = (CONFIGS / "study.py").read_text().partition("\nPresets\n")[2].partition('"""')[0]
     documented = {line.split()[0] for line in text.splitlines() if line.strip()}
