@@ -56,12 +56,9 @@ Presets
   devices8            eight devices share a batch
 """
 
-import re
-
 from ml_collections import ConfigDict
 
 from beitv2_jax.config import apply_presets, flatten, link, load, sections
-from beitv2_jax.config.paths import PIXELS
 
 # All numbers of the study. Durations are in steps of `BATCH_SIZE` images.
 SOURCE, NUM_IMAGES, TEST = "tfds:cifar10_6bit", 20000, "test"
@@ -178,7 +175,8 @@ def smoke(config):
             stage.optim.warmup = "1 step"
         if "probe" in stage:
             stage.probe.update(duration="5 steps", batch_size=16)
-            stage.backbone.run = re.sub(r"checkpoints/\d+$", "checkpoints/3", stage.backbone.run)
+            run, at, _ = stage.backbone.run.partition("/checkpoints/")
+            stage.backbone.run = f"{run}{at}3" if at else run
     _in_stages(usage_window="1 step", kmeans_again="0 steps")(config)
 
 
@@ -348,7 +346,7 @@ def _stages(run, names, config):
         return {"cluster": _cluster(f"{folder('features', names)}/extract")}
     if run == "tokenizer_pixels":
         stage = _extract()
-        stage.teacher.weights = PIXELS
+        stage.teacher.weights = "pixels"
         return {"extract": stage, "cluster": _cluster("{workdir}/extract")}
     if run == "teacher":
         return {"probe": _probe(config.teacher.get_oneway_ref("weights"), TEACHER_SIZE, 12)}
