@@ -39,7 +39,7 @@ ARMS = {
     "regress": "MIM: teacher features",
     "teacher": "the teacher itself",
 }
-FIRST = ("vqkd", "pixels", "random", "pixel_codes", "cluster", "regress", "teacher")
+FIRST = ("random", "vqkd", "pixels", "pixel_codes", "cluster", "regress", "teacher")
 """The arms in the order in which their results matter."""
 EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
