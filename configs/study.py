@@ -377,6 +377,7 @@ def get_config(arg=""):
     for name, stage in _stages(run, changes, config).items():
         config.stages[name] = stage
         stage.seed = config.get_oneway_ref("seed")
+        stage.run.hang_timeout = 3600  # seconds: beside other work a core compiles for minutes
         own = stage.data.to_dict()
         for section in ("data", "mesh", "efficiency"):
             if section in stage:
