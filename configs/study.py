@@ -63,6 +63,7 @@ from beitv2_jax.config import apply_presets, flatten, link, load, sections
 # All numbers of the study. Durations are in steps of `BATCH_SIZE` images.
 SOURCE, NUM_IMAGES, TEST = "tfds:cifar10_6bit", 20000, "test"
 WATCHED = "test[:1000]"  # what the stages before the evaluation watch themselves on
+LABELLED = f"train[:{NUM_IMAGES}]"  # what every evaluation learns from, however many images there are without labels
 CURVE_IMAGES, CURVE_TEST = 4000, "test[:2000]"  # of the probes during pre-training
 IMAGE_SIZE, TEACHER_SIZE = 32, 128  # pixels: 8 x 8 patches of 4 for the student, of 16 for the teacher
 VIEWS = {"image_size": IMAGE_SIZE, "min_scale": 0.4, "num_views": 1, "color_jitter": 0.0}
@@ -251,7 +252,8 @@ def _classifier():
     stage = load("finetune")
     stage.model.update(VIT, num_classes=10, drop_path_rate=0.0, **START)
     stage.augment.update(randaugment_ops=0, mixup=0.0, cutmix=0.0, erasing=0.0)
-    stage.data.eval_split = TEST
+    stage.data.update(train_split=LABELLED, eval_split=TEST)
+    stage.views.update(image_size=IMAGE_SIZE, min_scale=VIEWS["min_scale"])
     return stage
 
 
@@ -309,6 +311,7 @@ def _probe(backbone, image_size, depth):
     stage = load("probe")
     stage.backbone.run, stage.views.image_size = backbone, image_size
     stage.probe.update(PROBE, layers=(depth,))
+    stage.data.update(train_split=LABELLED, eval_split=TEST)
     stage.run.batch_size = 256
     return stage
 
@@ -364,9 +367,7 @@ def get_config(arg=""):
         {
             "stage": "pipeline",
             "seed": 0,
-            "data": sections.data(
-                source=SOURCE, train_split=f"train[:{NUM_IMAGES}]", eval_split=WATCHED, num_threads=2
-            ),
+            "data": sections.data(source=SOURCE, train_split=LABELLED, eval_split=WATCHED, num_threads=2),
             "teacher": {"weights": ""},  # of the runs features, teacher and tokenizer,live
             "views": sections.views(**VIEWS),
             "mesh": sections.mesh(),
@@ -383,9 +384,7 @@ def get_config(arg=""):
             if section in stage:
                 link(stage[section], config[section])
         if stage.stage in ("probe", "finetune"):
-            stage.data.eval_split = own["eval_split"] if own["eval_split"] != "validation" else TEST
-            if "train[" in own["train_split"]:
-                stage.data.train_split = own["train_split"]
-        if "min_scale" in stage.views:
+            stage.data.update({key: own[key] for key in ("train_split", "eval_split")})
+        elif "min_scale" in stage.views:
             link(stage.views, config.views)
     return apply_presets(config.lock(), arg, PRESETS)
