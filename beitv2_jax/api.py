@@ -28,7 +28,7 @@ from PIL import Image
 
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.files import located, read_config
-from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, read
+from beitv2_jax.convert.weights import MASKED_KINDS, TOKENIZER_STAGES, Weights, read
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.decode import decode_image
 from beitv2_jax.data.segmentation.label_maps import LabelIds
@@ -437,7 +437,7 @@ def load(
     Arguments and errors as `load_backbone`.
     """
     weights, path = _read(source, image_size, normalization, (*MODELS, *TOKENIZER_STAGES), "known")
-    kinds = {"mim": Backbone, "classifier": Classifier, "segmenter": Segmenter}
+    kinds = {**dict.fromkeys(MASKED_KINDS, Backbone), "classifier": Classifier, "segmenter": Segmenter}
     return kinds.get(weights.kind, Tokenizer)(weights, path, dtype)
 
 

@@ -78,7 +78,7 @@ def _main(argv: Sequence[str] | None = None) -> None:
     from beitv2_jax.report.evaluation import metrics_table
 
     network = api.load(options.weights, image_size=options.image_size, normalization=options.normalization)
-    kinds = {"classifier": _classifier, "mim": _masked_model, "segmenter": _segmenter}
+    kinds = {"classifier": _classifier, "mim": _masked_model, "regressor": _regressor, "segmenter": _segmenter}
     found = kinds.get(network.weights.kind, _tokenizer)(network, options)
     if jax.process_index() != 0:
         return
@@ -279,6 +279,14 @@ def _teacher_of_run(path: str) -> dict[str, Any]:
     config = _run_config(path)
     section = config.get("teacher", {})
     return _teacher_of_run(section["features"]) if section.get("features") else section
+
+
+def _regressor(network, options) -> _Evaluated:
+    raise UserError(
+        f"{options.weights} is a run of the stage 'regress', whose loss on the evaluation split is in its own report.",
+        "Did you mean to ask what its features know of the classes?",
+        f"Run beitv2 train --config=configs/probe.py --workdir=DIR --config.backbone.run={options.weights}.",
+    )
 
 
 def _masked_model(network, options) -> _Evaluated:

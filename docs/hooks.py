@@ -17,8 +17,8 @@ from beitv2_jax import config as config_lib
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
-    "vqkd", "mim", "finetune", "segment", "probe", "dense", "segment_linear", "extract", "cluster", "tokenize",
-    "teacher", "pipeline", "quickstart",
+    "vqkd", "mim", "regress", "finetune", "segment", "probe", "dense", "segment_linear", "extract", "cluster",
+    "tokenize", "teacher", "pipeline", "quickstart", "study",
 )  # fmt: skip
 """The config files, in the order of the reference."""
 REPOSITORY_PAGES = {

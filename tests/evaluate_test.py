@@ -59,7 +59,7 @@ def photos(tmp_path_factory):
 def runs(tmp_path_factory):
     """Runs of every kind; the one of a classifier names its classes."""
     root = tmp_path_factory.mktemp("runs")
-    for kind in ("classifier", "vqkd", "mim"):
+    for kind in ("classifier", "vqkd", "mim", "regressor"):
         write(drawn_weights(kind), str(root / kind), "run")
     write(drawn_weights("segmenter", position="relative", patch_size=8, grid=4), str(root / "segmenter"), "run")
     (root / "classifier" / "inputs.json").write_text(json.dumps({"train": {"classes": NAMES}}))
@@ -281,6 +281,7 @@ def test_published_figures_stand_beside_the_measured_ones(photos, runs, tmp_path
         (["RUNS/classifier", "folder:DATA/photos", "--split=train", "--classes=x.txt"], "no file x.txt"),
         (["RUNS/mim", "folder:DATA/photos", "--split=train"], "does not say which tokenizer"),
         (["RUNS/mim", "folder:DATA/photos", "--split=train", "--tokenizer=RUNS/classifier"], "are no tokenizer"),
+        (["RUNS/regressor", "folder:DATA/photos", "--split=train"], "--config=configs/probe.py"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=x"], "no teacher weights at x"),
         (["RUNS/vqkd", "folder:DATA/photos", "--split=train", "--teacher=RUNS/mim"], "features of 10 numbers"),
         (["RUNS/vqkd", "folder:DATA/one", "--split=train", "--compare_pixels"], "leave out --compare_pixels"),

@@ -15,6 +15,7 @@ from tests.config.configs_test import FOLDER, presets
 
 NUM_EXAMPLES = 1_281_167
 TRAINED = [(name, arg) for name in ("teacher", "vqkd", "mim", "finetune") for arg in ("", *presets(name))]
+TRAINED += [("regress", "smoke")]
 TRAINED += [("segment", arg) for arg in ("", "smoke")]  # the others differ in rates and sizes alone
 TRAINED += [("mim", "large,300ep"), ("mim", "base,300ep")]
 CHAINED = [(name, arg) for name in ("pipeline", "quickstart") for arg in ("", *presets(name))]

@@ -28,6 +28,7 @@ _CHOICES = {
         "cluster",
         "tokenize",
         "mim",
+        "regress",
         "probe",
         "segment",
         "dense",
@@ -510,7 +511,7 @@ def _check_inputs(stage: str, flat: dict[str, Any], refuse: Callable) -> None:
             place = "folder:PATH" if required == "data.source" else "PATH"
             refuse(required, "this stage cannot run without it", "Did you forget to set it?", place)
     either = {"vqkd": ("teacher.features", "teacher.weights"), "mim": ("tokenizer.codes", "tokenizer.run")}.get(stage)
-    stored = stage in ("extract", "cluster", "tokenize")
+    stored = stage in ("extract", "cluster", "tokenize") or (stage == "regress" and bool(flat["teacher.features"]))
     if either is not None:
         stored_key, live_key = either
         stored = bool(flat[stored_key])

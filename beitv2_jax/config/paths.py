@@ -19,6 +19,8 @@ PATH_KEYS = (
 """Keys of a stage's config whose value is a path, or a path after the kind of a data source."""
 WEIGHT_KEYS = ("init_from", "teacher.weights", "tokenizer.run", "backbone.run")
 """Those of them that name weights, which may also lie on the Hugging Face hub."""
+PIXELS = "pixels"
+"""Value of teacher.weights that names no network: its features of a patch are the pixels of the patch."""
 HUB = "hf:"
 """Start of an address of the Hugging Face hub."""
 _NEVER_IN_BUCKETS = ("teacher.features", "tokenizer.codes")

@@ -102,7 +102,7 @@ def views(**changes: Any) -> dict[str, Any]:
 def teacher(**changes: Any) -> dict[str, Any]:
     """Return which network gives the features, and how it is used."""
     return {
-        "weights": "",  # weights of a published network, or a run directory
+        "weights": "",  # weights of a published network, or a run directory; 'pixels': those of the patches, no network
         "state_dict": "",  # of a file with several: 'teacher', 'model_ema'; '' takes the usual one
         "num_heads": 0,  # this and '' below: as the weights say; an error names what they leave open
         "normalization": "",  # of its input: 'half', 'imagenet', 'clip' or 'unit'

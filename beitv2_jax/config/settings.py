@@ -30,7 +30,11 @@ DECIDED = {
     ),
     "tokenizer.run": ("views.image_size", "model.patch_size", "model.codebook_size", *_MASKING),
     "tokenizer.codes": ("views.image_size", "model.patch_size", "model.codebook_size", *_MASKING, *_VIEWS),
-    "teacher.features": ("views.image_size", "model.encoder.patch_size", "model.patch_size", *_VIEWS),
+    "teacher.features": (
+        *("views.image_size", "model.encoder.patch_size", "model.patch_size"),
+        *_MASKING,
+        *_VIEWS,
+    ),
     "backbone.run": ("views.image_size", "probe.layers", "backbone.layer"),
     "data.source": ("model.num_classes",),
     "probe.protocol": ("probe.duration", "probe.batch_size"),

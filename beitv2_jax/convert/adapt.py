@@ -19,6 +19,7 @@ from beitv2_jax.models.backbone import Backbone
 TITLES = {
     "vqkd": "a tokenizer",
     "mim": "a masked image model",
+    "regressor": "a masked regression model",
     "classifier": "a classifier",
     "segmenter": "a segmentation model",
     "vit": "a plain vision transformer",
@@ -30,7 +31,11 @@ _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
 
 _NEWLY_INITIALISED = {
     "vqkd": (),
-    "mim": ("backbone/mask_token", "norm/", "lm_head/", "aggregation"),
+    "mim": ("backbone/mask_token", "norm/", "lm_head/", "aggregation", "aggregation_lm_head/"),
+    "regressor": (
+        *("backbone/mask_token", "norm/", "regression_head/"),
+        *("aggregation", "aggregation_regression_head/"),
+    ),
     "classifier": ("fc_norm/", "norm/", "head/"),
     "segmenter": ("fpn1/", "fpn2/", "decode_head/", "auxiliary_head/"),
 }
@@ -39,6 +44,7 @@ _NEWLY_INITIALISED = {
 _REPLACEABLE = {
     "vqkd": ("decode_task/fc2/",),
     "mim": ("lm_head/", "aggregation_lm_head/"),
+    "regressor": ("regression_head/", "aggregation_regression_head/"),
     "classifier": ("head/",),
     "segmenter": ("decode_head/classes/", "auxiliary_head/classes/"),
 }
@@ -49,6 +55,9 @@ _DROPPABLE = (
     ("norm/", "the pre-trained final norm; the classifier has a new norm after pooling"),
     ("fc_norm/", "norm of pooled tokens, which the new model does not have"),
     ("lm_head/", "predicts codes, which the new model does not"),
+    ("aggregation_lm_head/", "predicts codes, which the new model does not"),
+    ("regression_head/", "predicts pixels or features, which the new model does not"),
+    ("aggregation_regression_head/", "predicts pixels or features, which the new model does not"),
     ("aggregation", "used in pre-training only"),
     ("head/", "predicts classes, which the new model does not"),
     ("decoder", "reconstructs teacher features, which the new model does not"),

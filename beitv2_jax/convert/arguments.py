@@ -19,7 +19,7 @@ from beitv2_jax.convert.positions import grid_of_table
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.mim import MaskedImageModel
+from beitv2_jax.models.mim import MaskedImageModel, MaskedRegressor, MaskedTransformer
 from beitv2_jax.models.teachers import NormalisedViT
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
@@ -30,6 +30,7 @@ Shape = tuple[int, ...]
 MODELS = {
     "vqkd": VQKD,
     "mim": MaskedImageModel,
+    "regressor": MaskedRegressor,
     "classifier": Classifier,
     "segmenter": Segmenter,
 }
@@ -84,7 +85,7 @@ def _init(model: nn.Module, image_size: int, patch_size: int, key: jax.Array) ->
     rngs, images = {"params": key, "drop_path": key}, jnp.zeros((1, image_size, image_size, 3))
     if isinstance(model, NormalisedViT):
         return model.init(rngs, images)
-    if isinstance(model, MaskedImageModel):
+    if isinstance(model, MaskedTransformer):
         mask = jnp.zeros((1, (image_size // patch_size) ** 2), bool)
         return model.init(rngs, images, mask, num_masked=1, train=False)
     return model.init(rngs, images, train=False)

@@ -177,8 +177,8 @@ def _function(weights: Weights) -> Callable[[jax.Array], dict[str, jax.Array]]:
         found = VisionTransformer(backbone, _COMPUTE).apply(params, normalized(images)).tokens
         return {"cls": found[:, 0], "patches": found[:, 1:].reshape(-1, *backbone.grid, backbone.width)}
 
-    functions = {"vqkd": code_ids, "classifier": class_logits, "segmenter": window_logits, "mim": tokens}
-    return tokens if weights.arguments.get("num_classes") == 0 else functions[weights.kind]
+    functions = {"vqkd": code_ids, "classifier": class_logits, "segmenter": window_logits}
+    return tokens if weights.arguments.get("num_classes") == 0 else functions.get(weights.kind, tokens)
 
 
 def _outputs(weights: Weights) -> dict[str, jax.ShapeDtypeStruct]:

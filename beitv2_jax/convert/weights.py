@@ -45,10 +45,19 @@ from beitv2_jax.runtime.disk_checks import refuse_pattern
 from beitv2_jax.sizes import MASKED_FRACTION
 from beitv2_jax.typing import PyTree
 
-STAGES = {"vqkd": "vqkd", "cluster": "cluster", "mim": "mim", "classifier": "finetune", "segmenter": "segment"}
+STAGES = {
+    "vqkd": "vqkd",
+    "cluster": "cluster",
+    "mim": "mim",
+    "regressor": "regress",
+    "classifier": "finetune",
+    "segmenter": "segment",
+}
 """Kind of weights -> the stage that trains them."""
 TOKENIZER_STAGES = ("vqkd", "cluster")
 """Stages that make a tokenizer, which are also the kinds of its weights."""
+MASKED_KINDS = ("mim", "regressor")
+"""Kinds that are trained on images with hidden patches."""
 _MODEL_STATE = {"segmenter": "batch_stats"}
 """Kind of weights -> the collection that its runs store as 'model_state'."""
 TEACHER_FILE = "teacher.json"
@@ -65,8 +74,8 @@ class Weights:
 
     Attributes:
         kind: 'vqkd', 'cluster' (a teacher with a codebook of clusters of its features, of which `arguments["teacher"]`
-            is the description), 'mim', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a plain ViT,
-            which can start a model or be probed but not be converted.
+            is the description), 'mim', 'regressor', 'classifier' or 'segmenter'; or 'vit', the trunk and last norm of a
+            plain ViT, which can start a model or be probed but not be converted.
         arguments: keyword arguments of the model of that kind; of a 'vit' those of its `Backbone`.
         variables: {'params', 'codebook', 'batch_stats'} as NumPy trees; the latter two may be empty or absent.
         layout: of the source: 'official', 'timm', 'huggingface' or 'run'; 'plain' for a vision transformer that is no
@@ -281,6 +290,7 @@ def write(weights: Weights, path: str, layout: str, licenses: Licenses = NOTHING
     if layout not in _LAYOUTS_OF_ANY_MODEL:
         _refuse_stem(weights, layout)
         _refuse_clusters(weights, layout)
+        _refuse_regressor(weights, layout)
         _refuse_quantizer(weights, layout)
     save, not_written = _WRITERS[layout](weights, target, licenses)
     # written beside the target, so that it is renamed on one disk; the suffix is kept, as it determines the format
@@ -316,6 +326,8 @@ def weights_of_run(path: str, run: Run) -> Weights:
     arguments = described.arguments
     if described.kind == "vqkd":
         arguments["teacher_width"] = run.params["decode_task"]["fc2"]["kernel"].shape[-1]
+    if described.kind == "regressor":
+        arguments["target_width"] = run.params["regression_head"]["kernel"].shape[-1]
     return dataclasses.replace(
         described,
         arguments=arguments,
@@ -324,7 +336,7 @@ def weights_of_run(path: str, run: Run) -> Weights:
 
 
 def describe_run(path: str) -> Weights:
-    """Return what the config of a run says of its weights; `arguments` lack the width of the teacher's features."""
+    """Return what the config of a run says of its weights; `arguments` lack the width of targets."""
     check_stage(path, STAGES.values(), "")
     weights = describe_config(read_config(path))
     if weights.kind == "cluster":
@@ -496,8 +508,10 @@ def _function_writer(layout: str, weights: Weights, target: Path, licenses: Lice
     from beitv2_jax.convert import functions  # it takes weights, and so imports this module
 
     function = functions.EXPORTS[layout](weights)
-    reason = "the exported function returns tokens" if weights.kind == "mim" else "the exported function returns codes"
-    unused = {"mim": r"(norm|lm_head|aggregation)", "vqkd": r"(decoder|decode_task)"}.get(weights.kind, "(?!)")
+    returned = "tokens" if weights.kind in MASKED_KINDS else "codes"
+    reason = f"the exported function returns {returned}"
+    before_tokens = r"(norm|lm_head|regression_head|aggregation)"
+    unused = {**dict.fromkeys(MASKED_KINDS, before_tokens), "vqkd": r"(decoder|decode_task)"}.get(weights.kind, "(?!)")
     not_written = {name: reason for name in weights.variables["params"] if re.match(unused, name)}
     return lambda path: functions.save(path, function), not_written
 
@@ -554,6 +568,16 @@ def _refuse_clusters(weights: Weights, layout: str) -> None:
         )
 
 
+def _refuse_regressor(weights: Weights, layout: str) -> None:
+    if weights.kind == "regressor":
+        raise UserError(
+            f"The layout {layout!r} has no model that predicts pixels or features of hidden patches, as "
+            f"{weights.source} does.",
+            "Did you mean to use its transformer without this package?",
+            "Write --layout=stablehlo or --layout=onnx, which hold every model, or fine-tune it by --config.init_from.",
+        )
+
+
 def _refuse_quantizer(weights: Weights, layout: str) -> None:
     quantizer = weights.arguments.get("quantizer", "ema")
     if quantizer != "ema":
@@ -586,7 +610,7 @@ def run_config(weights: Weights) -> dict:
         config["normalization"] = weights.normalization
     if weights.stated_crop_fraction:
         config["evaluation"] = {"crop_fraction": weights.stated_crop_fraction}
-    if weights.kind == "mim":
+    if weights.kind in MASKED_KINDS:
         config["masking"] = {"num_masked": max(1, round((image_size // model["patch_size"]) ** 2 * MASKED_FRACTION))}
     return config | {"model": model}
 

@@ -1,11 +1,11 @@
-"""The masked image model: a transformer that predicts the code ids of hidden patches, twice.
+"""Masked models: a transformer that predicts what hidden patches are, twice: their code ids, or a vector of numbers.
 
 The main branch reads the last block. The patch-aggregation branch reads [CLS] of the last block and the patches of an
 earlier one, so that [CLS] has to carry what the early patches lack.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,6 +18,7 @@ from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import Images, Mask
 
 Patches = Float[Array, "b n d"]
+Output = Float[Array, "b m k"]
 
 
 class MIMOutput(NamedTuple):
@@ -36,8 +37,8 @@ def gather_masked(values: Num[Array, "b n *rest"], mask: Mask, num_masked: int) 
     return gather_patches(values, mask, positions)
 
 
-class MaskedImageModel(nn.Module):
-    """Predict code ids of hidden patches with the main head and, if `patch_aggregation`, the aggregation head.
+class MaskedTransformer(nn.Module):
+    """A transformer with hidden patches and, if `patch_aggregation`, the aggregation head; subclasses predict with it.
 
     The aggregation head reads the patches after block `early_layer` (from 1); `head_depth` blocks follow, which share
     the backbone's relative-position table, then the final norm and output layer: those of the main head if
@@ -51,12 +52,14 @@ class MaskedImageModel(nn.Module):
     """
 
     backbone: Backbone
-    codebook_size: int
     patch_aggregation: bool = True
     early_layer: int = 9
     head_depth: int = 2
     shared_head: bool = True
     compute: Compute = Compute()
+
+    output_layer: ClassVar[str]
+    """Name of the parameters of the output layer."""
 
     def __post_init__(self):
         depth = self.backbone.depth
@@ -67,7 +70,7 @@ class MaskedImageModel(nn.Module):
         super().__post_init__()
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any], compute: Compute = Compute()) -> "MaskedImageModel":
+    def from_arguments(cls, arguments: Mapping[str, Any], compute: Compute = Compute()) -> Self:
         """Build the model from flat arguments (`split_arguments`)."""
         defaults = {"position": "relative_shared", "layer_scale_init": 0.1, "param_init": "clipped"}
         backbone, heads = split_arguments({**arguments, "mask_token": True}, **defaults)
@@ -77,7 +80,7 @@ class MaskedImageModel(nn.Module):
         # the constructor's field owns the plain name, so the submodule is named here for the parameter tree
         self.vit = VisionTransformer(self.backbone, self.compute, name="backbone")
         self.norm = LayerNorm(self.backbone.norm_eps)
-        self.lm_head = self._output_layer()
+        self.output = self._output_layer(self.output_layer)
         if self.patch_aggregation:
             head_end = self.early_layer + self.head_depth
             rates = drop_path_rates(self.backbone.drop_path_rate, max(self.backbone.depth, head_end))
@@ -86,16 +89,12 @@ class MaskedImageModel(nn.Module):
             ]
             if not self.shared_head:
                 self.aggregation_norm = LayerNorm(self.backbone.norm_eps)
-                self.aggregation_lm_head = self._output_layer()
-
-    def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> MIMOutput:
-        """Return the logits of the hidden patches in row-major order; `num_masked` is the exact count per image."""
-        return self._logits(*self._masked_branches(images, mask, num_masked, train=train))
+                self.aggregation_output = self._output_layer(f"aggregation_{self.output_layer}")
 
     def masked_features(
         self, images: Images, mask: Mask, *, num_masked: int, train: bool = False
     ) -> dict[str, Patches]:
-        """Return by branch ('final', 'aggregation') the input of the output layer that gives the logits of a call."""
+        """Return by branch ('final', 'aggregation') the input of the output layer for the hidden patches, row-major."""
         patches, aggregated = self._masked_branches(images, mask, num_masked, train=train)
         features = {"final": self.norm(patches)}
         if aggregated is not None:
@@ -104,12 +103,8 @@ class MaskedImageModel(nn.Module):
 
     def output_layer_of(self, branch: str) -> str:
         """Return the name of the parameters of a branch's output layer."""
-        return "lm_head" if branch == "final" or self.shared_head else "aggregation_lm_head"
-
-    def logits_everywhere(self, images: Images, mask: Mask | None = None) -> MIMOutput:
-        """Return the logits of every patch, hidden or not."""
-        patches, aggregated = self._branches(images, mask, train=False)
-        return self._logits(patches, aggregated)
+        own = branch == "aggregation" and not self.shared_head
+        return f"aggregation_{self.output_layer}" if own else self.output_layer
 
     def _branches(self, images: Images, mask: Mask | None, *, train: bool) -> tuple[Patches, Patches | None]:
         output = self.vit(images, mask, train=train)
@@ -129,15 +124,62 @@ class MaskedImageModel(nn.Module):
             aggregated = gather_masked(aggregated, mask, num_masked)
         return gather_masked(patches, mask, num_masked), aggregated
 
-    def _logits(self, patches: Patches, aggregated: Patches | None) -> MIMOutput:
-        logits = self.lm_head(self.norm(patches))
+    def _outputs(self, patches: Patches, aggregated: Patches | None) -> tuple[Output, Output | None]:
+        final = self.output(self.norm(patches))
         if aggregated is None:
-            return MIMOutput(logits, None)
+            return final, None
         if self.shared_head:
-            return MIMOutput(logits, self.lm_head(self.norm(aggregated)))
-        return MIMOutput(logits, self.aggregation_lm_head(self.aggregation_norm(aggregated)))
+            return final, self.output(self.norm(aggregated))
+        return final, self.aggregation_output(self.aggregation_norm(aggregated))
+
+    @property
+    def output_width(self) -> int:
+        """How many numbers are predicted of a patch."""
+        raise NotImplementedError
 
     @nn.nowrap
-    def _output_layer(self) -> Linear:
+    def _output_layer(self, name: str) -> Linear:
         init = self.backbone.param_init
-        return Linear(self.codebook_size, param_init=init, compute=self.compute, out_dtype=jnp.float32)
+        return Linear(self.output_width, param_init=init, compute=self.compute, out_dtype=jnp.float32, name=name)
+
+
+class MaskedImageModel(MaskedTransformer, kw_only=True):
+    """Predict the code ids of hidden patches.
+
+    Source: BEiT v2 section 2.2.
+    """
+
+    codebook_size: int
+
+    output_layer: ClassVar[str] = "lm_head"
+
+    def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> MIMOutput:
+        """Return the logits of the hidden patches in row-major order; `num_masked` is the exact count per image."""
+        return MIMOutput(*self._outputs(*self._masked_branches(images, mask, num_masked, train=train)))
+
+    def logits_everywhere(self, images: Images, mask: Mask | None = None) -> MIMOutput:
+        """Return the logits of every patch, hidden or not."""
+        return MIMOutput(*self._outputs(*self._branches(images, mask, train=False)))
+
+    @property
+    def output_width(self) -> int:
+        """How many codes there are."""
+        return self.codebook_size
+
+
+class MaskedRegressor(MaskedTransformer, kw_only=True):
+    """Predict a vector of `target_width` numbers for every hidden patch; None: as many as a patch has pixel values."""
+
+    target_width: int | None = None
+
+    output_layer: ClassVar[str] = "regression_head"
+
+    def __call__(self, images: Images, mask: Mask, *, num_masked: int, train: bool = False) -> dict[str, Output]:
+        """Return by branch ('final', 'aggregation') the predictions for the hidden patches in row-major order."""
+        final, aggregation = self._outputs(*self._masked_branches(images, mask, num_masked, train=train))
+        return {"final": final} if aggregation is None else {"final": final, "aggregation": aggregation}
+
+    @property
+    def output_width(self) -> int:
+        """How many numbers are predicted of a patch."""
+        return self.target_width or 3 * self.backbone.patch_size**2

@@ -37,6 +37,14 @@ def resize(images: Images, size: int) -> Float[Array, "b size size 3"]:
     return jnp.clip(resized, 0.0, 255.0)
 
 
+def patches_of(images: Images, grid: tuple[int, int]) -> Float[Array, "b n p"]:
+    """Return the values of each patch as one vector, by row, column and channel; patches are row-major."""
+    batch, height, width, channels = images.shape
+    rows, columns = grid
+    split = images.reshape(batch, rows, height // rows, columns, width // columns, channels)
+    return split.swapaxes(2, 3).reshape(batch, rows * columns, -1)
+
+
 def to_unit_range(images: Images) -> Float[Array, "b H W 3"]:
     """Return images/127.5 − 1, mapping 0..255 to the tokenizer's [−1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0

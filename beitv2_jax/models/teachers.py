@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import LayerNorm, Linear
-from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, resize
+from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, patches_of, resize
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import ByteImages, Images, PyTree, TeacherFeatures, Tokens
 
@@ -109,6 +109,25 @@ def vit_tokens(model: NormalisedViT) -> Callable[[PyTree, Images], Tokens]:
 def classifier_tokens(model: Classifier) -> Callable[[PyTree, Images], Tokens]:
     """Return (params, images) -> the normalised tokens that the head of a classifier reads."""
     return lambda params, images: model.apply({"params": params}, images, method=Classifier.features)
+
+
+def pixel_teacher(name: str, *, image_size: int, grid: tuple[int, int]) -> Teacher:
+    """Return a teacher without a network: the features of a patch are its pixels in [0, 1]."""
+    rows, columns = grid
+    options = dict.fromkeys(("normalization", "output", "activation", "position_resize"), "")
+    return Teacher(
+        name=name,
+        weights_hash=name,
+        choices={**options, "num_heads": 0, "grid_match": "resize_input", "input_size": image_size},
+        normalization="unit",
+        image_size=image_size,
+        input_size=image_size,
+        network_grid=grid,
+        grid=grid,
+        width=3 * (image_size // rows) * (image_size // columns),
+        num_prefix_tokens=0,
+        tokens=lambda params, images: patches_of(images, grid),
+    )
 
 
 def clip_teacher(

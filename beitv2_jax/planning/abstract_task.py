@@ -44,7 +44,7 @@ KNOWN_SETS = {
     r"(?i)ade(20k|challengedata)": 20_210,
 }
 """Training images of known data sets, by pattern of data.source. Source: their descriptions; 22k is that of 2011."""
-TRAINED_STAGES = ("vqkd", "mim", "finetune", "segment", "segment_linear")
+TRAINED_STAGES = ("vqkd", "mim", "regress", "finetune", "segment", "segment_linear")
 _WITHOUT_STEP = {
     "extract": "every view passes through the teacher once",
     "tokenize": "every view passes through the tokenizer once",
@@ -106,7 +106,7 @@ def complete(config):
             why = f"{section}.{live_key}={given!r} does not exist" if given else none_given
             notes.append(f"{why}, so {live} is assumed to run in the step.")
             config[section][live_key] = PUBLISHED
-    if stored:
+    if stored or (config.stage == "regress" and config.teacher.features):
         config.views.num_views = max(1, config.views.num_views)
     return config.lock(), tuple(notes)
 
@@ -162,6 +162,8 @@ def describe(config, num_examples: int, frozen_size: Mapping[str, int] = SIZES["
         opened = _with_tokenizer(config, opened, frozen_size)
     elif config.stage == "segment_linear":
         opened = _with_backbone(config, opened, frozen_size)
+    elif config.stage == "regress" and config.teacher.features:
+        opened = _with_features(config, opened, config.views.image_size // config.model.patch_size)
     row = _row(stage, config, opened)
     batch = batch_shapes(row, config.run.batch_size)
     return Description(stage.make_task(config, opened), batch, row, opened.network, config)
@@ -179,9 +181,7 @@ def _with_teacher(config, opened: inputs.Opened, size: Mapping[str, int]) -> inp
     patch_size = config.model.encoder.patch_size
     side = config.views.image_size // patch_size
     if config.teacher.features:
-        encoding = FeatureEncoding(_STORED_FEATURES, side * side, TEACHER_WIDTH)
-        reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
-        return dataclasses.replace(opened, stored=(reader, reader))
+        return _with_features(config, opened, side)
     if config.teacher.weights == PUBLISHED:
         teacher, network = clip_teacher(
             size,
@@ -195,6 +195,12 @@ def _with_teacher(config, opened: inputs.Opened, size: Mapping[str, int]) -> inp
     else:
         teacher, weights = load_teacher(**targets.teacher_arguments(config, patch_size))
     return dataclasses.replace(opened, network=teacher, frozen={"teacher": _shapes(weights)})
+
+
+def _with_features(config, opened: inputs.Opened, side: int) -> inputs.Opened:
+    encoding = FeatureEncoding(_STORED_FEATURES, side * side, TEACHER_WIDTH)
+    reader = ZeroTargets(encoding, len(opened.sources[0]), config.views.num_views, {"teacher_width": TEACHER_WIDTH})
+    return dataclasses.replace(opened, stored=(reader, reader))
 
 
 def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> inputs.Opened:

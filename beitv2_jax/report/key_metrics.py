@@ -62,6 +62,17 @@ def _mim(metrics: dict, stage) -> list[str]:
     return lines
 
 
+def _regress(metrics: dict, stage) -> list[str]:
+    what = "cosine distance of features" if stage.teacher.features else "squared error of normalised pixels"
+    branches = {"final layer": "final", "aggregation head": "aggregation"}
+    found = [
+        f"{title} {metrics[f'eval/{name}_loss']:.3f}"
+        for title, name in branches.items()
+        if f"eval/{name}_loss" in metrics
+    ]
+    return [f"loss {metrics['loss']:.3f}", f"{what} of hidden patches: {', '.join(found)}"]
+
+
 def _probe(metrics: dict, stage) -> list[str]:
     accuracies = {key: value for key, value in metrics.items() if "/" in key and not key.startswith("chosen/")}
     lines = []
@@ -103,6 +114,7 @@ DESCRIPTIONS = {
     "cluster": _cluster,
     "tokenize": _extract,
     "mim": _mim,
+    "regress": _regress,
     "probe": _probe,
     "dense": _dense,
     "segment_linear": _segment,

@@ -36,7 +36,7 @@ def of_pipeline(workdir: str) -> str:
     lines = [markdown_table(table_of_stages({name: {"": run} for name, run in runs.items()}))]
     lines.append(f"in {workdir}: {', '.join(f'{name}/' for name in runs)}, report.html")
     for name, run in runs.items():
-        if run.config.stage == "mim":
+        if run.config.stage in ("mim", "regress"):
             commands = _next_commands(run, os.path.join(workdir, name), workdir, runs)
             lines += [f"next: {command}" for command in commands]
     return "\n".join(lines)
@@ -56,11 +56,12 @@ def _next_commands(run: Run, workdir: str, beside: str, there: Collection[str] =
 
 
 _FOLLOWING = {
-    "extract": (("vqkd", "teacher.features"), ("cluster", "teacher.features")),
+    "extract": (("vqkd", "teacher.features"), ("cluster", "teacher.features"), ("regress", "teacher.features")),
     "vqkd": (("mim", "tokenizer.run"), ("tokenize", "tokenizer.run")),
     "cluster": (("mim", "tokenizer.run"), ("tokenize", "tokenizer.run")),
     "tokenize": (("mim", "tokenizer.codes"),),
     "mim": (("finetune", "init_from"), ("probe", "backbone.run")),
+    "regress": (("finetune", "init_from"), ("probe", "backbone.run")),
 }
 """Stage -> the stages that use it, and the key of theirs that names its workdir."""
 

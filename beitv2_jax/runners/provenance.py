@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.config.paths import PIXELS
 from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_weights, run_directory
 from beitv2_jax.convert.runs import is_run, read_run, weights_hash
@@ -54,7 +55,8 @@ def describe_networks(config: ConfigDict, *, there: bool = False) -> dict[str, s
 
 def paths_of_networks(config: ConfigDict) -> dict[str, str]:
     """Return {config key: path} of the frozen networks and target caches that a config names."""
-    return {key: path for key, path in config_lib.flatten(config).items() if key in (*NETWORKS, *CACHES) and path}
+    named = {key: path for key, path in config_lib.flatten(config).items() if key in (*NETWORKS, *CACHES) and path}
+    return {key: path for key, path in named.items() if (key, path) != ("teacher.weights", PIXELS)}
 
 
 def describe_network(config: ConfigDict, key: str, path: str) -> str:

@@ -58,6 +58,7 @@ RUNNERS = {
     "cluster": cluster.run,
     "tokenize": targets.run,
     "mim": loop.train,
+    "regress": loop.train,
     "probe": probe.run,
     "segment": segment.run,
     "dense": dense.run,

@@ -29,12 +29,12 @@ from beitv2_jax.convert.weights import (
 )
 from beitv2_jax.data.target_cache.encoding import CODE_IDS, FEATURES
 from beitv2_jax.models.backbone import Compute
-from beitv2_jax.tasks import cluster, mim, targets, tokenize, vqkd
+from beitv2_jax.tasks import cluster, mim, regress, targets, tokenize, vqkd
 
 Earlier = Mapping[str, ConfigDict]
 """Workdir -> resolved config, of the earlier stages of a pipeline."""
 
-_TEACHERS = ("finetune", "mim")
+_TEACHERS = ("finetune", "mim", "regress")
 _BACKBONES = tuple(stage for stage in STAGES.values() if stage != "cluster")
 
 
@@ -66,7 +66,7 @@ def _check_teacher(config: ConfigDict, path: str, earlier: Earlier) -> None:
 
 
 def _check_features(config: ConfigDict, path: str, earlier: Earlier) -> None:
-    stage = {"vqkd": vqkd, "cluster": cluster}[config.stage]
+    stage = {"vqkd": vqkd, "cluster": cluster, "regress": regress}[config.stage]
     if (writer := writer_of(path, earlier)) is None:
         stage.check_features(config, targets.manifest_of(path, FEATURES))
         return

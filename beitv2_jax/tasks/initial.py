@@ -16,7 +16,7 @@ from beitv2_jax.convert.adapt import TITLES
 from beitv2_jax.convert.arguments import published_early_layer, published_out_layers, with_defaults
 from beitv2_jax.convert.files import read_config
 from beitv2_jax.convert.runs import check_stage
-from beitv2_jax.convert.weights import TOKENIZER_STAGES, Weights, backbone_of, describe
+from beitv2_jax.convert.weights import MASKED_KINDS, TOKENIZER_STAGES, Weights, backbone_of, describe
 from beitv2_jax.data.segmentation.histogram import count_classes
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.data.sources import class_names
@@ -89,7 +89,7 @@ def _found(config: ConfigDict, folder: str, keys: set[str], tolerant: bool) -> V
         if own:
             logging.info("%s=%s, %s, sets %s", source, flat[source], title, _listed(own))
         values |= own
-    if config.stage == "mim" and {"views.image_size", "model.patch_size"} & values.keys():
+    if "masking" in config and {"views.image_size", "model.patch_size"} & values.keys():
         masking = {key: value for key, value in _masking(flat | values).items() if key in keys}
         logging.info("the number of patches sets %s", _listed(masking))
         values |= masking
@@ -122,10 +122,10 @@ def _model(config: ConfigDict, weights: Weights) -> Values:
     arguments = with_defaults(weights.kind, weights.arguments) if weights.kind not in ("vqkd", "vit") else {}
     fields = dataclasses.asdict(backbone)
     fields["layer_scale_init"] = backbone.layer_scale_init or 0.0
-    if config.stage != "mim" and backbone.position == "relative_shared":
+    if "masking" not in config and backbone.position == "relative_shared":
         fields["position"] = "relative"
     values = {name: fields[name] for name in ARCHITECTURE}
-    if config.stage == "mim":
+    if "masking" in config:
         values["early_layer"] = published_early_layer(backbone.depth)
         if arguments.get("patch_aggregation"):
             values |= {name: arguments[name] for name in ("early_layer", "head_depth", "shared_head")}
@@ -185,8 +185,8 @@ def _of_backbone(config: ConfigDict) -> tuple[str, Values]:
     weights = describe(config.backbone.run)
     depth, image_size = backbone_of(weights).depth, weights.arguments["image_size"]
     early_layer = published_early_layer(depth)
-    if weights.kind == "mim":
-        arguments = with_defaults("mim", weights.arguments)
+    if weights.kind in MASKED_KINDS:
+        arguments = with_defaults(weights.kind, weights.arguments)
         early_layer = arguments["early_layer"] if arguments["patch_aggregation"] else early_layer
     values = {"probe.layers": tuple(sorted({early_layer, depth})), "views.image_size": image_size}
     if config.stage != "probe":

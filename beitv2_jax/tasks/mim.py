@@ -166,7 +166,7 @@ def open_inputs(config) -> inputs.Opened:
         check_tokenizer(config, tokenizer)
     sources = inputs.open_sources(config)
     if config.tokenizer.codes:
-        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, _grid(config))
+        stored = targets_lib.open_cache(config.tokenizer.codes, config, sources, CODE_IDS, patch_grid(config))
     return inputs.Opened(sources, stored, tokenizer, frozen, initial)
 
 
@@ -174,7 +174,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     """Build the MIM task on inputs that are open."""
     source, eval_source = opened.sources
     stored, tokenizer = opened.stored, opened.network
-    grid = _grid(config)
+    grid = patch_grid(config)
     model = make_model(config, inputs.compute(config))
 
     def code_ids(frozen, batch, images):
@@ -213,7 +213,8 @@ def make_task(config, opened: inputs.Opened) -> Task:
     )
 
 
-def _grid(config) -> tuple[int, int]:
+def patch_grid(config) -> tuple[int, int]:
+    """Return the rows and columns of patches of the config of a stage with hidden patches."""
     return (config.views.image_size // config.model.patch_size,) * 2
 
 
@@ -224,7 +225,7 @@ def _size_key(config) -> str:
 def check_codes(config, manifest: Mapping[str, Any]) -> None:
     """Raise UserError unless the stored codes that the config names are those of its views, patches and codebook."""
     check_codebook_size(config.model.codebook_size, manifest["codebook_size"])
-    targets_lib.check_targets(manifest, config.tokenizer.codes, config, CODE_IDS, _grid(config))
+    targets_lib.check_targets(manifest, config.tokenizer.codes, config, CODE_IDS, patch_grid(config))
 
 
 def check_tokenizer(config, tokenizer: Tokenizer | TokenizerSizes) -> None:
@@ -232,7 +233,7 @@ def check_tokenizer(config, tokenizer: Tokenizer | TokenizerSizes) -> None:
     check_image_size(
         config.tokenizer.run, tokenizer.image_size, inputs.tokenizer_view(config).image_size, _size_key(config)
     )
-    grid = _grid(config)
+    grid = patch_grid(config)
     if tuple(tokenizer.grid) != grid:
         rows, columns = tokenizer.grid
         image_size, patch_size = config.views.image_size, config.model.patch_size

@@ -538,6 +538,22 @@ def test_what_a_cluster_tokenizer_is_not(tmp_path):
     assert read(run, image_size=32).arguments["teacher"] == description
 
 
+def test_a_regression_that_no_layout_holds(tmp_path):
+    weights = drawn_weights("regressor")
+    with provoked("--layout=stablehlo or --layout=onnx") as caught:
+        write(weights, str(tmp_path / "w.pth"), "official")
+    assert "--config.init_from" in caught.value.instead
+    write(weights, str(tmp_path / "run"), "run")
+    assert read(str(tmp_path / "run")).kind == "regressor"
+
+
+def test_pixels_in_place_of_a_network(tmp_path):
+    for options in ({"grid": (8, 8)}, {"num_heads": 0, "normalization": ""}):  # of a network, and without a grid
+        with provoked("--config.teacher.weights=./pixels"):
+            loaded("pixels", **options)
+    assert loaded("pixels", num_heads=0, normalization="", grid=(8, 8)).width == 48
+
+
 def test_a_quantizer_that_a_layout_cannot_hold(tmp_path):
     weights = drawn_weights("vqkd", arguments={**arguments_of("vqkd"), "quantizer": "simvq"})
     with provoked("--layout=run") as caught:

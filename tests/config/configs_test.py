@@ -22,8 +22,10 @@ STAGES = {
     "pipeline": "pipeline",
     "probe": "probe",
     "quickstart": "pipeline",
+    "regress": "regress",
     "segment": "segment",
     "segment_linear": "segment_linear",
+    "study": "pipeline",
     "teacher": "finetune",
     "tokenize": "tokenize",
     "vqkd": "vqkd",
@@ -58,6 +60,8 @@ def given(name: str, arg: str = "") -> ConfigDict:
     config = load(name, arg)
     if name in REQUIRED:
         config.update_from_flattened_dict({REQUIRED[name]: "somewhere"})
+    if name == "study":
+        config.teacher.weights = "somewhere"  # which two of its runs need
     return config_lib.resolve(config, "/runs/1")
 
 
@@ -68,7 +72,13 @@ def test_no_config_escapes():
     assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(STAGES)
 
 
-@pytest.mark.parametrize("name, arg", EVERY)
+def long_study(cases):
+    """Return the cases as parameters; of the many presets of the study only its smoke run is in the default tier."""
+    marks = {True: [pytest.mark.long], False: []}
+    return [pytest.param(*case, marks=marks[case[0] == "study" and case[1] not in ("", "smoke")]) for case in cases]
+
+
+@pytest.mark.parametrize("name, arg", long_study(EVERY))
 def test_every_preset_builds_and_validates(name, arg):
     config = load(name, arg)
     assert config.is_locked
@@ -80,7 +90,7 @@ def test_every_preset_builds_and_validates(name, arg):
     assert "{workdir}" not in text
 
 
-@pytest.mark.parametrize("name, arg", [(name, arg) for name, arg in EVERY if arg])
+@pytest.mark.parametrize("name, arg", long_study((name, arg) for name, arg in EVERY if arg))
 def test_every_preset_is_explained_and_does_what_it_says(name, arg):
     docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert f"\n  {arg} " in docstring.partition("\nPresets")[2]
@@ -319,7 +329,8 @@ def test_the_pipeline_chains_the_published_recipes():
     assert load("pipeline", "large").stages.mim.model.to_dict() == load("mim", "large").model.to_dict()
 
 
-PIPELINES = [(name, arg) for name, arg in EVERY if STAGES[name] == "pipeline"]
+# a run of the study is a part of a chain, which tests/benchmarks/study_test.py puts together
+PIPELINES = [(name, arg) for name, arg in EVERY if STAGES[name] == "pipeline" and name != "study"]
 
 
 @pytest.mark.parametrize("name, arg", PIPELINES)

@@ -46,7 +46,7 @@ def test_every_text_in_a_config_is_a_path_or_something_else_that_is_known(name):
         assert texts <= {*PATH_KEYS, *_CHOICES, *durations, *NAMES_OF_PARTS}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "study"])  # eleven stages that others have too
 def test_every_key_that_holds_a_path_refuses_a_remote_one(name):
     for part, keys in {part: config_lib.flatten(stage) for part, stage in stages_of(name)[1].items()}.items():
         for key in set(PATH_KEYS) & set(keys):

@@ -46,6 +46,8 @@ def arguments_of(
     sizes |= vit | {"patch_size": patch_size}
     if kind == "mim":
         return sizes | dict(codebook_size=19, early_layer=1, head_depth=2, shared_head=depth != 2)
+    if kind == "regressor":
+        return sizes | dict(target_width=13, early_layer=1, head_depth=2, shared_head=depth != 2)
     if kind == "classifier":
         return sizes | dict(num_classes=17, pooling="cls" if position == "absolute" else "mean")
     return sizes | dict(num_classes=17, channels=13, aux_channels=11, out_layers=(1, 1, 1, depth))

@@ -27,7 +27,7 @@ def no_data(teacher_width):
         return {"teacher_width": teacher_width, "codebook_size": mock.ANY}
 
     def open_cache(directory, config, *_):
-        manifest = {"teacher_width": teacher_width, "codebook_size": config.model.codebook_size}
+        manifest = {"teacher_width": teacher_width, "codebook_size": config.model.get("codebook_size")}
         return (types.SimpleNamespace(manifest=manifest, num_views=config.views.num_views),) * 2
 
     def open_sources(config):

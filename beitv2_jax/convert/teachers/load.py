@@ -9,6 +9,7 @@ from absl import logging
 from flax import traverse_util
 
 from beitv2_jax.choices import GRID_MATCHES, NORMALIZATIONS, POSITION_RESIZES, TEACHER_OUTPUTS
+from beitv2_jax.config.paths import PIXELS
 from beitv2_jax.convert.files import group_by_reason, located, read_config, read_weights
 from beitv2_jax.convert.input_statistics import normalization_of
 from beitv2_jax.convert.positions import resize_positions
@@ -17,8 +18,8 @@ from beitv2_jax.convert.teachers.weights import TeacherWeights, from_state
 from beitv2_jax.errors import UserError, did_you_mean, nearest
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.mim import MaskedImageModel
-from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, vit_tokens
+from beitv2_jax.models.mim import MaskedImageModel, MaskedRegressor
+from beitv2_jax.models.teachers import NormalisedViT, Teacher, classifier_tokens, pixel_teacher, vit_tokens
 from beitv2_jax.typing import PyTree
 
 
@@ -55,8 +56,8 @@ def read_teacher(
     The params are NumPy arrays, for views of `image_size` pixels.
 
     Args:
-        weights: the working directory of a run of stage 'finetune' or 'mim', a Hugging Face folder, or a file of a
-            published network, which is recognised from the names in it.
+        weights: `PIXELS`, for which `grid` alone is used; the working directory of a run of stage 'finetune', 'mim' or
+            'regress', a Hugging Face folder, or a file of a published network, which is recognised from its names.
         state_dict: which of several state dicts in a file to read ('teacher', 'model_ema'); '' takes the usual one.
         grid: rows and columns of the features; None uses the patch size of the teacher.
         num_heads: 0 uses the number in config.json beside the weights, or heads of 64.
@@ -78,6 +79,9 @@ def read_teacher(
     _check_choice("grid_match", grid_match, GRID_MATCHES)
     _check_choice("position_resize", position_resize, ("", *POSITION_RESIZES))
     _check_choice("normalization", normalization, ("", *NORMALIZATIONS))
+    if weights == PIXELS:
+        _refuse_options_of_pixels(grid, state_dict, num_heads, normalization, output, activation, position_resize)
+        return {"name": PIXELS, "weights_hash": PIXELS, "image_size": image_size, "grid": tuple(grid)}, {}
     if not located(weights).exists():
         raise UserError(
             f"There are no teacher weights at {weights!r}.",
@@ -110,6 +114,8 @@ def read_teacher(
 
 def build_teacher(description: Mapping[str, Any], dtype: str) -> Teacher:
     """Return the teacher that `read_teacher` describes; `dtype` as in `load_teacher`."""
+    if description["name"] == PIXELS:
+        return pixel_teacher(PIXELS, image_size=description["image_size"], grid=tuple(description["grid"]))
     arguments, projection_dim = description["arguments"], description["projection_dim"]
     input_size = arguments["image_size"]
     model, tokens = _model(arguments, projection_dim, Compute(dtype=dtype))
@@ -136,6 +142,16 @@ def build_teacher(description: Mapping[str, Any], dtype: str) -> Teacher:
     )
 
 
+def _refuse_options_of_pixels(grid: tuple[int, int] | None, *options: str | int) -> None:
+    """Raise UserError if an option of a network is given where there is none."""
+    if any(options) or grid is None:
+        raise UserError(
+            f"teacher.weights={PIXELS} names the pixels of the patches, which no network reads.",
+            "Did you set an option of a network, or do you mean weights in a file or folder of this name?",
+            f"Leave the other keys of teacher at their defaults, or write --config.teacher.weights=./{PIXELS}.",
+        )
+
+
 def _published(
     name: str, weights: str, state_dict: str, normalization: str, output: str, activation: str, num_heads: int
 ) -> TeacherWeights:
@@ -159,7 +175,7 @@ def _published(
 
 
 def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, TeacherWeights]:
-    check_stage(workdir, ("finetune", "mim"), "config.teacher.weights")
+    check_stage(workdir, ("finetune", "mim", "regress"), "config.teacher.weights")
     if output == "projected":
         raise UserError(
             f"{workdir} holds a run of this package, which has no projection.",
@@ -177,8 +193,9 @@ def _from_run(workdir: str, output: str, normalization: str) -> tuple[str, Teach
         )
     arguments = {**config["model"], "image_size": config["views"]["image_size"], "drop_path_rate": 0.0}
     params = run.params
-    if config["stage"] == "mim":
-        arguments = dataclasses.asdict(MaskedImageModel.from_arguments(arguments).backbone)
+    if config["stage"] in ("mim", "regress"):
+        model = MaskedImageModel if config["stage"] == "mim" else MaskedRegressor
+        arguments = dataclasses.asdict(model.from_arguments(arguments).backbone)
         params = {"backbone": params["backbone"], "norm": params["norm"]}
     return run.name, TeacherWeights(
         arguments=arguments,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.config.paths import HUB
+from beitv2_jax.config.paths import HUB, PIXELS
 from beitv2_jax.convert.class_names import INPUTS_FILE
 from beitv2_jax.convert.files import located, read_config, run_directory
 from beitv2_jax.convert.runs import is_run
@@ -36,6 +36,8 @@ def terms_of_weights(weights: str, *, license: str = "", origin: str = "") -> di
     title of a LICENSE file or what timm's config.json has, beside the weights; the origin is the address on the hub, of
     files in its cache too, or the name that config.json gives. Of a run of this package they follow from the run.
     """
+    if weights == PIXELS:
+        return _entry(PIXELS, license or "that of the images", origin or "the images themselves")
     place = located(weights)
     if place.exists() and is_run(weights):
         found = _terms_of_run(weights)

@@ -1,0 +1,92 @@
+"""The study: its runs and their order, its tables from made-up results, and the pixels of its data set."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+from paths import CONFIGS
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.tasks import fit
+from benchmarks import study
+from benchmarks.study_data import decoded
+
+
+@pytest.mark.long
+def test_every_run_comes_once_and_after_what_it_needs():
+    names = study.all_runs()
+    assert len(names) == len(set(names))
+    for number, name in enumerate(names):
+        assert set(study.needed_by(name)) <= set(names[:number]), name
+    assert {"vqkd", "vqkd-seed1", "pixels-seed2", "teacher"} <= set(names) and "teacher-seed1" not in names
+    assert study.chosen_runs("cluster") == ["features", "tokenizer_cluster", "cluster"]
+    with pytest.raises(SystemExit, match="clusterr"):
+        study.chosen_runs("clusterr")
+
+
+def test_seeds_share_tokenizers_and_not_features():
+    assert study.needed_by("vqkd-seed1") == ["tokenizer"] and study.needed_by("regress-seed1") == ["features-seed1"]
+    assert study.needed_by("vqkd-dim8") == ["tokenizer-dim8"] and study.needed_by("tokenizer-dim8") == ["features"]
+
+
+@pytest.mark.long
+def test_every_stage_fits_what_it_finds_in_other_runs():
+    earlier, checked = {}, 0
+    for name in study.all_runs():
+        config = config_lib.load(f"{CONFIGS / 'study'}.py:{study.presets_of(name)}")
+        config.teacher.weights = "/study/classifier/finetune"  # the only teacher that needs no file
+        for key, stage in config_lib.resolve(config, f"/study/{name}").stages.items():
+            flat = {path: value for path, value in config_lib.flatten(stage).items() if isinstance(value, str)}
+            stage = stage.copy_and_resolve_references().unlock()
+            stage.update_from_flattened_dict(
+                {path: os.path.normpath(value) for path, value in flat.items() if value.startswith("/study")}
+            )
+            if name != "teacher" and not (name == "features" or key.startswith("finetune1")):
+                fit.check(stage, earlier)
+                checked += 1
+            earlier[f"/study/{name}/{key}"] = stage
+    assert checked > 200
+
+
+@pytest.mark.long
+def test_every_preset_has_a_run():
+    used = {preset for name in study.all_runs() for preset in study.presets_of(name).split(",")}
+    text = (CONFIGS / "study.py").read_text().partition("\nPresets\n")[2].partition('"""')[0]
+    documented = {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert documented - used == {"smoke"} and used - documented == {""}
+
+
+def finished(workdir, name, stage, **metrics):
+    folder = workdir / name / stage
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"stage": stage, "seconds": 60.0, "metrics": metrics}))
+
+
+def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
+    probes = {"vqkd": 0.5, "vqkd-seed1": 0.6, "random": 0.2, "vqkd-no_head": 0.4}
+    for name, accuracy in probes.items():
+        finished(tmp_path, name, "probe", **{study.CURVE: accuracy})
+    finished(tmp_path, "vqkd", "probe300", **{study.CURVE: 0.3})
+    finished(tmp_path, "vqkd", "probe_last", **{study.CURVE: 0.45})
+    finished(tmp_path, "tokenizer", "vqkd", **{"eval/codebook_usage": 0.9, "eval/codebook_perplexity": 123.4})
+    study.table(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "| MIM: VQ-KD codes | 2 | 55.0 ± 7.1 |" in text and "| random initialisation | 1 | 20.0 |" in text
+    assert "| vqkd-no_head | 90.0 | 123.4 | 40.0 |" in text and "Claim 5" not in text
+    with open(tmp_path / "out" / "curve.csv") as file:
+        assert list(csv.reader(file))[1:] == [["vqkd", "300", "0.3000"], ["vqkd", "1500", "0.4500"]]
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    missing = study.missing_stages(tmp_path, "vqkd")
+    assert "probe" not in missing and missing[:2] == ["tokenize", "mim"]
+    assert study.seconds_left(tmp_path, ["vqkd"]) == 60.0 * len(missing)
+
+
+def test_the_stored_differences_are_those_of_the_pixels():
+    images = np.random.default_rng(0).integers(0, 64, (3, 32, 32, 3)) * 4 + 2
+    planes = (images >> 2).transpose(0, 3, 1, 2)
+    planes = np.stack([planes[:, 0] - planes[:, 1], planes[:, 1], planes[:, 2] - planes[:, 1]], axis=1)
+    delta = np.diff(planes, axis=-1, prepend=0)
+    delta[..., 0] = np.diff(planes[..., 0], axis=-1, prepend=0)
+    np.testing.assert_array_equal(decoded((delta % 64).astype(np.uint8)), images)
