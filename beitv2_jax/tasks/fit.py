@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
@@ -141,7 +142,9 @@ def _abstract(weights: Weights, image_size: int) -> Weights:
     )
     if image_size % arguments.get("encoder", arguments)["patch_size"] == 0:
         arguments = {**arguments, "image_size": image_size}
-    variables = jax.eval_shape(functools.partial(initialised, weights.kind, arguments), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(initialised, weights.kind, arguments), jax.random.key(0))
+    # arrays of one number in memory, with which rules that compute can compute
+    variables = jax.tree.map(lambda shape: np.broadcast_to(np.zeros((), shape.dtype), shape.shape), shapes)
     return dataclasses.replace(weights, arguments=arguments, variables=variables)
 
 
