@@ -21,7 +21,7 @@ from beitv2_jax.config import apply_presets, link, load, sections
 CHAIN = ("extract", "vqkd", "tokenize", "mim", "probe")
 # All numbers of the miniature. Durations are in steps of `batch_size` images.
 SOURCE = "embedded"
-TEACHER = {"normalization": "imagenet"}
+TEACHER = {"normalization": "imagenet", "grid_match": "resample_features"}  # it sees 64 pixels, as in its training
 IMAGE_SIZE = 48  # pixels: a grid of 6 x 6 patches
 NUM_VIEWS = 1  # stored views per image, of features and of codes
 VIT = {"patch_size": 8, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
@@ -30,7 +30,7 @@ DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 64, "code_dim": 16}
 MASKING = {"num_masked": 14, "min_patches": 3}  # of 36, the published fractions
 HEAD = {"early_layer": 3, "head_depth": 2}
-VQKD = {"duration": "150 steps", "warmup": "10 steps", "peak_lr": 5e-4, "betas": (0.9, 0.98)}
+VQKD = {"duration": "300 steps", "warmup": "10 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
 MIM = {"duration": "1500 steps", "warmup": "50 steps", "peak_lr": 2e-3, "betas": (0.9, 0.98)}
 MIM_INIT = "scaled"  # the published initial values suit a width of 768 and learn slowly at 128
 PROBE = {"layers": (2, 3, 4), "duration": "1000 steps", "batch_size": 256}
@@ -52,6 +52,8 @@ def imagenette(config):
     vit = {"patch_size": 16, "width": 384, "depth": 8, "num_heads": 6, "mlp_dim": 1536}
     stages = config.stages
     stages.teacher.model.update(vit)
+    for stage in (stages.extract, stages.vqkd):
+        stage.teacher.grid_match = "resize_input"
     stages.vqkd.init_from = ""
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=384, num_heads=6, mlp_dim=1536)
@@ -65,10 +67,14 @@ def imagenette(config):
 
 def smoke(config):
     config.data.source = "embedded/tiny"
-    vit = {"width": 32, "depth": 3, "num_heads": 2, "mlp_dim": 64}
+    vit = {"patch_size": 16, "width": 32, "depth": 3, "num_heads": 2, "mlp_dim": 64}
     stages = config.stages
     for views in (config.tokenizer_views, config.mim_views):
-        views.num_views = 1
+        views.update(image_size=64, num_views=1)
+    for stage in (stages.extract, stages.vqkd):
+        stage.teacher.grid_match = "resize_input"
+    stages.vqkd.init_from = ""
+    stages.mim.masking.update(num_masked=6, min_patches=2)
     stages.teacher.model.update(vit)
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
