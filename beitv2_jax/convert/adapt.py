@@ -74,8 +74,8 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     """Return the part of `weights` that initialises a model of this `kind` with these `arguments`.
 
     The other variables of the model are newly initialised. A shared position table is copied to every block of a model
-    with one table per block; from a tokenizer the encoder is used, and a plain ViT or a classifier gives a tokenizer its
-    encoder; positions are resized to the model's image size. `dropped` has the variables that are not used, with the
+    with one table per block; from a tokenizer the encoder is used, and a plain ViT or a classifier gives one to a
+    tokenizer; positions are resized to the model's image size. `dropped` has the variables that are not used, with the
     reasons.
 
     Raises:
@@ -195,8 +195,8 @@ def _encoder_as_backbone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _backbone_as_encoder(flat: dict[str, np.ndarray], normalization: str) -> dict[str, np.ndarray]:
     """Return a trunk and its last norm as the encoder of a tokenizer, which reads images in [-1, 1].
 
-    The outputs stay the same: the patch embedding takes the normalisation in, W (x - m) / s + b of pixels x in [0, 1] as
-    W / (2 s) (2 x - 1) + b + W (0.5 - m) / s, and the biases of keys, which cancel in the softmax, are left out.
+    The outputs stay the same: the patch embedding takes in the normalisation, W (x - m) / s + b of pixels x in [0, 1]
+    as W / (2 s) (2 x - 1) + b + W (0.5 - m) / s, and the biases of keys, which cancel in the softmax, are left out.
     """
     renamed = {"params/backbone/": "params/encoder/", "params/fc_norm/": "params/encoder_norm/"}
     renamed |= {"params/norm/": "params/encoder_norm/"}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import traverse_util
 
 from beitv2_jax.convert.positions import grid_of_table
@@ -52,20 +53,41 @@ def shapes(kind: str, arguments: dict) -> dict[str, Shape]:
     """Return {our path: shape} of every variable of the model; for `None` in `arguments` any valid value is used."""
     arguments = _filled(arguments, lambda width: 1)
     arguments["image_size"] = arguments["image_size"] or _patch_size(arguments)
-    tree = jax.eval_shape(functools.partial(initialised, kind, arguments), jax.random.key(0))
+    tree = abstract_variables(kind, arguments)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def initialised(kind: str, arguments: dict, key: jax.Array) -> PyTree:
     """Return the variables of a new model of this kind; a 'vit' has no head, and the arguments of a `Backbone`."""
-    rngs, image_size = {"params": key, "drop_path": key}, arguments["image_size"]
-    inputs, options = [jnp.zeros((1, image_size, image_size, 3))], {"train": False}
-    if kind == "vit":
-        return NormalisedViT(Backbone(**arguments)).init(rngs, *inputs)
-    if kind == "mim":
-        inputs.append(jnp.zeros((1, (image_size // _patch_size(arguments)) ** 2), bool))
-        options["num_masked"] = 1
-    return MODELS[kind].from_arguments(arguments).init(rngs, *inputs, **options)
+    return _init(_model(kind, arguments), arguments["image_size"], _patch_size(arguments), key)
+
+
+def abstract_variables(kind: str, arguments: dict) -> PyTree:
+    """Return the shapes and dtypes of what `initialised` returns."""
+    return abstract_init(_model(kind, arguments), arguments["image_size"], _patch_size(arguments))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_init(model: nn.Module, image_size: int, patch_size: int) -> PyTree:
+    """Return the shapes and dtypes of the variables of a model of images, which must not be changed in place.
+
+    Tracing a model takes longer than reading its weights, and one command asks several times: results are kept.
+    """
+    return jax.eval_shape(functools.partial(_init, model, image_size, patch_size), jax.random.key(0))
+
+
+def _model(kind: str, arguments: dict) -> nn.Module:
+    return NormalisedViT(Backbone(**arguments)) if kind == "vit" else MODELS[kind].from_arguments(arguments)
+
+
+def _init(model: nn.Module, image_size: int, patch_size: int, key: jax.Array) -> PyTree:
+    rngs, images = {"params": key, "drop_path": key}, jnp.zeros((1, image_size, image_size, 3))
+    if isinstance(model, NormalisedViT):
+        return model.init(rngs, images)
+    if isinstance(model, MaskedImageModel):
+        mask = jnp.zeros((1, (image_size // patch_size) ** 2), bool)
+        return model.init(rngs, images, mask, num_masked=1, train=False)
+    return model.init(rngs, images, train=False)
 
 
 def with_defaults(kind: str, arguments: dict) -> dict:

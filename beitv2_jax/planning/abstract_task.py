@@ -5,7 +5,6 @@ what the published recipe used. The shapes of a batch come from the data pipelin
 """
 
 import dataclasses
-import functools
 import importlib
 import io
 import re
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from beitv2_jax.config.train_labels import parse_train_labels
-from beitv2_jax.convert.arguments import initialised
+from beitv2_jax.convert.arguments import abstract_variables
 from beitv2_jax.convert.files import located
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
@@ -206,7 +205,7 @@ def _with_tokenizer(config, opened: inputs.Opened, size: Mapping[str, int]) -> i
         tokenizer, frozen = load_tokenizer(config.tokenizer.run, image_size, dtype)
     else:
         tokenizer = tokenizer_of(dataclasses.replace(weights, arguments=arguments), Compute(dtype=dtype))
-        frozen = jax.eval_shape(functools.partial(initialised, weights.kind, arguments), jax.random.key(0))
+        frozen = abstract_variables(weights.kind, arguments)
     return dataclasses.replace(opened, network=tokenizer, frozen={"tokenizer": _shapes(frozen)})
 
 

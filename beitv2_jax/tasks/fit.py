@@ -5,7 +5,6 @@ write is known from the config of that stage.
 """
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.checks import check_layer, check_probed_layers
 from beitv2_jax.convert.adapt import adapt_weights
-from beitv2_jax.convert.arguments import flat_arguments, initialised
+from beitv2_jax.convert.arguments import abstract_variables, flat_arguments
 from beitv2_jax.convert.files import read_config, run_directory
 from beitv2_jax.convert.runs import check_stage, refuse_other_stage
 from beitv2_jax.convert.teachers.load import read_teacher
@@ -142,9 +141,11 @@ def _abstract(weights: Weights, image_size: int) -> Weights:
     )
     if image_size % arguments.get("encoder", arguments)["patch_size"] == 0:
         arguments = {**arguments, "image_size": image_size}
-    shapes = jax.eval_shape(functools.partial(initialised, weights.kind, arguments), jax.random.key(0))
     # arrays of one number in memory, with which rules that compute can compute
-    variables = jax.tree.map(lambda shape: np.broadcast_to(np.zeros((), shape.dtype), shape.shape), shapes)
+    variables = jax.tree.map(
+        lambda shape: np.broadcast_to(np.zeros((), shape.dtype), shape.shape),
+        abstract_variables(weights.kind, arguments),
+    )
     return dataclasses.replace(weights, arguments=arguments, variables=variables)
 
 

@@ -23,6 +23,7 @@ def test_three_rates_and_their_conclusion():
     assert f"The bound is the {metrics['bound']}" in text and "input alone, 2 threads" in text
 
 
+@pytest.mark.long
 def test_a_mim_stage_without_tokenizer_gets_an_untrained_one():
     config = config_lib.load(f"{CONFIGS / 'mim'}.py:smoke")
     config.views.tokenizer_image_size = 48  # half the size, half the patch: as many codes as the student has patches

@@ -103,6 +103,7 @@ def test_steps_that_took_other_implementations_are_listed_apart():
     )
 
 
+@pytest.mark.long
 def test_one_measurement_in_a_process_of_its_own(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert run.main([f"--out={out}", "--quick", "--only=jitter,torch_mim", "--set=run.batch_size=2"]) == 0

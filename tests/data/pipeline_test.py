@@ -147,6 +147,7 @@ def test_pixels_are_the_same_for_every_number_of_processes_and_threads(source, p
     assert set(faults) == set(CORRUPT) and all(fault.startswith(f"list/{i}: ") for i, fault in faults.items())
 
 
+@pytest.mark.long
 def test_worker_processes_give_the_same_batches_and_resume_mid_epoch(source):
     """Ids and pixels; a position saved by one process without workers is restored on two with workers, and back."""
     batches = {"batch_size": 8, "seed": 3}

@@ -103,7 +103,8 @@ def test_the_workers_of_a_killed_run_end(tmp_path, stage):
     assert not any(map(is_alive, workers))
 
 
-@pytest.mark.parametrize(("stage", "rows"), [("training", 40), pytest.param("cache", 10, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "rows"), [("training", 40), ("cache", 10)])
 def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, rows):
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.run(

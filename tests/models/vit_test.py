@@ -171,6 +171,7 @@ def loss_of(model):
     return loss
 
 
+@pytest.mark.long
 def test_remat_keeps_names_and_gradients():
     models = {remat: build(drop_path_rate=0.9, remat=remat) for remat in ("none", "dots", "full")}
     variables = drawn_variables(models["none"], images())

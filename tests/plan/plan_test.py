@@ -93,7 +93,9 @@ def test_several_slices_share_the_data_axis():
     assert slices == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
 
 
-@pytest.mark.parametrize("target", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "target", [*(pytest.param(name, marks=pytest.mark.long) for name in ("v4:2x2x1", "v5p:2x2x1")), "v6e:2x2"]
+)
 def test_other_chips_sum_their_gradients_too(target):
     plan = make("finetune", target, **{"model.depth": 1})
     check_metrics(plan, again=0.02)  # v6e: the logits of attention, for each of three that read them
@@ -101,6 +103,7 @@ def test_other_chips_sum_their_gradients_too(target):
     assert sum(reduced(plan).values()) >= 2 * parameters(plan)
 
 
+@pytest.mark.long
 def test_between_slices_the_sums_go_over_the_network():
     plan = make("finetune", "v5e:2x2*2", **{"model.depth": 1})
     check_metrics(plan)
@@ -142,6 +145,7 @@ def test_code_statistics_are_summed_once_a_step_in_float32(vqkd):
     assert code_statistics(vqkd) == ["f32"]
 
 
+@pytest.mark.long
 def test_accumulation_runs_the_same_products_and_sums_most_gradients_once(vqkd, accumulated):
     check_metrics(accumulated)
     assert accumulated.compiled_flops == vqkd.compiled_flops

@@ -175,6 +175,7 @@ def test_fsdp_divides_the_state_and_adds_its_exchanges(tiny):
     assert kinds["all-reduce"].bytes < 0.7 * whole.collectives[0].bytes
 
 
+@pytest.mark.long
 def test_implementations_are_those_of_the_target():
     stages = {platform: planner.prepare(load("vqkd"), platform=platform) for platform in ("tpu", "cuda")}
     chosen = {platform: stage.config.efficiency for platform, stage in stages.items()}
@@ -217,6 +218,7 @@ def test_a_message_about_the_temporaries_alone_is_read():
     assert memory.usable == pytest.approx(15.75 * 2**30)
 
 
+@pytest.mark.long
 def test_a_compiled_program_takes_the_place_of_estimates(tiny):
     """What `compile_and_predict` does with a TPU's program, done with one of the CPU's devices."""
     mesh = sharding.make_mesh()

@@ -67,7 +67,7 @@ def test_the_heads_of_masked_image_modelling_by_hand():
     assert parts["lm_head"].flops == 2 * (3 * 2 * 5 * 24 * 29)  # one head for two branches, on the masked patches alone
 
 
-@pytest.mark.parametrize("stage", ["mim", "vqkd", "finetune", "segment"])
+@pytest.mark.parametrize("stage", ["mim", "vqkd", "finetune", pytest.param("segment", marks=pytest.mark.long)])
 def test_every_product_and_parameter_belongs_to_a_component(stage):
     step = planner._planned(small(stage), 1000, ())
     task, batch, function, state = planner._train_step(step.config, 1000)

@@ -40,6 +40,7 @@ def stored(directory, part):
     return np.stack([[reader[example, view] for view in range(views)] for example in range(len(reader))])
 
 
+@pytest.mark.long
 def test_features_equal_those_of_the_extract_stage(config, image_folder, tmp_path):  # noqa: F811
     teacher_config = stage_config(image_folder, str(tmp_path), "teacher")
     variables = jax.tree.map(np.asarray, quick_jit(finetune.build(teacher_config).init)(jax.random.key(0)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 
@@ -241,13 +242,12 @@ def test_processes_that_found_different_inputs_refuse(monkeypatch, odd):
 def test_a_tfds_set_of_the_same_name_and_length_but_other_files_is_noticed(tmp_path):
     """As where data.data_dir names another copy, prepared from other images."""
     found = []
+    directory = embedded.prepare("", "tiny")
+    place = pathlib.Path(*directory.parts[-3:])  # data set, configuration and version
     for name, size in (("a", None), ("b", None), ("c", "12345")):
         config = {"source": "embedded/tiny", "train_split": "train", "eval_split": "validation"}
-        if not found:
-            directory = embedded.prepare(str(tmp_path / "a"), "tiny")
-        else:
-            shutil.copytree(tmp_path / "a", tmp_path / name)
-        info = tmp_path / name / directory.relative_to(tmp_path / "a") / "dataset_info.json"
+        shutil.copytree(directory, tmp_path / name / place)
+        info = tmp_path / name / place / "dataset_info.json"
         if size:
             text = json.loads(info.read_text())
             for split in text["splits"]:

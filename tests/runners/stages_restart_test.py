@@ -279,6 +279,7 @@ def test_a_pipeline_checks_the_batches_of_all_stages_before_the_first_begins(tmp
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_model_is_refused_and_the_former_config_stays(tmp_path):
     """After one whole run of two steps, the interrupted run of which is continued with a wider model."""
     config = config_lib.load(f"{ROOT / 'configs/teacher.py'}:smoke").unlock()
@@ -356,6 +357,7 @@ def test_the_program_told_to_end_saves_and_exits_with_75(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.long
 def test_runs_that_fail_exit_with_2_and_keep_the_last_good_checkpoint(tmp_path):
     """Too many steps that are not finite, and a checkpoint that cannot be written: the whole way, in real processes."""
     command = [sys.executable, "-m", "beitv2_jax.main", f"--config={ROOT}/configs/teacher.py:smoke"]

@@ -90,6 +90,7 @@ def test_a_finished_pipeline_runs_nothing_again(pipeline, image_folder, tmp_path
     assert "config changed" not in caplog.text
 
 
+@pytest.mark.long
 def test_an_interrupted_pipeline_goes_on_where_it_stopped_in_another_folder(pipeline, image_folder, tmp_path):
     workdir, summary = pipeline
     for name in STAGES[:4]:

@@ -58,6 +58,7 @@ def assert_same_run(workdir, undisturbed):
     assert read_bad_records(workdir) == read_bad_records(undisturbed) != []
 
 
+@pytest.mark.long
 def test_an_interrupted_run_in_a_bucket_ends_as_an_undisturbed_one_on_a_disk(bucket, undisturbed):
     workdir = "gs://bucket/interrupted"
     with pytest.raises(KeyboardInterrupt):

@@ -15,6 +15,8 @@ from beitv2_jax.training import loop
 from beitv2_jax.training.writer import read_metrics
 from tests.training.loop_test import assert_same_outcome, outcome, start_elsewhere
 
+pytestmark = pytest.mark.long  # six whole runs
+
 FULL, ROOM = {"6": 1200}, {"14": -1}
 """From batch 6 on there is no space for checkpoints, first for that of step 10, but still for metrics."""
 RARELY = {"run.log_every": "5 steps"}

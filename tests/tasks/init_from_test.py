@@ -88,6 +88,7 @@ def test_a_released_file_starts_pre_training(tmp_path):
     assert inputs.initial_variables(config, "mim", model) == {}
 
 
+@pytest.mark.long
 def test_a_tokenizer_keeps_its_codebook(tmp_path):
     source = drawn_weights("vqkd")
     write(source, str(tmp_path / "vqkd"), "run")
@@ -183,6 +184,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         finetune.build(config)
 
 
+@pytest.mark.long
 def test_the_run_s_own_checkpoint_goes_before_init_from(tmp_path, caplog):
     fresh = toy.make_task()
     kernel = np.full_like(started(fresh).params["fc1"]["kernel"], 0.25)

@@ -219,6 +219,7 @@ def test_the_loop_gives_the_signal_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
 
 
+@pytest.mark.long
 def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, tmp_path):
     one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
 

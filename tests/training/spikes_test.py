@@ -53,6 +53,7 @@ def guarded(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_without_spikes_nothing_changes(tmp_path):
     train(tmp_path / "off", 0.0)
     train(tmp_path / "on", 1e6)
@@ -83,6 +84,7 @@ def test_a_run_continued_judges_as_the_unbroken_one(guarded, tmp_path):
     assert_same_outcome(outcome(tmp_path), outcome(guarded))
 
 
+@pytest.mark.long
 def test_a_guard_can_be_put_on_in_the_middle_of_a_run(guarded, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, 0.0, spike_steps=(11, 61), stop_at=41)

@@ -8,12 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beitv2_jax.convert.arguments import HEAD_WIDTH
+from beitv2_jax.convert.arguments import HEAD_WIDTH, abstract_init
 from beitv2_jax.convert.teachers.layouts import FAMILIES, HEAD, PREFIXES, UNUSUAL_HEADS, Family
 from beitv2_jax.convert.wrappers import wrapped, wrapping_prefix
 from beitv2_jax.errors import UserError
@@ -333,7 +331,7 @@ def _params(state: _State, arguments: dict, projection_dim: int) -> tuple[PyTree
     """Return our params and the names of the entries that they use."""
     size, width = arguments["image_size"], arguments["width"]
     model = NormalisedViT(Backbone(**arguments), projection_dim)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    shapes = abstract_init(model, size, arguments["patch_size"])
     flat, used = {}, set()
     for path, leaf in traverse_util.flatten_dict(shapes["params"], sep="/").items():
         if path in ("backbone/pos_embed", "backbone/register_tokens"):

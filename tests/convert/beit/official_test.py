@@ -94,7 +94,7 @@ def test_state_dicts_of_the_released_code_round_trip_exactly(name, golden_dir):
             np.testing.assert_array_equal(back[key], state[key], err_msg=key)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=5)
 @given(**SIZES, head_width=st.sampled_from((3, 7)))
 def test_every_size_round_trips_exactly(**sizes):
     kind = sizes.pop("kind")
