@@ -171,7 +171,7 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
             if kind != weights.kind == "vqkd"
             else "Did you mean a preset of another size, or other weights?",
             f"Write {flags}, or leave out the preset and the flags that set these keys; or write "
-            "--config.init_from=PATH of other weights, such as a run of stage 'mim'.",
+            f"--config.init_from=PATH of other weights, such as a run of stage '{'vqkd' if kind == 'vqkd' else 'mim'}'.",
         )
 
 
