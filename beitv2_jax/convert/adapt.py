@@ -161,7 +161,7 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
     if bool(theirs.layer_scale_init) != bool(ours.layer_scale_init):
         different.append("layer_scale_init")
     if different:
-        section = "model.encoder" if kind == "vqkd" else "model"
+        section, usual = ("model.encoder", "vqkd") if kind == "vqkd" else ("model", "mim")
         fitting = dataclasses.asdict(theirs) | {"layer_scale_init": theirs.layer_scale_init or 0.0}
         flags = " ".join(f"--config.{section}.{name}={fitting[name]}" for name in different)
         raise UserError(
@@ -171,7 +171,7 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
             if kind != weights.kind == "vqkd"
             else "Did you mean a preset of another size, or other weights?",
             f"Write {flags}, or leave out the preset and the flags that set these keys; or write "
-            f"--config.init_from=PATH of other weights, such as a run of stage '{'vqkd' if kind == 'vqkd' else 'mim'}'.",
+            f"--config.init_from=PATH of other weights, such as a run of stage '{usual}'.",
         )
 
 
