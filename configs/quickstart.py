@@ -1,7 +1,8 @@
 """The whole method in minutes, without a download: extract -> vqkd -> tokenize -> mim -> probe.
 
 Generated pictures with ten kinds of objects and a small teacher that comes with the package, then BEiT v2 in miniature.
-It shows every stage and every figure the big runs report; its numbers say nothing about the published ones.
+It shows every stage and every figure the big runs report; its numbers say nothing about the published ones. The
+encoder of the tokenizer starts from the weights of the teacher, because minutes are too short to train one.
 
 Command   sh launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart
           started again, it continues where it stopped; each stage has its folder in the workdir
