@@ -1,7 +1,8 @@
 """The whole method in minutes, without a download: extract -> vqkd -> tokenize -> mim -> probe.
 
 Generated pictures with ten kinds of objects and a small teacher that comes with the package, then BEiT v2 in miniature.
-It shows every stage and every figure the big runs report; its numbers say nothing about the published ones.
+It shows every stage and every figure the big runs report; its numbers say nothing about the published ones. The
+encoder of the tokenizer starts from the weights of the teacher, because minutes are too short to train one.
 
 Command   sh launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart
           started again, it continues where it stopped; each stage has its folder in the workdir
@@ -21,22 +22,21 @@ from beitv2_jax.config import apply_presets, link, load, sections
 CHAIN = ("extract", "vqkd", "tokenize", "mim", "probe")
 # All numbers of the miniature. Durations are in steps of `batch_size` images.
 SOURCE = "embedded"
-TEACHER = {"normalization": "imagenet", "grid_match": "resample_features"}  # its own grid is 8 x 8 patches
-IMAGE_SIZE = 64  # pixels: a grid of 4 x 4 patches
+TEACHER = {"normalization": "imagenet", "grid_match": "resample_features"}  # it sees 64 pixels, as in its training
+IMAGE_SIZE = 48  # pixels: a grid of 6 x 6 patches
 NUM_VIEWS = 1  # stored views per image, of features and of codes
-VIT = {"patch_size": 16, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
+VIT = {"patch_size": 8, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512}
+TEACHER_HEADS = 2  # the encoder of the tokenizer starts from the weights of the teacher and is built like it
 DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 64, "code_dim": 16}
-MASKING = {"num_masked": 6, "min_patches": 2}  # 6 of 16, the published fraction
+MASKING = {"num_masked": 14, "min_patches": 3}  # of 36, the published fractions
 HEAD = {"early_layer": 3, "head_depth": 2}
-# so small and so short, it learns faster with a convolutional stem, absolute positions and larger initial values
-START = {"stem": "conv", "position": "absolute", "param_init": "scaled", "layer_scale_init": 1.0}
-VQKD = {"duration": "900 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-KMEANS_AGAIN = "300 steps"  # when the encoder has learned enough for the codes to spread over its output
-MIM = {"duration": "1300 steps", "warmup": "50 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
+VQKD = {"duration": "300 steps", "warmup": "10 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
+MIM = {"duration": "1500 steps", "warmup": "50 steps", "peak_lr": 2e-3, "betas": (0.9, 0.98)}
+MIM_INIT = "scaled"  # the published initial values suit a width of 768 and learn slowly at 128
 PROBE = {"layers": (2, 3, 4), "duration": "1000 steps", "batch_size": 256}
-BATCH_SIZE = 32
-LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "250 steps", "500 steps"
+BATCH_SIZE, MIM_BATCH_SIZE = 32, 16  # of the same images, more and smaller steps learn more
+LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = "25 steps", "500 steps", "750 steps"
 
 
 def from_labels(config):
@@ -52,14 +52,14 @@ def imagenette(config):
         views.update(image_size=160, num_views=8)
     vit = {"patch_size": 16, "width": 384, "depth": 8, "num_heads": 6, "mlp_dim": 1536}
     stages = config.stages
+    stages.teacher.model.update(vit)
     for stage in (stages.extract, stages.vqkd):
         stage.teacher.grid_match = "resize_input"
-    stages.teacher.model.update(vit)
+    stages.vqkd.init_from = ""
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=384, num_heads=6, mlp_dim=1536)
     stages.vqkd.model.update(codebook_size=1024, code_dim=32)
-    stages.mim.model.update(vit, early_layer=6, stem="linear")
-    stages.mim.model.update(position="relative_shared", param_init="clipped", layer_scale_init=0.1)
+    stages.mim.model.update(vit, early_layer=6, param_init="clipped")
     stages.mim.masking.update(num_masked=38, min_patches=9)
     stages.probe.probe.layers = (4, 6, 8)
     _set_durations(config, teacher="10000 steps", vqkd="5000 steps", mim="20000 steps", warmup="500 steps")
@@ -68,13 +68,15 @@ def imagenette(config):
 
 def smoke(config):
     config.data.source = "embedded/tiny"
-    vit = {"width": 32, "depth": 3, "num_heads": 2, "mlp_dim": 64}
+    vit = {"patch_size": 16, "width": 32, "depth": 3, "num_heads": 2, "mlp_dim": 64}
     stages = config.stages
     for views in (config.tokenizer_views, config.mim_views):
-        views.num_views = 1
+        views.update(image_size=64, num_views=1)
     for stage in (stages.extract, stages.vqkd):
         stage.teacher.grid_match = "resize_input"
-    stages.teacher.model.update(vit, patch_size=16)
+    stages.vqkd.init_from = ""
+    stages.mim.masking.update(num_masked=6, min_patches=2)
+    stages.teacher.model.update(vit)
     stages.vqkd.model.encoder.update(vit)
     stages.vqkd.model.decoder.update(width=32, num_heads=2, mlp_dim=64)
     stages.vqkd.model.update(codebook_size=16, code_dim=8)
@@ -91,7 +93,7 @@ def _set_durations(config, *, warmup, **durations):
     for name, duration in durations.items():
         config.stages[name].run.duration = duration
         config.stages[name].optim.warmup = warmup
-    config.stages.vqkd.update(usage_window=warmup, kmeans_again="0 steps")
+    config.stages.vqkd.usage_window = warmup
 
 
 def _set_rhythm(stages, *, batch_size, log, checkpoint, evaluate):
@@ -119,9 +121,8 @@ def _build_stages(config, names):
     if "teacher" in stages:
         config.teacher_views = stages.teacher.views.to_dict()
         link(stages.teacher.views, config.teacher_views)
-        stages.extract.teacher.weights = "{workdir}/teacher"
-    else:
-        stages.extract.teacher.weights = sections.SCENES_TEACHER
+    stages.extract.teacher.weights = "{workdir}/teacher" if "teacher" in stages else sections.SCENES_TEACHER
+    stages.vqkd.init_from = stages.extract.teacher.weights
     stages.vqkd.teacher.features = "{workdir}/extract"
     stages.tokenize.tokenizer.run = "{workdir}/vqkd"
     stages.mim.tokenizer.codes = "{workdir}/tokenize"
@@ -145,16 +146,17 @@ def get_config(arg=""):
     )
     # every preset trains its teacher
     stages = _build_stages(config, ("teacher", *CHAIN) if arg else CHAIN)
-    stages.vqkd.model.encoder.update(VIT)
+    stages.vqkd.model.encoder.update(VIT, num_heads=TEACHER_HEADS)
     stages.vqkd.model.decoder.update(DECODER)
     stages.vqkd.model.update(CODEBOOK)
-    stages.mim.model.update(VIT, drop_path_rate=0.0, **HEAD, **START)
+    stages.mim.model.update(VIT, drop_path_rate=0.0, param_init=MIM_INIT, **HEAD)
     stages.mim.masking.update(MASKING)
     stages.probe.probe.update(PROBE)
     for name, schedule in (("vqkd", VQKD), ("mim", MIM)):
         stages[name].run.duration = schedule["duration"]
         stages[name].optim.update({key: value for key, value in schedule.items() if key != "duration"})
-    stages.vqkd.update(usage_window=VQKD["warmup"], kmeans_again=KMEANS_AGAIN)
+    stages.vqkd.usage_window = "50 steps"
     rhythm = {"log": LOG_EVERY, "checkpoint": CHECKPOINT_EVERY, "evaluate": EVAL_EVERY}
     _set_rhythm([stages[name] for name in CHAIN], batch_size=BATCH_SIZE, **rhythm)
+    stages.mim.run.batch_size = MIM_BATCH_SIZE
     return apply_presets(config.lock(), arg, PRESETS)

@@ -318,7 +318,7 @@ PIPELINES = [
         "--config.stages.extract.teacher.weights={workdir}/vqkd",
         "--config.stages.extract.teacher.weights={workdir}/teacher",
     ),
-    ("quickstart", "--config.stages.vqkd.init_from={workdir}/teacher", "--config.stages.vqkd.init_from="),
+    ("quickstart", "--config.stages.vqkd.init_from={workdir}/extract", "--config.stages.vqkd.init_from="),
     ("live", "--config.tokenizer_views.image_size=112 --config.stages.mim.masking.num_masked=19"),
     ("live", "--config.stages.mim.views.tokenizer_image_size=112"),
     ("live", "--config.stages.mim.model.patch_size=32 --config.stages.mim.masking.num_masked=10"),

@@ -11,13 +11,14 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-_SIZES = ("patch_size", "stem", "width", "depth", "num_heads", "mlp_dim")
-ARCHITECTURE = (*_SIZES, "position", "layer_scale_init", "qkv_bias", "norm_eps")
+SIZES = ("patch_size", "stem", "width", "depth", "num_heads", "mlp_dim")
+"""Keys of a section that say how large a transformer is."""
+ARCHITECTURE = (*SIZES, "position", "layer_scale_init", "qkv_bias", "norm_eps")
 """Keys of a section `model` that say what the backbone is."""
 _HEADS = ("pooling", "early_layer", "head_depth", "shared_head")
 _SEGMENTER = ("out_layers", "channels", "aux_channels")
 _TOKENIZER = (
-    *(f"{part}.{name}" for part in ("encoder", "decoder") for name in _SIZES),
+    *(f"{part}.{name}" for part in ("encoder", "decoder") for name in SIZES),
     *("codebook_size", "code_dim", "quantizer", "fsq_levels"),
 )
 _MASKING = ("masking.num_masked", "masking.min_patches")

@@ -15,6 +15,7 @@ from beitv2_jax.convert.beit.official import USAGE_COUNTERS
 from beitv2_jax.convert.weights import Weights, backbone_of, resized
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Backbone
+from beitv2_jax.models.preprocess import HALF, NORMALIZATIONS
 
 TITLES = {
     "vqkd": "a tokenizer",
@@ -28,6 +29,7 @@ _SIZES = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem", "qkv_b
 _FIXED = ("activation", "pre_norm", "patch_bias", "class_token", "num_registers", "rotary")
 """Fields of `Backbone` that no stage of this package has a key for."""
 _SHARED_TABLE = "params/backbone/rel_pos_bias/table"
+_PATCHES = "params/encoder/patch_embed/kernel"
 
 _NEWLY_INITIALISED = {
     "vqkd": (),
@@ -40,6 +42,11 @@ _NEWLY_INITIALISED = {
     "segmenter": ("fpn1/", "fpn2/", "decode_head/", "auxiliary_head/"),
 }
 """Kind of the new model -> prefixes of the variables that are newly initialised if the weights have none of them."""
+
+_NEW_ON_A_TRUNK = ("decoder", "encode_task/", "decode_task/", "quantizer/")
+"""Prefixes of the variables of a tokenizer that are newly initialised where only its encoder is given."""
+_TRUNKS = ("vit", "classifier")
+"""Kinds of weights that may start the encoder of a tokenizer."""
 
 _REPLACEABLE = {
     "vqkd": ("decode_task/fc2/",),
@@ -76,19 +83,21 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     """Return the part of `weights` that initialises a model of this `kind` with these `arguments`.
 
     The other variables of the model are newly initialised. A shared position table is copied to every block of a model
-    with one table per block; from a tokenizer the encoder is used; positions are resized to the model's image size.
-    `dropped` has the variables that are not used, with the reasons.
+    with one table per block; from a tokenizer the encoder is used, and a plain ViT or a classifier gives one to a
+    tokenizer; positions are resized to the model's image size. `dropped` has the variables that are not used, with the
+    reasons.
 
     Raises:
         UserError: the weights belong to a network of other sizes, or have parts that the model lacks.
 
     Source: the released loading rules for fine-tuning.
     """
-    if kind == "vqkd" and weights.kind != "vqkd":
+    if kind == "vqkd" and weights.kind not in ("vqkd", *_TRUNKS):
         raise UserError(
             f"The weights of init_from are those of {TITLES[weights.kind]}, which cannot initialise a tokenizer.",
             "The path may be that of other weights.",
-            "Write --config.init_from=PATH with the path of a tokenizer, a run of stage 'vqkd'.",
+            "Write --config.init_from=PATH with the path of a tokenizer, a run of stage 'vqkd', or with that of its "
+            "teacher, a plain ViT or a run of stage 'finetune'.",
         )
     _check_backbone(weights, kind, arguments)
     if weights.arguments["image_size"] not in (None, arguments["image_size"]):
@@ -96,6 +105,8 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
     flat = traverse_util.flatten_dict(weights.variables, sep="/")
     if kind != weights.kind == "vqkd":
         flat = _encoder_as_backbone(flat)
+    if kind == "vqkd" != weights.kind:
+        flat = _backbone_as_encoder(flat, weights.normalization)
     expected = shapes(kind, arguments)
     if _SHARED_TABLE in flat and _SHARED_TABLE not in expected:
         table = flat.pop(_SHARED_TABLE)
@@ -128,8 +139,9 @@ def adapt_weights(weights: Weights, kind: str, arguments: dict) -> Weights:
         for path in [path for path in kept if path.startswith(f"{linear}/") and _begins(path, _REPLACEABLE[kind])]:
             dropped[path] = "belongs to a layer that is newly initialised"
             del kept[path]
+    new = _NEW_ON_A_TRUNK if kind == "vqkd" != weights.kind else _NEWLY_INITIALISED[kind]
     for path in expected.keys() - kept.keys() - dropped.keys():
-        if not any(_begins(path, (start,)) and not has(flat, start) for start in _NEWLY_INITIALISED[kind]):
+        if not any(_begins(path, (start,)) and not has(flat, start) for start in new):
             raise _mismatch(weights, kind, f"no {path}, which the model needs")
     return dataclasses.replace(
         weights, kind=kind, arguments=arguments, variables=traverse_util.unflatten_dict(kept, sep="/"), dropped=dropped
@@ -141,6 +153,8 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
     theirs = backbone_of(weights)
     model = MODELS[kind].from_arguments(arguments)
     ours = model.encoder if kind == "vqkd" else model.backbone
+    if kind == "vqkd" and theirs.qkv_bias == "full":
+        theirs = dataclasses.replace(theirs, qkv_bias="qv")  # `_backbone_as_encoder` leaves the biases of the keys out
     if different := [name for name in _FIXED if getattr(theirs, name) != getattr(ours, name)]:
         raise UserError(
             f"The weights of init_from are those of {TITLES[weights.kind]} with {_values(theirs, different)}, which no "
@@ -156,7 +170,7 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
     if bool(theirs.layer_scale_init) != bool(ours.layer_scale_init):
         different.append("layer_scale_init")
     if different:
-        section = "model.encoder" if kind == "vqkd" else "model"
+        section, usual = ("model.encoder", "vqkd") if kind == "vqkd" else ("model", "mim")
         fitting = dataclasses.asdict(theirs) | {"layer_scale_init": theirs.layer_scale_init or 0.0}
         flags = " ".join(f"--config.{section}.{name}={fitting[name]}" for name in different)
         raise UserError(
@@ -166,7 +180,7 @@ def _check_backbone(weights: Weights, kind: str, arguments: dict) -> None:
             if kind != weights.kind == "vqkd"
             else "Did you mean a preset of another size, or other weights?",
             f"Write {flags}, or leave out the preset and the flags that set these keys; or write "
-            "--config.init_from=PATH of other weights, such as a run of stage 'mim'.",
+            f"--config.init_from=PATH of other weights, such as a run of stage '{usual}'.",
         )
 
 
@@ -184,6 +198,32 @@ def _encoder_as_backbone(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             moved[renamed[start] + path.removeprefix(start)] = array
         elif path.startswith("params/"):
             moved[path] = array
+    return moved
+
+
+def _backbone_as_encoder(flat: dict[str, np.ndarray], normalization: str) -> dict[str, np.ndarray]:
+    """Return a trunk and its last norm as the encoder of a tokenizer, which reads images in [-1, 1].
+
+    The outputs stay the same: the patch embedding takes in the normalisation, W (x - m) / s + b of pixels x in [0, 1]
+    as W / (2 s) (2 x - 1) + b + W (0.5 - m) / s, and the biases of keys, which cancel in the softmax, are left out.
+    """
+    renamed = {"params/backbone/": "params/encoder/", "params/fc_norm/": "params/encoder_norm/"}
+    renamed |= {"params/norm/": "params/encoder_norm/"}
+    moved = {}
+    for path, array in flat.items():
+        start = next((start for start in renamed if path.startswith(start)), None)
+        path = path if start is None else renamed[start] + path.removeprefix(start)
+        if path.startswith("params/encoder/") and path.endswith("/attn/qkv/bias"):
+            block = path.removesuffix("qkv/bias")
+            moved[f"{block}q_bias"], _, moved[f"{block}v_bias"] = np.split(array, 3)
+        else:
+            moved[path] = array
+    kernel = moved.get(_PATCHES)
+    if kernel is not None:
+        mean, std = (np.asarray(values, np.float32) for values in NORMALIZATIONS[normalization])
+        bias = _PATCHES.replace("kernel", "bias")
+        moved[bias] = moved[bias] + np.einsum("hwco,c->o", kernel, (np.float32(HALF) - mean) / std)
+        moved[_PATCHES] = kernel / (2.0 * std[:, None])
     return moved
 
 

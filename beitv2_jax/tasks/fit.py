@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
@@ -139,7 +141,11 @@ def _abstract(weights: Weights, image_size: int) -> Weights:
     )
     if image_size % arguments.get("encoder", arguments)["patch_size"] == 0:
         arguments = {**arguments, "image_size": image_size}
-    variables = abstract_variables(weights.kind, arguments)
+    # arrays of one number in memory, with which rules that compute can compute
+    variables = jax.tree.map(
+        lambda shape: np.broadcast_to(np.zeros((), shape.dtype), shape.shape),
+        abstract_variables(weights.kind, arguments),
+    )
     return dataclasses.replace(weights, arguments=arguments, variables=variables)
 
 

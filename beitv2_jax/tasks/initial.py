@@ -11,7 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.config.settings import ARCHITECTURE, DECIDED
+from beitv2_jax.config.settings import ARCHITECTURE, DECIDED, SIZES
 from beitv2_jax.convert.adapt import TITLES
 from beitv2_jax.convert.arguments import published_early_layer, published_out_layers, with_defaults
 from beitv2_jax.convert.files import read_config
@@ -111,7 +111,8 @@ def _of_weights(config: ConfigDict) -> tuple[str, Values]:
 
 def _tokenizer(weights: Weights) -> Values:
     if weights.kind != "vqkd":
-        return {}  # which is refused when it is to be used
+        trunk = dataclasses.asdict(backbone_of(weights))
+        return {f"model.encoder.{name}": trunk[name] for name in SIZES}
     arguments = {"teacher_width": 1, **weights.arguments}  # a run's config leaves that open
     return {f"model.{key}": value for key, value in config_lib.flatten(with_defaults("vqkd", arguments)).items()}
 

@@ -74,6 +74,8 @@ def initial_variables(config, kind: str, model) -> dict[str, PyTree]:
     if not config.init_from:
         return {}
     weights = read_backbone(config.init_from)
+    if kind == "vqkd" and not weights.normalization_known:
+        weights = dataclasses.replace(weights, normalization=config.teacher.normalization or weights.normalization)
     _compare_normalization(config, weights)
     _note_resized_positions(config, weights)
     for text in (*weights.assumptions, *(f"not read: {text}" for text in group_by_reason(weights.dropped))):

@@ -231,7 +231,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
     durations = dict(batch_size=config.run.batch_size, num_examples=len(source))
     window, num_steps = usage_window(config, len(source)), config_lib.steps(config.run.duration, **durations)
     again = config_lib.steps(config.kmeans_again, **durations)
-    starts_anew = config.model.quantizer == "ema" and config.kmeans_start and not config.init_from
+    starts_anew = config.model.quantizer == "ema" and config.kmeans_start and "model_state" not in opened.initial
     starts = ((0,) if starts_anew else ()) + ((again,) if again else ())
     needed = config.kmeans_tokens * config.model.codebook_size
     start_batches = max(1, math.ceil(needed / (config.run.batch_size * _patches(config))))

@@ -376,6 +376,8 @@ def test_quickstart_begins_with_the_teacher_of_the_package_or_trains_one():
     trained = given("quickstart", "from_labels")
     assert list(trained.stages) == ["teacher", *config.stages]
     assert trained.stages.extract.teacher.weights == "/runs/1/teacher"
+    for chain in (config, trained):
+        assert chain.stages.vqkd.init_from == chain.stages.extract.teacher.weights
     for stage in (trained.stages.extract, trained.stages.vqkd):
         assert stage.teacher.normalization == trained.stages.teacher.normalization
     assert trained.stages.teacher.model == given("teacher", "scenes").model

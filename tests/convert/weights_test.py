@@ -20,6 +20,9 @@ from beitv2_jax.convert.beit.official import from_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.weights import read, write
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
+from beitv2_jax.models.vqkd import VQKD
 
 
 def flat(variables):
@@ -329,6 +332,23 @@ def test_weights_of_a_transformer_that_is_no_beit_are_named(name, title, tmp_pat
     assert f"--config.teacher.weights={path} " in raised.value.instead
 
 
-def test_only_a_tokenizer_initialises_a_tokenizer():
+@pytest.mark.parametrize("normalization", ("imagenet", "half"))
+def test_a_classifier_gives_a_tokenizer_its_encoder(normalization):
+    arguments = arguments_of("classifier") | {"qkv_bias": "full"}
+    teacher = dataclasses.replace(drawn_weights("classifier", arguments=arguments), normalization=normalization)
+    sizes = arguments_of("vqkd")
+    start = adapt_weights(teacher, "vqkd", sizes)
+    assert {path.split("/")[1] for path in flat(start.variables)} == {"encoder", "encoder_norm"}
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.uint8)
+    normalised = normalize(images, *NORMALIZATIONS[normalization])
+    params = {"params": teacher.variables["params"]}
+    theirs = Classifier.from_arguments(arguments).apply(params, normalised, method=Classifier.features)
+    drawn = drawn_weights("vqkd", seed=4).variables
+    drawn["params"] |= start.variables["params"]
+    ours = VQKD.from_arguments(sizes).apply(drawn, to_unit_range(images), train=False).encoder_features
+    np.testing.assert_allclose(ours, theirs[:, 1:], atol=2e-5)
+
+
+def test_a_masked_image_model_does_not_initialise_a_tokenizer():
     with pytest.raises(UserError, match="those of a masked image model, which cannot initialise a tokenizer"):
         started(drawn_weights("mim"), "vqkd")
