@@ -34,7 +34,8 @@ def test_seeds_share_tokenizers_and_not_features():
 @pytest.mark.long
 def test_every_stage_fits_what_it_finds_in_other_runs():
     earlier, checked = {}, 0
-    for name in study.all_runs():
+    names = [name for name in study.all_runs() if name not in ("classifier", "teacher")]
+    for name in ("classifier", *names):
         config = config_lib.load(f"{CONFIGS / 'study'}.py:{study.presets_of(name)}")
         config.teacher.weights = "/study/classifier/finetune"  # the only teacher that needs no file
         for key, stage in config_lib.resolve(config, f"/study/{name}").stages.items():
@@ -43,7 +44,7 @@ def test_every_stage_fits_what_it_finds_in_other_runs():
             stage.update_from_flattened_dict(
                 {path: os.path.normpath(value) for path, value in flat.items() if value.startswith("/study")}
             )
-            if name != "teacher" and not (name == "features" or key.startswith("finetune1")):
+            if name == "vqkd" or stage.stage != "finetune":  # slow, and the same for every student
                 fit.check(stage, earlier)
                 checked += 1
             earlier[f"/study/{name}/{key}"] = stage
