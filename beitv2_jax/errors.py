@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, valid: Iterable[str], *, least: float = 0.6) -> str | None:
@@ -22,6 +22,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return the question for the entry of `valid` that is close to `name`, or the sentence that none is."""
     guess = nearest(name, valid)
     return f"Did you mean '{guess}'?" if guess else "None of the valid names is spelled like it."
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return the first `most` names with commas between them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class UserError(Exception):

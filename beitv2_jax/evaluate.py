@@ -19,7 +19,7 @@ import numpy as np
 from beitv2_jax import config as config_lib
 from beitv2_jax.choices import NORMALIZATIONS
 from beitv2_jax.command_line import Parser, add_input_options, check_out, report_errors
-from beitv2_jax.errors import UserError, print_error
+from beitv2_jax.errors import UserError, listed, print_error
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import json_text, write_json
 from beitv2_jax.runtime.buckets import absolute
@@ -180,8 +180,8 @@ def _multi_label(network, options, source, classes) -> _Evaluated:
     if not network.multi_label:
         lines.append("the weights do not say that an image may have several classes; each logit is taken by itself")
     if empty := [name for name, count in zip(names, details["positives"], strict=True) if not count]:
-        shown = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
-        lines.append(f"the means are over {len(names) - len(empty)} of {len(names)} classes; no image has: {shown}")
+        counted = len(names) - len(empty)
+        lines.append(f"the means are over {counted} of {len(names)} classes; no image has: {listed(empty)}")
     average_precision = dict(zip(names, details["average_precision"].tolist(), strict=True))
     return _Evaluated(result, source, lines, write, {"classes": classes.stated, "average_precision": average_precision})
 

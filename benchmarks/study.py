@@ -276,6 +276,7 @@ def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
 
 
 def seeds_of(workdir: Path, arm: str) -> list[str]:
+    """Return the names of the runs of an arm of the study, one for each seed."""
     return ["-".join(filter(None, (arm, seed))) for seed in SEEDS]
 
 
@@ -372,6 +373,7 @@ def _draw_curves(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Pa
 
 
 def main() -> None:
+    """Run, list or tabulate what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     sweep = verbs.add_parser("run", help="run what has not finished")

@@ -75,6 +75,7 @@ def decoded(delta: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
+    """Write the data set that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", required=True, metavar="FOLDER", help="folder of the .npz files")
     parser.add_argument("--data_dir", default="", help="TFDS directory; its own default where this is left out")

@@ -19,6 +19,40 @@ ERASED_ASPECT = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
 
 
+def augmented(
+    images: NormalizedImages,
+    targets: Targets | None,
+    weight: Float[Array, "b"],
+    key_erase: PRNGKeyArray,
+    key_mix: PRNGKeyArray,
+    *,
+    mixup: float,
+    cutmix: float,
+    mix_probability: float,
+    switch_probability: float,
+    erasing: float,
+) -> tuple[NormalizedImages, Targets | None]:
+    """Return images that are erased and mixed as a recipe says, and their targets, which mixing alone needs.
+
+    `erasing` is the `probability` of `random_erasing`, `mix_probability` that of `mix`, whose arguments the others are.
+    With an `erasing` of 0 nothing is erased, with a `mixup` and a `cutmix` of 0 nothing is mixed.
+    """
+    if erasing:
+        images = random_erasing(images, key_erase, probability=erasing)
+    if mixup or cutmix:
+        images, targets = mix(
+            images,
+            targets,
+            weight,
+            key_mix,
+            mixup=mixup,
+            cutmix=cutmix,
+            probability=mix_probability,
+            switch_probability=switch_probability,
+        )
+    return images, targets
+
+
 def random_erasing(images: NormalizedImages, key: PRNGKeyArray, *, probability: float) -> NormalizedImages:
     """Fill one random box of each image, with `probability`, with N(0, 1) noise of its own in every pixel and channel.
 

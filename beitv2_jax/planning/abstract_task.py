@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from beitv2_jax.config.train_labels import parse_train_labels
-from beitv2_jax.convert.arguments import abstract_variables
+from beitv2_jax.convert.arguments import abstract_init, abstract_variables
 from beitv2_jax.convert.files import located
 from beitv2_jax.convert.runs import check_stage
 from beitv2_jax.convert.teachers.load import load_teacher
@@ -190,8 +189,7 @@ def _with_teacher(config, opened: inputs.Opened, size: Mapping[str, int]) -> inp
             grid=(side, side),
             dtype=config.efficiency.dtype,
         )
-        images = jnp.zeros((1, teacher.input_size, teacher.input_size, 3))
-        weights = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+        weights = abstract_init(network, teacher.input_size, network.backbone.patch_size)["params"]
     else:
         teacher, weights = load_teacher(**targets.teacher_arguments(config, patch_size))
     return dataclasses.replace(opened, network=teacher, frozen={"teacher": _shapes(weights)})
@@ -240,8 +238,7 @@ def _with_backbone(config, opened: inputs.Opened, size: Mapping[str, int]) -> in
     else:
         backbone = dataclasses.replace(backbone_of(describe_weights(config.backbone.run)), **sizes)
     model = VisionTransformer(backbone, Compute(dtype=config.efficiency.dtype))
-    images = jnp.zeros((1, backbone.image_size, backbone.image_size, 3))
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = abstract_init(model, backbone.image_size, backbone.patch_size)["params"]
     network = FrozenBackbone(model, params, "imagenet", random_params=lambda seed: params)
     return dataclasses.replace(opened, network=network, frozen={"backbone": _shapes(params)})
 

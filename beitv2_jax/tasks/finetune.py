@@ -37,14 +37,10 @@ def finetune_loss(
     num_classes: int,
     normalization: str,
     label_smoothing: float,
-    mixup: float,
-    cutmix: float,
-    mix_probability: float,
-    switch_probability: float,
-    erasing: float,
     class_weights: Float[np.ndarray, "k"] | None = None,
+    **augment: float,
 ) -> Callable:
-    """Return the `loss` of classification; the five before the last say how images change in the step (`mixing`).
+    """Return the `loss` of classification; `augment` says how images change in the step (`mixing.augmented`).
 
     With `class_weights` w the cross entropy of an image is multiplied by w[label], that of a mixture by
     lambda w[label] + (1 - lambda) w[partner's label]; smoothing of the labels does not enter. The loss is the sum over
@@ -54,23 +50,13 @@ def finetune_loss(
     def loss(params, model_state, frozen, batch, key, step):
         key_drop, key_erase, key_mix = jax.random.split(key, 3)
         images, labels, weight = normalized(view_pixels(batch), normalization), batch["labels"], batch["weight"]
-        if erasing:
-            images = mixing.random_erasing(images, key_erase, probability=erasing)
         targets, class_weight = None, None if class_weights is None else jnp.asarray(class_weights)[labels]
-        if mixup or cutmix:
+        if augment["mixup"] or augment["cutmix"]:
             targets = smoothed_targets(labels, num_classes, label_smoothing)
             if class_weight is not None:  # mixed like the targets
                 targets = jnp.concatenate([targets, class_weight[:, None]], axis=1)
-            images, targets = mixing.mix(
-                images,
-                targets,
-                weight,
-                key_mix,
-                mixup=mixup,
-                cutmix=cutmix,
-                probability=mix_probability,
-                switch_probability=switch_probability,
-            )
+        images, targets = mixing.augmented(images, targets, weight, key_erase, key_mix, **augment)
+        if targets is not None:
             if class_weight is not None:
                 targets, class_weight = targets[:, :-1], targets[:, -1]
             # what an image mostly shows counts as its label
@@ -133,10 +119,11 @@ def build(config) -> Task:
     class_weights = None
     if config.get("class_weights", "none") == "balanced":
         counts = class_counts(source)
-        class_weights = balanced_class_weights(counts)
         if is_multi_label(source):  # each class is a problem of two: without it, and with it
             pairs = [balanced_class_weights(np.array([len(source) - count, count])) for count in counts]
             class_weights = np.stack(pairs, axis=1)
+        else:
+            class_weights = balanced_class_weights(counts)
     return make_task(config, inputs.Opened(sources, initial=initial, class_weights=class_weights))
 
 
@@ -168,7 +155,6 @@ def make_task(config, opened: inputs.Opened) -> Task:
         "erasing": config.augment.erasing,
         "class_weights": opened.class_weights,
     }
-
     if is_multi_label(source):
         of_labels = {
             "loss": multi_label.multi_label_loss(model, **changes),

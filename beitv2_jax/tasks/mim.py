@@ -18,7 +18,7 @@ from beitv2_jax.config.checks import check_codebook_size
 from beitv2_jax.data.target_cache.encoding import CODE_IDS
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
-from beitv2_jax.models.mim import MaskedImageModel, gather_masked
+from beitv2_jax.models.mim import MaskedImageModel, MaskedTransformer, gather_masked
 from beitv2_jax.models.ops.cross_entropy import head_cross_entropy, rounded_cross_entropy
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
@@ -172,10 +172,7 @@ def open_inputs(config) -> inputs.Opened:
 
 def make_task(config, opened: inputs.Opened) -> Task:
     """Build the MIM task on inputs that are open."""
-    source, eval_source = opened.sources
-    stored, tokenizer = opened.stored, opened.network
-    grid = patch_grid(config)
-    model = make_model(config, inputs.compute(config))
+    tokenizer, model = opened.network, make_model(config, inputs.compute(config))
 
     def code_ids(frozen, batch, images):
         if tokenizer is None:
@@ -189,27 +186,38 @@ def make_task(config, opened: inputs.Opened) -> Task:
         normalization=config.normalization,
         code_ids=code_ids,
     )
-    masking = mask_arguments(config)
+    return masked_task(
+        config,
+        opened,
+        model,
+        name="mim",
+        loss=mim_loss(model, **masked),
+        frozen=opened.frozen,
+        evaluate=mim_evaluation(model, **masked),
+        summarize=summarize,
+    )
+
+
+def masked_task(config, opened: inputs.Opened, model: MaskedTransformer, **of_stage: Any) -> Task:
+    """Build the task of a stage with hidden patches from inputs that are open; `of_stage` are its own fields."""
+    (source, eval_source), stored, grid = opened.sources, opened.stored, patch_grid(config)
+    masking, num_masked = mask_arguments(config), config.masking.num_masked
     eval_targets = targets_lib.stored_views(stored[1])
     eval_masks = inputs.eval_masks(config.seed, grid, masking)
     image_shape = (1, config.views.image_size, config.views.image_size, 3)
-    first_mask = jnp.arange(grid[0] * grid[1])[None] < config.masking.num_masked
+    first_mask = jnp.arange(grid[0] * grid[1])[None] < num_masked
     return Task(
-        name="mim",
         init=lambda key: init_variables(
-            model, key, jnp.zeros(image_shape), first_mask, num_masked=config.masking.num_masked, train=False
+            model, key, jnp.zeros(image_shape), first_mask, num_masked=num_masked, train=False
         ),
         initial=opened.initial,
-        loss=mim_loss(model, **masked),
-        frozen=opened.frozen,
         sources=opened.sources,
         train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
         eval_batches=functools.partial(
             inputs.eval_batches_with, lambda batch: eval_targets(batch) | eval_masks(batch), eval_source, config
         ),
-        evaluate=mim_evaluation(model, **masked),
-        summarize=summarize,
         no_decay=released_no_decay,
+        **of_stage,
     )
 
 

@@ -15,6 +15,7 @@ import optax
 from absl import logging
 from jaxtyping import Array, Bool, Float
 
+from beitv2_jax.errors import listed
 from beitv2_jax.models import mixing
 from beitv2_jax.tasks.api import LossParts, Rows
 from beitv2_jax.tasks.common import normalized, view_pixels
@@ -50,12 +51,8 @@ def multi_label_loss(
     *,
     normalization: str,
     label_smoothing: float,
-    mixup: float,
-    cutmix: float,
-    mix_probability: float,
-    switch_probability: float,
-    erasing: float,
     class_weights: Float[np.ndarray, "2 k"] | None = None,
+    **augment: float,
 ) -> Callable:
     """Return the `loss` of multi-label classification: `binary_cross_entropy`, in the mean over the classes.
 
@@ -68,19 +65,7 @@ def multi_label_loss(
     def loss(params, model_state, frozen, batch, key, step):
         key_drop, key_erase, key_mix = jax.random.split(key, 3)
         images, targets, weight = normalized(view_pixels(batch), normalization), batch["labels"], batch["weight"]
-        if erasing:
-            images = mixing.random_erasing(images, key_erase, probability=erasing)
-        if mixup or cutmix:
-            images, targets = mixing.mix(
-                images,
-                targets,
-                weight,
-                key_mix,
-                mixup=mixup,
-                cutmix=cutmix,
-                probability=mix_probability,
-                switch_probability=switch_probability,
-            )
+        images, targets = mixing.augmented(images, targets, weight, key_erase, key_mix, **augment)
         logits = model.apply({"params": params}, images, train=True, rngs={"drop_path": key_drop})
         cross_entropy = binary_cross_entropy(logits, targets, label_smoothing, class_weights)
         hits = jnp.take_along_axis(targets, jnp.argmax(logits, axis=-1)[:, None], axis=-1)
@@ -187,8 +172,7 @@ def mean_cross_entropy(logits: Float[np.ndarray, "n k"], labels: Float[np.ndarra
 
 @functools.cache  # every evaluation meets them
 def _warn_of_empty(names: tuple[str, ...]) -> None:
-    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    logging.warning("no image of the evaluation has these classes, which no mean counts: %s", listed)
+    logging.warning("no image of the evaluation has these classes, which no mean counts: %s", listed(names))
 
 
 def _mean(values: Float[np.ndarray, "k"]) -> float:

@@ -9,7 +9,6 @@ patches as mask tokens; Wei et al. 2022, MVP (arXiv 2203.05175) and Fang et al. 
 features.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,9 +24,9 @@ from beitv2_jax.models.preprocess import patches_of
 from beitv2_jax.tasks import inputs
 from beitv2_jax.tasks import targets as targets_lib
 from beitv2_jax.tasks.api import Batch, LossParts, Task
-from beitv2_jax.tasks.common import init_variables, normalized, released_no_decay, view_pixels
+from beitv2_jax.tasks.common import normalized, view_pixels
 from beitv2_jax.tasks.losses import cosine_distillation, weighted_sum
-from beitv2_jax.tasks.mim import mask_arguments, patch_grid
+from beitv2_jax.tasks.mim import masked_task, patch_grid
 from beitv2_jax.tasks.vqkd import stored_features
 from beitv2_jax.typing import Images, PyTree
 
@@ -124,33 +123,23 @@ def check_features(config, manifest: Mapping[str, Any]) -> None:
 
 def make_task(config, opened: inputs.Opened) -> Task:
     """Build the task on inputs that are open."""
-    source, eval_source = opened.sources
-    stored, grid = opened.stored, patch_grid(config)
-    target_width = None if stored[0] is None else stored[0].manifest["teacher_width"]
+    reader, _ = opened.stored
+    target_width = None if reader is None else reader.manifest["teacher_width"]
     model = make_model(config, inputs.compute(config), target_width=target_width)
-    num_masked, masking = config.masking.num_masked, mask_arguments(config)
     losses = regression_losses(
-        model, num_masked=num_masked, normalization=config.normalization, of_features=stored[0] is not None
+        model,
+        num_masked=config.masking.num_masked,
+        normalization=config.normalization,
+        of_features=reader is not None,
     )
-    eval_targets = targets_lib.stored_views(stored[1])
-    eval_masks = inputs.eval_masks(config.seed, grid, masking)
-    image_shape = (1, config.views.image_size, config.views.image_size, 3)
-    first_mask = jnp.arange(grid[0] * grid[1])[None] < num_masked
-    return Task(
+    return masked_task(
+        config,
+        opened,
+        model,
         name="regress",
-        init=lambda key: init_variables(
-            model, key, jnp.zeros(image_shape), first_mask, num_masked=num_masked, train=False
-        ),
-        initial=opened.initial,
         loss=regress_loss(losses),
-        sources=opened.sources,
-        train_batches=inputs.train_batches(config, source, mask={"grid": grid, **masking}, targets=stored[0]),
-        eval_batches=functools.partial(
-            inputs.eval_batches_with, lambda batch: eval_targets(batch) | eval_masks(batch), eval_source, config
-        ),
         evaluate=regress_evaluation(losses),
         summarize=summarize,
-        no_decay=released_no_decay,
     )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from beitv2_jax.data.decode import CorruptImageError
 from beitv2_jax.data.segmentation.label_maps import LabelIds, decode_label_map
 from beitv2_jax.data.segmentation.labels import IGNORED
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, listed
 
 MAX_MAPS = 1000
 """Label maps of a split that are looked at, spread evenly over it; decoding one of ADE20K takes about 2 ms."""
@@ -131,5 +131,4 @@ def _mapping(present: Bool[np.ndarray, "256"]) -> str:
 
 
 def _some(numbers: Sequence[int]) -> str:
-    listed = ", ".join(str(number) for number in numbers[:_MAX_LISTED])
-    return listed + (f" and {len(numbers) - _MAX_LISTED} more" if len(numbers) > _MAX_LISTED else "")
+    return listed([str(number) for number in numbers], _MAX_LISTED)

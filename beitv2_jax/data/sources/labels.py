@@ -9,7 +9,7 @@ from absl import logging
 from jaxtyping import Int
 
 from beitv2_jax.data.sources.label_sets import LabelSets, is_multi_label
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, listed
 from beitv2_jax.rng import host_rng
 
 _AT_ONCE = 32
@@ -80,7 +80,7 @@ def few_labels(source, *, seed: int, fraction: float = 0.0, shots: int = 0) -> S
         )
     if short:
         text = "split %s: classes with fewer than %d images, all of which are used: %s"
-        logging.warning(text, source.split, shots, _listed(short))
+        logging.warning(text, source.split, shots, listed(short))
     indices = np.sort(np.concatenate(chosen))
     amount = f"{shots}" if shots else f"{100 * fraction:g}%"
     return Subset(source, indices, labels[indices], f"{amount} per class (draw {_digest(indices)})")
@@ -162,8 +162,4 @@ def log_classes(train, evaluation) -> None:
         unseen = np.flatnonzero((counts[train.split] == 0) & (counts[evaluation.split] > 0))
         if len(unseen):
             text = "split %s: classes without training images, which are never predicted: %s"
-            logging.warning(text, evaluation.split, _listed([train.class_names[label] for label in unseen]))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            logging.warning(text, evaluation.split, listed([train.class_names[label] for label in unseen]))

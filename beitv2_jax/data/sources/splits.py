@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from beitv2_jax.errors import UserError, did_you_mean
+from beitv2_jax.errors import UserError, did_you_mean, listed
 
 EVALUATION_SPLITS = ("validation", "val", "test")
 
@@ -30,9 +30,8 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
             "Did you mean another data set?",
             "Write --config.data.source=SOURCE of a data set with splits.",
         )
-    listed = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     raise UserError(
-        f"{where} has no split {split!r}; it has {listed}.",
+        f"{where} has no split {split!r}; it has {listed(known, 10)}.",
         did_you_mean(name, known),
         "Write --config.data.train_split=NAME and --config.data.eval_split=NAME, each with one of these names.",
     )
