@@ -62,9 +62,9 @@ CLAIMS = {
         (
             *("vqkd-dim8", "vqkd", "vqkd-dim192"),
             *(
-                f"vqkd-{images}{codes}"
-                for images in ("images1k", "images10k", "images50k")
-                for codes in ("", "-codes2048", "-codes8192")
+                "-".join(filter(None, ("vqkd", images, codes)))
+                for images in ("images1k", "", "images50k")
+                for codes in ("", "codes2048", "codes8192")
             ),
         ),
     ),
@@ -114,7 +114,7 @@ def config_of(name: str):
 def needed_by(name: str) -> list[str]:
     """Return the names of the runs whose folders a run reads."""
     paths = [value for value in config_lib.flatten(config_of(name)).values() if isinstance(value, str)]
-    return list(dict.fromkeys(path.split("/../")[1].split("/")[0] for path in paths if "/../" in path))
+    return list(dict.fromkeys(path.split("/")[1] for path in paths if path.startswith("../")))
 
 
 def with_needed(names: Iterable[str]) -> list[str]:

@@ -27,7 +27,6 @@ Presets
   seed1               another seed of views, masks, initial weights and order
   seed2               a third one
   images1k            1 000 training images
-  images10k           10 000
   images50k           50 000
   teacher_classifier  the run classifier is the teacher
   teacher_random      the run random is the teacher
@@ -61,7 +60,7 @@ from ml_collections import ConfigDict
 from beitv2_jax.config import apply_presets, flatten, link, load, sections
 
 # All numbers of the study. Durations are in steps of `BATCH_SIZE` images.
-SOURCE, NUM_IMAGES, TEST = "tfds:cifar10_6bit", 20000, "test"
+SOURCE, NUM_IMAGES, TEST = "tfds:cifar10_6bit", 10000, "test"
 WATCHED = "test[:1000]"  # what the stages before the evaluation watch themselves on
 LABELLED = f"train[:{NUM_IMAGES}]"  # what every evaluation learns from, however many images there are without labels
 CURVE_IMAGES, CURVE_TEST = 4000, "test[:2000]"  # of the probes during pre-training
@@ -81,7 +80,7 @@ KMEANS_AGAIN = "300 steps"
 PRETRAINING = {"duration": "1500 steps", "warmup": "75 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 POINTS = (300, 600, 900, 1200)  # steps after which a checkpoint is probed, beside the last one
 FINETUNING = {"warmup": "20 steps", "peak_lr": 1e-3, "betas": (0.9, 0.999), "layer_decay": 0.75}
-LABELS = {"finetune1": ("1%", "150 steps"), "finetune10": ("10%", "300 steps"), "finetune100": ("", "450 steps")}
+LABELS = {"finetune1": ("1%", "100 steps"), "finetune10": ("10%", "200 steps"), "finetune100": ("", "450 steps")}
 CLASSIFIER = {**FINETUNING, "duration": "2000 steps", "layer_decay": 1.0}
 PROBE = {"protocol": "dinov3", "duration": "2000 steps", "batch_size": 1024}
 
@@ -92,7 +91,7 @@ RUNS = (
 """Presets that choose a run."""
 PLAIN = ("smoke", "seed1", "seed2")
 """Presets with which a run still has its whole evaluation."""
-_OF_PIXELS = ("smoke", "images1k", "images10k", "images50k", "views4", "views10")
+_OF_PIXELS = ("smoke", "images1k", "images50k", "views4", "views10")
 _OF_FEATURES = (*_OF_PIXELS, "teacher_classifier", "teacher_random", "features_float32")
 _OF_TOKENIZER = (
     *(*_OF_FEATURES, "live", "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
@@ -197,7 +196,6 @@ PRESETS = {
     "seed1": _seed(1),
     "seed2": _seed(2),
     "images1k": _images(1000),
-    "images10k": _images(10000),
     "images50k": _images(50000),
     "teacher_classifier": _as_built,
     "teacher_random": _as_built,

@@ -137,8 +137,14 @@ def _freeze(value: Any, *, workdir: str | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(inner, workdir=workdir) for inner in value)
     if isinstance(value, str) and workdir is not None:
-        return expand_home(value.replace("{workdir}", workdir))
+        return expand_home(_filled_in(value, workdir) if "{workdir}" in value else value)
     return value
+
+
+def _filled_in(path: str, workdir: str) -> str:
+    """Return a path without '..' after a folder: 'a/../b' cannot be opened as long as there is no folder 'a'."""
+    scheme, separator, path = path.replace("{workdir}", workdir).rpartition("://")
+    return scheme + separator + os.path.normpath(path)
 
 
 def expand_home(path: str) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
@@ -39,11 +38,6 @@ def test_every_stage_fits_what_it_finds_in_other_runs():
         config = config_lib.load(f"{CONFIGS / 'study'}.py:{study.presets_of(name)}")
         config.teacher.weights = "/study/classifier/finetune"  # the only teacher that needs no file
         for key, stage in config_lib.resolve(config, f"/study/{name}").stages.items():
-            flat = {path: value for path, value in config_lib.flatten(stage).items() if isinstance(value, str)}
-            stage = stage.copy_and_resolve_references().unlock()
-            stage.update_from_flattened_dict(
-                {path: os.path.normpath(value) for path, value in flat.items() if value.startswith("/study")}
-            )
             if name == "vqkd" or stage.stage != "finetune":  # slow, and the same for every student
                 fit.check(stage, earlier)
                 checked += 1

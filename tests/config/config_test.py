@@ -181,6 +181,13 @@ def test_resolve_fills_in_the_workdir_in_a_copy():
         resolved.stages.mim.seeed = 1
 
 
+@pytest.mark.parametrize(
+    "workdir, beside", [("/runs/1", "/runs/2/vqkd"), ("gs://bucket/1", "gs://bucket/2/vqkd"), ("1", "2/vqkd")]
+)
+def test_a_folder_beside_the_workdir_is_found_before_the_workdir_is_there(workdir, beside):
+    assert config_lib.resolve(ConfigDict({"run": "{workdir}/../2/vqkd"}), workdir).run == beside
+
+
 def test_a_home_directory_is_filled_in_where_a_value_begins_with_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = ConfigDict({"run": "~/vqkd", "data": {"data_dir": "~", "source": "folder:~/images", "glob": "a~b"}})
