@@ -172,6 +172,7 @@ def smoke(config):
         stage.data.update(train_split="train", eval_split="test")
         if "duration" in stage.run:
             stage.run.update(duration="5 steps", checkpoint_every="1 step", keep_every="1 step", eval_every="5 steps")
+            stage.run.batch_size = 8  # 1 % of the drawn pictures are 10
             stage.optim.warmup = "1 step"
         if "probe" in stage:
             stage.probe.update(duration="5 steps", batch_size=16)
