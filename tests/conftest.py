@@ -6,11 +6,10 @@ import os
 import shutil
 import tempfile
 
+from xla_flags import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# small tests spend their time compiling, so the compiler does not optimise
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 # one cache of compiled programs for the workers and every subprocess of a run of the suite
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

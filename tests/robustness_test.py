@@ -2,12 +2,12 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_states import drawn_weights
 from PIL import Image
-from testing import quick_jit
 
 import beitv2_jax
 from beitv2_jax import robustness
@@ -96,7 +96,7 @@ def test_the_corruptions_are_one_pass_over_whole_images(run, weights, tmp_path):
             path = tmp_path / archive / name / str(severity) / IDS[label] / "1.png"
             pixels.append(put(path, [number, label], (SIDE, SIDE)))
     images = jnp.asarray((np.stack(pixels) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], jnp.float32)
-    logits = np.asarray(quick_jit(model.apply)({"params": weights.variables["params"]}, images))
+    logits = np.asarray(jax.jit(model.apply)({"params": weights.variables["params"]}, images))
     wrong = (logits.argmax(axis=1) != np.array([2, 700] * 75)).reshape(15, 5, 2).mean(axis=2)
     assert 0 < wrong.mean() < 1
     relative = wrong.sum(axis=1) / (5 * np.array(list(ALEXNET_ERRORS.values())))

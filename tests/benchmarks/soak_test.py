@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from paths import HELPERS, ROOT
+from xla_flags import xla_flags
 
 PROGRAM = """
 import json, sys
@@ -32,7 +33,7 @@ def growth(tmp_path_factory):
     config = {f"run.{key}": f"{steps} steps" for key, steps in EVERY.items()} | {"run.duration": f"{STEPS} steps"}
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS), *sys.path]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(1),
     }
     command = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("soak")), json.dumps(config)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

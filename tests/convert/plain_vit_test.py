@@ -3,12 +3,12 @@
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import teacher_cases
 from paths import GOLDEN
-from testing import quick_jit
 
 from beitv2_jax.convert.weights import read, read_backbone
 from beitv2_jax.errors import UserError
@@ -34,7 +34,7 @@ def test_logits_follow_from_the_tokens_of_timm(stored, tmp_path):
     assert (weights.kind, weights.layout, weights.dropped) == ("classifier", "plain", {})
     model = Classifier.from_arguments(weights.arguments)
     images = jnp.asarray(stored["in/image"]).astype(jnp.float32) / 127.5 - 1.0
-    logits = quick_jit(model.apply)({"params": weights.variables["params"]}, images)
+    logits = jax.jit(model.apply)({"params": weights.variables["params"]}, images)
     expected = stored["out/tokens"][:, 0] @ stored["sd/head.weight"].T + stored["sd/head.bias"]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 

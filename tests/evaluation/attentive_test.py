@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.evaluation.attentive import efficient_pool, largest_divisor, multihead_pool
 
@@ -60,13 +59,13 @@ MULTIHEAD = ((3, 5, 6), (2, 3), (6, 2, 3), (6, 2, 3), (2, 3))
 
 def test_efficient_pool_is_the_loop():
     arrays = drawn(*EFFICIENT)
-    np.testing.assert_allclose(quick_jit(efficient_pool)(*as_float32(arrays)), efficient_by_hand(*arrays), atol=2e-6)
+    np.testing.assert_allclose(jax.jit(efficient_pool)(*as_float32(arrays)), efficient_by_hand(*arrays), atol=2e-6)
 
 
 def test_multihead_pool_is_the_loop_with_any_bias_of_the_keys():
     arrays = drawn(*MULTIHEAD)
     expected = multihead_by_hand(*arrays, key_bias=np.array([0.5, -2.0, 1.0]))
-    np.testing.assert_allclose(quick_jit(multihead_pool)(*as_float32(arrays)), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(multihead_pool)(*as_float32(arrays)), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +75,9 @@ def test_multihead_pool_is_the_loop_with_any_bias_of_the_keys():
 def test_gradients_are_finite_differences_of_the_loop(pool, by_hand, shapes):
     arrays = drawn(*shapes)
     cotangent = np.random.default_rng(1).normal(size=(3, shapes[0][-1]))
-    of_params = quick_jit(
-        jax.grad(lambda params, tokens: jnp.sum(pool(tokens, *params) * cotangent.astype(np.float32)))
-    )(as_float32(arrays[1:]), as_float32(arrays)[0])
+    of_params = jax.jit(jax.grad(lambda params, tokens: jnp.sum(pool(tokens, *params) * cotangent.astype(np.float32))))(
+        as_float32(arrays[1:]), as_float32(arrays)[0]
+    )
     step = 1e-5
     for number, gradient in enumerate(of_params, 1):
         expected = np.zeros(gradient.shape)

@@ -5,12 +5,12 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from paths import GOLDEN
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from testing import quick_jit
 
 from beitv2_jax.convert.arguments import MODELS
 
@@ -75,12 +75,12 @@ def answers(weights, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if weights.kind == "mim":
         mask = jnp.asarray(inputs["mask"]) if "mask" in inputs else None
         return np.asarray(
-            quick_jit(functools.partial(model.apply, method="logits_everywhere"))(variables, images, mask).logits
+            jax.jit(functools.partial(model.apply, method="logits_everywhere"))(variables, images, mask).logits
         )
     if weights.kind == "classifier" and weights.arguments["num_classes"] == 0:
         features = functools.partial(model.apply, capture_intermediates=lambda module, name: module.name == "fc_norm")
-        return np.asarray(quick_jit(features)(variables, images)[1]["intermediates"]["fc_norm"]["__call__"][0])
-    output = quick_jit(model.apply)(variables, images)
+        return np.asarray(jax.jit(features)(variables, images)[1]["intermediates"]["fc_norm"]["__call__"][0])
+    output = jax.jit(model.apply)(variables, images)
     return np.asarray(output.logits if weights.kind == "segmenter" else output)
 
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from golden_files import Golden, channels_last
-from testing import quick_jit
 
 from beitv2_jax.convert.beit.official import from_official, to_official
 from beitv2_jax.convert.positions import resize_position_embedding
@@ -86,7 +85,7 @@ def check_mim(golden: Golden):
         losses = [masked_cross_entropy(logits, targets).mean() for logits in heads]
         return sum(losses), (heads, losses)
 
-    @quick_jit
+    @jax.jit
     def compute(params):
         return (
             jax.value_and_grad(loss, has_aux=True)(params),
@@ -129,7 +128,7 @@ def check_classifier(golden: Golden):
         logits = model.apply({"params": params}, images)
         return -jnp.mean(jnp.sum(soft_labels * jax.nn.log_softmax(logits), axis=-1)), logits
 
-    @quick_jit
+    @jax.jit
     def compute(params):
         return (
             jax.value_and_grad(loss, has_aux=True)(params),
@@ -157,7 +156,7 @@ def check_classifier(golden: Golden):
         golden.check(f"pos_embed_{size}", embedding)
         resized = Classifier.from_arguments({**arguments, "image_size": size})
         backbone = {**params["backbone"], "pos_embed": embedding}
-        apply = quick_jit(lambda params, images, model=resized: model.apply({"params": params}, images))
+        apply = jax.jit(lambda params, images, model=resized: model.apply({"params": params}, images))
         golden.check(
             f"logits_{size}", apply({**params, "backbone": backbone}, channels_last(golden.arrays[f"in/image_{size}"]))
         )

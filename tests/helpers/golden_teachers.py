@@ -3,9 +3,9 @@
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 from golden_files import Golden, channels_last
-from testing import quick_jit
 
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
@@ -15,17 +15,17 @@ def check_clip_teacher(golden: Golden):
     heads = golden.config["visual"]["heads"]
     teacher, params = check_teacher(golden, num_heads=heads, activation="quick_gelu", position_resize="offset")
     pixels = 255.0 * golden.images
-    tokens = quick_jit(teacher.tokens)(params, normalize(pixels, *NORMALIZATIONS["clip"]))
+    tokens = jax.jit(teacher.tokens)(params, normalize(pixels, *NORMALIZATIONS["clip"]))
     golden.check("pooled", tokens[:, 0])
     teacher, params = load(golden, pixels, num_heads=heads, activation="quick_gelu", output="tokens")
-    golden.check("tokens_post_ln", quick_jit(teacher.features)(params, pixels))
+    golden.check("tokens_post_ln", jax.jit(teacher.features)(params, pixels))
 
 
 def check_dino_teacher(golden: Golden):
     heads = golden.config["model"]["num_heads"]
     teacher, params = check_teacher(golden, num_heads=heads, normalization="imagenet")
     normalised = normalize(255.0 * golden.images, *NORMALIZATIONS["imagenet"])
-    golden.check("all_tokens", quick_jit(teacher.tokens)(params, normalised))
+    golden.check("all_tokens", jax.jit(teacher.tokens)(params, normalised))
 
 
 def check_teacher(golden: Golden, **options):
@@ -34,10 +34,10 @@ def check_teacher(golden: Golden, **options):
     for size in golden.config["resized"]:
         resized = 255.0 * channels_last(golden.arrays[f"in/image_{size}"])
         teacher, params = load(golden, resized, **options)
-        golden.check(f"target_{size}", quick_jit(teacher.features)(params, resized))
+        golden.check(f"target_{size}", jax.jit(teacher.features)(params, resized))
     pixels = 255.0 * golden.images
     teacher, params = load(golden, pixels, **options)
-    golden.check("target", quick_jit(teacher.features)(params, pixels))
+    golden.check("target", jax.jit(teacher.features)(params, pixels))
     golden.check("pre_processed", to_unit_range(pixels).transpose(0, 3, 1, 2))
     normalised = normalize(pixels, *NORMALIZATIONS[teacher.normalization])
     golden.check("normalised_input", normalised.transpose(0, 3, 1, 2))

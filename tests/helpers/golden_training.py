@@ -11,7 +11,6 @@ from golden_models import classifier_arguments, mim_arguments
 from golden_schedules import num_warmup_steps
 from golden_vqkd import vqkd_arguments
 from paths import CONFIGS
-from testing import quick_jit
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
@@ -86,7 +85,7 @@ def check_train10_vqkd(golden: Golden):
     variables["codebook"]["quantizer"]["cluster_counts"] = np.zeros(config.model.codebook_size, np.float32)
     run = Run("vqkd", golden, task, config, variables)
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=golden.config["decoder_out_dim"])
-    encode = quick_jit(lambda variables, images: model.apply(variables, to_unit_range(images), method=VQKD.encode))
+    encode = jax.jit(lambda variables, images: model.apply(variables, to_unit_range(images), method=VQKD.encode))
     ids = []
     # a step looks its codes up before it moves the codebook
     run.before_step = lambda state, batch: ids.append(
@@ -147,7 +146,7 @@ class Run:
 
     def steps(self, batches):
         """Take all steps; return the metrics as arrays over the steps."""
-        step = quick_jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, average_decay=0.0))
+        step = jax.jit(make_train_step(self.task, self.optimizer, schedule=self.schedule, seed=0, average_decay=0.0))
         of_steps = []
         for index in range(self.num_steps):
             batch = {key: jnp.asarray(values[index]) for key, values in batches.items()}

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden_files import Golden, channels_last
-from testing import quick_jit
 
 from beitv2_jax.convert.beit.official import from_official, to_official
 from beitv2_jax.data.segmentation.windows import window_starts
@@ -57,7 +56,7 @@ def check_inference(golden, model, variables):
         [(y, x) for y in window_starts(size[0], crop, stride) for x in window_starts(size[1], crop, stride)]
     )
 
-    @quick_jit
+    @jax.jit
     def compute(images, large):
         output = model.apply(variables, images)
         cut = [large[:, y : y + crop, x : x + crop] for y, x in corners]
@@ -96,7 +95,7 @@ def check_training(golden, model, variables):
         metrics = {name: value / pixels for name, value in sums.items()}
         return total / pixels, (metrics, moved_statistics(variables["batch_stats"], updated["batch_stats"]))
 
-    (total, (metrics, batch_stats)), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    (total, (metrics, batch_stats)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     golden.check("train/total", total)
     for theirs, ours in (("decode", "decode"), ("aux", "auxiliary")):
         golden.check(f"train/{theirs}.loss_seg", metrics[f"{ours}_loss"])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden_files import Golden, channels_last
-from testing import quick_jit
 
 from beitv2_jax.convert.beit.official import from_official, to_official
 from beitv2_jax.models import quantizer as q
@@ -47,7 +46,7 @@ class QuantizerCase:
         }
 
     def step(self, z, train):
-        @quick_jit
+        @jax.jit
         def compute(state, projections):
             out = self.module.apply({"codebook": state}, projections)
             return out, q.updated_state(state, out.statistics, self.module.options, move=train)
@@ -82,7 +81,7 @@ def check_one_step(case):
         out = case.module.apply(variables, projections)
         return jnp.sum(out.codes * probe) + out.commitment.mean()
 
-    case.check("grad_z", maps(quick_jit(jax.grad(objective))(vectors(z)), z))
+    case.check("grad_z", maps(jax.jit(jax.grad(objective))(vectors(z)), z))
     out = case.step(z, train=True)
     case.check_step(out, z)
     case.check("z_q", maps(out.codes, z))
@@ -110,7 +109,7 @@ def check_kmeans_start(case):
     unit = q.l2_normalise(vectors(z)).reshape(-1, z.shape[1])
     case.check("samples_l2", unit)
     for rounds in (1, 10):
-        kmeans = quick_jit(functools.partial(q.kmeans_from, num_iters=rounds))
+        kmeans = jax.jit(functools.partial(q.kmeans_from, num_iters=rounds))
         means, counts = kmeans(unit, unit[case.inputs["init_indices"]])
         case.check(f"means_iter{rounds}", means)
         case.check(f"bins_iter{rounds}", counts)
@@ -162,8 +161,8 @@ def in_tokenizer_range(images):
 def check_eval_outputs(golden, model, variables):
     images = in_tokenizer_range(golden.arrays["in/image"])
     golden.check("eval/pre_processed", np.moveaxis(np.asarray(images), -1, 1))
-    out = quick_jit(lambda images: model.apply(variables, images, train=False))(images)
-    ids = quick_jit(lambda images: model.apply(variables, images, method=model.encode))(images)
+    out = jax.jit(lambda images: model.apply(variables, images, train=False))(images)
+    ids = jax.jit(lambda images: model.apply(variables, images, method=model.encode))(images)
     np.testing.assert_array_equal(ids, out.code_ids)
     golden.check("eval/token_ids", ids)
     golden.check("eval/encoder_patch_features", out.encoder_features)
@@ -188,7 +187,7 @@ def check_training(golden, model, variables):
         distance = cosine_distillation(out.reconstruction, target).mean()
         return distance + out.commitment.mean(), (distance, out)
 
-    value_and_gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     params, codebook = variables["params"], variables["codebook"]
     batches = zip(
         in_tokenizer_range(golden.arrays["in/images_train"]),

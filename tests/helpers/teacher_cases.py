@@ -7,9 +7,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
-from testing import quick_jit
 
 from beitv2_jax.convert.teachers.load import load_teacher
 
@@ -86,7 +86,7 @@ class Case:
     def error(self, folder: Path, **options) -> float:
         """Return how far our features are from the stored ones, relative to the largest."""
         teacher, params = self.load(folder, **options)
-        features = quick_jit(teacher.features)(params, self.pixels)
+        features = jax.jit(teacher.features)(params, self.pixels)
         assert features.shape == self.features.shape and features.dtype == np.float32
         return float(np.abs(features - self.features).max() / np.abs(self.features).max())
 

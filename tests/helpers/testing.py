@@ -1,13 +1,10 @@
-"""Common to several test files: compiling without optimisation, parameters drawn without running the model."""
+"""Common to several test files: small pictures, and parameters drawn without running the model."""
 
 import functools
 
 import jax
 import numpy as np
 from PIL import Image
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""`jax.jit` for tests whose time goes into compiling; the arithmetic does not depend on the optimisation level."""
 
 
 def write_dark_and_light(folder, *, train, validation):

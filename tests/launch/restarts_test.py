@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import training_toy as toy
 from paths import HELPERS, ROOT
+from xla_flags import xla_flags
 
 from beitv2_jax.training import loop
 from beitv2_jax.training.writer import read_metrics
@@ -46,7 +47,7 @@ def launch(folder, config, plan):
     """Run the toy by the launcher; `plan` says for each attempt what is special about the task of which process."""
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "GRACE": "4",

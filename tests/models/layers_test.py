@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.models import layers
 from beitv2_jax.models.backbone import Backbone, Compute
@@ -170,7 +170,7 @@ def test_a_block_padded_for_cudnn_computes_the_same(monkeypatch, biased):
             outputs, pull = jax.vjp(lambda x, params, bias: module.apply({"params": params}, x, bias), *arguments)
             return outputs, pull(cotangent)
 
-        return jax.tree.leaves(quick_jit(apply_and_pull)(*arguments))
+        return jax.tree.leaves(jax.jit(apply_and_pull)(*arguments))
 
     exact, plain, found = run("reference", "float32"), run("reference", "bfloat16"), run("cudnn", "bfloat16")
     assert lengths == [("cudnn", 16, 16)]
@@ -203,7 +203,7 @@ def test_framework_default_statistics():
 def test_residual_outputs_start_divided_by_depth(scheme):
     def params(layer_index):
         module = block(layer_scale_init=0.3, layer_index=layer_index, param_init=scheme)
-        return quick_jit(module.init)(jax.random.key(5), tokens())["params"]
+        return jax.jit(module.init)(jax.random.key(5), tokens())["params"]
 
     first, fifth = params(1), params(5)
     std = 0.02 if scheme == "normal" else WIDTH**-0.5 / math.sqrt(3)
@@ -231,7 +231,7 @@ def test_block_branches_are_scaled_and_added():
 def test_bfloat16_keeps_the_residual_stream_in_float32():
     module = block(layer_scale_init=1e-3, dtype="bfloat16")
     x = tokens().astype(jnp.bfloat16).astype(jnp.float32)
-    variables = quick_jit(module.init)(jax.random.key(9), x)
+    variables = jax.jit(module.init)(jax.random.key(9), x)
     outputs = module.apply(variables, x)
     assert outputs.dtype == jnp.float32
     assert (outputs != x).mean() > 0.9  # a bfloat16 sum would round nearly every update of this size away

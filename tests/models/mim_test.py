@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.models.layers import Block
 from beitv2_jax.models.mim import MaskedImageModel, gather_masked
@@ -62,8 +62,8 @@ def test_gathering_equals_boolean_indexing(seed, num_masked):
 def test_logits_are_those_of_the_hidden_patches(shared):
     model = build(TINY, shared_head=shared)
     variables, mask = visible(model), exact_mask()
-    gathered = quick_jit(functools.partial(model.apply, num_masked=NUM_MASKED))(variables, images(), mask)
-    everywhere = quick_jit(functools.partial(model.apply, method="logits_everywhere"))(variables, images(), mask)
+    gathered = jax.jit(functools.partial(model.apply, num_masked=NUM_MASKED))(variables, images(), mask)
+    everywhere = jax.jit(functools.partial(model.apply, method="logits_everywhere"))(variables, images(), mask)
     for some, every in zip(gathered, everywhere, strict=True):
         chex.assert_shape(some, (BATCH, NUM_MASKED, CODES))
         chex.assert_shape(every, (BATCH, NUM_PATCHES, CODES))
@@ -108,7 +108,7 @@ def test_masked_pixels_have_exactly_no_gradient_on_any_output():
             logits._replace(logits=nothing, aggregation_logits=weights)
         )
 
-    for gradient in quick_jit(gradients)(images()):
+    for gradient in jax.jit(gradients)(images()):
         per_patch = jnp.abs(gradient).reshape(BATCH, 3, 7, 3, 7, 3).max(axis=(2, 4, 5)).reshape(BATCH, NUM_PATCHES)
         np.testing.assert_array_equal(per_patch == 0, mask)
 
@@ -127,7 +127,7 @@ def test_each_head_trains_what_it_reads():
     def both(_):
         return gradient("logits"), gradient("aggregation_logits")
 
-    main, aggregated = quick_jit(both)(0)
+    main, aggregated = jax.jit(both)(0)
     for name in ("aggregation_0", "aggregation_1"):
         assert not any(leaf.any() for leaf in jax.tree.leaves(main[name]))
         assert all(leaf.any() for leaf in jax.tree.leaves(aggregated[name]))
@@ -157,7 +157,7 @@ def test_only_training_is_random():
     variables = visible(model)
 
     applied = {
-        train: quick_jit(functools.partial(model.apply, num_masked=NUM_MASKED, train=train)) for train in (False, True)
+        train: jax.jit(functools.partial(model.apply, num_masked=NUM_MASKED, train=train)) for train in (False, True)
     }
 
     def run(train, seed):
@@ -171,7 +171,7 @@ def test_only_training_is_random():
 
 def test_init_of_both_parts():
     model = build(TINY, width=48, depth=2, mlp_dim=211, codebook_size=509, early_layer=1, head_depth=1)
-    init = quick_jit(functools.partial(model.init, num_masked=NUM_MASKED))
+    init = jax.jit(functools.partial(model.init, num_masked=NUM_MASKED))
     params = init(jax.random.key(6), images(), exact_mask())["params"]
     clipped = {"lm_head/kernel": 1, "backbone/patch_embed/kernel": 1, "backbone/blocks_1/mlp/fc1/kernel": 1}
     clipped |= {"backbone/blocks_1/mlp/fc2/kernel": 4**-0.5, "backbone/blocks_0/attn/proj/kernel": 2**-0.5}

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.models import mixing
 
@@ -15,7 +14,7 @@ BATCH, HEIGHT, WIDTH = 6, 31, 37
 SETTINGS = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch_probability": 0.5}
 
 
-@functools.partial(quick_jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _mix(images, targets, weight, mixup, cutmix, probability, switch_probability, key):
     return mixing.mix(
         images,
@@ -91,7 +90,7 @@ def test_shares_are_beta_distributed(name, alpha):
     )
     count = 3000
     keys = jax.random.split(jax.random.key(1), count)
-    shares = np.asarray(quick_jit(jax.vmap(lambda key: run(key)[1][0, 0]))(keys))
+    shares = np.asarray(jax.jit(jax.vmap(lambda key: run(key)[1][0, 0]))(keys))
     if name == "mixup":
         np.testing.assert_allclose(shares.mean(), 0.5, atol=4 * 0.31 / math.sqrt(count))
         np.testing.assert_allclose(shares.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.08)
@@ -161,7 +160,7 @@ ERASED_BATCH = 2000
 def erased():
     """Return which pixels of many images were erased, and the pixels."""
     images = jnp.full((ERASED_BATCH, 24, 28, 3), 77.0)
-    run = quick_jit(functools.partial(mixing.random_erasing, probability=0.25))
+    run = jax.jit(functools.partial(mixing.random_erasing, probability=0.25))
     pixels = np.asarray(run(images, jax.random.key(5)))
     return (pixels != 77.0).any(-1), pixels
 
@@ -196,5 +195,5 @@ def test_erasing_reaches_every_place_and_fills_with_noise(erased):
 
 def test_without_room_nothing_is_erased():
     thin = jnp.full((50, 1, 400, 3), 3.0)  # every box is as high as the image
-    run = quick_jit(functools.partial(mixing.random_erasing, probability=1.0))
+    run = jax.jit(functools.partial(mixing.random_erasing, probability=1.0))
     np.testing.assert_array_equal(run(thin, jax.random.key(0)), thin)

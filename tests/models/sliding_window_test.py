@@ -2,10 +2,10 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.data.segmentation import windows as plan
 from beitv2_jax.data.segmentation.labels import IGNORED
@@ -75,7 +75,7 @@ def test_every_pixel_is_classified_as_by_loops(several):
     sliding = plan.Sliding(**sides, scales=(1.0, 0.5), flip=True) if several else plan.Sliding(**sides)
     views, batch = made_batch(sliding)
     assert batch["num_windows"].max() > 6 and (batch["view_sizes"] < CROP).any()
-    found = quick_jit(lambda batch: segment(logits_of, batch, sliding.mirrored))(batch)
+    found = jax.jit(lambda batch: segment(logits_of, batch, sliding.mirrored))(batch)
     for image, (size, views_of_one) in enumerate(zip(SIZES, views, strict=True)):
         answers = [
             merged_by_loops(view, batch["windows"][image, number], size) for number, view in enumerate(views_of_one)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from paths import GOLDEN
 from teacher_cases import SIZES
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.convert.teachers.weights import from_state
 from beitv2_jax.models.backbone import Backbone
@@ -69,7 +69,7 @@ def relative_error(ours, golden):
 def test_patch_features_equal_timm():
     state, arrays, config = load("timm_vit")
     teacher, params = build(state, "half", config["num_heads"])
-    features = quick_jit(teacher.features)(params, arrays["in/image"])
+    features = jax.jit(teacher.features)(params, arrays["in/image"])
     assert features.dtype == jnp.float32
     assert relative_error(features, arrays["out/tokens"][:, 1:]) < 1e-5
 
@@ -116,7 +116,7 @@ def test_weights_are_arguments_and_never_constants_of_the_program():
     zeros = jax.tree.map(np.zeros_like, params)
     jaxpr = jax.make_jaxpr(teacher.features)(params, image)
     assert all(np.size(constant) <= 3 for constant in jaxpr.consts)
-    assert np.all(quick_jit(teacher.features)(zeros, image) == 0.0)
+    assert np.all(jax.jit(teacher.features)(zeros, image) == 0.0)
 
 
 def test_the_projection_comes_after_the_norm_and_reads_every_token():
@@ -124,8 +124,8 @@ def test_the_projection_comes_after_the_norm_and_reads_every_token():
     images = np.random.default_rng(1).normal(size=(3, 6, 6, 3)).astype(np.float32)
     model = NormalisedViT(backbone, 4)
     params = drawn_variables(model, images)["params"]
-    projected = quick_jit(vit_tokens(model))(params, images)
-    tokens = quick_jit(VisionTransformer(backbone).apply)({"params": params["backbone"]}, images).tokens
+    projected = jax.jit(vit_tokens(model))(params, images)
+    tokens = jax.jit(VisionTransformer(backbone).apply)({"params": params["backbone"]}, images).tokens
     normalised = LayerNorm(0.1).apply({"params": params["norm"]}, tokens)
     chex.assert_shape(projected, (3, 10, 4))
     np.testing.assert_allclose(projected, normalised @ params["projection"]["kernel"], atol=1e-4)
@@ -137,9 +137,9 @@ def test_classifier_tokens_are_those_in_front_of_the_head():
     )
     model = Classifier.from_arguments(arguments)
     images = np.random.default_rng(1).normal(size=(3, 6, 6, 3)).astype(np.float32)
-    params = quick_jit(model.init)(jax.random.key(0), images)["params"]
-    tokens = quick_jit(classifier_tokens(model))(params, images)
-    expected = quick_jit(functools.partial(model.apply, method=Classifier.features))({"params": params}, images)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    tokens = jax.jit(classifier_tokens(model))(params, images)
+    expected = jax.jit(functools.partial(model.apply, method=Classifier.features))({"params": params}, images)
     np.testing.assert_allclose(tokens, expected, atol=1e-6)
     np.testing.assert_allclose(np.mean(tokens, axis=-1), 0.0, atol=1e-5)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.models.backbone import Backbone, Compute
 from beitv2_jax.models.vit import ConvStem, PatchEmbed, VisionTransformer
@@ -68,7 +68,7 @@ def test_patch_embedding_is_a_row_major_strided_convolution():
 def test_patch_embedding_init(scheme):
     channels, fan_in = 32, 32 * PATCH**2
     model = PatchEmbed(Backbone(**{**SIZES, "width": 31}, param_init=scheme))
-    params = quick_jit(model.init)(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, SIZE, SIZE, channels)))["params"]
     if scheme == "clipped":
         assert (params["bias"] == 0).all()
         np.testing.assert_allclose(jnp.std(params["kernel"]), 0.0108, rtol=0.02)
@@ -91,7 +91,7 @@ def test_special_tokens_follow_the_init():
 def test_every_parameter_matters():
     model = build(position="relative_shared", mask_token=True, pre_norm=True, layer_scale_init=0.1)
     variables = drawn_variables(model, images())
-    gradients = quick_jit(jax.grad(lambda v: jnp.sum(model.apply(v, images(), random_mask()).tokens ** 2)))(variables)
+    gradients = jax.jit(jax.grad(lambda v: jnp.sum(model.apply(v, images(), random_mask()).tokens ** 2)))(variables)
     silent = [name for name, g in traverse_util.flatten_dict(gradients["params"], sep="/").items() if not g.any()]
     assert not silent
 
@@ -105,7 +105,7 @@ def test_masked_pixels_have_exactly_no_influence_and_visible_ones_have():
         output = model.apply(variables, pixels, mask)
         return sum(jnp.sum(weights * jnp.tanh(tokens)) for tokens in output.hidden)
 
-    gradient = quick_jit(jax.grad(summary))(images(), jax.random.normal(jax.random.key(5), (BATCH, 10, WIDTH)))
+    gradient = jax.jit(jax.grad(summary))(images(), jax.random.normal(jax.random.key(5), (BATCH, 10, WIDTH)))
     per_patch = jnp.abs(gradient).reshape(BATCH, 3, PATCH, 3, PATCH, 3).max(axis=(2, 4, 5)).reshape(BATCH, NUM_PATCHES)
     np.testing.assert_array_equal(per_patch == 0, mask)
 
@@ -114,7 +114,7 @@ def test_cls_token_comes_first():
     model = build(position="none", mask_token=True)
     variables = drawn_variables(model, images())
     everything = jnp.ones((BATCH, NUM_PATCHES), bool)
-    tokens = quick_jit(model.apply)(variables, images(), everything).tokens
+    tokens = jax.jit(model.apply)(variables, images(), everything).tokens
     # with every patch hidden and no positions all patch tokens are equal, and only the first token differs
     np.testing.assert_allclose(tokens[:, 1:], jnp.broadcast_to(tokens[:1, 1:2], tokens[:, 1:].shape), atol=1e-5)
     assert jnp.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
@@ -139,7 +139,7 @@ def test_without_a_class_token_only_patches_are_left():
     params = drawn_variables(model, images())["params"]
     assert model.backbone.num_prefix_tokens == 0 and "cls_token" not in params
     chex.assert_shape(params["pos_embed"], (1, NUM_PATCHES, WIDTH))
-    chex.assert_shape(quick_jit(model.apply)({"params": params}, images()).tokens, (BATCH, NUM_PATCHES, WIDTH))
+    chex.assert_shape(jax.jit(model.apply)({"params": params}, images()).tokens, (BATCH, NUM_PATCHES, WIDTH))
 
 
 @pytest.mark.parametrize("other", [{"class_token": False}, {"num_registers": 1}])
@@ -153,7 +153,7 @@ def test_only_training_is_random():
     model = build(drop_path_rate=0.9)
     variables = drawn_variables(model, images())
 
-    applied = {train: quick_jit(functools.partial(model.apply, train=train)) for train in (False, True)}
+    applied = {train: jax.jit(functools.partial(model.apply, train=train)) for train in (False, True)}
 
     def run(train, seed):
         return applied[train](variables, images(), rngs={"drop_path": jax.random.key(seed)}).tokens
@@ -175,11 +175,11 @@ def loss_of(model):
 def test_remat_keeps_names_and_gradients():
     models = {remat: build(drop_path_rate=0.9, remat=remat) for remat in ("none", "dots", "full")}
     variables = drawn_variables(models["none"], images())
-    expected = quick_jit(jax.grad(loss_of(models["none"])))(variables)
+    expected = jax.jit(jax.grad(loss_of(models["none"])))(variables)
     bound = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for model in models.values():
         chex.assert_trees_all_equal(variables, drawn_variables(model, images()))
-        chex.assert_trees_all_close(quick_jit(jax.grad(loss_of(model)))(variables), expected, rtol=1e-4, atol=bound)
+        chex.assert_trees_all_close(jax.jit(jax.grad(loss_of(model)))(variables), expected, rtol=1e-4, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

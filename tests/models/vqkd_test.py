@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.quantizer import l2_normalise, updated_state
@@ -31,7 +30,7 @@ def build(**changes):
 
 
 def apply(model, variables, images, **kwargs):
-    return quick_jit(lambda variables, images: model.apply(variables, images, **kwargs))(variables, images)
+    return jax.jit(lambda variables, images: model.apply(variables, images, **kwargs))(variables, images)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def variables(images):
-    variables = quick_jit(functools.partial(build().init, train=True))(jax.random.key(1), images)
+    variables = jax.jit(functools.partial(build().init, train=True))(jax.random.key(1), images)
     # initial projections are almost parallel; larger task weights spread the batch over several codes
     variables["params"]["encode_task"]["fc1"]["kernel"] *= 20.0
     return variables
@@ -119,7 +118,7 @@ def test_training_moves_codebook_and_gradients_reach_every_parameter(images, var
         out = model.apply({**variables, "params": params}, images, train=True)
         return jnp.mean((out.reconstruction - target) ** 2) + out.commitment.mean(), out.statistics
 
-    gradients, statistics = quick_jit(jax.grad(loss, has_aux=True))(variables["params"])
+    gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
     state = variables["codebook"]["quantizer"]

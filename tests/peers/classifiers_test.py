@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import teacher_oracles as oracles
@@ -9,7 +10,6 @@ import timm
 import torch
 import transformers
 from safetensors.numpy import save_file
-from testing import quick_jit
 
 from beitv2_jax.convert.arguments import MODELS
 from beitv2_jax.convert.weights import read
@@ -22,7 +22,7 @@ def ours(path, images, num_heads=None):
     """Return our logits of images that are normalised already, 'b H W 3'."""
     weights = read(str(path), num_heads=num_heads, normalization="half", plain_vit=True)
     model = MODELS["classifier"].from_arguments(weights.arguments)
-    return quick_jit(model.apply)({"params": weights.variables["params"]}, images)
+    return jax.jit(model.apply)({"params": weights.variables["params"]}, images)
 
 
 def theirs(model, images):

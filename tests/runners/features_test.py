@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
@@ -43,13 +42,13 @@ def stored(directory, part):
 @pytest.mark.long
 def test_features_equal_those_of_the_extract_stage(config, image_folder, tmp_path):  # noqa: F811
     teacher_config = stage_config(image_folder, str(tmp_path), "teacher")
-    variables = jax.tree.map(np.asarray, quick_jit(finetune.build(teacher_config).init)(jax.random.key(0)))
+    variables = jax.tree.map(np.asarray, jax.jit(finetune.build(teacher_config).init)(jax.random.key(0)))
     write_run(str(tmp_path / "teacher"), json.loads(config_lib.to_json(teacher_config)), variables)
     extract = stage_config(image_folder, str(tmp_path), "extract")
     extract.views.num_views = 2
     stages.run_stage(extract, str(tmp_path / "extract"))
     network, params = load_teacher(str(tmp_path / "teacher"), image_size=64)
-    features = quick_jit(network.features)
+    features = jax.jit(network.features)
 
     def teacher(crops):
         return np.asarray(features(params, crops.images)).reshape(len(crops.images), 4, 4, -1)

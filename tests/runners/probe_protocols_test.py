@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
-from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
@@ -32,7 +31,7 @@ def inputs(tmp_path_factory):
     config.data.source = f"folder:{root / 'images'}"
     config.views.image_size = 32
     config.model.update(depth=1, num_classes=2)
-    variables = jax.tree.map(np.asarray, quick_jit(finetune.build(config).init)(jax.random.key(0)))
+    variables = jax.tree.map(np.asarray, jax.jit(finetune.build(config).init)(jax.random.key(0)))
     write_run(str(root / "run"), json.loads(config_lib.to_json(config)), variables)
     return root
 

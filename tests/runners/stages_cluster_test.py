@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from convert_states import drawn_weights
 from paths import ROOT
-from testing import quick_jit, write_dark_and_light
+from testing import write_dark_and_light
 
 import beitv2_jax
 from beitv2_jax import config as config_lib
@@ -71,7 +71,7 @@ def answers(folder):
     """Pixels of some images, and the features that the teacher itself has for them."""
     pixels = np.float32(np.random.default_rng(1).integers(0, 256, (5, 9, 9, 3)))
     teacher, params = load_teacher(str(folder / "teacher"), image_size=9)
-    return pixels, np.asarray(quick_jit(teacher.features)(params, pixels), np.float64)
+    return pixels, np.asarray(jax.jit(teacher.features)(params, pixels), np.float64)
 
 
 def all_features(features, part="views", split="train"):
@@ -98,7 +98,7 @@ def test_the_saved_run_gives_the_ids_of_numpy(answers, features, made):
     )
     pixels, live = answers
     expected = numpy_ids(codebook, live)
-    np.testing.assert_array_equal(quick_jit(tokenizer.encode)(variables, pixels), expected)
+    np.testing.assert_array_equal(jax.jit(tokenizer.encode)(variables, pixels), expected)
     assert len(np.unique(expected)) > 3
     # what the stage says of the eval split
     held_out = all_features(features, "centre", "validation")
@@ -138,7 +138,7 @@ def test_components_keep_what_they_keep(folder, features, answers, tmp_path):
     pixels, live = answers
     projected = (live - codebook["mean"]) @ codebook["projection"]
     cosine = projected @ codebook["quantizer"]["codebook"].T / np.linalg.norm(projected, axis=-1, keepdims=True)
-    np.testing.assert_array_equal(quick_jit(tokenizer.encode)(variables, pixels), cosine.argmax(axis=-1))
+    np.testing.assert_array_equal(jax.jit(tokenizer.encode)(variables, pixels), cosine.argmax(axis=-1))
 
 
 @pytest.mark.long
@@ -174,9 +174,9 @@ def test_a_masked_model_learns_its_codes_in_the_step(folder, made):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     batch = next(iter(task.eval_batches(0, 1)))
     batch.pop("faults")
-    counts = quick_jit(task.evaluate)(params, {}, task.frozen, batch)["counts"]
+    counts = jax.jit(task.evaluate)(params, {}, task.frozen, batch)["counts"]
     tokenizer, variables = load_tokenizer(made[0], 9, "float32")
-    hidden = np.asarray(quick_jit(tokenizer.encode)(variables, batch["images"]))[
+    hidden = np.asarray(jax.jit(tokenizer.encode)(variables, batch["images"]))[
         batch["mask"] & (batch["weight"] > 0)[:, None]
     ]
     np.testing.assert_array_equal(counts, np.bincount(hidden, minlength=CODES))

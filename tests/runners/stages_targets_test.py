@@ -6,7 +6,6 @@ import os
 import jax
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
@@ -24,7 +23,7 @@ def networks(image_folder, tmp_path_factory):  # noqa: F811
         config = stage_config(image_folder, str(workdir), name)
         if name == "vqkd":
             config.teacher.update(features="", weights=str(workdir / "teacher"))
-        variables = jax.tree.map(np.asarray, quick_jit(build(config).init)(jax.random.key(0)))
+        variables = jax.tree.map(np.asarray, jax.jit(build(config).init)(jax.random.key(0)))
         write_run(str(workdir / name), json.loads(config_lib.to_json(config)), variables)
     return str(workdir)
 

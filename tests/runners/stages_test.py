@@ -12,7 +12,6 @@ import pytest
 from ml_collections import ConfigDict
 from paths import ROOT
 from PIL import Image
-from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.bad_records import read_bad_records
@@ -160,7 +159,7 @@ def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path
     tasks = mim.build(config), mim.build(live)
     tokenizer, frozen = mim.load_tokenizer(live.tokenizer.run, 64, "float32")
     pixels = functools.partial(common.view_pixels, view="tokenizer_images")
-    encode = quick_jit(lambda frozen, batch: tokenizer.encode(frozen, pixels(batch)))
+    encode = jax.jit(lambda frozen, batch: tokenizer.encode(frozen, pixels(batch)))
     for read in (lambda task: next(task.train_batches(0, 1)), lambda task: next(iter(task.eval_batches(0, 1)))):
         stored, seen = (read(task) for task in tasks)
         np.testing.assert_array_equal(stored["images"], seen["images"])
@@ -171,7 +170,7 @@ def test_a_tokenizer_may_have_a_view_of_its_own(pipeline, image_folder, tmp_path
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
     counts = [
-        quick_jit(task.evaluate)(params, {}, task.frozen, {k: v for k, v in batch.items() if k != "faults"})["counts"]
+        jax.jit(task.evaluate)(params, {}, task.frozen, {k: v for k, v in batch.items() if k != "faults"})["counts"]
         for task, batch in zip(tasks, (stored, seen), strict=True)
     ]
     assert counts[0].sum() > 0

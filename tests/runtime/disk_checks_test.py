@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import training_toy as toy
+from xla_flags import xla_flags
 
 from beitv2_jax.training import loop
 from beitv2_jax.training.writer import read_metrics
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.long  # six whole runs
 FULL, ROOM = {"6": 1200}, {"14": -1}
 """From batch 6 on there is no space for checkpoints, first for that of step 10, but still for metrics."""
 RARELY = {"run.log_every": "5 steps"}
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
+ONE_DEVICE = {"XLA_FLAGS": xla_flags(1)}
 
 
 def failures(text):

@@ -9,7 +9,6 @@ import pytest
 from paths import CONFIGS
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
-from testing import quick_jit
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
@@ -50,7 +49,7 @@ def params():
 
 
 def compiled(task):
-    @quick_jit
+    @jax.jit
     def loss(params, batch, key):
         total, parts = task.loss(params, {}, {}, batch, key, 0)
         return total / parts.weight, {name: metric / parts.weight for name, metric in parts.metrics.items()}
@@ -61,7 +60,7 @@ def compiled(task):
 def test_the_plain_loss_is_that_of_the_evaluation_but_for_the_smoothing(params):
     task, rows = built(), batch()
     value, metrics = compiled(task)(params, rows, jax.random.key(1))
-    sums = quick_jit(lambda p, b: task.evaluate(p, {}, {}, b))(params, rows)
+    sums = jax.jit(lambda p, b: task.evaluate(p, {}, {}, b))(params, rows)
     assert sums["examples"] == BATCH
     np.testing.assert_allclose(metrics["accuracy"], sums["hits"] / BATCH, rtol=1e-6)
     assert 0.01 < abs(value - sums["nll"] / BATCH) < 1.0
@@ -131,7 +130,7 @@ def weighted_loss(logits, rows, weights, **augment):
         class_weights=weights,
         **(off | augment),
     )
-    total, parts = quick_jit(loss)(jnp.asarray(logits), {}, {}, rows, jax.random.key(0), 0)
+    total, parts = jax.jit(loss)(jnp.asarray(logits), {}, {}, rows, jax.random.key(0), 0)
     return total / parts.weight
 
 

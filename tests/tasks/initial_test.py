@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import teacher_cases
@@ -11,7 +12,6 @@ from convert_states import drawn_weights
 from paths import CONFIGS, GOLDEN
 from PIL import Image
 from target_caches import CODE_MANIFEST, FEATURE_MANIFEST
-from testing import quick_jit
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import write
@@ -285,7 +285,7 @@ def test_a_plain_vit_starts_fine_tuning(tmp_path):
         images = normalized(pixels.astype(np.float32), done.normalization)
         return classifier.apply({"params": params}, images, method=Classifier.features)
 
-    tokens = quick_jit(features)(params, case.pixels)
+    tokens = jax.jit(features)(params, case.pixels)
     np.testing.assert_allclose(tokens[:, 1:], case.features, atol=1e-5 * np.abs(case.features).max())
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.tasks import losses
 
@@ -85,7 +84,7 @@ def test_rows_of_weight_zero_do_not_reach_the_sum_whatever_they_hold():
 
 
 def segmentation_loss(*arrays, **options):
-    return quick_jit(functools.partial(losses.segmentation_loss, **options))(*arrays)
+    return jax.jit(functools.partial(losses.segmentation_loss, **options))(*arrays)
 
 
 def test_segmentation_loss_by_hand():
@@ -116,7 +115,7 @@ def test_rows_and_pixels_that_do_not_count_have_no_gradient():
     def loss(maps):
         return losses.segmentation_loss(maps, maps, labels, weight)[0]
 
-    gradient_of = quick_jit(jax.grad(loss))
+    gradient_of = jax.jit(jax.grad(loss))
     gradient = gradient_of(jnp.zeros((2, 1, 2, 3)))
     assert np.any(gradient[0, 0, 0]) and not np.any(gradient[0, 0, 1]) and not np.any(gradient[1])
     assert np.isfinite(gradient_of(jnp.zeros((2, 1, 2, 3)).at[1].set(jnp.nan))[0]).all()

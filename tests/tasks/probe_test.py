@@ -1,9 +1,9 @@
 """What the probe reads of a network, against the network applied by hand."""
 
+import jax
 import numpy as np
 import pytest
 from convert_states import drawn_weights
-from testing import quick_jit
 
 from beitv2_jax.convert.weights import backbone_of
 from beitv2_jax.models.vit import VisionTransformer
@@ -16,12 +16,10 @@ def test_tokens_are_read_before_and_after_the_last_norm(kind, norm):
     params, backbone = weights.variables["params"], backbone_of(weights)
     images = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
     model = VisionTransformer(backbone)
-    apply = quick_jit(
-        lambda frozen, images: probe.token_features(model, "half", probe.FEATURES, (1, 2), frozen, images)
-    )
+    apply = jax.jit(lambda frozen, images: probe.token_features(model, "half", probe.FEATURES, (1, 2), frozen, images))
     found = apply(probe._frozen(weights, params), {"images": images})
     own = params["encoder" if kind == "vqkd" else "backbone"]
-    hidden = quick_jit(lambda own, pixels: model.apply({"params": own}, pixels).hidden)(own, images / 127.5 - 1)
+    hidden = jax.jit(lambda own, pixels: model.apply({"params": own}, pixels).hidden)(own, images / 127.5 - 1)
     assert len(hidden) == 2
     for place, tokens in enumerate(np.asarray(layer, np.float64) for layer in hidden):
         spread = tokens - tokens.mean(axis=-1, keepdims=True)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from convert_states import arguments_of, drawn_weights
 from paths import CONFIGS
-from testing import quick_jit
 from without_data import no_data
 
 import beitv2_jax
@@ -61,7 +60,7 @@ def test_the_loss_is_that_of_numpy(features):
     # without a kernel, the output is the bias, whatever the transformer says
     params["regression_head"] = {"kernel": jnp.zeros_like(params["regression_head"]["kernel"]), "bias": jnp.array(bias)}
 
-    @quick_jit
+    @jax.jit
     def both(params, batch):
         loss = task.loss(params, {}, {}, batch, jax.random.key(0), jnp.int32(0))
         return loss, task.evaluate(params, {}, {}, batch)

@@ -7,7 +7,6 @@ from convert_states import drawn_weights
 from flax import traverse_util
 from paths import CONFIGS
 from PIL import Image
-from testing import quick_jit
 from without_data import FakeSource
 
 from beitv2_jax import config as config_lib
@@ -53,9 +52,9 @@ def batch(seed=0):
 def learning():
     """Return the compiled function batch -> loss and the statistics after it, and the variables before."""
     task = made(small())
-    variables = quick_jit(task.init)(jax.random.key(0))
+    variables = jax.jit(task.init)(jax.random.key(0))
 
-    @quick_jit
+    @jax.jit
     def learn(rows):
         total, parts = task.loss(variables["params"], variables["model_state"], {}, rows, jax.random.key(1), 0)
         statistics, _ = task.finish(variables["model_state"], parts.statistics, 0)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing import quick_jit
 
 from tests.training import laws_test as laws
 
@@ -36,7 +35,7 @@ def _learn(name):
         means = {"loss": total, "metrics": parts.metrics, "grads": grads}
         return jax.tree.map(lambda value: value / weight, means) | {"codebook": codebook}
 
-    return quick_jit(learn)
+    return jax.jit(learn)
 
 
 LEARN = {name: _learn(name) for name in TASKS}
@@ -96,7 +95,7 @@ def test_evaluation_sums_leave_them_out(name):
     batch = laws.batch_of(3)
     batch["weight"][bad] = 0
     batch["teacher_features"][bad] = 0
-    evaluate = quick_jit(task.evaluate)
+    evaluate = jax.jit(task.evaluate)
     found = evaluate(variables["params"], variables["model_state"], {}, batch)
     without = {key: value[good] for key, value in batch.items()}
     _assert_close(found, evaluate(variables["params"], variables["model_state"], {}, without), rtol=1e-6)
@@ -104,7 +103,7 @@ def test_evaluation_sums_leave_them_out(name):
 
 def test_the_codebook_starts_from_readable_images():
     task, variables = TASKS["vqkd"]
-    start = quick_jit(task.start_codebook)
+    start = jax.jit(task.start_codebook)
     bad = np.array([0, 3, 6])
     codebooks = []
     for level in (0, 128, 255):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 from without_data import no_data
 
 from beitv2_jax.models import quantizer as q
@@ -74,7 +73,7 @@ def test_a_step_revives_the_rarest_code_with_a_token_of_a_readable_image(revived
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
     batch, variables = rows(), laws.drawn(REVIVES[0])
     variables = {"params": variables["params"], "codebook": variables["model_state"]}
-    projected = quick_jit(lambda images: model.apply(variables, images, method=VQKD.project))
+    projected = jax.jit(lambda images: model.apply(variables, images, method=VQKD.project))
     unit = np.asarray(q.l2_normalise(projected(batch["images"] / 127.5 - 1.0)))
     nearness = np.sum(unit * after["codebook"][7], axis=-1)
     image = np.unravel_index(np.argmax(nearness), nearness.shape)[0]
@@ -104,7 +103,7 @@ def finish_of(built, step):
     statistics = q.CodebookStatistics(counts[:, None] * jnp.roll(state["codebook"], 1, axis=1), counts)
     if built is REVIVES:
         statistics = statistics, q.Candidates(jnp.ones(1), q.l2_normalise(jnp.ones((1, 7))))
-    after, _ = quick_jit(task.finish)({"quantizer": before}, statistics, step)
+    after, _ = jax.jit(task.finish)({"quantizer": before}, statistics, step)
     return before, after["quantizer"]
 
 
@@ -135,11 +134,11 @@ def test_k_means_over_many_batches_is_that_of_all_their_patches():
     batches[1]["weight"][2:] = 0
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
     arguments = (variables["params"], variables["model_state"], {})
-    started = quick_jit(task.start_codebook)(*arguments, stacked, jax.random.key(1))["quantizer"]
+    started = jax.jit(task.start_codebook)(*arguments, stacked, jax.random.key(1))["quantizer"]
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
     state = {"params": variables["params"], "codebook": variables["model_state"]}
     images = np.concatenate([batch["images"][batch["weight"] > 0] for batch in batches])
-    projected = quick_jit(lambda images: model.apply(state, images, method=VQKD.project))
+    projected = jax.jit(lambda images: model.apply(state, images, method=VQKD.project))
     unit = q.l2_normalise(projected(images / 127.5 - 1.0)).reshape(-1, 7)
     ids = np.argmax(np.asarray(unit) @ np.asarray(started["codebook"]).T, axis=1)
     # ten rounds leave every used code near the mean of its patches

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import training_toy as toy
 from paths import HELPERS, ROOT
+from xla_flags import xla_flags
 
 from beitv2_jax import rng
 from beitv2_jax.errors import Preempted, UserError
@@ -221,7 +222,7 @@ def test_the_loop_gives_the_signal_back(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_save_at_the_same_step_when_one_is_told_to_end(unbroken, tmp_path):
-    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
+    one_device = {"XLA_FLAGS": xla_flags(1)}
 
     def train_together(*, saves, signalled=None):
         with socket.socket() as server:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import teacher_cases
 from paths import GOLDEN
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
 from beitv2_jax.convert.teachers.load import load_teacher
@@ -104,10 +104,10 @@ def test_a_timm_file_gives_the_features_of_timm(timm_file):
     assert (teacher.name, teacher.grid, teacher.width) == ("vit_golden", (4, 4), 48)
     with np.load(TIMM, allow_pickle=False) as arrays:
         images, tokens = arrays["in/image"], arrays["out/tokens"]
-    features = quick_jit(teacher.features)(params, images)
+    features = jax.jit(teacher.features)(params, images)
     np.testing.assert_allclose(features, tokens[:, 1:], atol=1e-5 * np.abs(tokens).max())
     other, params = load_teacher(str(timm_file), image_size=32, num_heads=4, normalization="half")
-    assert np.abs(features - quick_jit(other.features)(params, images)).max() > 0.01
+    assert np.abs(features - jax.jit(other.features)(params, images)).max() > 0.01
 
 
 def test_the_teacher_of_a_training_checkpoint_is_taken_unless_another_is_chosen(timm_file, tmp_path, caplog):
@@ -141,7 +141,7 @@ def test_clip_features_without_the_projection(tmp_path):
     projected, params = case.load(tmp_path)
     teacher, without = case.load(tmp_path, output="tokens")
     assert (projected.width, teacher.width) == (5, 16)
-    tokens = quick_jit(teacher.features)(without, case.pixels)
+    tokens = jax.jit(teacher.features)(without, case.pixels)
     np.testing.assert_allclose(tokens @ params["projection"]["kernel"], case.features, atol=1e-4)
 
 
@@ -155,8 +155,8 @@ def test_a_teacher_with_other_patches_gets_images_with_the_same_grid(tmp_path):
     small, same = case.load(tmp_path)
     assert small.input_size == 42
     np.testing.assert_array_equal(params["backbone"]["pos_embed"], same["backbone"]["pos_embed"])
-    tokens = quick_jit(small.tokens)(same, normalize(resize(views, 42), *NORMALIZATIONS["imagenet"]))
-    features = quick_jit(teacher.features)(params, views)
+    tokens = jax.jit(small.tokens)(same, normalize(resize(views, 42), *NORMALIZATIONS["imagenet"]))
+    features = jax.jit(teacher.features)(params, views)
     np.testing.assert_allclose(features, tokens[:, 5:], atol=1e-5 * np.abs(tokens).max())
 
 
@@ -167,13 +167,13 @@ def test_features_are_resampled_to_the_grid_of_the_tokenizer(tmp_path):
     assert (teacher.input_size, teacher.network_grid, teacher.grid) == (70, (5, 5), (3, 3))
     np.testing.assert_array_equal(params["backbone"]["pos_embed"], case.state["embeddings.position_embeddings"])
     views = pixels_of(48)
-    features = quick_jit(teacher.features)(params, views)
+    features = jax.jit(teacher.features)(params, views)
     assert features.shape == (2, 9, 16)
-    tokens = quick_jit(teacher.tokens)(params, normalize(resize(views, 70), *NORMALIZATIONS["imagenet"]))[:, 5:]
+    tokens = jax.jit(teacher.tokens)(params, normalize(resize(views, 70), *NORMALIZATIONS["imagenet"]))[:, 5:]
     expected = jax.image.resize(tokens.reshape(2, 5, 5, 16), (2, 3, 3, 16), "cubic").reshape(2, 9, 16)
     np.testing.assert_allclose(features, expected, atol=1e-5 * np.abs(expected).max())
     matched, params = case.load(tmp_path, image_size=48)
-    assert np.abs(features - quick_jit(matched.features)(params, views)).max() > 0.01
+    assert np.abs(features - jax.jit(matched.features)(params, views)).max() > 0.01
 
 
 def test_without_a_grid_the_teacher_s_patch_size_is_used(tmp_path):
@@ -225,8 +225,8 @@ def test_a_finetune_run_is_a_teacher_with_its_own_normalization(finetune_run):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
     images = normalize(pixels, *NORMALIZATIONS["imagenet"])
     forward = functools.partial(Classifier.from_arguments({"image_size": 6, **MODEL}).apply, method=Classifier.features)
-    tokens = quick_jit(forward)({"params": params}, images)
-    np.testing.assert_allclose(quick_jit(teacher.features)(loaded, pixels), tokens[:, 1:], atol=1e-6)
+    tokens = jax.jit(forward)({"params": params}, images)
+    np.testing.assert_allclose(jax.jit(teacher.features)(loaded, pixels), tokens[:, 1:], atol=1e-6)
 
 
 def test_positions_of_a_finetune_run_are_resized_to_another_image_size(finetune_run):
@@ -235,7 +235,7 @@ def test_positions_of_a_finetune_run_are_resized_to_another_image_size(finetune_
     assert (teacher.grid, teacher.input_size) == ((4, 4), 8)
     expected = resize_position_embedding(params["backbone"]["pos_embed"], (4, 4))
     np.testing.assert_array_equal(loaded["backbone"]["pos_embed"], expected)
-    assert quick_jit(teacher.features)(loaded, pixels_of(8)).shape == (2, 16, 10)
+    assert jax.jit(teacher.features)(loaded, pixels_of(8)).shape == (2, 16, 10)
 
 
 def test_a_mim_run_is_a_teacher_with_normalised_tokens(tmp_path):
@@ -252,10 +252,10 @@ def test_a_mim_run_is_a_teacher_with_normalised_tokens(tmp_path):
     assert set(params) == {"backbone", "norm"}
     arguments = dict(image_size=8, **sizes, position="relative_shared", layer_scale_init=0.1, mask_token=True)
     images = normalize(pixels_of(8), *NORMALIZATIONS["imagenet"])
-    tokens = quick_jit(vit_tokens(NormalisedViT(Backbone(**arguments))))(
+    tokens = jax.jit(vit_tokens(NormalisedViT(Backbone(**arguments))))(
         {key: variables["params"][key] for key in params}, images
     )
-    np.testing.assert_allclose(quick_jit(teacher.features)(params, pixels_of(8)), tokens[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(jax.jit(teacher.features)(params, pixels_of(8)), tokens[:, 1:], atol=1e-5)
     _, resized = load_teacher(str(workdir), image_size=10)
     table = variables["params"]["backbone"]["rel_pos_bias"]["table"]
     np.testing.assert_array_equal(resized["backbone"]["rel_pos_bias"]["table"], resize_relative_table(table, (5, 5)))

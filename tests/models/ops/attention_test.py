@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import quick_jit
 
 from beitv2_jax.models.ops import attention, attention_pallas
 from beitv2_jax.training import sharding
@@ -27,7 +26,7 @@ def arrays(shape, dtype=jnp.float32):
 def with_gradients(implementation, qkv, bias, cotangent):
     """Return the output and the gradients by qkv and bias, in float32."""
 
-    @quick_jit
+    @jax.jit
     def run(qkv, bias, cotangent):
         outputs, pull = jax.vjp(lambda *a: attention.attend(*a, len(bias), implementation=implementation), qkv, bias)
         return outputs, *pull(cotangent)

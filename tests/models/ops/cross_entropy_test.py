@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testing import drawn_variables, quick_jit
+from testing import drawn_variables
 
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.layers import Linear
@@ -45,7 +45,7 @@ def rounded(features, params, labels, *, dtype):
 
 
 def with_gradients(function, features, params, labels, cotangent):
-    @quick_jit
+    @jax.jit
     def run(features, params, labels, cotangent):
         losses, pull, hits = jax.vjp(lambda *a: function(*a, labels), features, params, has_aux=True)
         return [losses, *jax.tree.leaves(pull(cotangent))], hits
@@ -125,7 +125,7 @@ def test_both_branches_of_the_masked_image_model_have_the_same_losses(shared_hea
         losses = functools.partial(
             code_losses, model.clone(compute=Compute(cross_entropy=implementation)), num_masked=2, train=False
         )
-        return quick_jit(losses)(params, images, mask, targets)
+        return jax.jit(losses)(params, images, mask, targets)
 
     plain_losses, tiled_losses, rounded_losses = found("reference"), found("tiled"), found("rounded")
     assert set(plain_losses) == {"final", "aggregation"}
