@@ -121,6 +121,7 @@ def test_the_probe_refuses_layers_that_the_backbone_does_not_have(pipeline, imag
     refused(config, str(tmp_path / "probe"), r"probe.layers=.* has 3 blocks.*\n.*\n.*--config.probe.layers='\(2, 3\)'")
 
 
+@pytest.mark.long
 def test_vqkd_from_stored_features_equals_vqkd_with_the_live_teacher(pipeline, image_folder, tmp_path):
     workdir, _ = pipeline
     config = stage_config(image_folder, workdir, "vqkd")
