@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 def nearest(name: str, valid: Iterable[str], *, least: float = 0.6) -> str | None:
     """Return the entry of `valid` that is spelled most like `name` (ties: alphabetical order); None if none is close.
 
-    Close is a likeness of at least `least`, where 1 is equal and 0 has no letter in common.
+    Close is a likeness of at least `least`, where 1 is equal but for capitals, and 0 has no letter in common.
     """
 
     def likeness(candidate: str) -> float:
-        return difflib.SequenceMatcher(None, name, candidate).ratio()
+        return difflib.SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
 
     best = max(sorted(valid), key=likeness, default=None)
     return best if best is not None and likeness(best) >= least else None

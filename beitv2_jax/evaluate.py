@@ -18,7 +18,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.choices import NORMALIZATIONS
-from beitv2_jax.command_line import Parser, add_input_options, check_out, report_errors
+from beitv2_jax.command_line import Parser, add_input_options, check_out, positive, report_errors
 from beitv2_jax.errors import UserError, listed, print_error
 from beitv2_jax.runtime import launch
 from beitv2_jax.runtime.atomic_files import json_text, write_json
@@ -435,11 +435,11 @@ def _write(out: Path, network, options, found: _Evaluated, published) -> None:
 
 def _check(options) -> None:
     check_out(options.out, "Did you evaluate these weights before?")
-    if options.batch_size < 0 or not 0 <= options.crop_fraction <= 1 or not 0 <= options.max_bad_fraction <= 1:
+    if not 0 <= options.crop_fraction <= 1 or not 0 <= options.max_bad_fraction <= 1:
         raise UserError(
-            "One of the options --batch_size, --crop_fraction and --max_bad_fraction is out of range.",
-            "Did you mean a fraction of 1, or write a percentage?",
-            "Write a batch size of at least 1, and fractions between 0 and 1.",
+            "One of the options --crop_fraction and --max_bad_fraction is out of range.",
+            "Did you write a percentage?",
+            "Write fractions between 0 and 1.",
         )
 
 
@@ -471,7 +471,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the shorter side that the central crop keeps (default: as the run or the folder of timm or Hugging "
         "Face states it; else 0.875, from 384 pixels on 1, as released)",
     )
-    parser.add_argument("--batch_size", type=int, default=0, metavar="N", help="images computed at once")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="images computed at once")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: that of the run)"
     )

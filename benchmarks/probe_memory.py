@@ -9,6 +9,7 @@ gives those away when another process asks for memory.
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import threading
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300, help="of the linear heads, in batches of 1024")
-    parser.add_argument("--queries", type=int, default=300, help="of the nearest neighbours")
+    parser.add_argument("--queries", type=int, default=300, help="of the nearest neighbours; `ours` holds out as many")
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         shape = (flags.images, flags.layers, flags.width)
@@ -47,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         train = _features(Path(folder), shape, flags.classes)
         arrays = {name: array[: flags.queries] for name, array in train.arrays.items()}
         test = Features(arrays, train.labels[: flags.queries], train.layers, train.num_classes)
-        print(f"{'before':44} {_anonymous_memory() / 1e9:6.2f} GB")
+        print(f"{'before':48} {_anonymous_memory() / 1e9:6.2f} GB")
         for title, run in _parts(train, test, flags.steps).items():
             started = time.monotonic()
             with _peak() as peak:
                 run()
-            print(f"{title:44} {peak[0] / 1e9:6.2f} GB {time.monotonic() - started:7.0f} s", flush=True)
+            print(f"{title:48} {peak[0] / 1e9:6.2f} GB {time.monotonic() - started:7.0f} s", flush=True)
     return 0
 
 
@@ -82,6 +83,11 @@ def _parts(train: Features, test: Features, num_steps: int) -> dict[str, Callabl
         options = {"max_steps": 1, "tolerance": dinov3.TOLERANCE, "on_move": _ignore}
         LogisticRegression(train.last("cls"), train.labels, rows, **options).fit(1.0)
 
+    def neighbors_of_held_out():
+        fraction = len(test.labels) / len(train.labels)
+        few = dataclasses.replace(settings, validation_fraction=fraction)
+        ours.neighbor_accuracies("mean", train, test, few, _ignore, Saved())
+
     return {
         "kNN": knn,
         f"sweep of {len(dinov3.RATES)} linear heads (dinov3)": lambda: dinov3.sgd_accuracies(
@@ -94,6 +100,7 @@ def _parts(train: Features, test: Features, num_steps: int) -> dict[str, Callabl
         "standardised, linear heads of 3 rates (ours)": lambda: ours.linear_accuracies(
             "mean", train, test, settings, _ignore, Saved()
         ),
+        "standardised, kNN also of held-out images (ours)": neighbors_of_held_out,
     }
 
 

@@ -276,6 +276,7 @@ def test_published_figures_stand_beside_the_measured_ones(photos, runs, tmp_path
         (["RUNS/classifier", "folder:DATA/photos", "--out=nowhere/x"], "does not exist"),
         (["RUNS/classifier", "folder:DATA/photos", "--out=DATA"], "exists already"),
         (["RUNS/classifier", "folder:DATA/photos", "--crop_fraction=88"], "out of range"),
+        (["RUNS/classifier", "folder:DATA/photos", "--batch_size=0"], "'0' is not a whole number from 1 on"),
         (["RUNS/classifier", "folder:DATA/photos"], "no split 'validation'"),
         (["RUNS/classifier", "folder:DATA/photos/class03", "--split=train"], "has no classes"),
         (["RUNS/classifier", "folder:DATA/photos", "--split=train", "--classes=x.txt"], "no file x.txt"),

@@ -71,6 +71,7 @@ def test_epochs_are_whole_batches(epochs, batch_size, extra):
 def test_nearest():
     assert nearest("codebook_sise", ("code_dim", "codebook_size", "image_size")) == "codebook_size"
     assert nearest("bicubik", ("bilinear", "bicubic")) == "bicubic"
+    assert nearest("DINOv3", ("ours", "dinov3", "ep")) == "dinov3"
     assert nearest("x", ("b", "a")) is None
     assert nearest("x", ("b", "a"), least=0) == "a"
     assert nearest("x", ()) is None

@@ -33,7 +33,8 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
     raise UserError(
         f"{where} has no split {split!r}; it has {listed(known, 10)}.",
         did_you_mean(name, known),
-        "Write --config.data.train_split=NAME and --config.data.eval_split=NAME, each with one of these names.",
+        "Write --config.data.train_split=NAME and --config.data.eval_split=NAME, each with one of these names; "
+        "beitv2 evaluate, embed and atlas take --split=NAME.",
     )
 
 
