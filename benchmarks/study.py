@@ -72,7 +72,7 @@ CLAIMS = {
     6: Claim("a stronger teacher helps", ("vqkd", "vqkd-teacher_classifier", "vqkd-teacher_random")),
     7: Claim(
         "stored targets are as good as live ones",
-        ("vqkd", "vqkd-views4", "vqkd-views10", "vqkd-features_float32", "vqkd-live"),
+        ("vqkd", "vqkd-views4", "vqkd-views10", "vqkd-live", "regress", "regress-features_float32"),
     ),
     8: Claim(
         "remedies against collapse",

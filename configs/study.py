@@ -5,8 +5,8 @@ and tokenizers, in the folders beside its own. Without a preset it is MIM on VQ-
 presets choose another run, the others change it and what it uses. `python -m benchmarks.study` runs all in order.
 
 Command   python -m benchmarks.study run --workdir=runs/study --teacher=FILE; or one run after the other:
-          python -m beitv2_jax.main --config=configs/study.py:features --workdir=runs/study/features
-          --config.teacher.weights=FILE; configs/study.py:tokenizer; configs/study.py, seed 0
+          python -m beitv2_jax.main --config=configs/study.py:tokenizer --workdir=runs/study/tokenizer
+          --config.teacher.weights=FILE
           python -m beitv2_jax.main --config=configs/study.py --workdir=runs/study/vqkd
 Hardware  two CPU cores
 Sizes     the constants below
@@ -15,7 +15,7 @@ Presets
   smoke               a few steps of everything on drawn pictures, to see that it runs
   features            run: the teacher's features of every training image
   classifier          run: a classifier trained here, to be a teacher
-  tokenizer           run: the VQ-KD tokenizer, from the features of seed 0, as all tokenizers
+  tokenizer           run: the VQ-KD tokenizer, of seed 0, as all tokenizers
   tokenizer_cluster   run: k-means of teacher features
   tokenizer_pixels    run: k-means of raw patches
   random              run: random weights, evaluated, as all the next ones
@@ -67,7 +67,9 @@ CURVE_IMAGES, CURVE_TEST = 4000, "test[:2000]"  # of the probes during pre-train
 IMAGE_SIZE, TEACHER_SIZE = 32, 128  # pixels: 8 x 8 patches of 4 for the student, of 16 for the teacher
 VIEWS = {"image_size": IMAGE_SIZE, "min_scale": 0.4, "num_views": 1, "color_jitter": 0.0}
 VIT = {"patch_size": 4, "width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 512}
-ENCODER, DECODER = {**VIT, "depth": 4}, {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
+# of ViT-Ti/16: the encoder of the tokenizer is built like its teacher, sees as many pixels and starts from its weights
+TEACHER_VIT = {"patch_size": 16, "width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768}
+DECODER = {"width": 128, "depth": 1, "num_heads": 4, "mlp_dim": 512}
 CODEBOOK = {"codebook_size": 512, "code_dim": 32}
 MASKING = {"num_masked": 26, "min_patches": 5}  # of 64: 40 %
 HEAD = {"early_layer": 4, "head_depth": 1}
@@ -75,8 +77,8 @@ HEAD = {"early_layer": 4, "head_depth": 1}
 START = {"stem": "conv", "position": "absolute", "layer_scale_init": 1.0}
 BATCH_SIZE = 32
 SHARD = 1024  # stored images that an interrupted stage loses at most
-VQKD = {"duration": "900 steps", "warmup": "50 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-KMEANS_AGAIN = "300 steps"
+VQKD = {"duration": "300 steps", "warmup": "10 steps", "peak_lr": 5e-4, "betas": (0.9, 0.98)}
+KMEANS_AGAIN = "100 steps"
 PRETRAINING = {"duration": "1500 steps", "warmup": "75 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 POINTS = (300, 600, 900, 1200)  # steps after which a checkpoint is probed, beside the last one
 FINETUNING = {"warmup": "20 steps", "peak_lr": 1e-3, "betas": (0.9, 0.999), "layer_decay": 0.75}
@@ -91,10 +93,11 @@ RUNS = (
 """Presets that choose a run."""
 PLAIN = ("smoke", "seed1", "seed2")
 """Presets with which a run still has its whole evaluation."""
-_OF_PIXELS = ("smoke", "images1k", "images50k", "views4", "views10")
-_OF_FEATURES = (*_OF_PIXELS, "teacher_classifier", "teacher_random", "features_float32")
+_OF_IMAGES, _OF_TEACHER = ("smoke", "images1k", "images50k"), ("teacher_classifier", "teacher_random")
+_OF_PIXELS = (*_OF_IMAGES, "views4", "views10")
+_OF_FEATURES = (*_OF_PIXELS, *_OF_TEACHER, "features_float32")
 _OF_TOKENIZER = (
-    *(*_OF_FEATURES, "live", "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
+    *(*_OF_IMAGES, *_OF_TEACHER, "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
     *("no_kmeans", "kmeans_once", "revive", "rotation", "fsq", "simvq"),
 )
 CONCERNING = {
@@ -178,7 +181,8 @@ def smoke(config):
             stage.probe.update(duration="5 steps", batch_size=16)
             run, at, _ = stage.backbone.run.partition("/checkpoints/")
             stage.backbone.run = f"{run}{at}3" if at else run
-    _in_stages(usage_window="1 step", kmeans_again="0 steps")(config)
+        if stage.stage == "vqkd":
+            stage.update(init_from="", usage_window="1 step", kmeans_again="0 steps")
 
 
 PRESETS = {
@@ -258,16 +262,28 @@ def _classifier():
 
 def _tokenizer(config, names):
     stage = load("vqkd")
-    stage.model.encoder.update(ENCODER)
+    _teacher(stage, config, names)
+    stage.model.encoder.update(VIT if _trained_here(names) else TEACHER_VIT)
+    if "teacher_random" not in names:
+        stage.init_from = stage.teacher.get_oneway_ref("weights")
     stage.model.decoder.update(DECODER)
     stage.model.update(CODEBOOK)
-    stage.update(usage_window=VQKD["warmup"], kmeans_again=KMEANS_AGAIN)
+    stage.update(usage_window="50 steps", kmeans_again=KMEANS_AGAIN)
     _schedule(stage, VQKD)
-    if "live" in names:
-        _teacher(stage, config, names)
-    else:
-        stage.teacher.features = f"{folder('features', names)}/extract"
     return stage
+
+
+def _trained_here(names):
+    """Return whether the teacher is a run of this study."""
+    return any(name in names for name in _OF_TEACHER)
+
+
+def _let_tokenizer_see(stages, image_size):
+    """Give the VQ-KD tokenizer so many pixels of the boxes whose small views the student sees."""
+    if "vqkd" in stages:  # the teacher runs beside it, so that nothing is stored
+        stages.vqkd.views.update(image_size=image_size, num_views=0)
+    else:
+        stages.tokenize.views.image_size = stages.mim.views.tokenizer_image_size = image_size
 
 
 def _cluster(features):
@@ -386,4 +402,6 @@ def get_config(arg=""):
             stage.data.update({key: own[key] for key in ("train_split", "eval_split")})
         elif "min_scale" in stage.views:
             link(stage.views, config.views)
+    if run in ("tokenizer", "vqkd"):
+        _let_tokenizer_see(config.stages, IMAGE_SIZE if _trained_here(changes) else TEACHER_SIZE)
     return apply_presets(config.lock(), arg, PRESETS)
