@@ -263,7 +263,7 @@ def _classifier():
 def _tokenizer(config, names):
     stage = load("vqkd")
     _teacher(stage, config, names)
-    stage.model.encoder.update(VIT if _trained_here(names) else TEACHER_VIT)
+    stage.model.encoder.update({**VIT, "stem": START["stem"]} if _trained_here(names) else TEACHER_VIT)
     if "teacher_random" not in names:
         stage.init_from = stage.teacher.get_oneway_ref("weights")
     stage.model.decoder.update(DECODER)
@@ -356,6 +356,7 @@ def _stages(run, names, config):
         return {"extract": stage}
     if run == "classifier":
         stage = _classifier()
+        stage.model.layer_scale_init = 0.0  # the encoder of a tokenizer, which starts from it, has none
         _schedule(stage, CLASSIFIER)
         return {"finetune": stage}
     if run == "tokenizer":

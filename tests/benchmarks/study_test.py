@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from paths import CONFIGS
+from safetensors.numpy import save_file
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.tasks import fit
@@ -30,13 +31,27 @@ def test_seeds_share_tokenizers_and_not_features():
     assert study.needed_by("vqkd-dim8") == ["tokenizer-dim8"] and study.needed_by("tokenizer_cluster") == ["features"]
 
 
+@pytest.fixture
+def vit_ti16(tmp_path):
+    """Return a file of ViT-Ti/16 in the layout of timm, all zeros."""
+    shapes = {"cls_token": (1, 1, 192), "pos_embed": (1, 197, 192), "patch_embed.proj.weight": (192, 3, 16, 16)}
+    linear = {"attn.qkv": (576, 192), "attn.proj": (192, 192), "mlp.fc1": (768, 192), "mlp.fc2": (192, 768)}
+    shapes |= {f"blocks.{n}.{name}.weight": shape for n in range(12) for name, shape in linear.items()}
+    shapes |= {f"blocks.{n}.{name}.weight": (192,) for n in range(12) for name in ("norm1", "norm2")}
+    shapes |= {"norm.weight": (192,)}
+    biases = {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items() if "weight" in name}
+    path = tmp_path / "vit_ti16.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in (shapes | biases).items()}, path)
+    return str(study.placed_teacher(tmp_path, path))
+
+
 @pytest.mark.long
-def test_every_stage_fits_what_it_finds_in_other_runs():
+def test_every_stage_fits_what_it_finds_in_other_runs(vit_ti16):
     earlier, checked = {}, 0
     names = [name for name in study.all_runs() if name not in ("classifier", "teacher")]
     for name in ("classifier", *names):
         config = config_lib.load(f"{CONFIGS / 'study'}.py:{study.presets_of(name)}")
-        config.teacher.weights = "/study/classifier/finetune"  # the only teacher that needs no file
+        config.teacher.weights = vit_ti16
         for key, stage in config_lib.resolve(config, f"/study/{name}").stages.items():
             if name == "vqkd" or stage.stage != "finetune":  # slow, and the same for every student
                 fit.check(stage, earlier)
