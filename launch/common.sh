@@ -27,7 +27,7 @@ restarts() {
     [ "$1" -eq 75 ] || [ "$1" -gt 128 ]
 }
 
-# CHIP=v5e: the settings for that chip, of the compiler above all
+# CHIP=v5e: the compiler's settings for that chip
 if [ -n "${CHIP:-}" ]; then
     if ! [ -f "launch/env/$CHIP.env" ]; then
         echo "Error: there are no settings for CHIP=$CHIP." >&2

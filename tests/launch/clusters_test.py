@@ -292,7 +292,7 @@ def test_settings_of_a_chip(chip, expected):
 
 def test_every_setting_says_why():
     files = {path.stem: path.read_text().splitlines() for path in (LAUNCH / "env").iterdir()}
-    assert set(files) == {*CHIPS, "cpu", "cuda", "tpu"}
+    assert set(files) == {*CHIPS, "cuda", "tpu"}
     for lines in files.values():
         for above, line in itertools.pairwise(lines):
             assert not line.startswith("export") or above.startswith("#")

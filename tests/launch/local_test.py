@@ -74,14 +74,6 @@ def test_local_installs_once_and_runs_main(repository, venv):
     assert result.stderr == ""
 
 
-def test_only_a_cpu_keeps_freed_memory(repository):
-    write_script(repository / ".venv/bin/python", 'printf "%s: %s\\n" "$PWD" "${MALLOC_MMAP_MAX_-unset}" >>"$LOG"\n')
-    launch(repository, "local.sh")  # installs
-    assert launch(repository, "local.sh")[1] == ["0"]
-    assert launch(repository, "local.sh", CHIP="h100")[1] == ["unset"]
-    assert launch(repository, "local.sh", EXTRAS="cuda")[1] == ["unset"] * 2
-
-
 @pytest.mark.parametrize("changed", ["setup.py", "pyproject.toml"])
 def test_a_changed_setup_is_installed_again(repository, venv, changed):
     launch(repository, "local.sh")
