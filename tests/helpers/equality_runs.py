@@ -1,4 +1,4 @@
-"""Every stage, small enough to be run on many meshes: published recipes, real tasks, the real loop, 20 steps each.
+"""Every stage, small enough to be run on many meshes: published recipes, real tasks, the real loop, 12 steps each.
 
 Each run starts with `stages.run_stage`. Its task is the stage's own with two metrics added to each step: `rows`, a sum
 of hashes of each example id with its pixels, and `codes`, one of each (example id, patch, code id). They are whole
@@ -31,7 +31,7 @@ from beitv2_jax.runners import stages
 from beitv2_jax.training import loop
 from beitv2_jax.training.writer import read_metrics
 
-STEPS, BATCH, CLASSES, CODES = 20, 16, 3, 22
+STEPS, BATCH, CLASSES, CODES = 12, 16, 3, 22
 VIT = {"patch_size": 8, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
 TIMING = ("images_per_second", "data_wait_share")
 CHANGES = {
