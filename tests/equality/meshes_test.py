@@ -96,7 +96,7 @@ def test_the_same_codes_are_revived_on_every_mesh_by_micro_batches_and_after_a_s
             "vqkd", (2, 1, 1), variant="-revive-cut", efficiency={"accumulation_steps": 4}, **options
         ),
     }
-    for stop in (5, 14):
+    for stop in (5, 9):
         folder = equality_runs.workdir("vqkd", variant=f"-revive-{stop}", stop_after=stop, **options)
         shutil.copytree(folder, equality_runs.root / f"vqkd-1x1x1-revive-{stop}-continued")
         runs[stop] = equality_runs.outcome("vqkd", variant=f"-revive-{stop}-continued", **options)
