@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import itertools
 import os
 import shutil
 import tempfile
@@ -83,11 +82,10 @@ def _eight_devices():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs(modules=itertools.count(1)):
+def _free_compiled_programs_after_each_module():
     yield
-    # a process that keeps all of them grows to gigabytes and becomes slow; one that keeps none compiles the small ones anew
-    if next(modules) % 5 == 0:
-        jax.clear_caches()
+    # a process that keeps all of them grows to gigabytes and becomes slow
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from beitv2_jax.models.layers import (
     ACTIVATIONS,
     Block,
     LayerNorm,
+    Module,
     RelativePositionBias,
     apply_block,
     constrain,
@@ -30,7 +31,7 @@ class ViTOutput(NamedTuple):
     bias: AttentionBias | None
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Module):
     """Map non-overlapping square patches to tokens, row-major.
 
     Equals a convolution with kernel = stride = `patch_size`; written as one matrix product, which is faster. Only the
@@ -89,7 +90,7 @@ class ConvStem(nn.Module):
         return tokens.reshape(batch, -1, self.width)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Module):
     """Turn images (float, already normalised) into tokens: [CLS], registers, then patches row-major.
 
     Raises:

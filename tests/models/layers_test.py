@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing import drawn_variables
@@ -289,3 +291,23 @@ def test_all_products_of_a_bfloat16_block_and_head_are_of_bfloat16():
 def test_drop_path_rates_rise_linearly():
     np.testing.assert_allclose(layers.drop_path_rates(0.3, 4), [0.0, 0.1, 0.2, 0.3])
     assert layers.drop_path_rates(0.3, 1) == [0.0]
+
+
+def test_a_given_parameter_is_not_drawn_and_must_have_its_shape():
+    class Scaled(layers.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return inputs * self.param("scale", draw, (3,))
+
+    calls = []
+
+    def draw(key, shape):
+        calls.append(shape)
+        return jnp.full(shape, 2.0)
+
+    variables = Scaled().init(jax.random.key(0), jnp.ones(3))
+    np.testing.assert_array_equal(variables["params"]["scale"], [2.0] * 3)
+    np.testing.assert_array_equal(Scaled().apply({"params": {"scale": jnp.arange(3.0)}}, jnp.ones(3)), [0, 1, 2])
+    assert calls == [(3,)]
+    with pytest.raises(ScopeParamShapeError, match="scale"):
+        Scaled().apply({"params": {"scale": jnp.ones(1)}}, jnp.ones(3))
