@@ -32,7 +32,6 @@ CODEBOOK = {"codebook_size": 64, "code_dim": 16}
 MASKING = {"num_masked": 14, "min_patches": 3}  # of 36, the published fractions
 HEAD = {"early_layer": 3, "head_depth": 2}
 VQKD = {"duration": "300 steps", "warmup": "10 steps", "peak_lr": 1e-3, "betas": (0.9, 0.98)}
-KMEANS_AGAIN = "100 steps"  # when the encoder has left its start, which brings all codes into use
 MIM = {"duration": "2000 steps", "warmup": "50 steps", "peak_lr": 2e-3, "betas": (0.9, 0.98)}
 MIM_INIT = "scaled"  # the published initial values suit a width of 768 and learn slowly at 128
 PROBE = {"layers": (2, 3, 4), "duration": "1000 steps", "batch_size": 256}
@@ -94,7 +93,7 @@ def _set_durations(config, *, warmup, **durations):
     for name, duration in durations.items():
         config.stages[name].run.duration = duration
         config.stages[name].optim.warmup = warmup
-    config.stages.vqkd.update(usage_window=warmup, kmeans_again="0 steps")
+    config.stages.vqkd.usage_window = warmup
 
 
 def _set_rhythm(stages, *, batch_size, log, checkpoint, evaluate):
@@ -156,7 +155,7 @@ def get_config(arg=""):
     for name, schedule in (("vqkd", VQKD), ("mim", MIM)):
         stages[name].run.duration = schedule["duration"]
         stages[name].optim.update({key: value for key, value in schedule.items() if key != "duration"})
-    stages.vqkd.update(usage_window="50 steps", kmeans_again=KMEANS_AGAIN)
+    stages.vqkd.usage_window = "50 steps"
     rhythm = {"log": LOG_EVERY, "checkpoint": CHECKPOINT_EVERY, "evaluate": EVAL_EVERY}
     _set_rhythm([stages[name] for name in CHAIN], batch_size=BATCH_SIZE, **rhythm)
     stages.mim.run.batch_size = MIM_BATCH_SIZE
