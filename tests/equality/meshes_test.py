@@ -88,7 +88,8 @@ def test_micro_batches_train_as_the_whole_batch_does(equality_runs, stage, count
 def test_the_same_codes_are_revived_on_every_mesh_by_micro_batches_and_after_a_stop(equality_runs, monkeypatch):
     """With k-means over three batches, before the first step and after five; a code is dead after four steps unhit."""
     monkeypatch.setattr(quantizer, "DEAD_FRACTION", 0.97)
-    options = {"revive": True, "kmeans_tokens": 30, "kmeans_again": "5 steps"}
+    run = {"duration": "20 steps", "eval_every": "20 steps"}  # codes are revived until four fifths of them are done
+    options = {"revive": True, "kmeans_tokens": 30, "kmeans_again": "5 steps", "run": run}
     runs = {
         "whole": equality_runs.outcome("vqkd", variant="-revive", **options),
         "mesh": equality_runs.outcome("vqkd", MESHES["2x2x2"], variant="-revive", **options),
@@ -96,7 +97,7 @@ def test_the_same_codes_are_revived_on_every_mesh_by_micro_batches_and_after_a_s
             "vqkd", (2, 1, 1), variant="-revive-cut", efficiency={"accumulation_steps": 4}, **options
         ),
     }
-    for stop in (5, 9):
+    for stop in (5, 14):
         folder = equality_runs.workdir("vqkd", variant=f"-revive-{stop}", stop_after=stop, **options)
         shutil.copytree(folder, equality_runs.root / f"vqkd-1x1x1-revive-{stop}-continued")
         runs[stop] = equality_runs.outcome("vqkd", variant=f"-revive-{stop}-continued", **options)
