@@ -195,9 +195,6 @@ class Checkpointer:
             _clear_unfinished(self._directory, QUIET_LOOKS)
 
     def _open(self) -> ocp.CheckpointManager:
-        # copies of an array on several hosts are written in parts; on one host cutting them costs more than it saves
-        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
-        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         policies = [LatestN(KEPT), self._best] + ([EveryNSteps(self._keep_every)] if self._keep_every else [])
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ITEMS:
