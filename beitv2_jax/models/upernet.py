@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from beitv2_jax.models.backbone import Backbone, Compute, split_arguments
-from beitv2_jax.models.layers import uniform_init
+from beitv2_jax.models.layers import Module, uniform_init
 from beitv2_jax.models.vit import VisionTransformer
 from beitv2_jax.typing import Images, PyTree
 
@@ -60,7 +60,7 @@ def _cells(length: int, bins: int) -> Float[np.ndarray, "bins length"]:
     return weights
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Module):
     """Normalise channels over the whole batch when training, by running statistics otherwise; float32.
 
     When training, `batch_stats` becomes the mean of the batch and n / (n - 1) times its variance, n values a channel;
@@ -118,7 +118,7 @@ class ConvNormRelu(nn.Module):
         return nn.relu(BatchNorm(name="norm")(convolution(features), train=train, weight=weight))
 
 
-class Upsample(nn.Module):
+class Upsample(Module):
     """Double both sides by a learned 2x2 patch per pixel: a transposed convolution of kernel and stride 2."""
 
     features: int
