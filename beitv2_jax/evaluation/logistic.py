@@ -1,5 +1,6 @@
 """Logistic regression on frozen features: the whole training set in every step, read piece by piece."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,9 @@ class LogisticRegression:
     For two classes |W|² counts twice, which makes it the regression with a single logit. The classes are those that
     occur among the labels.
 
+    The search runs in coordinates in which the curvature at W = 0 is about the same in all directions. Features that
+    are correlated or differ in scale take several times fewer steps in these, and the minimum is the same.
+
     Source: `LogisticRegression` of scikit-learn (solver lbfgs), whose objective and stopping rules these are.
     """
 
@@ -33,7 +37,7 @@ class LogisticRegression:
         tolerance: float,
         on_move: OnMove,
     ):
-        """Take the rows to fit on; nothing is read."""
+        """Take the rows to fit on; no feature is read."""
         self._features, self._rows, self._on_move = features, np.sort(rows), on_move
         self._classes, self._labels = np.unique(labels[self._rows], return_inverse=True)
         self._options = {"maxiter": max_steps, "gtol": tolerance, "maxls": _LINE_SEARCH_STEPS}
@@ -49,8 +53,11 @@ class LogisticRegression:
         """
         strength = (2 if len(self._classes) == 2 else 1) / (inverse_strength * len(self._rows))
 
+        eigenvalues, directions = self._curvature_at_zero
+        scales = np.sqrt(eigenvalues + strength)[:, None]
+
         def objective(flat):
-            params = flat.reshape(self._shape)
+            params = directions @ (flat.reshape(self._shape) / scales)
             loss, gradient = 0.0, np.zeros(self._shape)
             for start in range(0, len(self._rows), PIECE_ROWS):
                 self._on_move("fitting a logistic regression")
@@ -59,14 +66,33 @@ class LogisticRegression:
                 loss, gradient = loss + float(value), gradient + np.asarray(slope)
             loss, gradient = loss / len(self._rows), gradient / len(self._rows)
             gradient[:-1] += strength * params[:-1]
-            return loss + 0.5 * strength * np.sum(params[:-1] ** 2), gradient.reshape(-1)
+            return loss + 0.5 * strength * np.sum(params[:-1] ** 2), ((directions.T @ gradient) / scales).reshape(-1)
 
         import scipy.optimize  # here, so that other runs do not load it
 
         with jax.enable_x64(True):
-            found = scipy.optimize.minimize(objective, self.start, jac=True, method="L-BFGS-B", options=self._options)
-        self.start = found.x
-        return found.x.reshape(self._shape)
+            start = (scales * (directions.T @ self.start.reshape(self._shape))).reshape(-1)
+            found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=self._options)
+        params = directions @ (found.x.reshape(self._shape) / scales)
+        self.start = params.reshape(-1)
+        return params
+
+    @functools.cached_property
+    def _curvature_at_zero(self) -> tuple[Float[np.ndarray, "d_and_bias"], Float[np.ndarray, "d_and_bias d_and_bias"]]:
+        """Return the eigenvalues and eigenvectors of the second derivative of the cross entropy at W = 0.
+
+        With k classes of probability 1 / k it is E[x xᵀ] / k for each class, with a 1 behind the features in x, up to
+        what the classes have in common.
+        """
+        size = self._shape[0]
+        moments = np.zeros((size, size))
+        for start in range(0, len(self._rows), PIECE_ROWS):
+            self._on_move("fitting a logistic regression")
+            piece = self._features[self._rows[start : start + PIECE_ROWS]].astype(np.float64)
+            piece = np.concatenate([piece, np.ones((len(piece), 1))], axis=1)
+            moments += piece.T @ piece
+        eigenvalues, directions = np.linalg.eigh(moments / len(self._rows) / self._shape[1])
+        return np.maximum(eigenvalues, size * np.finfo(np.float64).eps * eigenvalues[-1]), directions
 
     def accuracy(
         self, params: Float[np.ndarray, "d_and_bias k"], features: Num[np.ndarray, "q d"], labels: Int[np.ndarray, "q"]

@@ -123,6 +123,23 @@ def test_logistic_regression_is_that_of_scikit_learn(classes):
         assert regression.accuracy(params, features, labels) == pytest.approx(score, abs=1e-9)
 
 
+def test_logistic_regression_finds_the_minimum_in_few_steps_however_its_features_are_scaled():
+    rng = np.random.default_rng(3)
+    features, labels = clusters(rng, 300, 3)
+    features = np.concatenate([features, features + 0.01 * rng.standard_normal(features.shape)], axis=1)  # correlated
+    features = (features * 10 ** np.linspace(0, -3, features.shape[1])).astype(np.float32)
+    inverse_strength, rows = 1e5, np.arange(300)
+    regression = LogisticRegression(features, labels, rows, max_steps=150, tolerance=1e-12, on_move=ignore)
+    params = regression.fit(inverse_strength)
+    inputs = np.concatenate([features.astype(float), np.ones((300, 1))], axis=1)
+    probabilities = np.exp(inputs @ params)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    gradient = inputs.T @ (probabilities - np.eye(3)[labels]) / 300
+    gradient[:-1] += params[:-1] / (inverse_strength * 300)
+    relative = np.abs(gradient) / np.sqrt(np.square(inputs).mean(axis=0))[:, None]  # whatever the scale of a feature
+    assert relative.max() < 1e-6
+
+
 def test_c_is_chosen_on_held_out_images_and_all_are_fitted(monkeypatch):
     monkeypatch.setattr(dinov3, "INVERSE_STRENGTHS", np.array([1e-6, 1e-2, 1e2]))
     rng = np.random.default_rng(4)
