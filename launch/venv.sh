@@ -36,7 +36,9 @@ install_project() {
         return
     fi
     echo "Installing beitv2_jax${EXTRAS:+[$EXTRAS]} into $VENV (a minute or two, once) ..." >&2
-    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".${EXTRAS:+[$EXTRAS]}" || exit 1
+    # without bytecode, which Python writes for each module that is imported, and most are not
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${EXTRAS:+[$EXTRAS]}" ||
+        exit 1
     touch "$VENV/.installed-${extras:-none}"
 }
 

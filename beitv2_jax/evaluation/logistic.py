@@ -78,7 +78,7 @@ class LogisticRegression:
         return params
 
     @functools.cached_property
-    def _curvature_at_zero(self) -> tuple[Float[np.ndarray, "d_and_bias"], Float[np.ndarray, "d_and_bias d_and_bias"]]:
+    def _curvature_at_zero(self) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, "p p"]]:
         """Return the eigenvalues and eigenvectors of the second derivative of the cross entropy at W = 0.
 
         With k classes of probability 1 / k it is E[x xᵀ] / k for each class, with a 1 behind the features in x, up to
