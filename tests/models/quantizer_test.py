@@ -1,5 +1,6 @@
 """Laws of the quantizer: unit rows, straight-through gradient, sums over the global batch, k-means, usage windows."""
 
+import functools
 import math
 import re
 
@@ -23,11 +24,22 @@ def projections(seed, batch=BATCH):
     return 3.0 * jax.random.normal(jax.random.key(seed), (batch, PATCHES, CODE_DIM))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial_state(module, seed):
+    return module.init(jax.random.key(seed), jnp.zeros((BATCH, PATCHES, CODE_DIM)))["codebook"]
+
+
 def start(seed=0, **options):
     module = q.Quantizer(q.QuantizerOptions(codebook_size=CODES, code_dim=CODE_DIM, **options))
-    return module, module.init(jax.random.key(seed), projections(0))["codebook"]
+    return module, initial_state(module, seed)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def lookup(module, state, vectors, weight=None):
+    return module.apply({"codebook": state}, vectors, weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def apply(module, state, vectors):
     """Return a lookup, and the state that its statistics lead to."""
     out = module.apply({"codebook": state}, vectors)
@@ -203,13 +215,13 @@ def test_counts_can_be_kept_without_moving_the_codebook():
 def test_statistics_of_parts_add_up_to_those_of_the_whole():
     module, state = start()
     vectors, weight = projections(19, batch=6), jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    whole = module.apply({"codebook": state}, vectors, weight).statistics
-    parts = [module.apply({"codebook": state}, vectors[i::3], weight[i::3]).statistics for i in range(3)]
+    whole = lookup(module, state, vectors, weight).statistics
+    parts = [lookup(module, state, vectors[i::3], weight[i::3]).statistics for i in range(3)]
     summed = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     np.testing.assert_array_equal(summed.counts, whole.counts)
     assert whole.counts.sum() == 4 * PATCHES
     np.testing.assert_allclose(summed.sums, whole.sums, atol=1e-6)
-    counted = module.apply({"codebook": state}, vectors[weight > 0]).statistics
+    counted = lookup(module, state, vectors[weight > 0]).statistics
     np.testing.assert_allclose(counted.sums, whole.sums, atol=1e-6)
 
 
@@ -426,14 +438,15 @@ def test_a_token_is_drawn_in_proportion_to_its_distance():
 @given(order=st.permutations(range(8)), cut=st.sampled_from((1, 3)), seed=st.integers(0, 2**20))
 def test_the_draw_is_the_same_however_the_batch_is_cut_and_ordered(order, cut, seed):
     key, (unit, codes), weight = jax.random.key(seed), tokens_of(seed), np.ones(8, np.float32)
-    whole = q.drawn_candidates(unit, codes, weight, IMAGES, key, 5)
+    draw = jax.jit(q.drawn_candidates, static_argnums=5)
+    whole = draw(unit, codes, weight, IMAGES, key, 5)
     merged = jax.tree.map(jnp.zeros_like, whole)
     for part in (np.array(order[:cut]), np.array(order[cut:])):
-        drawn = q.drawn_candidates(unit[part], codes[part], weight[part], IMAGES[part], key, 5)
+        drawn = draw(unit[part], codes[part], weight[part], IMAGES[part], key, 5)
         merged = q.merged_candidates(merged, drawn)
     chex.assert_trees_all_equal(merged, whole)
     assert len(np.unique(whole.vectors, axis=0)) == 5  # without replacement
-    other = q.drawn_candidates(unit, codes, weight, IMAGES, jax.random.key(seed + 1), 5)
+    other = draw(unit, codes, weight, IMAGES, jax.random.key(seed + 1), 5)
     assert not np.array_equal(other.vectors, whole.vectors)
 
 
