@@ -63,12 +63,16 @@ class _Setting(FieldReference):
 
 def watch(config: ConfigDict) -> None:
     """Let every value of `config` know from now on whether it is set; one that follows another key is set already."""
-    with config.unlocked(), config.ignore_type():
-        for key, value in config.items(preserve_field_references=True):
-            if isinstance(value, ConfigDict):
-                watch(value)
-            elif not isinstance(value, FieldReference):
-                config[key] = _Setting(value)
+    with config.unlocked(), config.ignore_type():  # both hold for all sections
+        _watch_values(config)
+
+
+def _watch_values(config: ConfigDict) -> None:
+    for key, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            _watch_values(value)
+        elif not isinstance(value, FieldReference):
+            config[key] = _Setting(value)
 
 
 def undecided(config: ConfigDict) -> set[str]:
