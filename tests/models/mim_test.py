@@ -29,7 +29,6 @@ TINY = dict(
     head_depth=2,
 )
 BASE = dict(image_size=224, patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, codebook_size=8192)
-LARGE = dict(BASE, width=1024, depth=24, num_heads=16, mlp_dim=4096, early_layer=21, layer_scale_init=1e-5)
 
 
 def build(arguments, **changes):
@@ -189,19 +188,10 @@ def test_init_of_both_parts():
     assert "aggregation_0/mlp/fc1/bias" not in zero and (flat["aggregation_0/gamma_2"] == 0.1).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "count"),
-    [
-        (BASE, 106_143_056),
-        (dict(BASE, shared_head=False), 112_444_240),
-        (dict(BASE, patch_aggregation=False), 91_965_776),
-        (LARGE, 336_728_512),
-    ],
-)
-def test_parameter_counts_of_the_released_models(arguments, count):
-    init = functools.partial(build(arguments).init, num_masked=75)
+def test_parameter_count_of_the_released_model_with_a_head_of_its_own():
+    init = functools.partial(build(dict(BASE, shared_head=False)).init, num_masked=75)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask_196())
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 112_444_240
 
 
 def mask_196():

@@ -216,6 +216,7 @@ def test_the_probe_leaves_unreadable_images_out_and_lists_them(corrupt_folder, t
     assert listed == {(name.partition("/")[0], str(corrupt_folder / name)) for name in corrupt}
 
 
+@pytest.mark.long  # tests/training/metric_log_test.py shows it of the loop
 def test_too_many_unreadable_images_stop_the_run(corrupt_folder, tmp_path):
     config = stage_config(corrupt_folder, str(tmp_path), "teacher")
     config.run.duration = "2 epochs"
