@@ -310,16 +310,10 @@ def table(workdir: Path, out: Path) -> None:
         if len(found) < 2:
             continue
         columns = ("usage", "perplexity", "sgd", "logistic", "knn")
-        shown = [
-            [
-                name,
-                *(
-                    f"{values.get(column, float('nan')) * (1 if column == 'perplexity' else 100):.1f}"
-                    for column in columns
-                ),
-            ]
-            for name, values in found.items()
-        ]
+        shown = []
+        for name, values in found.items():
+            percent = {key: value * (1 if key == "perplexity" else 100) for key, value in values.items()}
+            shown.append([name, *(f"{percent[key]:.1f}" if key in percent else "" for key in columns)])
         header = ["run", "codebook usage, %", "perplexity", *(COLUMNS[column][2] for column in columns[2:])]
         parts += [f"## Claim {number}: {claim.title}", _markdown(header, shown)]
     (out / "study.md").write_text("\n\n".join(parts) + "\n")

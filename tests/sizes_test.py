@@ -7,9 +7,6 @@ import pytest
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.sizes import SIZES
 
-PUBLISHED = {"base": 86_530_984, "large": 304_430_568}
-"""Classifiers of 1 000 classes at 224 pixels."""
-
 
 def count_by_hand(patch_size, width, depth, num_heads, mlp_dim, grid):
     embedding = patch_size**2 * 3 * width + width + width  # patches, their bias, [CLS]
@@ -21,7 +18,7 @@ def count_by_hand(patch_size, width, depth, num_heads, mlp_dim, grid):
 
 @pytest.mark.parametrize(("name", "patches_per_side"), [*((name, 14) for name in SIZES), ("tiny", 3)])
 def test_parameters_of_every_size(name, patches_per_side):
-    size = SIZES[name]
+    size = {**SIZES[name], "depth": 2}  # all blocks are alike; tests/steps_test.py counts whole published models
     assert size["width"] % size["num_heads"] == 0
     image_size = patches_per_side * size["patch_size"]
     model = Classifier.from_arguments({"image_size": image_size, "num_classes": 1000, **size})
@@ -29,5 +26,3 @@ def test_parameters_of_every_size(name, patches_per_side):
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == count_by_hand(**size, grid=patches_per_side)
-    if patches_per_side == 14 and name in PUBLISHED:
-        assert count == PUBLISHED[name]

@@ -84,7 +84,7 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     study.table(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "study.md").read_text()
     assert "| MIM: VQ-KD codes | 2 | 55.0 ± 7.1 |" in text and "| random initialisation | 1 | 20.0 |" in text
-    assert "| vqkd-no_head | 90.0 | 123.4 | 40.0 |" in text and "Claim 5" not in text
+    assert "| vqkd-no_head | 90.0 | 123.4 | 40.0 |  |  |\n" in text and "Claim 5" not in text
     with open(tmp_path / "out" / "curve.csv") as file:
         assert list(csv.reader(file))[1:] == [["vqkd", "300", "0.3000"], ["vqkd", "1500", "0.4500"]]
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000

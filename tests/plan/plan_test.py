@@ -11,8 +11,9 @@ from beitv2_jax.training import sharding
 from tests.planning.small_configs import small
 
 TARGET = "v5e:2x4"
-MIM = {"model.head_depth": 1}
+MIM = {"model.depth": 2, "model.early_layer": 1, "model.head_depth": 1}
 CODEBOOK = {"model.codebook_size": 251, "model.code_dim": 7}  # shapes that nothing else has
+VQKD = {**CODEBOOK, "model.encoder.depth": 1, "model.decoder.depth": 1}
 TPUS = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
 
 
@@ -60,12 +61,12 @@ def half_gradients():
 
 @pytest.fixture(scope="module")
 def vqkd():
-    return make("vqkd", **CODEBOOK)
+    return make("vqkd", **VQKD)
 
 
 @pytest.fixture(scope="module")
 def accumulated():
-    return make("vqkd", **CODEBOOK, **{"efficiency.accumulation_steps": 2})
+    return make("vqkd", **VQKD, **{"efficiency.accumulation_steps": 2})
 
 
 def check_metrics(plan, again=0.0):
