@@ -61,7 +61,7 @@ def launch(repository, script, *arguments, **environment):
     return result, [call.removeprefix(prefix) for call in calls]
 
 
-PIP = "-m pip install --quiet --disable-pip-version-check --editable"
+PIP = "-m pip install --quiet --disable-pip-version-check --no-compile --editable"
 
 
 def test_local_installs_once_and_runs_main(repository, venv):
