@@ -25,7 +25,7 @@ from beitv2_jax.evaluation.features import Features, ProbeSettings
 from beitv2_jax.evaluation.knn import knn_accuracies
 from beitv2_jax.evaluation.logistic import PIECE_ROWS, LogisticRegression
 from beitv2_jax.evaluation.protocols import beit, dinov3, ours
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 
 NAMES = ("cls", "mean")
 BLOCK_ROWS = 4096
@@ -94,7 +94,7 @@ def _parts(train: Features, test: Features, num_steps: int) -> dict[str, Callabl
             train, test, settings, _ignore, Saved()
         ),
         f"linear heads of {len(train.layers)} blocks (beit)": lambda: beit.evaluate(
-            train, test, settings, _ignore, Parts()
+            train, test, settings, _ignore, SavedParts()
         ),
         "logistic regression, one step": logistic,
         "standardised, linear heads of 3 rates (ours)": lambda: ours.linear_accuracies(

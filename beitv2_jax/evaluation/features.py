@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.evaluation.saved import Parts
+from beitv2_jax.evaluation.saved import SavedParts
 from beitv2_jax.evaluation.standardization import Standardization
 
 
@@ -88,7 +88,7 @@ class Evaluate(Protocol):
     """A protocol: fit on the features `train`, measure on `test`, one of the `parts` after the other."""
 
     def __call__(
-        self, train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts
+        self, train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts
     ) -> Result:
         """Return accuracies on `test`."""
 

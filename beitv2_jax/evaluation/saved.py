@@ -61,7 +61,7 @@ class Saved:
         self._written = time.monotonic()
 
 
-class Parts:
+class SavedParts:
     """The parts of a protocol, whose results and states are files of `folder`; None: they are not kept."""
 
     def __init__(self, folder: AnyPath | None = None):

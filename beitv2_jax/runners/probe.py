@@ -8,7 +8,7 @@ import numpy as np
 from beitv2_jax.data.sources import Source
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings
 from beitv2_jax.evaluation.protocols import PROTOCOLS
-from beitv2_jax.evaluation.saved import Parts
+from beitv2_jax.evaluation.saved import SavedParts
 from beitv2_jax.runners.feature_cache import FOLDER, cached_arrays
 from beitv2_jax.runners.provenance import digest
 from beitv2_jax.runtime import watchdog
@@ -45,7 +45,7 @@ def _probe(probe: Probe, config, workdir: str, on_move: OnMove) -> dict[str, flo
         train, test = (cached_features(feature_set, source, config, workdir, on_move) for source in probe.sources)
         metrics |= {"train_examples": len(train.labels), "eval_examples": len(test.labels)}
         found_by = digest([protocol, train.made_from, test.made_from, dataclasses.asdict(settings)])
-        parts = Parts(as_path(workdir) / FOLDER / f"{feature_set.name}_heads.{found_by}")
+        parts = SavedParts(as_path(workdir) / FOLDER / f"{feature_set.name}_heads.{found_by}")
         with jax.default_matmul_precision("highest"):  # accelerators round products of float32 further by default
             result = PROTOCOLS[protocol](train, test, settings, on_move, parts)
         metrics |= {f"{feature_set.name}/{name}": value for name, value in result.accuracies.items()}

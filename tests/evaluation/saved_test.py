@@ -8,7 +8,7 @@ import pytest
 from beitv2_jax.evaluation import saved
 from beitv2_jax.evaluation.features import Features
 from beitv2_jax.evaluation.protocols import PROTOCOLS, capi, dinov3
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 from tests.evaluation.protocols.dinov3_test import SETTINGS
 
 KINDS = {
@@ -45,7 +45,7 @@ def test_a_protocol_that_was_stopped_goes_on_and_finds_the_same(protocol, tmp_pa
     splits = [features(rng, count, KINDS[protocol]) for count in (30, 20)]
 
     def found(on_move, folder=None):
-        return PROTOCOLS[protocol](*splits, settings, on_move, Parts(folder))
+        return PROTOCOLS[protocol](*splits, settings, on_move, SavedParts(folder))
 
     moves = []
     expected = found(moves.append)
@@ -85,9 +85,9 @@ def test_a_damaged_file_is_written_again(tmp_path, monkeypatch):
 
     Saved(tmp_path / "head.npz").offer(1, 2, {"kernel": np.full(3, 5.0), "count": np.int32(8)})
     assert Saved(tmp_path / "head.npz").restored(state)[0] == 1
-    assert Parts(tmp_path)("head", part) == 15.0
+    assert SavedParts(tmp_path)("head", part) == 15.0
     assert [path.name for path in tmp_path.iterdir()] == ["head.json"]
     (tmp_path / "head.json").write_text('{"accur')
     (tmp_path / "head.npz").write_bytes(b"PK")
-    assert Parts(tmp_path)("head", part) == 3.0
-    assert Parts(tmp_path)("head", None) == 3.0
+    assert SavedParts(tmp_path)("head", part) == 3.0
+    assert SavedParts(tmp_path)("head", None) == 3.0

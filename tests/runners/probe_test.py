@@ -14,7 +14,7 @@ from beitv2_jax.data.sources import open_source
 from beitv2_jax.evaluation import knn
 from beitv2_jax.evaluation.features import Features, ProbeSettings, held_out
 from beitv2_jax.evaluation.protocols import ours
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 from beitv2_jax.runners import feature_cache, probe
 from beitv2_jax.tasks.frozen import FeatureSet
 from beitv2_jax.tasks.probe import raw_pixels
@@ -42,7 +42,7 @@ def clusters(rng, count, separation):
 def probed(train, train_labels, test, test_labels):
     """Return what the protocol finds and what it chooses, by names without those of the features."""
     of_splits = (Features({"x": x}, y, (5, 8), 3) for x, y in ((train, train_labels), (test, test_labels)))
-    result = ours.evaluate(*of_splits, SETTINGS, lambda phase: None, Parts())
+    result = ours.evaluate(*of_splits, SETTINGS, lambda phase: None, SavedParts())
     return {name.removeprefix("x/"): value for name, value in (result.accuracies | result.chosen).items()}
 
 

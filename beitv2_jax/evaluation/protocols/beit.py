@@ -13,14 +13,14 @@ import optax
 
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 
 RATE = 1e-3
 """Learning rate for a batch of 256, scaled with the batch: 4e-3 at the documented one of 1024."""
 DECAY = 1e-4
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts) -> Result:
     """Return the accuracy on `test` of the head of each block, and the best of them, as published.
 
     AdamW with decay 1e-4, cosine to zero by epoch. The best block is chosen on `test` itself: it is not held out.

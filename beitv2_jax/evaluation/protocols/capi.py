@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.attentive import MOST_HEAD_WIDTH, largest_divisor, multihead_pool
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 from beitv2_jax.rng import step_key
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
@@ -104,7 +104,7 @@ def predict(params: dict[str, Array], inputs: Float[Array, "b ..."]) -> Int[Arra
     return jnp.argmax(logits(params, inputs), axis=-1)
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts) -> Result:
     """Train the classifiers of every kind and evaluate the one that the held-out tenth chooses."""
     accuracies, chosen = {}, {}
     for kind, names in KINDS.items():

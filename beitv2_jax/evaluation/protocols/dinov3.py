@@ -18,7 +18,7 @@ from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, held_out
 from beitv2_jax.evaluation.knn import class_token_accuracies
 from beitv2_jax.evaluation.logistic import LogisticRegression
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -33,7 +33,7 @@ MAX_STEPS, TOLERANCE = 1000, 1e-12
 """Of L-BFGS."""
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts) -> Result:
     """Return the accuracies of all three.
 
     - kNN: the whole training split is the bank, votes weigh exp(cosine / 0.07), for k = 10, 20, 100 and 200.

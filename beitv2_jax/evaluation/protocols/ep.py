@@ -27,7 +27,7 @@ from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.attentive import MOST_QUERIES, efficient_pool, largest_divisor
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result
 from beitv2_jax.evaluation.knn import class_token_accuracies
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 from beitv2_jax.rng import host_rng, step_key
 from beitv2_jax.typing import PyTree, Scalar
 
@@ -159,7 +159,7 @@ def predict(head: Head, inputs: Float[Array, "b ..."]) -> Int[Array, "b"]:
     return jnp.argmax(_logits(head.params, _pooled(head.params, inputs), head.mean, head.variance), axis=-1)
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts) -> Result:
     """Return the accuracies of neighbours, before the last norm and after it, and of both heads.
 
     Of a head there are the accuracy after the last epoch, and `NAME_best_on_validation`, that of the best epoch.

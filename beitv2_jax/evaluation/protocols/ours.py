@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, Int
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features, OnMove, ProbeSettings, Result, Rows, held_out
 from beitv2_jax.evaluation.knn import knn_accuracies
-from beitv2_jax.evaluation.saved import Parts, Saved
+from beitv2_jax.evaluation.saved import Saved, SavedParts
 from beitv2_jax.evaluation.standardization import standardization
 from beitv2_jax.rng import step_key
 
 
-def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: Parts) -> Result:
+def evaluate(train: Features, test: Features, settings: ProbeSettings, on_move: OnMove, parts: SavedParts) -> Result:
     """Return accuracies on `test` of every kind of features, by the layer and the rate that held-out images choose."""
     accuracies, chosen = {}, {}
     for name, array in train.arrays.items():

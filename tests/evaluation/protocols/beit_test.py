@@ -9,7 +9,7 @@ import pytest
 from beitv2_jax.evaluation import heads
 from beitv2_jax.evaluation.features import Features
 from beitv2_jax.evaluation.protocols import beit
-from beitv2_jax.evaluation.saved import Parts
+from beitv2_jax.evaluation.saved import SavedParts
 from tests.evaluation.protocols.dinov3_test import SETTINGS, ignore
 
 
@@ -27,7 +27,7 @@ def test_heads_of_all_blocks_train_by_adamw_with_a_rate_for_each_epoch(monkeypat
     settings = dataclasses.replace(SETTINGS, num_steps=6)  # 3 epochs of 2
     rng = np.random.default_rng(5)
     train, test = two_blocks(rng, 17), two_blocks(rng, 60)
-    result = beit.evaluate(train, test, settings, ignore, Parts())
+    result = beit.evaluate(train, test, settings, ignore, SavedParts())
     start = jax.tree.map(np.asarray, heads.initial_linear_heads(settings.seed, 2, 10, 3))
     expected = []
     for block in range(2):
