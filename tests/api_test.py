@@ -17,7 +17,7 @@ import beitv2_jax
 from beitv2_jax import api
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.pipeline import eval_batches
 from beitv2_jax.data.segmentation.sources import FolderLabelMaps
 from beitv2_jax.data.sources import open_source

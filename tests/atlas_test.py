@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import beitv2_jax
 from beitv2_jax import atlas
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.report import atlas as report
 
 CLASSES = ("cat", "dog </script>")

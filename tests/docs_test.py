@@ -25,7 +25,7 @@ from PIL import Image
 from beitv2_jax import cli
 from beitv2_jax import config as config_lib
 from beitv2_jax.config.flags import parse_flags
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),

@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 import beitv2_jax
 from beitv2_jax import embed
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 
 NUM_IMAGES = 7
 NAMES = ("cls_1", "cls_2", "mean_1", "mean_2", "patches_1", "patches_2")

@@ -19,7 +19,7 @@ from PIL import Image
 
 import beitv2_jax
 from beitv2_jax import evaluate
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range

@@ -14,7 +14,8 @@ import beitv2_jax
 from beitv2_jax import api, embed, evaluate, predict
 from beitv2_jax.convert.class_names import is_multi_label
 from beitv2_jax.convert.functions import _manifest
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.sources import open_source
 from beitv2_jax.report.examples import draw_examples
 from beitv2_jax.runners.provenance import describe_data

@@ -11,7 +11,7 @@ from PIL import Image
 
 import beitv2_jax
 from beitv2_jax import api, embed, predict
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import beitv2_jax
 from beitv2_jax import robustness
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.evaluation.classes import imagenet_ids
 from beitv2_jax.evaluation.robustness import ALEXNET_ERRORS
 from beitv2_jax.models.classifier import Classifier

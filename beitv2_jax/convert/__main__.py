@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_remote("DEST", options.dest)
     # converting needs no accelerator, so none is initialised
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from beitv2_jax.convert import weights as weights_lib
+    from beitv2_jax.convert.model_card import Licenses
+    from beitv2_jax.convert.weights import read
+    from beitv2_jax.convert.writing import write
 
-    weights = weights_lib.read(
+    weights = read(
         options.source,
         image_size=options.image_size,
         num_heads=options.num_heads,
@@ -48,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         average=options.weights == "average",
         state_dict=options.state_dict,
     )
-    licenses = weights_lib.Licenses(options.license, options.teacher_license, options.teacher_origin)
-    not_written = weights_lib.write(weights, options.dest, options.layout, licenses)
+    licenses = Licenses(options.license, options.teacher_license, options.teacher_origin)
+    not_written = write(weights, options.dest, options.layout, licenses)
     try:
         print(summary(weights, options.dest, options.layout, not_written), flush=True)
         if options.layout == "stablehlo":

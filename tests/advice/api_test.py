@@ -15,7 +15,7 @@ import beitv2_jax
 from beitv2_jax import cli
 from beitv2_jax.command_line import check_out
 from beitv2_jax.convert import __main__ as convert
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from beitv2_jax.convert.runs import check_stage, read_run
 from beitv2_jax.convert.teachers.load import load_teacher
 from beitv2_jax.convert.teachers.weights import classifier_from_state, from_state
 from beitv2_jax.convert.torch_files import writer
-from beitv2_jax.convert.weights import Weights, read, read_backbone, write
+from beitv2_jax.convert.weights import Weights, read, read_backbone
+from beitv2_jax.convert.writing import write
 
 CASES = teacher_cases.read(GOLDEN / "teachers.npz")
 

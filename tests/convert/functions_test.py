@@ -13,7 +13,7 @@ from convert_states import drawn_weights
 
 from beitv2_jax import api
 from beitv2_jax.convert import functions
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.segmentation.windows import Sliding
 from beitv2_jax.errors import UserError

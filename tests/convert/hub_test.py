@@ -15,7 +15,8 @@ from beitv2_jax.config.paths import HubAddress, parse_hub
 from beitv2_jax.convert import hub
 from beitv2_jax.convert.__main__ import main as convert
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.runners.provenance import describe_networks
 

@@ -7,7 +7,8 @@ import json
 import pytest
 from convert_states import KINDS, arguments_of, drawn_weights
 
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 
 FILES = {"official": "w.safetensors", "timm": "w", "huggingface": "w", "run": "w", "stablehlo": "w"}

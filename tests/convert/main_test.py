@@ -16,7 +16,8 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.convert.__main__ import _parser, main, summary
 from beitv2_jax.convert.runs import read_run
 from beitv2_jax.convert.torch_files import writer
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.vqkd import VQKD

@@ -8,8 +8,10 @@ from convert_states import drawn_weights
 from paths import ROOT
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.convert.model_card import Licenses
 from beitv2_jax.convert.runs import write_run
-from beitv2_jax.convert.weights import Licenses, read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 
 
 def leave_run(directory, config, *, inputs=None, metrics=None, variables=None):

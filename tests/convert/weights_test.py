@@ -13,12 +13,13 @@ from flax import traverse_util
 from hypothesis import given, settings
 from paths import GOLDEN
 
-from beitv2_jax.convert import weights as weights_lib
+from beitv2_jax.convert import writing
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.arguments import fill_unknown, infer_arguments, shapes
 from beitv2_jax.convert.beit.official import from_official
 from beitv2_jax.convert.positions import resize_position_embedding, resize_relative_table
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.preprocess import NORMALIZATIONS, normalize, to_unit_range
@@ -168,10 +169,10 @@ def test_no_file_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
         Path(path).write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights_lib, "write_safetensors", lambda path, state: fails(path))
+    monkeypatch.setattr(writing, "write_safetensors", lambda path, state: fails(path))
     with pytest.raises(UserError, match="disk full"):
         write(weights, str(tmp_path / "weights.safetensors"), "official")
-    monkeypatch.setattr(weights_lib, "write_run", lambda path, *_: (Path(path).mkdir(), fails(Path(path) / "x")))
+    monkeypatch.setattr(writing, "write_run", lambda path, *_: (Path(path).mkdir(), fails(Path(path) / "x")))
     with pytest.raises(UserError, match="disk full"):
         write(weights, str(tmp_path / "run"), "run")
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]

@@ -25,7 +25,8 @@ from timm import create_model
 from timm.models.beit import Beit
 
 from beitv2_jax.convert.arguments import MODELS
-from beitv2_jax.convert.weights import Weights, read, write
+from beitv2_jax.convert.weights import Weights, read
+from beitv2_jax.convert.writing import write
 
 TOLERANCE = 1e-5
 

@@ -13,7 +13,7 @@ from beit_test import drawn
 from PIL import Image
 
 from beitv2_jax import api
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.augment import center_crop
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")

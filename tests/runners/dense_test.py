@@ -9,7 +9,7 @@ from paths import CONFIGS
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.evaluation.features import divided
 from beitv2_jax.rng import host_rng
 from beitv2_jax.runners import dense, stages

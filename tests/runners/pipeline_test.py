@@ -14,7 +14,7 @@ from target_caches import CODE_MANIFEST, fill
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.teachers.load import read_teacher
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.runners import stages
 from beitv2_jax.tasks import fit

@@ -15,7 +15,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax import evaluate
 from beitv2_jax.convert.__main__ import main as convert
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import abstract_task

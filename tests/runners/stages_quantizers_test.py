@@ -16,7 +16,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax import evaluate
 from beitv2_jax.convert.__main__ import main as convert
 from beitv2_jax.convert.runs import read_run
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.target_cache.reader import TargetReader
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.runners import stages

@@ -7,7 +7,7 @@ from testing import write_dark_and_light
 import beitv2_jax
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.weights import read as read_weights
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.planning import abstract_task
 from beitv2_jax.runners import stages

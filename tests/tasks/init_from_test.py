@@ -12,7 +12,7 @@ from flax import traverse_util
 from paths import ROOT
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.tasks import finetune, inputs, mim, segment, tokenize, vqkd

@@ -14,7 +14,7 @@ from PIL import Image
 from target_caches import CODE_MANIFEST, FEATURE_MANIFEST
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.segmentation.histogram import count_classes
 from beitv2_jax.data.segmentation.sources import open_label_maps
 from beitv2_jax.errors import UserError

@@ -12,7 +12,8 @@ import beitv2_jax
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.adapt import adapt_weights
 from beitv2_jax.convert.teachers.load import load_teacher
-from beitv2_jax.convert.weights import backbone_of, read_backbone, write
+from beitv2_jax.convert.weights import backbone_of, read_backbone
+from beitv2_jax.convert.writing import write
 from beitv2_jax.tasks import regress
 from tests.training import laws_test as laws
 

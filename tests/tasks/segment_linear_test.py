@@ -12,7 +12,7 @@ from paths import CONFIGS
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.models.linear_segmenter import LinearSegmenter
 from beitv2_jax.runners import stages
 from beitv2_jax.tasks import segment_linear

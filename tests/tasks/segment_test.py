@@ -11,7 +11,8 @@ from without_data import FakeSource
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.positions import resize_relative_table
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.bad_records import read_bad_records
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.backbone import Compute

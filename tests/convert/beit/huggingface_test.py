@@ -8,7 +8,8 @@ from beit_peers import NAMES, answers, error, peer
 from convert_states import assert_same, drawn_weights
 from safetensors.numpy import load_file
 
-from beitv2_jax.convert.weights import read, write
+from beitv2_jax.convert.weights import read
+from beitv2_jax.convert.writing import write
 from beitv2_jax.errors import UserError
 
 CASES = [name for name in NAMES if name.startswith("huggingface")]

@@ -8,7 +8,7 @@ import pytest
 from convert_states import KINDS, drawn_weights
 
 from beitv2_jax import api
-from beitv2_jax.convert.weights import write
+from beitv2_jax.convert.writing import write
 from beitv2_jax.data.augment import center_crop
 from beitv2_jax.data.segmentation.windows import Sliding
 
