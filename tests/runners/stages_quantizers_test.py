@@ -116,7 +116,11 @@ def test_later_stages_take_it(folder, trained, tmp_path):
         place = str(tmp_path / ("live" if "tokenizer.run" in source else "stored"))
         assert np.isfinite(stages.run_stage(config, place)["metrics"]["loss"])
     # its encoder starts other models
-    config = stage(folder, "finetune", **{"init_from": workdir, "views.image_size": 9, "model.patch_size": 3})
+    config = stage(
+        folder,
+        "finetune",
+        **{"init_from": workdir, "views.image_size": 9, "model.patch_size": 3, "model.num_classes": 2},
+    )
     config.unlock().model.update(width=64, depth=2, num_heads=2, mlp_dim=128, position="absolute", layer_scale_init=0.0)
     config.run.batch_size = 8
     assert np.isfinite(stages.run_stage(config.lock(), str(tmp_path / "finetune"))["metrics"]["loss"])
