@@ -1,7 +1,7 @@
 """Logistic regression on frozen features: the whole training set in every step, read piece by piece."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -52,17 +52,14 @@ class LogisticRegression:
         The minimum is a single one, up to a constant in all biases, so the start changes the way and not the end.
         """
         strength = (2 if len(self._classes) == 2 else 1) / (inverse_strength * len(self._rows))
-
         eigenvalues, directions = self._curvature_at_zero
         scales = np.sqrt(eigenvalues + strength)[:, None]
 
         def objective(flat):
             params = directions @ (flat.reshape(self._shape) / scales)
             loss, gradient = 0.0, np.zeros(self._shape)
-            for start in range(0, len(self._rows), PIECE_ROWS):
-                self._on_move("fitting a logistic regression")
-                part = slice(start, start + PIECE_ROWS)
-                value, slope = self._piece(params, self._features[self._rows[part]], self._labels[part])
+            for features, labels in self._pieces():
+                value, slope = self._piece(params, features, labels)
                 loss, gradient = loss + float(value), gradient + np.asarray(slope)
             loss, gradient = loss / len(self._rows), gradient / len(self._rows)
             gradient[:-1] += strength * params[:-1]
@@ -77,6 +74,13 @@ class LogisticRegression:
         self.start = params.reshape(-1)
         return params
 
+    def _pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield features and labels of `PIECE_ROWS` rows after another, telling each time that the fit moves."""
+        for start in range(0, len(self._rows), PIECE_ROWS):
+            self._on_move("fitting a logistic regression")
+            part = slice(start, start + PIECE_ROWS)
+            yield self._features[self._rows[part]], self._labels[part]
+
     @functools.cached_property
     def _curvature_at_zero(self) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, "p p"]]:
         """Return the eigenvalues and eigenvectors of the second derivative of the cross entropy at W = 0.
@@ -86,11 +90,9 @@ class LogisticRegression:
         """
         size = self._shape[0]
         moments = np.zeros((size, size))
-        for start in range(0, len(self._rows), PIECE_ROWS):
-            self._on_move("fitting a logistic regression")
-            piece = self._features[self._rows[start : start + PIECE_ROWS]].astype(np.float64)
-            piece = np.concatenate([piece, np.ones((len(piece), 1))], axis=1)
-            moments += piece.T @ piece
+        for features, _ in self._pieces():
+            inputs = np.concatenate([features.astype(np.float64), np.ones((len(features), 1))], axis=1)
+            moments += inputs.T @ inputs
         eigenvalues, directions = np.linalg.eigh(moments / len(self._rows) / self._shape[1])
         return np.maximum(eigenvalues, size * np.finfo(np.float64).eps * eigenvalues[-1]), directions
 
