@@ -384,4 +384,5 @@ def _from_state(path: str, state: dict[str, np.ndarray], num_heads: int | None, 
 
 
 def usual_normalization(kind: str, arguments: dict) -> str:
+    """Return the normalization that is assumed of weights whose file does not state one: that of the released ones."""
     return "half" if kind == "mim" and not arguments.get("patch_aggregation") else "imagenet"

@@ -199,10 +199,16 @@ def holds_results(workdir: str) -> bool:
 
 
 def config_path(workdir: str) -> AnyPath:
+    """Return where the config of a run is kept."""
     return as_path(workdir) / "config.json"
 
 
 def read_config(path: AnyPath) -> ConfigDict:
+    """Return the config in the file `path`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         return config_lib.from_json(path.read_text())
     except (ValueError, TypeError, AttributeError) as error:
@@ -214,6 +220,7 @@ def read_config(path: AnyPath) -> ConfigDict:
 
 
 def folder_of_pipeline(workdir: str) -> str:
+    """Return the folder that a stage's workdir lies in, which is that of its pipeline if it has one."""
     return os.path.dirname(buckets.absolute(workdir))
 
 
@@ -226,4 +233,5 @@ def resolved_in(config: ConfigDict, workdir: str) -> ConfigDict:
 
 
 def listed_changes(changes: Changes) -> str:
+    """Return the changes as text: each key with its former and its new value."""
     return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)

@@ -42,7 +42,7 @@ def lookup(module, state, vectors, weight=None):
 @functools.partial(jax.jit, static_argnums=0)
 def apply(module, state, vectors):
     """Return a lookup, and the state that its statistics lead to."""
-    out = module.apply({"codebook": state}, vectors)
+    out = lookup(module, state, vectors)
     return out, q.updated_state(state, out.statistics, module.options)
 
 
