@@ -75,7 +75,7 @@ class LogisticRegression:
         return params
 
     def _pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield features and labels of `PIECE_ROWS` rows after another, telling each time that the fit moves."""
+        """Yield the features and labels to fit on, `PIECE_ROWS` at a time, and call `on_move` before each."""
         for start in range(0, len(self._rows), PIECE_ROWS):
             self._on_move("fitting a logistic regression")
             part = slice(start, start + PIECE_ROWS)
