@@ -85,7 +85,7 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("stage", ["training", "cache"])
+@pytest.mark.parametrize("stage", ["training", pytest.param("cache", marks=pytest.mark.long)])
 def test_the_workers_of_a_killed_run_end(tmp_path, stage):
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = os.environ | PATH
@@ -124,10 +124,11 @@ def test_workers_stay_when_their_process_group_is_told_to_end(tmp_path, stage, r
     ("stage", "number", "words"),
     [
         ("training", signal.SIGKILL, ["Resumable", "killed by signal 9", "memory", "data.num_workers"]),
-        (
+        pytest.param(
             "training",
             signal.SIGBUS,
             ["UserError", "bus error", "/dev/shm", "--shm-size", "--config.data.num_workers=0"],
+            marks=pytest.mark.long,
         ),
         pytest.param(
             "cache",

@@ -1,4 +1,7 @@
-"""Needs ipykernel, matplotlib and nbclient (extra "notebooks"): the notebooks run, with outputs like the saved ones."""
+"""Needs ipykernel, matplotlib and nbclient (extra "notebooks"): the notebooks run, with outputs like the saved ones.
+
+Their models are trained for a tenth of the steps.
+"""
 
 import os
 
@@ -29,6 +32,11 @@ def test_a_notebook_runs(path, folder, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     saved = nbformat.read(path, 4)
     ran = nbformat.read(path, 4)
+    shortened = 0
+    for cell in ran.cells:
+        shortened += cell.source.count("0 steps")
+        cell.source = cell.source.replace("0 steps", " steps")
+    assert shortened == 3
     NotebookClient(ran, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     assert [kinds(cell) for cell in ran.cells] == [kinds(cell) for cell in saved.cells]
 

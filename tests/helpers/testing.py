@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,3 +25,19 @@ def drawn_variables(model, *args, seed=1, **kwargs):
     shapes = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *args)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def variables_of(task):
+    """Return variables of a task, none zero or large: kernels scaled by their fan-in, codes on the sphere."""
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1], default=4))).astype(np.float32),
+        jax.eval_shape(task.init, jax.random.key(0)),
+    )
+    if variables["model_state"]:
+        state = variables["model_state"]["quantizer"]
+        variables["model_state"]["quantizer"] = {
+            name: array / np.linalg.norm(array, axis=-1, keepdims=True) if array.ndim == 2 else np.zeros_like(array)
+            for name, array in state.items()
+        }
+    return jax.tree.map(jnp.asarray, variables)

@@ -12,10 +12,10 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from paths import HELPERS, ROOT
+from testing import variables_of
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
@@ -106,7 +106,7 @@ def configs(request, image_folder, tmp_path_factory):  # noqa: F811
             config.teacher.update(features="", weights=str(workdir / "teacher"))
         if name == "mim":
             config.tokenizer.update(codes="", run=str(workdir / "vqkd"))
-        variables = jax.tree.map(np.asarray, jax.jit(builds[name](config).init)(jax.random.key(0)))
+        variables = variables_of(builds[name](config))
         write_run(str(workdir / name), json.loads(config_lib.to_json(config)), variables)
     configs = {name: stage_config(image_folder, str(workdir), name) for name in chosen}
     for name, config in configs.items():

@@ -3,9 +3,8 @@
 import json
 import os
 
-import jax
-import numpy as np
 import pytest
+from testing import variables_of
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.convert.runs import write_run
@@ -23,7 +22,7 @@ def networks(image_folder, tmp_path_factory):  # noqa: F811
         config = stage_config(image_folder, str(workdir), name)
         if name == "vqkd":
             config.teacher.update(features="", weights=str(workdir / "teacher"))
-        variables = jax.tree.map(np.asarray, jax.jit(build(config).init)(jax.random.key(0)))
+        variables = variables_of(build(config))
         write_run(str(workdir / name), json.loads(config_lib.to_json(config)), variables)
     return str(workdir)
 

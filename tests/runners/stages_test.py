@@ -49,6 +49,7 @@ def miniature(image_folder) -> ConfigDict:
     config.stages.teacher.model.num_classes = 2
     config.stages.extract.output.dtype = "float32"
     config.mim_views.color_jitter = 0.4
+    config.stages.teacher.model.depth = config.stages.vqkd.model.encoder.depth = 1
     return config.lock()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from convert_states import arguments_of, drawn_weights
 from paths import CONFIGS
+from testing import variables_of
 from without_data import no_data
 
 import beitv2_jax
@@ -55,7 +56,7 @@ def test_the_loss_is_that_of_numpy(features):
     task, batch = task_of(features), laws.batch_of(3)
     batch["images"][1, :4, :4] = 77  # a patch of one colour has no variance
     batch["weight"][5] = 0.0
-    params = laws.drawn(task)["params"]
+    params = variables_of(task)["params"]
     bias = np.random.default_rng(2).normal(size=params["regression_head"]["bias"].shape)
     assert bias.shape == ((laws.TEACHER,) if features else (48,))
     # without a kernel, the output is the bias, whatever the transformer says

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testing import variables_of
 
 from tests.training import laws_test as laws
 
@@ -17,7 +18,7 @@ def _task(name):
         task, _ = laws.tokenizer_task()
     else:
         task, _ = laws.mim_task(drop_path_rate=0.0)
-    return task, laws.drawn(task)
+    return task, variables_of(task)
 
 
 TASKS = {name: _task(name) for name in ("vqkd", "mim")}

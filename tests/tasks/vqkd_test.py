@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testing import variables_of
 from without_data import no_data
 
 from beitv2_jax.models import quantizer as q
@@ -41,7 +42,7 @@ def stepped(task, config, sizes=(1, 1, 1), accumulation_steps=1, step=0):
     """Return the codebook's state before and after a step in which three codes are nearly unused."""
     mesh = sharding.make_mesh(*sizes)
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=0, num_steps=10)
-    variables = laws.drawn(REVIVES[0])
+    variables = variables_of(REVIVES[0])
     average = jnp.ones(laws.CODES).at[jnp.array([2, 7, 11])].set(jnp.array([3e-3, 1e-3, 2e-3]))
     state = {**variables["model_state"]["quantizer"], "usage_average": average}
     wanted = jax.eval_shape(task.init, jax.random.key(0))["model_state"]["quantizer"]
@@ -71,7 +72,7 @@ def test_a_step_revives_the_rarest_code_with_a_token_of_a_readable_image(revived
     codes = np.flatnonzero(after["usage_average"] == 1.0)
     assert codes.tolist() == [7]
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=laws.TEACHER)
-    batch, variables = rows(), laws.drawn(REVIVES[0])
+    batch, variables = rows(), variables_of(REVIVES[0])
     variables = {"params": variables["params"], "codebook": variables["model_state"]}
     projected = jax.jit(lambda images: model.apply(variables, images, method=VQKD.project))
     unit = np.asarray(q.l2_normalise(projected(batch["images"] / 127.5 - 1.0)))
@@ -95,7 +96,7 @@ def test_the_same_code_is_revived_on_eight_devices_and_by_micro_batches(revived)
 def finish_of(built, step):
     """Return the codebook's state before and after hits of all codes but 2 and 7, which both are dead, at a step."""
     task, _ = built
-    state = dict(laws.drawn(REVIVES[0])["model_state"]["quantizer"])
+    state = dict(variables_of(REVIVES[0])["model_state"]["quantizer"])
     state["usage_average"] = jnp.ones(laws.CODES).at[jnp.array([2, 7])].set(jnp.array([3e-3, 1e-3]))
     wanted = jax.eval_shape(task.init, jax.random.key(0))["model_state"]["quantizer"]
     before = {name: state[name] for name in wanted}
@@ -130,7 +131,7 @@ def test_no_code_is_revived_in_the_last_fifth_of_the_run(step, is_revived):
 def test_k_means_over_many_batches_is_that_of_all_their_patches():
     task, config = task_with(kmeans_tokens=50, **{"run.batch_size": 8, "kmeans_again": "4 steps"})
     assert task.start_batches == 14 and task.codebook_starts == (0, 4)  # 50 x 19 tokens, 72 a batch
-    variables, batches = laws.drawn(task), [laws.batch_of(seed) for seed in (3, 4, 5)]
+    variables, batches = variables_of(task), [laws.batch_of(seed) for seed in (3, 4, 5)]
     batches[1]["weight"][2:] = 0
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
     arguments = (variables["params"], variables["model_state"], {})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from paths import CONFIGS
+from testing import variables_of
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
@@ -55,22 +56,6 @@ def batch_of(seed):
     }
 
 
-def drawn(task):
-    """Return variables of visible size: kernels scaled by their fan-in, codes on the sphere, nothing counted yet."""
-    rng = np.random.default_rng(1)
-    variables = jax.tree.map(
-        lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1], default=4))).astype(np.float32),
-        jax.eval_shape(task.init, jax.random.key(0)),
-    )
-    if variables["model_state"]:
-        state = variables["model_state"]["quantizer"]
-        variables["model_state"]["quantizer"] = {
-            name: array / np.linalg.norm(array, axis=-1, keepdims=True) if array.ndim == 2 else np.zeros_like(array)
-            for name, array in state.items()
-        }
-    return jax.tree.map(jnp.asarray, variables)
-
-
 def loss_and_gradient(task, variables, batch):
     def loss(params):
         total, parts = task.loss(params, variables["model_state"], {}, batch, jax.random.key(0), jnp.int32(0))
@@ -90,7 +75,7 @@ def difference(ours, exact):
 def test_bfloat16_stays_near_float32(build):
     batch = {key: jnp.asarray(value) for key, value in batch_of(5).items()}
     (exact, _), (rounded, _) = build(), build("bfloat16")
-    variables = drawn(exact)
+    variables = variables_of(exact)
     exact_loss, exact_gradient = loss_and_gradient(exact, variables, batch)
     loss, gradient = loss_and_gradient(rounded, variables, batch)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, gradient)))
@@ -102,7 +87,7 @@ def test_codes_of_a_bfloat16_tokenizer_are_decided_in_float32():
     images = jnp.asarray(batch_of(6)["images"]) / 127.5 - 1.0
     task, config = tokenizer_task("bfloat16")
     model = vqkd.make_model(config, inputs.compute(config), teacher_width=TEACHER)
-    variables = drawn(task)
+    variables = variables_of(task)
     rng = np.random.default_rng(0)
     codes = 1.0 + 1e-3 * rng.normal(size=(CODES, 7))  # neighbours whose inner products bfloat16 cannot tell apart
     codes = (codes / np.linalg.norm(codes, axis=-1, keepdims=True)).astype(np.float32)
@@ -128,7 +113,7 @@ def test_stochastic_depth_drops_whole_branches_of_a_sample_and_is_right_in_the_m
     task, config = mim_task(drop_path_rate=rate, depth=2, patch_aggregation=False, position="none")
     model = mim.make_model(config, Compute())
     images = jnp.broadcast_to(jnp.asarray(batch_of(7)["images"][:1]) / 255.0, (copies, SIZE, SIZE, 3))
-    params = drawn(task)["params"]
+    params = variables_of(task)["params"]
     last = params["backbone"]["blocks_1"]
     last["gamma_1"], last["gamma_2"] = jnp.zeros_like(last["gamma_1"]), jnp.ones_like(last["gamma_2"])
     bare = {**params, "backbone": {**params["backbone"], "blocks_1": {**last, "gamma_2": last["gamma_1"]}}}

@@ -191,18 +191,21 @@ def test_run_continued_in_a_fresh_process_equals_the_unbroken_one(unbroken, tmp_
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
 
-@pytest.mark.parametrize(
-    ("signalled_at", "signals"),
-    [pytest.param(8, [signal.SIGTERM], marks=pytest.mark.long), (18, [signal.SIGINT, signal.SIGTERM])],
-)
-def test_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path, signalled_at, signals):
-    """Signalled while step `signalled_at` runs, it does one more, which may be the last of all.
+def test_a_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_path):
+    """Signalled while step 18 runs, it does one more, the last of all. Ctrl-C reaches the launcher too, which adds a
+    SIGTERM of its own."""
+    with pytest.raises(Preempted, match="at step 19"):
+        loop.train(toy.make_task(stop_at=18, signals=[signal.SIGINT, signal.SIGTERM]), toy.config(), tmp_path)
+    assert outcome(tmp_path)[0] == 19
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 20))
+    loop.train(toy.make_task(), toy.config(), tmp_path)
+    assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
-    Ctrl-C reaches the launcher too, which adds a SIGTERM of its own.
-    """
-    assert train_elsewhere(tmp_path, stop_at=signalled_at, signals=signals) == Preempted.EXIT_CODE == 75
-    assert outcome(tmp_path)[0] == signalled_at + 1
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, signalled_at + 2))
+
+@pytest.mark.long
+def test_told_to_end_in_processes_of_its_own(unbroken, tmp_path):
+    assert train_elsewhere(tmp_path, stop_at=8, signals=[signal.SIGTERM]) == Preempted.EXIT_CODE == 75
+    assert outcome(tmp_path)[0] == 9
     assert train_elsewhere(tmp_path) == 0
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import training_toy as toy
 from paths import CONFIGS
+from testing import variables_of
 from without_data import no_data
 
 from beitv2_jax import config as config_lib
@@ -52,7 +53,7 @@ def prepared(build, mesh, accumulation_steps, dtype="float32", warmup_steps=0):
     task, config = build(dtype)
     config.optim.update(eps=1e-3, layer_decay=1.0)  # a small eps magnifies the rounding of gradients near zero
     optimizer, schedule = optim.for_task(task, config.optim, warmup_steps=warmup_steps, num_steps=10)
-    variables = laws.drawn(task)
+    variables = variables_of(task)
     state = TrainState(jnp.int32(0), variables["params"], optimizer.init(variables["params"]), variables["model_state"])
     step = make_train_step(
         task, optimizer, schedule=schedule, seed=0, average_decay=0.0, accumulation_steps=accumulation_steps
