@@ -169,10 +169,10 @@ def make_task(
         logits = model.apply({"params": params}, images)
         targets = jax.nn.one_hot(batch["labels"], CLASSES)
         value = -jnp.sum(targets * jax.nn.log_softmax(logits))
-        for high in spike_steps:
-            value = value * jnp.where(step == high, 20.0, 1.0)
-        for bad in nan_steps:
-            value = value * jnp.where(step == bad, jnp.nan, 1.0)
+        if spike_steps:
+            value = value * jnp.where(jnp.isin(step, jnp.array(spike_steps)), 20.0, 1.0)
+        if nan_steps:
+            value = value * jnp.where(jnp.isin(step, jnp.array(nan_steps)), jnp.nan, 1.0)
         statistics = {"images": batch["images"][:5], "ids": batch["example_ids"].sum()}
         return value, LossParts(jnp.float32(len(images)), {}, statistics)
 

@@ -237,7 +237,9 @@ def test_a_compiled_program_takes_the_place_of_estimates(tiny):
 
 @pytest.fixture(scope="module")
 def base():
-    return planner.prepare(load("mim", **{"tokenizer.codes": "stored"}))
+    """Three blocks of the published base network, which are quick to trace, with a batch that fills a chip."""
+    blocks = {"model.depth": 3, "model.early_layer": 2, "run.batch_size": 5120}
+    return planner.prepare(load("mim", **{"tokenizer.codes": "stored"}, **blocks))
 
 
 def test_a_step_that_does_not_fit_names_what_helps(base):
@@ -250,7 +252,8 @@ def test_a_step_that_does_not_fit_names_what_helps(base):
     assert "GiB are missing" in remedies["--config.efficiency.accumulation_steps=2"]
     assert remedies["--config.efficiency.accumulation_steps=4"].endswith("fits")
     assert "GiB are missing" in remedies["--config.mesh.fsdp=8 --config.efficiency.remat=none"]
-    assert remedies["--config.run.batch_size=512"].endswith("fits")
+    assert "GiB are missing" in remedies["--config.run.batch_size=2560"]
+    assert remedies["--config.run.batch_size=1280"].endswith("fits")
     assert remedies["In short"] == "In short: --config.efficiency.remat=full"
 
 

@@ -46,11 +46,22 @@ def test_a_spike_is_above_the_mean_by_the_factor_once_there_is_a_mean(taken, los
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory):
-    """A run with a spike at step 62 and one, too early to be judged, at step 12."""
-    workdir = tmp_path_factory.mktemp("guarded")
-    train(workdir, 5.0, spike_steps=(11, 61))
-    return workdir
+def guarded_and_log(tmp_path_factory):
+    """Return the workdir of a run with a spike at step 62 and one, too early to be judged, at step 12; and its log."""
+    workdir, records = tmp_path_factory.mktemp("guarded"), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger().addHandler(handler)
+    try:
+        train(workdir, 5.0, spike_steps=(11, 61))
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return workdir, records
+
+
+@pytest.fixture
+def guarded(guarded_and_log):
+    return guarded_and_log[0]
 
 
 @pytest.mark.long
@@ -62,15 +73,14 @@ def test_without_spikes_nothing_changes(tmp_path):
     assert_same_outcome(on, off)
 
 
-def test_a_spike_changes_nothing_and_is_told_with_its_examples(tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    train(tmp_path, 5.0, spike_steps=(11, 61))
-    _, trees, _, lines = outcome(tmp_path)
+def test_a_spike_changes_nothing_and_is_told_with_its_examples(guarded_and_log):
+    workdir, records = guarded_and_log
+    _, trees, _, lines = outcome(workdir)
     assert [line["spiked_steps"] for line in lines] == [0] * 61 + [1] * 9
     assert {line["nonfinite_steps"] for line in lines} == {0}
     assert lines[61]["loss"] > 5 * lines[60]["loss"]
     assert trees["train"]["spikes"]["taken"] == 69 and trees["train"]["spikes"]["left_out"] == 1
-    (logged,) = [record.args for record in caplog.records if "changed nothing" in record.msg]
+    (logged,) = [record.args for record in records if "changed nothing" in record.msg]
     iterator = toy.batches(8, seed=3)
     ids = [next(iterator)["example_ids"] for _ in range(62)][-1]
     assert logged[0] == 62 and logged[-1] == " ".join(map(str, ids))
