@@ -36,8 +36,10 @@ install_project() {
         return
     fi
     echo "Installing beitv2_jax${EXTRAS:+[$EXTRAS]} into $VENV (a minute or two, once) ..." >&2
-    # without bytecode, which Python writes for each module that is imported, and most are not
-    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${EXTRAS:+[$EXTRAS]}" ||
+    # Python writes the bytecode of a module when it is first imported, unless this variable forbids it
+    bytecode=--no-compile
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || bytecode=--compile
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check "$bytecode" --editable ".${EXTRAS:+[$EXTRAS]}" ||
         exit 1
     touch "$VENV/.installed-${extras:-none}"
 }

@@ -100,6 +100,11 @@ def test_exit_codes_are_passed_on(repository, venv, script):
     assert result.returncode == 2
 
 
+def test_where_python_may_write_no_bytecode_pip_writes_it(repository, venv):
+    _, calls = launch(repository, "local.sh", PYTHONDONTWRITEBYTECODE="1")
+    assert calls[0] == f"{PIP} .".replace("--no-compile", "--compile")
+
+
 def test_a_failed_installation_stops_and_is_tried_again(repository, venv):
     result, calls = launch(repository, "local.sh", FAIL_PIP="1")
     assert result.returncode == 1
