@@ -251,6 +251,7 @@ def check_image_size(weights: Weights, image_size: int) -> int:
 
 
 def _from_run(path: str, normalization: str | None, average: bool) -> Weights:
+    check_stage(path, STAGES.values(), "")  # a stage that trains nothing has no checkpoint
     weights = weights_of_run(path, read_run(path, average=average))
     return dataclasses.replace(
         weights, normalization=weights.normalization and (normalization or weights.normalization)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,9 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
     write(drawn_weights("mim"), str(tmp_path / "mim"), "run")
     config = json.loads((tmp_path / "mim" / "config.json").read_text())
     (tmp_path / "mim" / "config.json").write_text(json.dumps(config | {"stage": "probe"}))
+    with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'cluster' or 'mim'"):
+        read(str(tmp_path / "mim"))
+    shutil.rmtree(tmp_path / "mim" / "checkpoints")  # as such a stage leaves it
     with pytest.raises(UserError, match="stage 'probe', but a run of stage 'vqkd' or 'cluster' or 'mim'"):
         read(str(tmp_path / "mim"))
 
