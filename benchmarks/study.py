@@ -295,7 +295,8 @@ def table(workdir: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for arm, title in ARMS.items():
-        found = [values for name in seeds_of(workdir, arm) if (values := values_of(workdir, name))]
+        found = [values_of(workdir, name) for name in seeds_of(workdir, arm)]
+        found = [values for values in found if values.keys() & COLUMNS.keys()]  # not of the tokenizer alone
         cells = []
         for column in COLUMNS:
             values = [each[column] for each in found if column in each]

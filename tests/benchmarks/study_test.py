@@ -78,6 +78,7 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     probes = {"vqkd": 0.5, "vqkd-seed1": 0.6, "random": 0.2, "vqkd-no_head": 0.4}
     for name, accuracy in probes.items():
         finished(tmp_path, name, "probe", **{study.CURVE: accuracy})
+    (tmp_path / "vqkd-seed2").mkdir()  # begun, nothing measured
     finished(tmp_path, "vqkd", "probe300", **{study.CURVE: 0.3})
     finished(tmp_path, "vqkd", "probe_last", **{study.CURVE: 0.45})
     finished(tmp_path, "tokenizer", "vqkd", **{"eval/codebook_usage": 0.9, "eval/codebook_perplexity": 123.4})
