@@ -28,6 +28,8 @@ DEAD_FRACTION = 0.01
 """Fraction of the uniform share of the tokens under which a code is dead. Source: UniTok's measure of unused codes."""
 USAGE_DECAY = 0.99
 """Of the moving average of each code's share, by which `revived` finds dead codes."""
+STEPS_UNTIL_DEAD = math.ceil(math.log(DEAD_FRACTION) / math.log(USAGE_DECAY))
+"""The first step of a run after which a code can be dead: that of one without any hit, whose average starts at 1."""
 TRAINING_COUNTERS = ("idle_steps", "usage_average")
 """State that only a training run keeps: weights that are read from it are without."""
 

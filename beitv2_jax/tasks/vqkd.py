@@ -21,6 +21,7 @@ from beitv2_jax.data.target_cache.encoding import FEATURES, decode_features
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
 from beitv2_jax.models.quantizer import (
+    STEPS_UNTIL_DEAD,
     Candidates,
     CodebookStatistics,
     QuantizerOptions,
@@ -157,6 +158,7 @@ def build(config) -> Task:
     inputs.check_implementations(config)
     task = make_task(config, open_inputs(config))
     _warn_of_too_many_codes(config, task.num_train_examples)
+    _warn_of_no_revival(config, task.num_train_examples)
     return task
 
 
@@ -171,6 +173,18 @@ def _warn_of_too_many_codes(config, num_examples: int) -> None:
             codes,
             TOKENS_PER_CODE,
             _codebook_of(config, fitting),
+        )
+
+
+def _warn_of_no_revival(config, num_examples: int) -> None:
+    num_steps = config_lib.steps(config.run.duration, batch_size=config.run.batch_size, num_examples=num_examples)
+    if config.revive and REVIVE_UNTIL * num_steps < STEPS_UNTIL_DEAD:
+        logging.warning(
+            "revive=True changes nothing in a run of %d steps: no code is dead before step %d, and in the last fifth "
+            "of a run none is revived. Write --config.revive=False, or --config.run.duration='%d steps' or more.",
+            num_steps,
+            STEPS_UNTIL_DEAD,
+            math.ceil(STEPS_UNTIL_DEAD / REVIVE_UNTIL),
         )
 
 
@@ -299,6 +313,8 @@ def _advice(config, metrics: Mapping[str, float]) -> str:
         options.append(_codebook_of(config, fitting))
     options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
     options += ["--config.revive=True"] if config.model.quantizer == "ema" and not config.revive else []
+    if not config.init_from:
+        options.append("--config.init_from=PATH (the weights of the teacher, if it has the sizes of the encoder)")
     if not options:
         return "Train on more images."
     return (

@@ -497,6 +497,7 @@ def test_a_code_is_dead_458_steps_after_its_last_hit_and_idle_steps_are_counted(
     for step in range(1, 460):
         state = counted(state, counts)
         assert bool(state["usage_average"][3] < q.DEAD_FRACTION) == (step > 458)
+    assert q.STEPS_UNTIL_DEAD == 459
     assert state["idle_steps"][3] == 459 and state["idle_steps"].sum() == 459
     expected = 0.99**459 + (1 - 0.99**459) * CODES / (CODES - 1)
     np.testing.assert_allclose(state["usage_average"][0], expected, rtol=1e-4)
