@@ -33,7 +33,7 @@ def test_a_notebook_runs(path, folder, monkeypatch):
     saved = nbformat.read(path, 4)
     ran = nbformat.read(path, 4)
     shortened = 0
-    for cell in ran.cells:
+    for cell in (cell for cell in ran.cells if cell.cell_type == "code"):
         shortened += cell.source.count("0 steps")
         cell.source = cell.source.replace("0 steps", " steps")
     assert shortened == 3
