@@ -203,9 +203,11 @@ def test_a_run_told_to_end_saves_and_goes_on_as_the_unbroken_one(unbroken, tmp_p
 
 
 @pytest.mark.long
-def test_told_to_end_in_processes_of_its_own(unbroken, tmp_path):
-    assert train_elsewhere(tmp_path, stop_at=8, signals=[signal.SIGTERM]) == Preempted.EXIT_CODE == 75
-    assert outcome(tmp_path)[0] == 9
+@pytest.mark.parametrize(("signalled_at", "signals"), [(8, [signal.SIGTERM]), (18, [signal.SIGINT, signal.SIGTERM])])
+def test_told_to_end_in_processes_of_its_own(unbroken, tmp_path, signalled_at, signals):
+    assert train_elsewhere(tmp_path, stop_at=signalled_at, signals=signals) == Preempted.EXIT_CODE == 75
+    assert outcome(tmp_path)[0] == signalled_at + 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, signalled_at + 2))
     assert train_elsewhere(tmp_path) == 0
     assert_same_outcome(outcome(tmp_path), outcome(unbroken[0]))
 
