@@ -5,6 +5,7 @@ the step (`teacher.weights`). Both see the same views, so both give the same los
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -178,14 +179,19 @@ def _warn_of_too_many_codes(config, num_examples: int) -> None:
 
 def _warn_of_no_revival(config, num_examples: int) -> None:
     num_steps = config_lib.steps(config.run.duration, batch_size=config.run.batch_size, num_examples=num_examples)
-    if config.revive and REVIVE_UNTIL * num_steps < STEPS_UNTIL_DEAD:
+    if config.revive and _revive_steps(num_steps) < STEPS_UNTIL_DEAD:
         logging.warning(
             "revive=True changes nothing in a run of %d steps: no code is dead before step %d, and in the last fifth "
             "of a run none is revived. Write --config.revive=False, or --config.run.duration='%d steps' or more.",
             num_steps,
             STEPS_UNTIL_DEAD,
-            math.ceil(STEPS_UNTIL_DEAD / REVIVE_UNTIL),
+            next(steps for steps in itertools.count(num_steps) if _revive_steps(steps) >= STEPS_UNTIL_DEAD),
         )
+
+
+def _revive_steps(num_steps: int) -> int:
+    """Return in how many steps from the start of the run on dead codes are revived."""
+    return math.ceil(REVIVE_UNTIL * num_steps)
 
 
 def _codebook_of(config, codebook_size: int) -> str:
@@ -276,7 +282,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         return {**variables, "model_state": {"quantizer": state}}
 
     # what dead codes do before they are revived says nothing of the end
-    revive_steps = math.ceil(REVIVE_UNTIL * num_steps) if config.revive else None
+    revive_steps = _revive_steps(num_steps) if config.revive else None
 
     def advise(metrics, steps):
         judged = steps > window + (revive_steps or 0)
