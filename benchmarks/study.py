@@ -3,9 +3,10 @@
     python -m benchmarks.study run --workdir=runs/study --teacher=vit_ti16_augreg_fp16.npz
     python -m benchmarks.study table --workdir=runs/study --out=docs/study
 
-`run` starts one run after the other, each as a program of its own; given again, it goes on where it stopped, also in
-the middle of a run. `--only=vqkd,pixels*` chooses runs by name, with what they need. `table` takes whatever has
-finished. Both can work at the same time; two sweeps may share a workdir if their `--only` name different runs.
+`run` starts one run after the other, each as a program of its own, and evaluates the codes of each tokenizer; given
+again, it goes on where it stopped, also in the middle of a run. `--only=vqkd,pixels*` chooses runs by name, with what
+they need. `table` takes whatever has finished. Both can work at the same time; two sweeps may share a workdir if their
+`--only` name different runs.
 """
 
 import argparse
@@ -44,6 +45,16 @@ FIRST = ("random", "vqkd", "pixels", "pixel_codes", "cluster", "regress", "teach
 EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
+def seeds_of(arm: str) -> list[str]:
+    """Return the names of the runs of an arm of the study, one for each seed."""
+    return ["-".join(filter(None, (arm, seed))) for seed in SEEDS]
+
+
+def arm_of(name: str) -> str:
+    """Return the arm that a run is a seed of."""
+    return "-".join(part for part in name.split("-") if part not in SEEDS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """A claim about the method, and the runs that test it, by name."""
@@ -55,7 +66,10 @@ class Claim:
 CLAIMS = {
     3: Claim(
         "the patch-aggregation head improves the probes of [CLS]",
-        ("vqkd", "vqkd-no_head", "vqkd-early3", "vqkd-early5", "vqkd-blocks2", "vqkd-blocks3", "vqkd-own_head"),
+        (
+            *("vqkd", *seeds_of("vqkd-no_head"), "vqkd-early3", "vqkd-early5"),
+            *("vqkd-blocks2", "vqkd-blocks3", "vqkd-own_head"),
+        ),
     ),
     4: Claim(
         "a low code dimension raises usage; the codebook fits the number of images",
@@ -77,7 +91,7 @@ CLAIMS = {
     8: Claim(
         "remedies against collapse",
         (
-            *("vqkd", "vqkd-no_kmeans", "vqkd-kmeans_once", "vqkd-revive"),
+            *("vqkd", "vqkd-no_kmeans", *seeds_of("vqkd-kmeans_once"), "vqkd-revive"),
             *("vqkd-rotation", "vqkd-fsq", "vqkd-simvq"),
         ),
     ),
@@ -95,6 +109,17 @@ COLUMNS = {
 }
 """Column -> stage, metric, title."""
 CURVE = "pretrained/cls_mean_normed/sgd"
+EVALUATION = "evaluation"
+"""Folder of what `beitv2 evaluate` finds out about the codes of a tokenizer."""
+EVALUATED = "test[:2000]"
+"""Images whose patches are counted for it."""
+CODES = {
+    "usage": ("codebook_usage", "codes in use, %"),
+    "perplexity": ("codebook_perplexity", "perplexity"),
+    "loss": ("reconstruction_loss", "reconstruction loss"),
+    "information": ("nmi_class", "mutual information with the class"),
+}
+"""Column -> metric of that evaluation, title."""
 
 
 # --- which runs there are
@@ -132,13 +157,9 @@ def with_needed(names: Iterable[str]) -> list[str]:
 
 
 def evaluated_runs() -> list[str]:
-    """Return the runs that are evaluated: the main comparison by seeds, then the other claims with one seed."""
-    main = [
-        "-".join(filter(None, (arm, seed)))
-        for seed in SEEDS
-        for arm in FIRST
-        if arm != "teacher" or not seed  # whose evaluation has nothing that is drawn
-    ]
+    """Return the runs that are evaluated: the main comparison by seeds, then those of the other claims."""
+    seeds = zip(*(seeds_of(arm) for arm in FIRST), strict=True)
+    main = [name for names in seeds for name in names if arm_of(name) != "teacher" or name == "teacher"]
     return list(dict.fromkeys([*main, *(name for claim in CLAIMS.values() for name in claim.runs)]))
 
 
@@ -166,9 +187,21 @@ def summary_of(workdir: Path, name: str, stage: str) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def tokenizer_of(name: str) -> str | None:
+    """Return the stage of a run that makes a tokenizer, or None."""
+    return next((stage for stage in config_of(name).stages if stage in ("vqkd", "cluster")), None)
+
+
+def codes_of(workdir: Path, name: str) -> dict | None:
+    """Return the metrics of the codes of the tokenizer of a run, or None if they have not been evaluated."""
+    path = workdir / name / EVALUATION / "metrics.json"
+    return json.loads(path.read_text())["metrics"] if path.is_file() else None
+
+
 def missing_stages(workdir: Path, name: str) -> list[str]:
-    """Return the stages of a run that have not finished."""
-    return [stage for stage in config_of(name).stages if summary_of(workdir, name, stage) is None]
+    """Return the stages of a run that have not finished, with `EVALUATION` as the last one of a tokenizer."""
+    missing = [stage for stage in config_of(name).stages if summary_of(workdir, name, stage) is None]
+    return [*missing, EVALUATION] if tokenizer_of(name) and codes_of(workdir, name) is None else missing
 
 
 def seconds_left(workdir: Path, names: Sequence[str]) -> float | None:
@@ -215,23 +248,38 @@ def run(workdir: Path, teacher: str, data_dir: str, only: str, threads: int) -> 
         rest = "" if left is None else f", about {left / 3600:.1f} h left"
         passed = (time.monotonic() - started) / 3600
         print(f"[{number} of {len(names)}] {name}: {', '.join(missing)} ({passed:.1f} h so far{rest})", flush=True)
-        if status := _start(workdir, name, weights, data_dir, threads):
+        commands = [_training(workdir, name, weights, data_dir, threads)] if missing != [EVALUATION] else []
+        commands += [_evaluation(workdir, name, data_dir)] if EVALUATION in missing else []
+        if status := next(filter(None, (_start(workdir, name, command) for command in commands)), 0):
             failed.append(name)
             print(f"{name} ended with status {status}: {workdir / 'logs' / name}.log", flush=True)
     print(f"{len(names) - len(failed)} of {len(names)} runs have finished", flush=True)
     return 1 if failed else 0
 
 
-def _start(workdir: Path, name: str, weights: Path, data_dir: str, threads: int) -> int:
-    """Run one run as a program of its own and return its exit status; an interrupt is passed on and ends the sweep."""
+def _training(workdir: Path, name: str, weights: Path, data_dir: str, threads: int) -> list[str]:
+    """Return the command of a run."""
     presets = presets_of(name)
-    command = [
+    return [
         *(sys.executable, "-m", "beitv2_jax.main", f"--config={CONFIG}{presets and ':' + presets}"),
         *(f"--workdir={workdir / name}", f"--config.teacher.weights={weights}", f"--config.data.data_dir={data_dir}"),
         *((f"--config.data.num_threads={threads}",) if threads else ()),
     ]
+
+
+def _evaluation(workdir: Path, name: str, data_dir: str) -> list[str]:
+    """Return the command that evaluates the codes of the tokenizer of a run."""
+    return [
+        *(sys.executable, "-m", "beitv2_jax.evaluate", str(workdir / name / tokenizer_of(name))),
+        *(config_of(name).data.source, f"--split={EVALUATED}", f"--out={workdir / name / EVALUATION}"),
+        *((f"--data_dir={data_dir}",) if data_dir else ()),
+    ]
+
+
+def _start(workdir: Path, name: str, command: Sequence[str]) -> int:
+    """Run a command of a run and return its exit status; an interrupt is passed on and ends the sweep."""
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **(EIGHT_DEVICES if "devices8" in presets else {})}
+    environment = {**os.environ, **(EIGHT_DEVICES if "devices8" in name else {})}
     with open(workdir / "logs" / f"{name}.log", "a") as log:
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -246,18 +294,14 @@ def _start(workdir: Path, name: str, weights: Path, data_dir: str, threads: int)
 
 
 def values_of(workdir: Path, name: str) -> dict[str, float]:
-    """Return the figures of a run that are there: those of `COLUMNS`, and of its tokenizer."""
-    if not (workdir / name).is_dir():
-        return {}
+    """Return the figures of a run that are there: those of `COLUMNS`, and those of `CODES` of its tokenizer."""
     found = {}
     for column, (stage, metric, _) in COLUMNS.items():
         if (summary := summary_of(workdir, name, stage)) and metric in summary["metrics"]:
             found[column] = summary["metrics"][metric]
-    for other in needed_by(name):
-        for stage in ("vqkd", "cluster"):
-            if summary := summary_of(workdir, other, stage):
-                found["usage"] = summary["metrics"]["eval/codebook_usage"]
-                found["perplexity"] = summary["metrics"]["eval/codebook_perplexity"]
+    for other in with_needed([name]):
+        if metrics := codes_of(workdir, other):
+            found |= {column: metrics[metric] for column, (metric, _) in CODES.items()}
     return found
 
 
@@ -275,14 +319,27 @@ def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
             yield int(step if step.isdecimal() else end), summary["metrics"][CURVE]
 
 
-def seeds_of(workdir: Path, arm: str) -> list[str]:
-    """Return the names of the runs of an arm of the study, one for each seed."""
-    return ["-".join(filter(None, (arm, seed))) for seed in SEEDS]
-
-
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     shown = f"{100 * mean(values):.1f}"
     return f"{shown} ± {100 * stdev(values):.1f}" if len(values) > 1 else shown
+
+
+def _measured(workdir: Path, arm: str) -> list[dict[str, float]]:
+    """Return the figures of the seeds of an arm whose student has been evaluated."""
+    found = [values_of(workdir, name) for name in seeds_of(arm)]
+    return [values for values in found if values.keys() & COLUMNS.keys()]
+
+
+def _spreads(found: Sequence[dict[str, float]], columns: Iterable[str]) -> list[str]:
+    return [_spread([values[column] for values in found if column in values]) for column in columns]
+
+
+def _code_cells(values: dict[str, float]) -> list[str]:
+    """Return the figures of the tokenizer of a run, which all its seeds share, as cells of a table."""
+    formats = {"usage": "{:.1%}", "perplexity": "{:.0f}", "loss": "{:.3f}", "information": "{:.3f}"}
+    return [formats[column].format(values[column]).rstrip("%") if column in values else "" for column in CODES]
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -293,40 +350,32 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table(workdir: Path, out: Path) -> None:
     """Write `study.md`, `runs.csv`, `curve.csv` and the plots from the metrics of what has finished."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for arm, title in ARMS.items():
-        found = [values_of(workdir, name) for name in seeds_of(workdir, arm)]
-        found = [values for values in found if values.keys() & COLUMNS.keys()]  # not of the tokenizer alone
-        cells = []
-        for column in COLUMNS:
-            values = [each[column] for each in found if column in each]
-            cells.append(_spread(values) if values else "")
-        if any(cells):
-            rows.append([title, str(len(found)), *cells])
+    main = {title: found for arm, title in ARMS.items() if (found := _measured(workdir, arm))}
+    rows = [[title, str(len(found)), *_spreads(found, COLUMNS)] for title, found in main.items()]
     titles = [title for _, _, title in COLUMNS.values()]
     parts = ["## Main comparison", _markdown(["accuracy in %", "seeds", *titles], rows)]
+    probes = ("sgd", "logistic", "knn")
     for number, claim in CLAIMS.items():
-        found = {name: values_of(workdir, name) for name in claim.runs}
-        found = {name: values for name, values in found.items() if "sgd" in values}
-        if not found.keys() - ARMS.keys():  # nothing but what the main comparison has
+        rows = {}
+        for arm in dict.fromkeys(arm_of(name) for name in claim.runs):
+            found, codes = _measured(workdir, arm), values_of(workdir, arm)
+            if found or (codes and "tokenizer" not in with_needed([arm])):  # that one has a row already
+                rows[arm] = [arm, *_code_cells(codes), str(len(found)), *_spreads(found, probes)]
+        if not rows.keys() - ARMS.keys():  # nothing but what the main comparison has
             continue
-        columns = ("usage", "perplexity", "sgd", "logistic", "knn")
-        shown = []
-        for name, values in found.items():
-            percent = {key: value * (1 if key == "perplexity" else 100) for key, value in values.items()}
-            shown.append([name, *(f"{percent[key]:.1f}" if key in percent else "" for key in columns)])
-        header = ["run", "codebook usage, %", "perplexity", *(COLUMNS[column][2] for column in columns[2:])]
-        parts += [f"## Claim {number}: {claim.title}", _markdown(header, shown)]
+        header = ["run", *(title for _, title in CODES.values()), "seeds", *(COLUMNS[column][2] for column in probes)]
+        parts += [f"## Claim {number}: {claim.title}", _markdown(header, rows.values())]
     (out / "study.md").write_text("\n\n".join(parts) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
-        columns = (*COLUMNS, "usage", "perplexity")
+        columns = (*COLUMNS, *CODES)
         writer = csv.writer(file)
         writer.writerow(("run", *columns))
-        for name in evaluated_runs():
-            if values := values_of(workdir, name):
+        for name in all_runs():
+            values = values_of(workdir, name)
+            if values.keys() & COLUMNS.keys() or (values and tokenizer_of(name)):
                 writer.writerow((name, *(f"{values[key]:.4f}" if key in values else "" for key in columns)))
     curves = {
-        arm: {name: points for name in seeds_of(workdir, arm) if (points := sorted(curve_of(workdir, name)))}
+        arm: {name: points for name in seeds_of(arm) if (points := sorted(curve_of(workdir, name)))}
         for arm in ARMS
         if arm not in ("random", "teacher")
     }

@@ -100,6 +100,7 @@ _OF_TOKENIZER = (
     *(*_OF_IMAGES, *_OF_TEACHER, "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
     *("no_kmeans", "kmeans_once", "revive", "rotation", "fsq", "simvq"),
 )
+_OF_STUDENT = ("no_head", "early3", "early5", "blocks2", "blocks3", "own_head", "bfloat16", "devices8")
 CONCERNING = {
     "features": (*_OF_FEATURES, "seed1", "seed2"),
     "tokenizer": _OF_TOKENIZER,
@@ -107,6 +108,7 @@ CONCERNING = {
     "tokenizer_pixels": _OF_PIXELS,
     "classifier": ("smoke",),
     "random": ("smoke",),
+    "vqkd": PLAIN,
 }
 """Run that others use -> presets of theirs that are its too; every tokenizer is that of seed 0."""
 
@@ -282,8 +284,10 @@ def _let_tokenizer_see(stages, image_size):
     """Give the VQ-KD tokenizer so many pixels of the boxes whose small views the student sees."""
     if "vqkd" in stages:  # the teacher runs beside it, so that nothing is stored
         stages.vqkd.views.update(image_size=image_size, num_views=0)
-    else:
-        stages.tokenize.views.image_size = stages.mim.views.tokenizer_image_size = image_size
+    if "tokenize" in stages:
+        stages.tokenize.views.image_size = image_size
+    if "mim" in stages:
+        stages.mim.views.tokenizer_image_size = image_size
 
 
 def _cluster(features):
@@ -313,12 +317,15 @@ def _pretrained(run, names):
             stage.teacher.features = f"{folder('features', names)}/extract"
         return {"regress": stage}
     tokenize, stage = load("tokenize"), _student(load("mim"))
+    stage.model.codebook_size = CODEBOOK["codebook_size"]
+    if run == "vqkd" and any(name in _OF_STUDENT for name in names):
+        stage.tokenizer.codes = f"{folder('vqkd', names)}/tokenize"
+        return {"mim": stage}
     source = {"cluster": ("tokenizer_cluster", "cluster"), "pixel_codes": ("tokenizer_pixels", "cluster")}
     tokenizer, inside = source.get(run, ("tokenizer", "vqkd"))
     tokenize.tokenizer.run = f"{folder(tokenizer, names)}/{inside}"
     stage.tokenizer.codes = "{workdir}/tokenize"
     tokenize.output.shard_examples = SHARD
-    stage.model.codebook_size = CODEBOOK["codebook_size"]
     return {"tokenize": tokenize, "mim": stage}
 
 

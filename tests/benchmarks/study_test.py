@@ -28,7 +28,15 @@ def test_every_run_comes_once_and_after_what_it_needs():
 
 def test_seeds_share_tokenizers_and_not_features():
     assert study.needed_by("vqkd-seed1") == ["tokenizer"] and study.needed_by("regress-seed1") == ["features-seed1"]
-    assert study.needed_by("vqkd-dim8") == ["tokenizer-dim8"] and study.needed_by("tokenizer_cluster") == ["features"]
+    assert study.needed_by("vqkd-dim8") == study.needed_by("vqkd-dim8-seed1") == ["tokenizer-dim8"]
+    assert study.needed_by("tokenizer_cluster") == ["features"]
+
+
+def test_students_of_the_same_codes_read_the_same_ids():
+    assert study.needed_by("vqkd-no_head-seed1") == ["vqkd-seed1"] and study.needed_by("vqkd-bfloat16") == ["vqkd"]
+    stages = study.config_of("vqkd-no_head-seed1").stages
+    assert list(stages) == ["mim", "probe"] and stages.mim.tokenizer.codes == "../vqkd-seed1/tokenize"
+    assert stages.mim.views == study.config_of("vqkd-seed1").stages.mim.views
 
 
 @pytest.fixture
@@ -74,6 +82,13 @@ def finished(workdir, name, stage, **metrics):
     (folder / "summary.json").write_text(json.dumps({"stage": stage, "seconds": 60.0, "metrics": metrics}))
 
 
+def evaluated(workdir, name, usage, perplexity, loss, information):
+    folder = workdir / name / "evaluation"
+    folder.mkdir(parents=True)
+    metrics = {"codebook_usage": usage, "codebook_perplexity": perplexity, "nmi_class": information}
+    (folder / "metrics.json").write_text(json.dumps({"metrics": metrics | {"reconstruction_loss": loss}}))
+
+
 def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     probes = {"vqkd": 0.5, "vqkd-seed1": 0.6, "random": 0.2, "vqkd-no_head": 0.4}
     for name, accuracy in probes.items():
@@ -81,17 +96,32 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     (tmp_path / "vqkd-seed2").mkdir()  # begun, nothing measured
     finished(tmp_path, "vqkd", "probe300", **{study.CURVE: 0.3})
     finished(tmp_path, "vqkd", "probe_last", **{study.CURVE: 0.45})
-    finished(tmp_path, "tokenizer", "vqkd", **{"eval/codebook_usage": 0.9, "eval/codebook_perplexity": 123.4})
+    finished(tmp_path, "tokenizer", "vqkd")
+    evaluated(tmp_path, "tokenizer", 0.9, 123.4, 0.45, 0.1234)
+    evaluated(tmp_path, "tokenizer-fsq", 1.0, 50.0, 0.5, 0.2)  # its student has not been trained
     study.table(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "study.md").read_text()
     assert "| MIM: VQ-KD codes | 2 | 55.0 ± 7.1 |" in text and "| random initialisation | 1 | 20.0 |" in text
-    assert "| vqkd-no_head | 90.0 | 123.4 | 40.0 |  |  |\n" in text and "Claim 5" not in text
+    head, fsq = text.partition("## Claim 3")[2].split("## Claim 8")
+    assert "Claim" not in head + fsq
+    assert head.splitlines()[4:] == [
+        "| vqkd | 90.0 | 123 | 0.450 | 0.123 | 2 | 55.0 ± 7.1 |  |  |",
+        "| vqkd-no_head | 90.0 | 123 | 0.450 | 0.123 | 1 | 40.0 |  |  |",
+        "",
+    ]
+    assert fsq.splitlines()[5:] == ["| vqkd-fsq | 100.0 | 50 | 0.500 | 0.200 | 0 |  |  |  |"]
+    with open(tmp_path / "out" / "runs.csv") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {*probes, "tokenizer", "tokenizer-fsq"}
+    assert (rows["vqkd-no_head"]["sgd"], rows["tokenizer-fsq"]["perplexity"]) == ("0.4000", "50.0000")
     with open(tmp_path / "out" / "curve.csv") as file:
         assert list(csv.reader(file))[1:] == [["vqkd", "300", "0.3000"], ["vqkd", "1500", "0.4500"]]
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
     missing = study.missing_stages(tmp_path, "vqkd")
     assert "probe" not in missing and missing[:2] == ["tokenize", "mim"]
     assert study.seconds_left(tmp_path, ["vqkd"]) == 60.0 * len(missing)
+    assert study.missing_stages(tmp_path, "tokenizer") == []
+    assert study.missing_stages(tmp_path, "tokenizer-dim8") == ["vqkd", "evaluation"]
 
 
 def test_the_stored_differences_are_those_of_the_pixels():
