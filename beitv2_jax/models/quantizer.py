@@ -225,13 +225,13 @@ def updated_state(
     }
 
 
-def roll_window(codebook_state: PyTree, step: Int[Array, ""] | int, window_steps: int) -> PyTree:
-    """Start a new usage window when `step` is a multiple of `window_steps`, else return the state as it is.
+def roll_window(codebook_state: PyTree, steps: Int[Array, ""] | int, window_steps: int) -> PyTree:
+    """Start a new usage window when `steps`, those that have finished, are a multiple of `window_steps`.
 
-    Call it before `updated_state` of `step` (counted from 0); then `last_window_counts` holds the hits of exactly
-    `window_steps` steps from the first roll after step 0 on. `codebook_state` is the quantizer's own dict.
+    Call it after every `updated_state`; then `last_window_counts` holds the hits of exactly the last `window_steps`
+    steps whenever a window finishes, and until the next one does. `codebook_state` is the quantizer's own dict.
     """
-    rolls: Bool[Array, ""] = jnp.asarray(step) % window_steps == 0
+    rolls: Bool[Array, ""] = jnp.asarray(steps) % window_steps == 0
     running, last = codebook_state["window_counts"], codebook_state["last_window_counts"]
     return {
         **codebook_state,

@@ -111,9 +111,9 @@ def vqkd_finish(options: QuantizerOptions, window: int, *, revive_steps: int | N
 
     def finish(codebook, statistics, step):
         statistics, candidates = (statistics, None) if revive_steps is None else statistics
-        state = roll_window(codebook["quantizer"], step, window)
-        state = counted(updated_state(state, statistics, options), statistics.counts)
-        counts = jnp.where(step >= window, state["last_window_counts"], state["window_counts"])
+        state = counted(updated_state(codebook["quantizer"], statistics, options), statistics.counts)
+        state = roll_window(state, step + 1, window)
+        counts = jnp.where(step + 1 >= window, state["last_window_counts"], state["window_counts"])
         metrics = codebook_health(counts)
         if "idle_steps" in state:
             dead = dead_codes(counts)
@@ -281,11 +281,11 @@ def make_task(config, opened: inputs.Opened) -> Task:
         state = with_training_counters(variables["model_state"]["quantizer"], revive=config.revive)
         return {**variables, "model_state": {"quantizer": state}}
 
-    # what dead codes do before they are revived says nothing of the end
     revive_steps = _revive_steps(num_steps) if config.revive else None
 
     def advise(metrics, steps):
-        judged = steps > window + (revive_steps or 0)
+        # the counts are those of the last finished window; while codes are still revived they say nothing of the end
+        judged = steps // window * window >= window + (revive_steps or 0)
         collapse = collapse_of(metrics, config.model.codebook_size) if judged else ""
         return collapse and f"{collapse} {_advice(config, metrics)}"
 

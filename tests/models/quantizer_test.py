@@ -296,16 +296,16 @@ def test_window_holds_exactly_the_hits_of_its_steps():
     module, state = start()
     window_steps, hits = 3, []
     roll = jax.jit(q.roll_window, static_argnames="window_steps")
-    for step in range(8):
-        state = roll(state, step, window_steps=window_steps)
-        if step in (0, 1, 2):
-            np.testing.assert_array_equal(state["last_window_counts"], np.zeros(CODES))
-        if step in (3, 4, 5):
-            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[0:3]))
-        if step in (6, 7):
-            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[3:6]))
-        out, state = apply(module, state, projections(20 + step))
+    for steps in range(1, 9):
+        out, state = apply(module, state, projections(19 + steps))
         hits.append(np.asarray(out.statistics.counts))
+        state = roll(state, steps, window_steps=window_steps)
+        if steps in (1, 2):
+            np.testing.assert_array_equal(state["last_window_counts"], np.zeros(CODES))
+        if steps in (3, 4, 5):
+            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[0:3]))
+        if steps in (6, 7, 8):
+            np.testing.assert_array_equal(state["last_window_counts"], sum(hits[3:6]))
     np.testing.assert_array_equal(state["window_counts"], hits[6] + hits[7])
 
 

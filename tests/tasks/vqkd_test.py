@@ -122,6 +122,19 @@ def test_without_revival_nothing_is_kept_for_it_and_dead_codes_stay():
     np.testing.assert_array_equal(revived["codebook"][np.array(others)], after["codebook"][np.array(others)])
 
 
+def test_a_step_that_ends_a_window_shows_the_counts_of_that_window():
+    """Half of the hits are of code 0 and half of code 1 in the first three steps, all of code 2 in the next three."""
+    finish = jax.jit(vqkd.vqkd_finish(q.QuantizerOptions(codebook_size=laws.CODES, code_dim=7), window=3))
+    codebook, perplexities = {"quantizer": variables_of(PLAIN[0])["model_state"]["quantizer"]}, []
+    for step in range(7):
+        codes = jnp.array([0, 1]) if step < 3 else jnp.array([2])
+        counts = jnp.zeros(laws.CODES).at[codes].set(4.0)
+        statistics = q.CodebookStatistics(counts[:, None] * codebook["quantizer"]["codebook"], counts)
+        codebook, metrics = finish(codebook, statistics, step)
+        perplexities.append(float(metrics["codebook_perplexity"]))
+    np.testing.assert_allclose(perplexities, [2, 2, 2, 2, 2, 1, 1], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("step", "is_revived"), [(0, True), (7, True), (8, False), (9, False)])
 def test_no_code_is_revived_in_the_last_fifth_of_the_run(step, is_revived):
     """The run has ten steps."""
@@ -170,13 +183,15 @@ def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
     counts = np.zeros(laws.CODES, np.float32)
     counts[:3] = 500.0
     metrics = {name: float(value) for name, value in q.codebook_health(jnp.asarray(counts)).items()}
-    assert task.advise(metrics, 20) == ""  # the window is not over
-    advice = task.advise(metrics, 21)
+    assert task.advise(metrics, 19) == ""  # the window is not over
+    advice = task.advise(metrics, 20)
     for part in ("16% of the 19 codes", "1,500 tokens", "revive=True", "peak_lr=3e-4", "codebook_size=8", "probe"):
         assert part in advice
     revives, _ = task_with(**{"usage_window": "20 steps", "revive": True})
-    assert revives.advise(metrics, 28) == ""  # the first window without revivals, after step 8, is not over
-    assert "revive" not in revives.advise(metrics, 29) and "codebook_size=8" in revives.advise(metrics, 29)
+    assert (
+        revives.advise(metrics, 39) == ""
+    )  # codes are revived until step 8, so the second window is the first without
+    assert "revive" not in revives.advise(metrics, 40) and "codebook_size=8" in revives.advise(metrics, 40)
     for quantizer, meant in ({"quantizer": "simvq"}, "codebook_size=8"), (FSQ, "fsq_levels=LEVELS with a product of 8"):
         other, _ = task_with(**{"usage_window": "20 steps", **{f"model.{key}": quantizer[key] for key in quantizer}})
         assert meant in other.advise(metrics, 21) and "revive" not in other.advise(metrics, 21)
