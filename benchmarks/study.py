@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.training.writer import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/study.py"
@@ -120,6 +121,13 @@ CODES = {
     "information": ("nmi_class", "mutual information with the class"),
 }
 """Column -> metric of that evaluation, title."""
+TRAINING = {
+    "vqkd": {"reconstruction_loss": "reconstruction loss", "codebook_perplexity": "perplexity of the codes"},
+    "mim": {"final_loss": "loss of the last layer", "final_accuracy": "accuracy on hidden patches"},
+}
+"""Stage whose training the plot of a claim shows -> metric -> title."""
+Curves = dict[str, dict[str, list[tuple[float, ...]]]]
+"""What a line is of -> run -> (step, values of one or more metrics), by steps; a line is the mean of its runs."""
 
 
 # --- which runs there are
@@ -306,9 +314,7 @@ def values_of(workdir: Path, name: str) -> dict[str, float]:
 
 
 def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
-    """Yield (step, accuracy of the linear probe) of the probes during and after pre-training."""
-    if not (workdir / name).is_dir():
-        return
+    """Yield (step, accuracy of the linear probe in %) of the probes during and after pre-training."""
     for stage in config_of(name).stages:
         if not (stage.startswith("probe") and stage != "probe"):
             continue
@@ -316,7 +322,26 @@ def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
             trained = next(other for other in config_of(name).stages.values() if other.stage in ("mim", "regress"))
             step = stage.removeprefix("probe")
             end = trained.run.duration.split()[0]
-            yield int(step if step.isdecimal() else end), summary["metrics"][CURVE]
+            yield int(step if step.isdecimal() else end), 100 * summary["metrics"][CURVE]
+
+
+def training_of(workdir: Path, name: str, stage: str) -> list[tuple[float, ...]]:
+    """Return (step, metrics of `TRAINING`) as a run has logged them; nothing if it has no such stage."""
+    keys = ("step", *TRAINING[stage])
+    lines = read_metrics(workdir / name / stage) if (workdir / name / stage).is_dir() else []
+    return [tuple(line[key] for key in keys) for line in lines if line.keys() >= set(keys)]
+
+
+def compared_by(claim: Claim) -> tuple[str, dict[str, list[str]]]:
+    """Return the stage whose training a claim is about, and (arm -> its runs with that stage, by name).
+
+    That is vqkd if there are tokenizers of its own, and else mim, of all seeds.
+    """
+    arms = dict.fromkeys(arm_of(name) for name in claim.runs)
+    tokenizers = {arm: [name for name in with_needed([arm]) if tokenizer_of(name) == "vqkd"] for arm in arms}
+    if all(names in ([], ["tokenizer"]) for names in tokenizers.values()):
+        return "mim", {arm: seeds_of(arm) for arm in arms}
+    return "vqkd", tokenizers
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -348,7 +373,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def table(workdir: Path, out: Path) -> None:
-    """Write `study.md`, `runs.csv`, `curve.csv` and the plots from the metrics of what has finished."""
+    """Write `study.md`, `runs.csv`, and a CSV and a plot of each comparison, from the metrics of what has finished."""
     out.mkdir(parents=True, exist_ok=True)
     main = {title: found for arm, title in ARMS.items() if (found := _measured(workdir, arm))}
     rows = [[title, str(len(found)), *_spreads(found, COLUMNS)] for title, found in main.items()]
@@ -365,6 +390,12 @@ def table(workdir: Path, out: Path) -> None:
             continue
         header = ["run", *(title for _, title in CODES.values()), "seeds", *(COLUMNS[column][2] for column in probes)]
         parts += [f"## Claim {number}: {claim.title}", _markdown(header, rows.values())]
+        stage, runs_of = compared_by(claim)
+        curves = {
+            arm: {name: points for name in names if (points := training_of(workdir, name, stage))}
+            for arm, names in runs_of.items()
+        }
+        _draw(out / f"claim{number}.png", TRAINING[stage], curves)
     (out / "study.md").write_text("\n\n".join(parts) + "\n")
     with open(out / "runs.csv", "w", newline="") as file:
         columns = (*COLUMNS, *CODES)
@@ -375,42 +406,41 @@ def table(workdir: Path, out: Path) -> None:
             if values.keys() & COLUMNS.keys() or (values and tokenizer_of(name)):
                 writer.writerow((name, *(f"{values[key]:.4f}" if key in values else "" for key in columns)))
     curves = {
-        arm: {name: points for name in seeds_of(arm) if (points := sorted(curve_of(workdir, name)))}
-        for arm in ARMS
-        if arm not in ("random", "teacher")
+        title: {name: points for name in seeds_of(arm) if (points := sorted(curve_of(workdir, name)))}
+        for arm, title in ARMS.items()
     }
-    with open(out / "curve.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("run", "step", "linear probe"))
-        for name, points in ((name, points) for runs in curves.values() for name, points in runs.items()):
-            writer.writerows((name, step, f"{accuracy:.4f}") for step, accuracy in points)
-    _draw_curves(curves, out / "curve.png")
+    _draw(out / "curve.png", {"linear probe": "linear probe, %"}, curves)
     print((out / "study.md").read_text())
 
 
-def _draw_curves(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """Draw the linear probe over pre-training: the mean over the seeds of each arm, and their range."""
+def _draw(path: Path, metrics: dict[str, str], curves: Curves) -> None:
+    """Draw one plot for each metric (name -> title), the mean and the range of the runs of a line; write a CSV too."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), dpi=130)
-    for number, (arm, runs) in enumerate(curves.items()):
-        of_steps = defaultdict(list)
-        for step, accuracy in (point for points in runs.values() for point in points):
-            of_steps[step].append(100 * accuracy)
-        if not of_steps:
-            continue
-        steps = sorted(of_steps)
-        label = f"{ARMS[arm]} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
-        axes.plot(steps, [mean(of_steps[step]) for step in steps], marker="o", ms=3, color=f"C{number}", label=label)
-        lows, highs = ([choose(of_steps[step]) for step in steps] for choose in (min, max))
-        axes.fill_between(steps, lows, highs, color=f"C{number}", alpha=0.2, lw=0)
-    axes.set(xlabel="steps of pre-training", ylabel="linear probe, %")
-    if axes.lines:
-        axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
+    curves = {label: runs for label, runs in curves.items() if runs}
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "step", *metrics))
+        for name, points in ((name, points) for runs in curves.values() for name, points in runs.items()):
+            writer.writerows((name, step, *(f"{value:.4f}" for value in values)) for step, *values in points)
+    figure, all_axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 3.6), dpi=130, squeeze=False)
+    for column, (axes, title) in enumerate(zip(all_axes[0], metrics.values(), strict=True), 1):
+        for number, (label, runs) in enumerate(curves.items()):
+            of_steps = defaultdict(list)
+            for point in (point for points in runs.values() for point in points):
+                of_steps[point[0]].append(point[column])
+            steps, color = sorted(of_steps), f"C{number}"
+            shown = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+            axes.plot(steps, [mean(of_steps[step]) for step in steps], marker="o", ms=3, color=color, label=shown)
+            lows, highs = ([choose(of_steps[step]) for step in steps] for choose in (min, max))
+            axes.fill_between(steps, lows, highs, color=color, alpha=0.2, lw=0)
+        axes.set(xlabel="steps", ylabel=title)
+        axes.grid(alpha=0.3)
+    if curves:
+        all_axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -82,6 +82,12 @@ def finished(workdir, name, stage, **metrics):
     (folder / "summary.json").write_text(json.dumps({"stage": stage, "seconds": 60.0, "metrics": metrics}))
 
 
+def logged(workdir, name, stage, *lines):
+    folder = workdir / name / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def evaluated(workdir, name, usage, perplexity, loss, information):
     folder = workdir / name / "evaluation"
     folder.mkdir(parents=True)
@@ -99,6 +105,11 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     finished(tmp_path, "tokenizer", "vqkd")
     evaluated(tmp_path, "tokenizer", 0.9, 123.4, 0.45, 0.1234)
     evaluated(tmp_path, "tokenizer-fsq", 1.0, 50.0, 0.5, 0.2)  # its student has not been trained
+    logged(tmp_path, "tokenizer-fsq", "vqkd", {"step": 50, "reconstruction_loss": 0.6, "codebook_perplexity": 9.5})
+    for name in ("vqkd", "vqkd-seed1"):
+        logged(
+            tmp_path, name, "mim", {"step": 50, "final_loss": 5.0, "final_accuracy": 0.25}, {"step": 50, "eval/x": 1}
+        )
     study.table(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "study.md").read_text()
     assert "| MIM: VQ-KD codes | 2 | 55.0 ± 7.1 |" in text and "| random initialisation | 1 | 20.0 |" in text
@@ -115,8 +126,14 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     assert rows.keys() == {*probes, "tokenizer", "tokenizer-fsq"}
     assert (rows["vqkd-no_head"]["sgd"], rows["tokenizer-fsq"]["perplexity"]) == ("0.4000", "50.0000")
     with open(tmp_path / "out" / "curve.csv") as file:
-        assert list(csv.reader(file))[1:] == [["vqkd", "300", "0.3000"], ["vqkd", "1500", "0.4500"]]
-    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+        assert list(csv.reader(file))[1:] == [["vqkd", "300", "30.0000"], ["vqkd", "1500", "45.0000"]]
+    for number, rows in {
+        3: ["run,step,final_loss,final_accuracy", "vqkd,50,5.0000,0.2500", "vqkd-seed1,50,5.0000,0.2500"],
+        8: ["run,step,reconstruction_loss,codebook_perplexity", "tokenizer-fsq,50,0.6000,9.5000"],
+    }.items():
+        assert (tmp_path / "out" / f"claim{number}.csv").read_text().splitlines() == rows
+    for name in ("curve", "claim3", "claim8"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
     missing = study.missing_stages(tmp_path, "vqkd")
     assert "probe" not in missing and missing[:2] == ["tokenize", "mim"]
     assert study.seconds_left(tmp_path, ["vqkd"]) == 60.0 * len(missing)
