@@ -92,8 +92,8 @@ CLAIMS = {
     8: Claim(
         "remedies against collapse",
         (
-            *("vqkd", "vqkd-no_kmeans", *seeds_of("vqkd-kmeans_once"), "vqkd-revive"),
-            *("vqkd-rotation", "vqkd-fsq", "vqkd-simvq"),
+            *("vqkd", "vqkd-no_kmeans", *seeds_of("vqkd-kmeans_once"), "vqkd-rotation", "vqkd-fsq", "vqkd-simvq"),
+            *("vqkd-long-kmeans_once", "vqkd-long-revive"),
         ),
     ),
     9: Claim("bfloat16 and eight devices change nothing", ("vqkd", "vqkd-bfloat16", "vqkd-devices8")),

@@ -41,6 +41,7 @@ Presets
   decoder3            the decoder of the tokenizer has three blocks
   no_kmeans           the codebook starts at random
   kmeans_once         k-means starts the codebook, and only once
+  long                the tokenizer is trained for 900 steps: a code is not dead before step 459
   revive              dead codes are revived, and k-means starts only once
   rotation            gradients pass the lookup by the rotation trick
   fsq                 finite scalar quantization
@@ -78,7 +79,7 @@ START = {"stem": "conv", "position": "absolute", "layer_scale_init": 1.0}
 BATCH_SIZE = 32
 SHARD = 1024  # stored images that an interrupted stage loses at most
 VQKD = {"duration": "300 steps", "warmup": "10 steps", "peak_lr": 5e-4, "betas": (0.9, 0.98)}
-KMEANS_AGAIN = "100 steps"
+KMEANS_AGAIN, LONG = "100 steps", "900 steps"
 PRETRAINING = {"duration": "1500 steps", "warmup": "75 steps", "peak_lr": 1.5e-3, "betas": (0.9, 0.98)}
 POINTS = (300, 600, 900, 1200)  # steps after which a checkpoint is probed, beside the last one
 FINETUNING = {"warmup": "20 steps", "peak_lr": 1e-3, "betas": (0.9, 0.999), "layer_decay": 0.75}
@@ -98,7 +99,7 @@ _OF_PIXELS = (*_OF_IMAGES, "views4", "views10")
 _OF_FEATURES = (*_OF_PIXELS, *_OF_TEACHER, "features_float32")
 _OF_TOKENIZER = (
     *(*_OF_IMAGES, *_OF_TEACHER, "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
-    *("no_kmeans", "kmeans_once", "revive", "rotation", "fsq", "simvq"),
+    *("no_kmeans", "kmeans_once", "long", "revive", "rotation", "fsq", "simvq"),
 )
 _OF_STUDENT = ("no_head", "early3", "early5", "blocks2", "blocks3", "own_head", "bfloat16", "devices8")
 CONCERNING = {
@@ -160,6 +161,11 @@ def _codes(count):
     return _in_stages(model__codebook_size=count, kmeans_tokens=2)
 
 
+def long(config):
+    if "vqkd" in config.stages:
+        config.stages.vqkd.run.update(duration=LONG, eval_every=LONG, keep_every=LONG)
+
+
 def live(config):
     config.views.num_views = 0
     if "tokenize" in config.stages:
@@ -217,6 +223,7 @@ PRESETS = {
     "decoder3": _in_stages(model__decoder__depth=3),
     "no_kmeans": _in_stages(kmeans_start=False, kmeans_again="0 steps"),
     "kmeans_once": _in_stages(kmeans_again="0 steps"),
+    "long": long,
     "revive": _in_stages(revive=True, kmeans_again="0 steps"),
     "rotation": _in_stages(model__quantizer_gradient="rotation"),
     "fsq": _in_stages(model__quantizer="fsq", model__fsq_levels=(8, 8, 8), model__code_dim=3, kmeans_again="0 steps"),
