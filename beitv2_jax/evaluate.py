@@ -186,11 +186,24 @@ def _multi_label(network, options, source, classes) -> _Evaluated:
     return _Evaluated(result, source, lines, write, {"classes": classes.stated, "average_precision": average_precision})
 
 
+def _collapse(metrics: dict[str, float], codebook_size: int, quantizer: str) -> list[str]:
+    """Return a line on a codebook of which few codes are in use, with what to write; none for any other."""
+    from beitv2_jax.models.quantizer import collapse_of
+    from beitv2_jax.tasks.vqkd import codebook_of, fitting_codebook_size
+
+    if not (collapse := collapse_of(metrics, codebook_size)):
+        return []
+    fitting = fitting_codebook_size(metrics)
+    smaller = f"{codebook_of(quantizer, fitting)}, or with " if fitting < codebook_size else ""
+    return [
+        f"a codebook of which little is in use: {collapse} On data like these train a tokenizer with {smaller}"
+        "--config=configs/vqkd.py:own_data."
+    ]
+
+
 def _tokenizer(network, options) -> _Evaluated:
     from beitv2_jax.data.segmentation.sources import open_with_label_maps
-    from beitv2_jax.models.quantizer import collapse_of
     from beitv2_jax.runners import evaluate
-    from beitv2_jax.tasks.vqkd import fitting_codebook_size
 
     source, label_maps = open_with_label_maps(options.data, options.split, options.data_dir, options.train_split)
     if options.compare_pixels:
@@ -207,12 +220,7 @@ def _tokenizer(network, options) -> _Evaluated:
         compare_pixels=options.compare_pixels,
     )
     counts = result.details["counts"].astype(np.int64)
-    if collapse := collapse_of(result.metrics, len(counts)):
-        fitting = fitting_codebook_size(result.metrics)
-        lines.append(
-            f"a codebook of which little is in use: {collapse} On data like these train a tokenizer with "
-            f"--config.model.codebook_size={fitting}, or with --config=configs/vqkd.py:own_data."
-        )
+    lines += _collapse(result.metrics, len(counts), network.weights.arguments.get("quantizer", "ema"))
 
     def write(folder: Path) -> None:
         from beitv2_jax.report.evaluation import write_csv

@@ -23,6 +23,7 @@ from beitv2_jax.convert.writing import write
 from beitv2_jax.data.masking import block_mask
 from beitv2_jax.models.backbone import Compute
 from beitv2_jax.models.preprocess import to_unit_range
+from beitv2_jax.models.quantizer import codebook_health
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.rng import host_rng
 from beitv2_jax.tasks import mim
@@ -167,6 +168,25 @@ def test_a_tokenizer_against_its_teacher(photos, runs, tmp_path, capsys):
     del expected["reconstruction_loss"]
     assert run(tmp_path / "alone", *arguments)["metrics"] == pytest.approx(expected, rel=1e-4)
     assert "no reconstruction loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("used", "quantizer", "meant"),
+    [
+        (3, "ema", "with --config.model.codebook_size=8, or with --config=configs/vqkd.py:own_data."),
+        (
+            3,
+            "fsq",
+            "with --config.model.fsq_levels=LEVELS with a product of 8, or with --config=configs/vqkd.py:own_data.",
+        ),
+        (28, "ema", "train a tokenizer with --config=configs/vqkd.py:own_data."),  # twice as many would be the same
+        (40, "ema", None),
+    ],
+)
+def test_few_codes_in_use_are_answered_with_what_to_write(used, quantizer, meant):
+    health = codebook_health(jnp.full(64, 100.0).at[used:].set(0.0))
+    lines = evaluate._collapse({name: float(value) for name, value in health.items()}, 64, quantizer)
+    assert [meant in line for line in lines] == [True] * (meant is not None)
 
 
 def test_codes_against_label_maps(photos, runs, tmp_path):

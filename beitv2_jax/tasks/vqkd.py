@@ -173,7 +173,7 @@ def _warn_of_too_many_codes(config, num_examples: int) -> None:
             tokens,
             codes,
             TOKENS_PER_CODE,
-            _codebook_of(config, fitting),
+            codebook_of(config.model.quantizer, fitting),
         )
 
 
@@ -194,9 +194,9 @@ def _revive_steps(num_steps: int) -> int:
     return math.ceil(REVIVE_UNTIL * num_steps)
 
 
-def _codebook_of(config, codebook_size: int) -> str:
+def codebook_of(quantizer: str, codebook_size: int) -> str:
     """Return what to write for a codebook of this size."""
-    if config.model.quantizer == "fsq":
+    if quantizer == "fsq":
         return f"--config.model.fsq_levels=LEVELS with a product of {codebook_size}"
     return f"--config.model.codebook_size={codebook_size}"
 
@@ -287,7 +287,7 @@ def make_task(config, opened: inputs.Opened) -> Task:
         # the counts are those of the last finished window; while codes are still revived they say nothing of the end
         judged = steps // window * window >= window + (revive_steps or 0)
         collapse = collapse_of(metrics, config.model.codebook_size) if judged else ""
-        return collapse and f"{collapse} {_advice(config, metrics)}"
+        return collapse and f"{collapse} {_advice(config, metrics, num_steps)}"
 
     return Task(
         name="vqkd",
@@ -312,13 +312,14 @@ def make_task(config, opened: inputs.Opened) -> Task:
     )
 
 
-def _advice(config, metrics: Mapping[str, float]) -> str:
-    """Return what to write where few codes are in use."""
+def _advice(config, metrics: Mapping[str, float], num_steps: int) -> str:
+    """Return what to write where few codes are in use in a run of `num_steps`."""
     options, fitting = [], fitting_codebook_size(metrics)
     if fitting < config.model.codebook_size:
-        options.append(_codebook_of(config, fitting))
+        options.append(codebook_of(config.model.quantizer, fitting))
     options += ["--config.optim.peak_lr=3e-4"] if config.optim.peak_lr > 3e-4 else []
-    options += ["--config.revive=True"] if config.model.quantizer == "ema" and not config.revive else []
+    can_revive = config.model.quantizer == "ema" and _revive_steps(num_steps) >= STEPS_UNTIL_DEAD
+    options += ["--config.revive=True"] if can_revive and not config.revive else []
     if not config.init_from:
         options.append("--config.init_from=PATH (the weights of the teacher, if it has the sizes of the encoder)")
     if not options:

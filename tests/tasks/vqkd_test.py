@@ -179,7 +179,8 @@ def test_revival_in_a_run_that_is_too_short_for_it_is_warned_of(caplog, steps, w
 
 
 def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
-    task, _ = task_with(**{"usage_window": "20 steps", "optim.peak_lr": 1e-3, "run.batch_size": 8})
+    changes = {"usage_window": "20 steps", "optim.peak_lr": 1e-3, "run.batch_size": 8}
+    task, _ = task_with(**changes, **{"run.duration": "573 steps"})
     counts = np.zeros(laws.CODES, np.float32)
     counts[:3] = 500.0
     metrics = {name: float(value) for name, value in q.codebook_health(jnp.asarray(counts)).items()}
@@ -187,6 +188,8 @@ def test_few_codes_in_use_are_answered_with_what_to_write(caplog):
     advice = task.advise(metrics, 20)
     for part in ("16% of the 19 codes", "1,500 tokens", "revive=True", "peak_lr=3e-4", "codebook_size=8", "probe"):
         assert part in advice
+    too_short, _ = task_with(**changes, **{"run.duration": "572 steps"})  # in which no code would be revived
+    assert "revive" not in too_short.advise(metrics, 20) and "codebook_size=8" in too_short.advise(metrics, 20)
     revives, _ = task_with(**{"usage_window": "20 steps", "revive": True})
     assert (
         revives.advise(metrics, 39) == ""
