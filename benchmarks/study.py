@@ -76,6 +76,7 @@ CLAIMS = {
         "a low code dimension raises usage; the codebook fits the number of images",
         (
             *("vqkd-dim8", "vqkd", "vqkd-dim192"),
+            *("vqkd-dim8-kmeans_once", "vqkd-kmeans_once", "vqkd-dim192-kmeans_once"),
             *(
                 "-".join(filter(None, ("vqkd", images, codes)))
                 for images in ("images1k", "", "images50k")
