@@ -94,7 +94,7 @@ CLAIMS = {
         "remedies against collapse",
         (
             *("vqkd", "vqkd-no_kmeans", *seeds_of("vqkd-kmeans_once"), "vqkd-rotation", "vqkd-fsq", "vqkd-simvq"),
-            *("vqkd-long-kmeans_once", "vqkd-long-revive"),
+            *("vqkd-low_rate", "vqkd-long-kmeans_once", "vqkd-long-revive"),
         ),
     ),
     9: Claim("bfloat16 and eight devices change nothing", ("vqkd", "vqkd-bfloat16", "vqkd-devices8")),
@@ -427,6 +427,7 @@ def _draw(path: Path, metrics: dict[str, str], curves: Curves) -> None:
         writer.writerow(("run", "step", *metrics))
         for name, points in ((name, points) for runs in curves.values() for name, points in runs.items()):
             writer.writerows((name, step, *(f"{value:.4f}" for value in values)) for step, *values in points)
+    has_seeds = any(len(runs) > 1 for runs in curves.values())
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 3.6), dpi=130, squeeze=False)
     for column, (axes, title) in enumerate(zip(all_axes[0], metrics.values(), strict=True), 1):
         for number, (label, runs) in enumerate(curves.items()):
@@ -434,7 +435,7 @@ def _draw(path: Path, metrics: dict[str, str], curves: Curves) -> None:
             for point in (point for points in runs.values() for point in points):
                 of_steps[point[0]].append(point[column])
             steps, color = sorted(of_steps), f"C{number}"
-            shown = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+            shown = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if has_seeds else label
             axes.plot(steps, [mean(of_steps[step]) for step in steps], marker="o", ms=3, color=color, label=shown)
             lows, highs = ([choose(of_steps[step]) for step in steps] for choose in (min, max))
             axes.fill_between(steps, lows, highs, color=color, alpha=0.2, lw=0)

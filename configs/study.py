@@ -43,6 +43,7 @@ Presets
   kmeans_once         k-means starts the codebook, and only once
   long                the tokenizer is trained for 900 steps: a code is not dead before step 459
   revive              dead codes are revived, and k-means starts only once
+  low_rate            the learning rate of the tokenizer is a fifth
   rotation            gradients pass the lookup by the rotation trick
   fsq                 finite scalar quantization
   simvq               SimVQ
@@ -99,7 +100,7 @@ _OF_PIXELS = (*_OF_IMAGES, "views4", "views10")
 _OF_FEATURES = (*_OF_PIXELS, *_OF_TEACHER, "features_float32")
 _OF_TOKENIZER = (
     *(*_OF_IMAGES, *_OF_TEACHER, "dim8", "dim192", "codes2048", "codes8192", "decoder3"),
-    *("no_kmeans", "kmeans_once", "long", "revive", "rotation", "fsq", "simvq"),
+    *("no_kmeans", "kmeans_once", "long", "low_rate", "revive", "rotation", "fsq", "simvq"),
 )
 _OF_STUDENT = ("no_head", "early3", "early5", "blocks2", "blocks3", "own_head", "bfloat16", "devices8")
 CONCERNING = {
@@ -166,6 +167,11 @@ def long(config):
         config.stages.vqkd.run.update(duration=LONG, eval_every=LONG, keep_every=LONG)
 
 
+def low_rate(config):
+    if "vqkd" in config.stages:
+        config.stages.vqkd.optim.peak_lr = VQKD["peak_lr"] / 5
+
+
 def live(config):
     config.views.num_views = 0
     if "tokenize" in config.stages:
@@ -224,6 +230,7 @@ PRESETS = {
     "no_kmeans": _in_stages(kmeans_start=False, kmeans_again="0 steps"),
     "kmeans_once": _in_stages(kmeans_again="0 steps"),
     "long": long,
+    "low_rate": low_rate,
     "revive": _in_stages(revive=True, kmeans_again="0 steps"),
     "rotation": _in_stages(model__quantizer_gradient="rotation"),
     "fsq": _in_stages(model__quantizer="fsq", model__fsq_levels=(8, 8, 8), model__code_dim=3, kmeans_again="0 steps"),
