@@ -168,7 +168,8 @@ def with_needed(names: Iterable[str]) -> list[str]:
 def evaluated_runs() -> list[str]:
     """Return the runs that are evaluated: the main comparison by seeds, then those of the other claims."""
     seeds = zip(*(seeds_of(arm) for arm in FIRST), strict=True)
-    main = [name for names in seeds for name in names if arm_of(name) != "teacher" or name == "teacher"]
+    main = [name for names in seeds for name in names]
+    main = [name for name in main if name not in seeds_of("teacher")[1:]]  # whose evaluation has nothing that is drawn
     return list(dict.fromkeys([*main, *(name for claim in CLAIMS.values() for name in claim.runs)]))
 
 

@@ -332,7 +332,8 @@ def _pretrained(run, names):
         return {"regress": stage}
     tokenize, stage = load("tokenize"), _student(load("mim"))
     stage.model.codebook_size = CODEBOOK["codebook_size"]
-    if run == "vqkd" and any(name in _OF_STUDENT for name in names):
+    changes = set(names).difference(PLAIN)
+    if run == "vqkd" and changes and changes <= set(_OF_STUDENT):  # the codes are those of vqkd
         stage.tokenizer.codes = f"{folder('vqkd', names)}/tokenize"
         return {"mim": stage}
     source = {"cluster": ("tokenizer_cluster", "cluster"), "pixel_codes": ("tokenizer_pixels", "cluster")}

@@ -37,6 +37,7 @@ def test_students_of_the_same_codes_read_the_same_ids():
     stages = study.config_of("vqkd-no_head-seed1").stages
     assert list(stages) == ["mim", "probe"] and stages.mim.tokenizer.codes == "../vqkd-seed1/tokenize"
     assert stages.mim.views == study.config_of("vqkd-seed1").stages.mim.views
+    assert study.needed_by("vqkd-no_head-dim8") == ["tokenizer-dim8"]  # other codes than those of vqkd
 
 
 @pytest.fixture
