@@ -63,6 +63,11 @@ class Claim:
     title: str
     runs: tuple[str, ...]
 
+    @property
+    def arms(self) -> list[str]:
+        """The arms that the runs are seeds of, in their order."""
+        return list(dict.fromkeys(map(arm_of, self.runs)))
+
 
 CLAIMS = {
     3: Claim(
@@ -330,7 +335,7 @@ def curve_of(workdir: Path, name: str) -> Iterator[tuple[int, float]]:
 def training_of(workdir: Path, name: str, stage: str) -> list[tuple[float, ...]]:
     """Return (step, metrics of `TRAINING`) as a run has logged them; nothing if it has no such stage."""
     keys = ("step", *TRAINING[stage])
-    lines = read_metrics(workdir / name / stage) if (workdir / name / stage).is_dir() else []
+    lines = read_metrics(workdir / name / stage)
     return [tuple(line[key] for key in keys) for line in lines if line.keys() >= set(keys)]
 
 
@@ -339,10 +344,9 @@ def compared_by(claim: Claim) -> tuple[str, dict[str, list[str]]]:
 
     That is vqkd if there are tokenizers of its own, and else mim, of all seeds.
     """
-    arms = dict.fromkeys(arm_of(name) for name in claim.runs)
-    tokenizers = {arm: [name for name in with_needed([arm]) if tokenizer_of(name) == "vqkd"] for arm in arms}
+    tokenizers = {arm: [name for name in with_needed([arm]) if tokenizer_of(name) == "vqkd"] for arm in claim.arms}
     if all(names in ([], ["tokenizer"]) for names in tokenizers.values()):
-        return "mim", {arm: seeds_of(arm) for arm in arms}
+        return "mim", {arm: seeds_of(arm) for arm in claim.arms}
     return "vqkd", tokenizers
 
 
@@ -384,7 +388,7 @@ def table(workdir: Path, out: Path) -> None:
     probes = ("sgd", "logistic", "knn")
     for number, claim in CLAIMS.items():
         rows = {}
-        for arm in dict.fromkeys(arm_of(name) for name in claim.runs):
+        for arm in claim.arms:
             found, codes = _measured(workdir, arm), values_of(workdir, arm)
             if found or (codes and "tokenizer" not in with_needed([arm])):  # that one has a row already
                 rows[arm] = [arm, *_code_cells(codes), str(len(found)), *_spreads(found, probes)]
