@@ -380,6 +380,12 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def table(workdir: Path, out: Path) -> None:
     """Write `study.md`, `runs.csv`, and a CSV and a plot of each comparison, from the metrics of what has finished."""
+    values_of_runs = {name: values for name in all_runs() if (values := values_of(workdir, name))}
+    if not values_of_runs:
+        raise SystemExit(
+            f"No run in {workdir} has results. Did you mean the --workdir of `python -m benchmarks.study run`? "
+            "`python -m benchmarks.study list --workdir=DIR` says which runs have finished."
+        )
     out.mkdir(parents=True, exist_ok=True)
     main = {title: found for arm, title in ARMS.items() if (found := _measured(workdir, arm))}
     rows = [[title, str(len(found)), *_spreads(found, COLUMNS)] for title, found in main.items()]
@@ -407,9 +413,8 @@ def table(workdir: Path, out: Path) -> None:
         columns = (*COLUMNS, *CODES)
         writer = csv.writer(file)
         writer.writerow(("run", *columns))
-        for name in all_runs():
-            values = values_of(workdir, name)
-            if values.keys() & COLUMNS.keys() or (values and tokenizer_of(name)):
+        for name, values in values_of_runs.items():
+            if values.keys() & COLUMNS.keys() or tokenizer_of(name):
                 writer.writerow((name, *(f"{values[key]:.4f}" if key in values else "" for key in columns)))
     curves = {
         title: {name: points for name in seeds_of(arm) if (points := sorted(curve_of(workdir, name)))}

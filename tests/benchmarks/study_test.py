@@ -142,6 +142,12 @@ def test_the_tables_hold_the_metrics_of_the_runs(tmp_path, capsys):
     assert study.missing_stages(tmp_path, "tokenizer-dim8") == ["vqkd", "evaluation"]
 
 
+def test_a_table_of_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"No run in .*runz has results"):
+        study.table(tmp_path / "runz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_stored_differences_are_those_of_the_pixels():
     images = np.random.default_rng(0).integers(0, 64, (3, 32, 32, 3)) * 4 + 2
     planes = (images >> 2).transpose(0, 3, 1, 2)
