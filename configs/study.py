@@ -85,7 +85,7 @@ PRETRAINING = {"duration": "1500 steps", "warmup": "75 steps", "peak_lr": 1.5e-3
 POINTS = (300, 600, 900, 1200)  # steps after which a checkpoint is probed, beside the last one
 FINETUNING = {"warmup": "20 steps", "peak_lr": 1e-3, "betas": (0.9, 0.999), "layer_decay": 0.75}
 LABELS = {"finetune1": ("1%", "100 steps"), "finetune10": ("10%", "200 steps"), "finetune100": ("", "450 steps")}
-CLASSIFIER = {**FINETUNING, "duration": "2000 steps", "layer_decay": 1.0}
+CLASSIFIER = {**FINETUNING, "duration": "2000 steps", "peak_lr": 3e-4, "layer_decay": 1.0}
 PROBE = {"protocol": "dinov3", "duration": "2000 steps", "batch_size": 1024}
 
 RUNS = (
