@@ -438,23 +438,26 @@ def _draw(path: Path, metrics: dict[str, str], curves: Curves) -> None:
         for name, points in ((name, points) for runs in curves.values() for name, points in runs.items()):
             writer.writerows((name, step, *(f"{value:.4f}" for value in values)) for step, *values in points)
     has_seeds = any(len(runs) > 1 for runs in curves.values())
+    colors = plt.get_cmap("tab20" if len(curves) > 10 else "tab10")
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 3.6), dpi=130, squeeze=False)
     for column, (axes, title) in enumerate(zip(all_axes[0], metrics.values(), strict=True), 1):
         for number, (label, runs) in enumerate(curves.items()):
             of_steps = defaultdict(list)
             for point in (point for points in runs.values() for point in points):
                 of_steps[point[0]].append(point[column])
-            steps, color = sorted(of_steps), f"C{number}"
+            steps, color = sorted(of_steps), colors(number)
             shown = f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if has_seeds else label
             axes.plot(steps, [mean(of_steps[step]) for step in steps], marker="o", ms=3, color=color, label=shown)
             lows, highs = ([choose(of_steps[step]) for step in steps] for choose in (min, max))
             axes.fill_between(steps, lows, highs, color=color, alpha=0.2, lw=0)
         axes.set(xlabel="steps", ylabel=title)
+        if "perplexity" in title:  # from one code to thousands
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    if curves:
-        all_axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path)
+    if curves:
+        all_axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
